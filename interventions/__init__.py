@@ -1,0 +1,1 @@
+"""What is stored: manifests, artifacts and the registry that keeps them."""

@@ -1,0 +1,120 @@
+"""Whether a model can take an artifact: what the model is, in numbers, and the check."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from interventions.artifact import Artifact
+from interventions.layout import AffineShapes, RewardShapes, Shapes, shapes_of
+from interventions.manifest import BaseModelReference, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What has to be known of a loaded model to say whether an artifact fits it."""
+
+    id: str
+    architecture: str  # the class name, e.g. "LlamaForCausalLM"
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    head_width: int  # lm_head.in_features; not hidden_size in OPT-350m
+    site_widths: Mapping[str, int]  # module path -> width of its output
+    fingerprint: str  # sha256 of the configuration and of the weights' names, shapes and samples
+
+
+class IncompatibleArtifactError(ValueError):
+    """The model cannot take the artifact, with one sentence that says why."""
+
+
+def check_compatible(artifact: Artifact, model: ModelDescription) -> tuple[str, ...]:
+    """Check an artifact against a model; what `check_shapes` does, from the artifact itself."""
+    return check_shapes(artifact.manifest, shapes_of(artifact.parameters), model)
+
+
+def check_shapes(manifest: Manifest, shapes: Shapes, model: ModelDescription) -> tuple[str, ...]:
+    """Check that an artifact of these shapes fits a model, without its tensors.
+
+    Returns:
+        Warnings, a sentence each, where the model is another than the manifest's base model but
+        may be a sibling of it (a fine-tuned one, say).
+
+    Raises:
+        IncompatibleArtifactError: a site is missing, a width differs, or what the manifest says of
+            its base model contradicts its own tensors.
+    """
+    if isinstance(shapes, RewardShapes):
+        _check_head(shapes, model)
+    else:
+        _check_sites(shapes, model)
+    _check_consistent(manifest.base_model, shapes, model)
+    return tuple(_differences(manifest.base_model, model))
+
+
+def unservable_reason(manifest: Manifest, shapes: Shapes, model: ModelDescription) -> str | None:
+    """Why the model cannot take an artifact of these shapes; None if it can."""
+    try:
+        check_shapes(manifest, shapes, model)
+    except IncompatibleArtifactError as error:
+        return str(error)
+    return None
+
+
+def _check_head(shapes: RewardShapes, model: ModelDescription) -> None:
+    if shapes.width != model.head_width:
+        raise IncompatibleArtifactError(
+            f"The reward head takes states of width {shapes.width}; those before the model's "
+            f"lm_head have width {model.head_width}."
+        )
+
+
+def _check_sites(shapes: AffineShapes, model: ModelDescription) -> None:
+    missing = [site for site in shapes.site_widths if site not in model.site_widths]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise IncompatibleArtifactError(f'The model has no site "{missing[0]}"{others}.')
+    for site, width in shapes.site_widths.items():
+        if width != model.site_widths[site]:
+            raise IncompatibleArtifactError(
+                f"The artifact's map at site \"{site}\" has width {width}, the model's output "
+                f"there {model.site_widths[site]}."
+            )
+
+
+def _check_consistent(
+    reference: BaseModelReference, shapes: Shapes, model: ModelDescription
+) -> None:
+    # The tensors' widths are the model's by now, so another hidden size is not theirs.
+    if reference.hidden_size != model.hidden_size:
+        raise IncompatibleArtifactError(
+            f"The manifest's base model has hidden size {reference.hidden_size}, but its tensors "
+            f"have the widths of a model of hidden size {model.hidden_size}, as the loaded one."
+        )
+    if not isinstance(shapes, AffineShapes):
+        return
+    for site in shapes.site_widths:
+        layer = _layer(site)
+        if layer is not None and layer >= reference.num_layers:
+            raise IncompatibleArtifactError(
+                f"The manifest's base model has {reference.num_layers} layers, but the artifact "
+                f'has the site "{site}".'
+            )
+
+
+def _layer(site: str) -> int | None:
+    """The first number in a module path: the decoder layer (a later one may be an expert)."""
+    return next((int(part) for part in site.split(".") if part.isdecimal()), None)
+
+
+def _differences(reference: BaseModelReference, model: ModelDescription) -> Iterator[str]:
+    compared: tuple[tuple[str, str | int, str | int], ...] = (
+        ("architecture", reference.architecture, model.architecture),
+        ("num_layers", reference.num_layers, model.num_layers),
+        ("vocab_size", reference.vocab_size, model.vocab_size),
+    )
+    if reference.id != model.id:
+        yield f'It was fitted on "{reference.id}"; the loaded model is "{model.id}".'
+    for field, fitted, loaded in compared:
+        if fitted != loaded:
+            yield f"It was fitted on a model with {field} {fitted}; the loaded one has {loaded}."
+    if reference.fingerprint is not None and reference.fingerprint != model.fingerprint:
+        yield "It was fitted on other weights than those of the loaded model (fingerprints differ)."

@@ -1,0 +1,203 @@
+"""What an artifact says of itself: kind, base model, default settings and their limits."""
+
+import re
+from datetime import datetime
+from typing import Annotated, Final, Literal, Self, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from interventions.strict_json import StrictJSONError, parse_json
+from steering.affine import Positions
+
+NAME_PATTERN: Final = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,63}\Z")
+"""What an intervention may be called."""
+
+DIGEST_PATTERN: Final = re.compile(r"\A[0-9a-f]{64}\Z")
+"""A digest: sha256 of an artifact's bytes in hexadecimal, without the prefix `sha256:`."""
+
+_RFC3339: Final = re.compile(
+    r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(\.\d{1,6})?([Zz]|[+-]\d{2}:\d{2})"
+)
+
+
+class ManifestError(ValueError):
+    """A manifest that is not accepted, with one sentence that names the field."""
+
+
+def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"its minimum {limits[0]:g} exceeds its maximum {limits[1]:g}")
+    return limits
+
+
+def _ordered_counts(limits: tuple[int, int]) -> tuple[int, int]:
+    _ordered(limits)
+    return limits
+
+
+def _rfc3339(value: object) -> datetime:
+    # pydantic alone would also take a Unix timestamp, as a number or as a string of digits.
+    if isinstance(value, datetime):
+        return value
+    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
+        raise ValueError("it must be a date and time with its offset, as 2026-11-21T20:41:00Z")
+    return datetime.fromisoformat(value.upper())
+
+
+Range: TypeAlias = Annotated[tuple[float, float], AfterValidator(_ordered)]
+CountRange: TypeAlias = Annotated[
+    tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ordered_counts)
+]
+Label: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+TrainingValue: TypeAlias = int | float | str | bool | None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BaseModelReference(_Strict):
+    """The model whose activations the intervention was fitted on."""
+
+    id: Label
+    architecture: Label
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    vocab_size: PositiveInt
+    fingerprint: Label | None = None
+
+
+class AffineDefaults(_Strict):
+    """The settings of a request that states none."""
+
+    strength: float
+    positions: Positions = "all"
+
+
+class AffineLimits(_Strict):
+    """The range of each setting, both ends included."""
+
+    strength: Range = (0.0, 1.0)
+
+
+class RewardDefaults(_Strict):
+    """The settings of a request that states none."""
+
+    eta: float
+    iterations: NonNegativeInt
+    direction_scale: float = 1.0
+
+
+class RewardLimits(_Strict):
+    """The range of each setting, both ends included."""
+
+    eta: Range = (0.0, 10.0)
+    iterations: CountRange = (0, 64)
+    direction_scale: Range = (0.0, 10.0)
+
+
+class _Common(_Strict):
+    format: Literal["steerserve/1"]
+    method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+    description: Annotated[str, StringConstraints(max_length=10_000)]
+    created: Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
+    license: Label
+    base_model: BaseModelReference
+    training: dict[str, TrainingValue] = Field(default_factory=dict)
+
+
+class AffineManifest(_Common):
+    """The manifest of affine maps (LinEAS, Lin-AcT, mean shift, CAA)."""
+
+    kind: Literal["affine"]
+    defaults: AffineDefaults
+    limits: AffineLimits = AffineLimits()
+
+    @model_validator(mode="after")
+    def _defaults_lie_inside_limits(self) -> Self:
+        _check_inside("strength", self.defaults.strength, self.limits.strength)
+        return self
+
+
+class RewardManifest(_Common):
+    """The manifest of a reward head (ARGRE)."""
+
+    kind: Literal["reward"]
+    defaults: RewardDefaults
+    limits: RewardLimits = RewardLimits()
+
+    @model_validator(mode="after")
+    def _defaults_lie_inside_limits(self) -> Self:
+        _check_inside("eta", self.defaults.eta, self.limits.eta)
+        _check_inside("iterations", self.defaults.iterations, self.limits.iterations)
+        _check_inside("direction_scale", self.defaults.direction_scale, self.limits.direction_scale)
+        return self
+
+
+Manifest: TypeAlias = Annotated[AffineManifest | RewardManifest, Field(discriminator="kind")]
+
+_ADAPTER: Final[TypeAdapter[AffineManifest | RewardManifest]] = TypeAdapter(Manifest)
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Read a manifest from its JSON.
+
+    Raises:
+        ManifestError: the text is not JSON or not a manifest of this version.
+    """
+    try:
+        parse_json(text)
+    except StrictJSONError as error:
+        raise ManifestError(f"The manifest {error}.") from error
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        raise ManifestError(_sentence(error)) from error
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest as JSON: equal manifests give equal text."""
+    return manifest.model_dump_json()
+
+
+def _check_inside(field: str, value: float, limits: tuple[float, float]) -> None:
+    if not limits[0] <= value <= limits[1]:
+        raise ValueError(
+            f'"defaults.{field}" is {value:g}, outside of "limits.{field}" '
+            f"[{limits[0]:g}, {limits[1]:g}]"
+        )
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    # The first place is the union's tag, which is not a field of the manifest.
+    places = [str(place)[:100] for place in first["loc"][1:]]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"].startswith("union_tag"):
+        return 'The manifest\'s field "kind" must be "affine" or "reward".'
+    if not places:
+        return f"The manifest is not valid: {message}."
+    if places[0] == "training" and len(places) > 1:
+        # Every member of the union has its own complaint; only one sentence helps the reader.
+        places = places[:2]
+        message = "it must be a finite number, a string, true, false or null"
+    field = ".".join(places)
+    if first["type"] == "missing":
+        return f'The manifest lacks the field "{field}".'
+    if first["type"] == "extra_forbidden":
+        return f'The manifest has an unknown field "{field}".'
+    return f'The manifest\'s field "{field}" is not valid: {message[0].lower()}{message[1:]}.'

@@ -1,0 +1,158 @@
+"""From what a request asks to what is applied: defaults filled in, everything else refused."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Final, get_args
+
+from interventions.manifest import AffineManifest, Manifest, RewardManifest
+from steering.affine import AffineSettings, Positions
+from steering.reward import RewardSettings
+
+AFFINE_SETTINGS: Final[tuple[str, ...]] = ("strength", "positions")
+REWARD_SETTINGS: Final[tuple[str, ...]] = ("eta", "iterations", "direction_scale")
+
+
+class InvalidSettingError(ValueError):
+    """A setting that is not accepted; `field` is its name as the request wrote it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """The server's own range of each setting, both ends included. No manifest widens it."""
+
+    strength: tuple[float, float] = (-100.0, 100.0)
+    eta: tuple[float, float] = (-100.0, 100.0)
+    iterations: tuple[int, int] = (0, 64)
+    direction_scale: tuple[float, float] = (-100.0, 100.0)
+
+
+def resolve_settings(
+    manifest: Manifest, requested: Mapping[str, object], caps: Caps
+) -> AffineSettings | RewardSettings:
+    """Check what a request states and take the manifest's defaults for the rest.
+
+    Raises:
+        InvalidSettingError: a setting is unknown, of the other kind, of a wrong type, not finite,
+            or outside the manifest's limits or the server's caps. A default outside of the caps
+            is refused too: it is never changed silently.
+    """
+    _check_names(manifest, requested)
+    if isinstance(manifest, AffineManifest):
+        return _affine(manifest, requested, caps)
+    return _reward(manifest, requested, caps)
+
+
+def _affine(
+    manifest: AffineManifest, requested: Mapping[str, object], caps: Caps
+) -> AffineSettings:
+    strength = requested.get("strength", manifest.defaults.strength)
+    positions = requested.get("positions", manifest.defaults.positions)
+    return AffineSettings(
+        strength=_number("strength", strength, manifest.limits.strength, caps.strength),
+        positions=_positions(positions),
+    )
+
+
+def _reward(
+    manifest: RewardManifest, requested: Mapping[str, object], caps: Caps
+) -> RewardSettings:
+    defaults, limits = manifest.defaults, manifest.limits
+    scale = requested.get("direction_scale", defaults.direction_scale)
+    return RewardSettings(
+        eta=_number("eta", requested.get("eta", defaults.eta), limits.eta, caps.eta),
+        iterations=_count(
+            "iterations",
+            requested.get("iterations", defaults.iterations),
+            limits.iterations,
+            caps.iterations,
+        ),
+        direction_scale=_number(
+            "direction_scale", scale, limits.direction_scale, caps.direction_scale
+        ),
+    )
+
+
+def _check_names(manifest: Manifest, requested: Mapping[str, object]) -> None:
+    if isinstance(manifest, AffineManifest):
+        own, others, other_kind = AFFINE_SETTINGS, REWARD_SETTINGS, "reward"
+    else:
+        own, others, other_kind = REWARD_SETTINGS, AFFINE_SETTINGS, "affine"
+    for field in requested:
+        if field in own:
+            continue
+        if field in others:
+            raise InvalidSettingError(
+                field,
+                f'"{field}" is a setting of {other_kind} interventions; '
+                f'"{manifest.name}" is of kind {manifest.kind} and takes {_listed(own)}.',
+            )
+        nearest = get_close_matches(field, own, n=1)
+        hint = f'did you mean "{nearest[0]}"?' if nearest else f"it takes {_listed(own)}."
+        raise InvalidSettingError(
+            field, f'"{field[:100]}" is not a setting of "{manifest.name}"; {hint}'
+        )
+
+
+def _number(
+    field: str, value: object, limits: tuple[float, float], caps: tuple[float, float]
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidSettingError(field, f'"{field}" must be a number, not {_said(value)}.')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidSettingError(field, f'"{field}" must be a finite number, not {value}.')
+    _check_range(field, value, limits, caps)
+    return float(value)
+
+
+def _count(field: str, value: object, limits: tuple[int, int], caps: tuple[int, int]) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidSettingError(field, f'"{field}" must be an integer, not {_said(value)}.')
+    _check_range(field, value, limits, caps)
+    return value
+
+
+def _positions(value: object) -> Positions:
+    known: tuple[Positions, ...] = get_args(Positions)
+    for positions in known:
+        if value == positions:
+            return positions
+    raise InvalidSettingError(
+        "positions", f'"positions" must be one of {_listed(known)}, not {_said(value)}.'
+    )
+
+
+def _check_range(
+    field: str, value: float, limits: tuple[float, float], caps: tuple[float, float]
+) -> None:
+    low, high = max(limits[0], caps[0]), min(limits[1], caps[1])
+    if low > high:
+        raise InvalidSettingError(
+            field,
+            f'"{field}" cannot be set: the intervention allows [{limits[0]:g}, {limits[1]:g}], '
+            f"this server only [{caps[0]:g}, {caps[1]:g}].",
+        )
+    if not low <= value <= high:
+        # An integer may have more digits than Python prints.
+        shown = f"{value:g}" if abs(value) < 1e300 else "a huge number"
+        raise InvalidSettingError(
+            field, f'"{field}" must lie in [{low:g}, {high:g}]; it is {shown}.'
+        )
+
+
+def _said(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f'the string "{value[:100]}"'
+    return str(value) if isinstance(value, float) else f"of type {type(value).__name__}"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

@@ -1,0 +1,46 @@
+"""JSON from strangers: no duplicate keys, no NaN or Infinity, no nesting without end."""
+
+import json
+from typing import NoReturn
+
+
+class StrictJSONError(ValueError):
+    """The text is not JSON that we accept; the message completes "it ..."."""
+
+
+def parse_json(text: str) -> object:
+    """Parse one JSON document into dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+        StrictJSONError: the text is not JSON, repeats a key, states NaN or Infinity, holds text
+            that is no Unicode, or nests too deeply.
+    """
+    try:
+        # What strict UTF-8 cannot say (a lone surrogate) would fail later, and less clearly.
+        text.encode()
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+    except StrictJSONError:
+        raise
+    except RecursionError:
+        raise StrictJSONError("is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise StrictJSONError("is not valid Unicode") from None
+    except json.JSONDecodeError as error:
+        raise StrictJSONError(
+            f"is not valid JSON ({error.msg} at character {error.pos})"
+        ) from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise StrictJSONError("holds a number that is too long") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise StrictJSONError(f"repeats the key {key[:100]!r}")
+        fields[key] = value
+    return fields
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise StrictJSONError(f"holds {constant}, which JSON does not have")

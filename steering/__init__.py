@@ -1,0 +1,1 @@
+"""The mathematics of interventions, on plain tensors. Imports torch only."""

@@ -1,0 +1,131 @@
+"""The bank: the loaded interventions' parameters, stacked by slot on the device.
+
+Slot 0 is the identity. It is selected away and never computed: arithmetic would turn -0.0 into
++0.0 and inf into NaN.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from steering.affine import AffineMap, AffineParameters, apply_affine
+from steering.reward import RewardHead, apply_reward
+from steering.route import AffineLayer, Route
+
+
+class _SiteStack:
+    """All slots' maps at one site of width d."""
+
+    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+        self.delta = torch.zeros(slots, width, device=device)  # weight - 1
+        self.bias = torch.zeros(slots, width, device=device)
+        self.present = torch.zeros(slots, 1, dtype=torch.bool, device=device)
+        self.filled: set[int] = set()  # `present`, as the host knows it
+        self.low: Tensor | None = None  # (slots, d), made with the first map that has a support
+        self.high: Tensor | None = None
+
+    def put(self, slot: int, site_map: AffineMap) -> None:
+        self.delta[slot] = site_map.weight - 1
+        self.bias[slot] = site_map.bias
+        self.present[slot] = True
+        self.filled.add(slot)
+        if site_map.low is not None and site_map.high is not None:
+            if self.low is None or self.high is None:
+                self.low = torch.full_like(self.delta, -torch.inf)
+                self.high = torch.full_like(self.delta, torch.inf)
+            self.low[slot] = site_map.low
+            self.high[slot] = site_map.high
+
+    def clear(self, slot: int) -> None:
+        self.present[slot] = False
+        self.filled.discard(slot)
+        if self.low is not None and self.high is not None:
+            self.low[slot] = -torch.inf
+            self.high[slot] = torch.inf
+
+    def edit(self, z: Tensor, layer: AffineLayer) -> Tensor:
+        """(tokens, d) float32 -> (tokens, d) float32."""
+        slots = layer.slots
+        edited = apply_affine(
+            z,
+            delta=self.delta[slots],
+            bias=self.bias[slots],
+            strength=layer.strength,
+            low=None if self.low is None else self.low[slots],
+            high=None if self.high is None else self.high[slots],
+        )
+        return torch.where(self.present[slots], edited, z)
+
+
+class Bank:
+    """Parameters of up to `slots` interventions besides the identity in slot 0."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.slots = slots
+        self._device = device
+        self._sites: dict[str, _SiteStack] = {}
+        self._heads: dict[int, RewardHead] = {}
+
+    def put(self, slot: int, parameters: AffineParameters | RewardHead) -> None:
+        """Fill a slot, replacing what it held."""
+        if not 1 <= slot <= self.slots:
+            raise IndexError(f"slot {slot} is outside 1..{self.slots}")
+        self.clear(slot)
+        if isinstance(parameters, Mapping):
+            for site, site_map in parameters.items():
+                self._site(site, site_map.weight.numel()).put(slot, site_map)
+        else:
+            self._heads[slot] = parameters.to(self._device)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self._heads.pop(slot, None)
+        for stack in self._sites.values():
+            stack.clear(slot)
+
+    def _site(self, site: str, width: int) -> _SiteStack:
+        if site not in self._sites:
+            self._sites[site] = _SiteStack(self.slots + 1, width, self._device)
+        return self._sites[site]
+
+    def edit_site(self, site: str, output: Tensor, route: Route) -> Tensor:
+        """Apply the step's affine edits at one site.
+
+        Args:
+            output: (..., d), the site's output, any floating dtype; its leading dimensions hold
+                the route's tokens in order.
+
+        Returns:
+            The same shape and dtype; the whole stack is computed in float32 and cast back once.
+        """
+        stack = self._sites.get(site)
+        layers = [layer for layer in route.affine if stack and stack.filled & layer.used]
+        if stack is None or not layers:
+            return output
+        z = output.reshape(-1, output.shape[-1]).float()
+        for layer in layers:
+            z = stack.edit(z, layer)
+        return z.to(output.dtype).view_as(output)
+
+    def edit_rows(self, hidden: Tensor, route: Route) -> Tensor:
+        """Apply the step's reward edits before `lm_head`.
+
+        Args:
+            hidden: (..., d), any floating dtype; its leading dimensions hold the logits rows.
+
+        Returns:
+            The same shape and dtype; the whole stack is computed in float32 and cast back once.
+        """
+        h = hidden.reshape(-1, hidden.shape[-1]).float()
+        for group in route.reward:
+            edited = apply_reward(
+                h[group.rows],
+                head=self._heads[group.slot],
+                eta=group.eta,
+                iterations=group.iterations,
+                direction_scale=group.direction_scale,
+                max_iterations=group.max_iterations,
+            )
+            h = h.index_copy(0, group.rows, edited)
+        return h.to(hidden.dtype).view_as(hidden)

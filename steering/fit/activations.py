@@ -1,0 +1,240 @@
+"""What a fit reads of a model: token means at sites, hidden states before the head.
+
+The model is any causal language model called as `model(input_ids=..., attention_mask=...)`.
+Sequences are padded on the right, so that neither positions nor causal attention see the padding.
+Hooks are gone when a function returns, also when it raises.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from steering.fit import FitError
+
+TokenIds: TypeAlias = Sequence[int]
+SiteEdit: TypeAlias = Callable[[str, Tensor], Tensor]
+"""(site, its output) -> what takes its place; the same tensor to leave it as it is."""
+
+
+class _FarEnoughError(Exception):
+    """Ends a forward pass of which the rest is not needed. Never leaves this module."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBatch:
+    """Sequences padded on the right to a common length t."""
+
+    input_ids: Tensor  # (n, t) int64
+    attention_mask: Tensor  # (n, t) int64, 1 for a token and 0 for padding
+
+
+def pad_right(sequences: Sequence[TokenIds], device: torch.device) -> TokenBatch:
+    """One batch of sequences.
+
+    Raises:
+        FitError: there is no sequence, or one has no token.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    if not lengths or min(lengths) == 0:
+        raise FitError("a sequence to fit on has no token")
+    input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, : len(sequence)] = 1
+    return TokenBatch(input_ids.to(device), attention_mask.to(device))
+
+
+def token_mean(z: Tensor, attention_mask: Tensor) -> Tensor:
+    """Each sequence's mean over its own tokens: (n, t, d) -> (n, d) float32."""
+    mask = attention_mask[:, :, None].float()
+    return (z.float() * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: SiteEdit) -> None:
+    """Run the model as far as its last site, with every site's output passed through `edit`.
+
+    What comes after the last site (the widest matrix of a small model among it) is not computed.
+
+    Args:
+        model: a causal language model.
+        batch: what it is run on.
+        sites: module paths; a site's output is a tensor (n, t, d) or a tuple that starts with one.
+        edit: called once a site, in the order in which the model runs them.
+
+    Raises:
+        FitError: the model has no such module, or does not run it.
+    """
+    to_come = set(sites)
+
+    def edited(site: str, output: Tensor) -> Tensor:
+        result = edit(site, output)
+        to_come.discard(site)
+        if not to_come:
+            raise _FarEnoughError
+        return result
+
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(_output_hook(_submodule(model, site), site, edited))
+        _run_until_far_enough(model, batch)
+    if to_come:
+        raise FitError(f"the model does not run {', '.join(sorted(to_come))}")
+
+
+@torch.no_grad()
+def collect_token_means(
+    model: nn.Module, sites: Sequence[str], sequences: Sequence[TokenIds], batch_size: int
+) -> dict[str, Tensor]:
+    """Token-mean activations of the untouched model.
+
+    Returns:
+        site -> (len(sequences), d) float32, on the model's device.
+
+    Raises:
+        FitError: the model has no such site, or a sequence has no token.
+    """
+    collected: dict[str, list[Tensor]] = {site: [] for site in sites}
+    for start in range(0, len(sequences), batch_size):
+        batch = pad_right(sequences[start : start + batch_size], model_device(model))
+        for site, means in site_token_means(model, sites, batch).items():
+            collected[site].append(means)
+    return {site: torch.cat(means) for site, means in collected.items()}
+
+
+def site_token_means(
+    model: nn.Module,
+    sites: Sequence[str],
+    batch: TokenBatch,
+    edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Token means of each site's output *after* its edit, with all edits active at once.
+
+    Args:
+        model: a causal language model.
+        sites: module paths.
+        batch: n sequences.
+        edits: site -> function of its output as (n, t, d) float32; None edits nothing. Later
+            sites see the edited activations, in the model's dtype.
+
+    Returns:
+        site -> (n, d) float32.
+    """
+    means: dict[str, Tensor] = {}
+
+    def measure(site: str, z: Tensor) -> Tensor:
+        if edits is None:
+            means[site] = token_mean(z, batch.attention_mask)
+            return z
+        edited = edits[site](z.float())
+        means[site] = token_mean(edited, batch.attention_mask)
+        return edited.to(z.dtype)
+
+    run_sites(model, batch, sites, measure)
+    return means
+
+
+@torch.no_grad()
+def collect_hidden_states(
+    model: nn.Module,
+    head: nn.Module,
+    sequences: Sequence[TokenIds],
+    batch_size: int,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """The input of the language-model head for every token, of the untouched model.
+
+    Args:
+        model: a causal language model.
+        head: its language-model head (`lm_head`), a submodule that takes the hidden states as its
+            first argument. It is not run.
+        sequences: token ids.
+        batch_size: sequences a forward pass.
+        on_batch: called after every forward pass with (sequences done, sequences in all).
+
+    Returns:
+        One (tokens, width) float32 tensor a sequence, on the model's device; width is the head's
+        `in_features`.
+
+    Raises:
+        FitError: a sequence has no token, or the model does not run the head.
+    """
+    captured: list[Tensor] = []
+
+    def capture(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured.append(args[0].float())
+        raise _FarEnoughError
+
+    states: list[Tensor] = []
+    for start in range(0, len(sequences), batch_size):
+        chunk = sequences[start : start + batch_size]
+        with _removed_afterwards(head.register_forward_pre_hook(capture)):
+            _run_until_far_enough(model, pad_right(chunk, model_device(model)))
+        if not captured:
+            raise FitError("the model does not run its language-model head")
+        padded = captured.pop()
+        # A copy, not a view: a view would keep the padding's memory alive.
+        states += [padded[row, : len(tokens)].clone() for row, tokens in enumerate(chunk)]
+        if on_batch is not None:
+            on_batch(len(states), len(sequences))
+    return states
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for the model's own parameters, for a while."""
+    was_training = model.training
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter, which is where its token ids must be."""
+    return next(model.parameters()).device
+
+
+def _submodule(model: nn.Module, site: str) -> nn.Module:
+    try:
+        return model.get_submodule(site)
+    except AttributeError as error:
+        raise FitError(f"the model has no module {site}") from error
+
+
+@contextmanager
+def _removed_afterwards(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _output_hook(module: nn.Module, site: str, edit: SiteEdit) -> Iterator[None]:
+    def hook(_module: nn.Module, _args: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return (edit(site, output[0]), *output[1:])
+        if isinstance(output, Tensor):
+            return edit(site, output)
+        raise FitError(f"{site} returns a {type(output).__name__}, not a tensor")
+
+    with _removed_afterwards(module.register_forward_hook(hook)):
+        yield
+
+
+def _run_until_far_enough(model: nn.Module, batch: TokenBatch) -> None:
+    try:
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    except _FarEnoughError:
+        return

@@ -1,0 +1,281 @@
+"""Fits ARGRE's direction and reward head on hidden states of preference pairs.
+
+"Detoxifying Large Language Models via Autoregressive Reward Guided Representation Editing"
+(NeurIPS 2025). With `h+`, `h-` the hidden states before the head (after the final norm) of a
+pair's positive and negative text:
+
+    direction d = mean over pairs of (last token of h+  -  last token of h-),   unit = d / ||d||
+    h(alpha) = h+ + alpha ((h- - h+) . unit) unit,  alpha in linspace(0, 1, interpolations + 2)
+
+over the tokens that both texts have. Two neighbours on that path are a preference, the one nearer
+h+ being chosen; with r summed over tokens (mean: r_bar) the loss is
+
+    -log sigmoid(beta (r(chosen) - r(rejected))) + center mean((r_bar(chosen) + r_bar(rejected))^2)
+
+Optimised by AdamW with a warm-up and a cosine schedule, as the authors' code does. Their code adds
+the first principal component (a unit vector) to d; the paper's d, used here, does not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from steering.fit import FitError
+from steering.reward import RewardHead, reward
+
+OnStep: TypeAlias = Callable[[int, int, float], None]
+"""(step, from 1; steps in all; the step's loss)"""
+
+
+@dataclass(frozen=True, slots=True)
+class ArgreSettings:
+    """How to fit. The defaults are the authors'."""
+
+    hidden_units: int = 1024  # m, of the head
+    interpolations: int = 7  # points between the two ends of the path
+    beta: float = 0.05
+    center: float = 0.01
+    epochs: int = 3
+    batch_size: int = 4  # pairs a step
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 100  # at most a tenth of all steps
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be fitted.
+
+        Raises:
+            FitError: a setting is out of its range.
+        """
+        if min(self.hidden_units, self.epochs, self.batch_size) < 1:
+            raise FitError("hidden_units, epochs and batch_size must be at least 1")
+        if min(self.interpolations, self.warmup_steps, self.seed) < 0:
+            raise FitError("interpolations, warmup_steps and seed must not be negative")
+        rates = (self.beta, self.learning_rate)
+        if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise FitError("beta and learning_rate must be positive numbers")
+        if not (self.center >= 0 and self.weight_decay >= 0):
+            raise FitError("center and weight_decay must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class ArgreReport:
+    """How a fit went: mean loss of the first and the last epoch, and what the head then says."""
+
+    initial_loss: float
+    final_loss: float
+    accuracy: float  # share of pairs whose positive has the larger mean reward over its tokens
+    positive_reward: float  # mean over all positives' tokens
+    negative_reward: float
+    direction_norm: float
+
+
+def mean_direction(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
+    """The direction d: pairs of (tokens, width) float32 -> (width,) float32, not normalised."""
+    differences = [
+        positive[-1] - negative[-1] for positive, negative in zip(positives, negatives, strict=True)
+    ]
+    return torch.stack(differences).mean(dim=0)
+
+
+def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
+    """The path h(alpha) of the module's docstring.
+
+    Args:
+        positive: (..., width) float32.
+        negative: the same shape.
+        unit: (width,) float32, of length 1.
+        interpolations: points between the two ends.
+
+    Returns:
+        (interpolations + 2, ..., width) float32, from the positive on.
+    """
+    along = ((negative - positive) @ unit)[..., None] * unit
+    alphas = torch.linspace(0, 1, interpolations + 2, device=positive.device)
+    return positive + alphas.view(-1, *([1] * positive.dim())) * along
+
+
+def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -> Tensor:
+    """The loss of neighbours on each pair's path.
+
+    Args:
+        rewards: (points, pairs, tokens) float32, from the positive on.
+        mask: (pairs, tokens) bool, tokens that both texts have; at least one a pair.
+        beta: scale of the preference.
+        center: weight of the term that keeps rewards around 0.
+
+    Returns:
+        () float32.
+    """
+    sums = (rewards * mask).sum(dim=-1)
+    means = sums / mask.sum(dim=-1)
+    preference = -functional.logsigmoid(beta * (sums[:-1] - sums[1:])).mean()
+    return preference + center * (means[:-1] + means[1:]).square().mean()
+
+
+def fit_argre(
+    positives: Sequence[Tensor],
+    negatives: Sequence[Tensor],
+    settings: ArgreSettings,
+    on_step: OnStep | None = None,
+) -> tuple[RewardHead, ArgreReport]:
+    """Fit the direction and the reward head.
+
+    The same inputs and seed give the same head on the same machine and number of threads.
+
+    Args:
+        positives: one (tokens, width) float32 tensor a pair: hidden states of the text that is
+            wanted (where pairs have a prompt, of its continuation only).
+        negatives: likewise, of the text that is not.
+        settings: how to fit.
+        on_step: called after every step.
+
+    Returns:
+        The head, float32 on the device of the hidden states; and how the fit went.
+
+    Raises:
+        FitError: no pairs, a text without tokens, positives and negatives that are equal, or a
+            loss that is no longer finite.
+    """
+    _check_pairs(positives, negatives)
+    direction = mean_direction(positives, negatives)
+    if not direction.norm() > 0:
+        raise FitError("positives and negatives end in the same hidden states: no direction")
+    generator = torch.Generator().manual_seed(settings.seed)
+    head = _initial_head(direction, settings.hidden_units, generator)
+    losses = _train(head, positives, negatives, settings, generator, on_step)
+    return _finish(head, positives, negatives, losses)
+
+
+def _check_pairs(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> None:
+    if not positives or len(positives) != len(negatives):
+        raise FitError("a fit needs pairs: at least one, with as many positives as negatives")
+    if min(len(states) for states in (*positives, *negatives)) == 0:
+        raise FitError("a text of a pair has no token")
+
+
+def _initial_head(direction: Tensor, hidden_units: int, generator: torch.Generator) -> RewardHead:
+    """torch's own initialisation of two linear layers, from our own generator."""
+
+    def uniform(fan_in: int, *shape: int) -> Tensor:
+        bound = 1 / math.sqrt(fan_in)
+        values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return values.to(direction.device).requires_grad_()
+
+    width = len(direction)
+    return RewardHead(
+        w1=uniform(width, hidden_units, width),
+        b1=uniform(width, hidden_units),
+        w2=uniform(hidden_units, hidden_units),
+        b2=uniform(hidden_units),
+        direction=direction,
+        positive_reward=torch.zeros((), device=direction.device),
+    )
+
+
+def _train(
+    head: RewardHead,
+    positives: Sequence[Tensor],
+    negatives: Sequence[Tensor],
+    settings: ArgreSettings,
+    generator: torch.Generator,
+    on_step: OnStep | None,
+) -> list[list[float]]:
+    """Descend in place; returns every epoch's losses."""
+    unit = head.direction / head.direction.norm()
+    steps_an_epoch = math.ceil(len(positives) / settings.batch_size)
+    total = steps_an_epoch * settings.epochs
+    optimizer = torch.optim.AdamW(
+        [head.w1, head.b1, head.w2, head.b2],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _warmup_then_cosine(min(settings.warmup_steps, total // 10), total)
+    )
+    losses: list[list[float]] = []
+    for epoch in range(settings.epochs):
+        losses.append([])
+        order = torch.randperm(len(positives), generator=generator)
+        for rows in torch.split(order, settings.batch_size):
+            positive, negative, mask = _common_tokens(positives, negatives, rows.tolist())
+            points = interpolate(positive, negative, unit, settings.interpolations)
+            rewards = reward(head, points)
+            loss = preference_loss(rewards, mask, settings.beta, settings.center)
+            if not math.isfinite(loss.item()):
+                raise FitError("the loss is no longer finite: lower the learning rate")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses[-1].append(loss.item())
+            if on_step is not None:
+                on_step(epoch * steps_an_epoch + len(losses[-1]), total, loss.item())
+    return losses
+
+
+def _warmup_then_cosine(warmup: int, total: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def _common_tokens(
+    positives: Sequence[Tensor], negatives: Sequence[Tensor], rows: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pairs, tokens, width) positives and negatives with zeros as padding; the mask of both."""
+    lengths = [min(len(positives[row]), len(negatives[row])) for row in rows]
+    shape = (len(rows), max(lengths), positives[rows[0]].shape[-1])
+    positive = positives[rows[0]].new_zeros(shape)
+    negative = torch.zeros_like(positive)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        positive[index, :length] = positives[row][:length]
+        negative[index, :length] = negatives[row][:length]
+    counts = torch.tensor(lengths, device=positive.device)
+    return positive, negative, torch.arange(max(lengths), device=positive.device) < counts[:, None]
+
+
+@torch.no_grad()
+def _finish(
+    head: RewardHead,
+    positives: Sequence[Tensor],
+    negatives: Sequence[Tensor],
+    losses: list[list[float]],
+) -> tuple[RewardHead, ArgreReport]:
+    positive_rewards = [reward(head, states) for states in positives]
+    negative_rewards = [reward(head, states) for states in negatives]
+    right = [
+        bool(positive.mean() > negative.mean())
+        for positive, negative in zip(positive_rewards, negative_rewards, strict=True)
+    ]
+    positive_reward = torch.cat(positive_rewards).mean()
+    finished = RewardHead(
+        w1=head.w1.detach(),
+        b1=head.b1.detach(),
+        w2=head.w2.detach(),
+        b2=head.b2.detach(),
+        direction=head.direction,
+        positive_reward=positive_reward,
+    )
+    report = ArgreReport(
+        initial_loss=_mean(losses[0]),
+        final_loss=_mean(losses[-1]),
+        accuracy=sum(right) / len(right),
+        positive_reward=positive_reward.item(),
+        negative_reward=torch.cat(negative_rewards).mean().item(),
+        direction_norm=head.direction.norm().item(),
+    )
+    return finished, report
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

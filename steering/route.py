@@ -1,0 +1,169 @@
+"""The route of one step: which slot and which settings each token and each logits row uses.
+
+Computed once a step on the host; the hooks in the model only index the bank by it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from steering.affine import AffineSettings, Positions
+from steering.reward import RewardSettings
+
+
+@dataclass(frozen=True, slots=True)
+class SlottedEdit:
+    """One edit of a request, by the bank's slot that holds its parameters."""
+
+    slot: int
+    settings: AffineSettings | RewardSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One request's consecutive tokens in a step."""
+
+    start: int  # of its first token, relative to the request's own prompt
+    count: int
+    prompt_length: int
+    rows: range  # its logits rows in the step
+    edits: tuple[SlottedEdit, ...]  # in the order in which they apply
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AffineLayer:
+    """The k-th affine edit of every token's stack. Slot 0 is the identity."""
+
+    slots: Tensor  # (tokens,) int64
+    strength: Tensor  # (tokens, 1) float32
+    used: frozenset[int]  # the slots in `slots` but 0, known on the host
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RewardGroup:
+    """The rows that one head edits at one place of their stacks."""
+
+    slot: int
+    rows: Tensor  # (n,) int64
+    eta: Tensor  # (n, 1) float32
+    iterations: Tensor  # (n, 1) int64
+    direction_scale: Tensor  # (n, 1) float32
+    max_iterations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A step's edits, in the order in which they apply. Empty where nothing is steered."""
+
+    affine: tuple[AffineLayer, ...]
+    reward: tuple[RewardGroup, ...]
+
+
+_AffineEdit: TypeAlias = tuple[int, AffineSettings]
+_RewardEdit: TypeAlias = tuple[int, RewardSettings]
+
+
+def build_route(spans: Sequence[Span], device: torch.device) -> Route:
+    """The route of a step whose tokens are those of `spans`, one span after the other."""
+    affine = [_affine_edits(span) for span in spans]
+    reward = [_reward_edits(span) for span in spans]
+    layers = (
+        _affine_layer(spans, affine, depth, device)
+        for depth in range(max(map(len, affine), default=0))
+    )
+    groups = (
+        group
+        for depth in range(max(map(len, reward), default=0))
+        for group in _reward_groups(spans, reward, depth, device)
+    )
+    return Route(tuple(layer for layer in layers if layer.used), tuple(groups))
+
+
+def _affine_edits(span: Span) -> list[_AffineEdit]:
+    return [
+        (edit.slot, edit.settings)
+        for edit in span.edits
+        if isinstance(edit.settings, AffineSettings)
+    ]
+
+
+def _reward_edits(span: Span) -> list[_RewardEdit]:
+    return [
+        (edit.slot, edit.settings)
+        for edit in span.edits
+        if isinstance(edit.settings, RewardSettings)
+    ]
+
+
+def _edited_tokens(span: Span, positions: Positions) -> range:
+    """Which of the span's tokens an edit at `positions` acts on, as offsets into the span."""
+    prompt_tokens = min(max(span.prompt_length - span.start, 0), span.count)
+    match positions:
+        case "all":
+            return range(span.count)
+        case "prompt":
+            return range(prompt_tokens)
+        case "generated":
+            return range(prompt_tokens, span.count)
+
+
+def _affine_layer(
+    spans: Sequence[Span],
+    edits: Sequence[Sequence[_AffineEdit]],
+    depth: int,
+    device: torch.device,
+) -> AffineLayer:
+    tokens = sum(span.count for span in spans)
+    slots = [0] * tokens
+    strength = [0.0] * tokens
+    first = 0
+    for span, stack in zip(spans, edits, strict=True):
+        if depth < len(stack):
+            slot, settings = stack[depth]
+            edited = _edited_tokens(span, settings.positions)
+            place = slice(first + edited.start, first + edited.stop)
+            slots[place] = [slot] * len(edited)
+            strength[place] = [settings.strength] * len(edited)
+        first += span.count
+    return AffineLayer(
+        slots=torch.tensor(slots, device=device),
+        strength=torch.tensor(strength, dtype=torch.float32, device=device)[:, None],
+        used=frozenset(slots) - {0},
+    )
+
+
+def _reward_groups(
+    spans: Sequence[Span],
+    edits: Sequence[Sequence[_RewardEdit]],
+    depth: int,
+    device: torch.device,
+) -> Iterable[RewardGroup]:
+    by_slot: dict[int, list[tuple[int, RewardSettings]]] = {}
+    for span, stack in zip(spans, edits, strict=True):
+        if depth < len(stack):
+            slot, settings = stack[depth]
+            by_slot.setdefault(slot, []).extend((row, settings) for row in span.rows)
+    for slot, rows in by_slot.items():
+        if rows:
+            yield _reward_group(slot, rows, device)
+
+
+def _reward_group(
+    slot: int, rows: Sequence[tuple[int, RewardSettings]], device: torch.device
+) -> RewardGroup:
+    iterations = [settings.iterations for _, settings in rows]
+    return RewardGroup(
+        slot=slot,
+        rows=torch.tensor([row for row, _ in rows], device=device),
+        eta=_column([settings.eta for _, settings in rows], device),
+        iterations=torch.tensor(iterations, device=device)[:, None],
+        direction_scale=_column([settings.direction_scale for _, settings in rows], device),
+        max_iterations=max(iterations),
+    )
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]

@@ -1,0 +1,166 @@
+"""Small artifacts for tests, and safetensors files written by hand, right or wrong."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from interventions.manifest import AffineManifest, RewardManifest, parse_manifest
+from steering.affine import AffineMap, AffineParameters
+from steering.reward import RewardHead
+
+Json = dict[str, object]
+Entry = tuple[str, list[int], bytes]  # type, shape, bytes
+M = TypeVar("M", AffineManifest, RewardManifest)
+
+
+def manifest_fields(kind: str = "affine", name: str = "sample") -> Json:
+    """A complete manifest as JSON fields."""
+    defaults: Mapping[str, object] = {"strength": 0.5, "positions": "all"}
+    limits: Mapping[str, object] = {"strength": [0, 1]}
+    if kind == "reward":
+        defaults = {"eta": 0.5, "iterations": 5, "direction_scale": 1.0}
+        limits = {"eta": [0, 2], "iterations": [0, 10], "direction_scale": [0, 3]}
+    return {
+        "format": "steerserve/1",
+        "kind": kind,
+        "method": "lineas" if kind == "affine" else "argre",
+        "name": name,
+        "description": "A sample.",
+        "created": "2026-11-21T20:41:00Z",
+        "license": "Apache-2.0",
+        "base_model": {
+            "id": "org/tiny",
+            "architecture": "LlamaForCausalLM",
+            "hidden_size": 4,
+            "num_layers": 2,
+            "vocab_size": 100,
+            "fingerprint": "f" * 64,
+        },
+        "defaults": dict(defaults),
+        "limits": dict(limits),
+        "training": {"data": "made up", "samples": 32, "loss": 0.25, "shuffled": True, "x": None},
+    }
+
+
+def affine_manifest(name: str = "sample", **changed: object) -> AffineManifest:
+    """A manifest of kind affine, with top-level fields replaced."""
+    return _parsed(AffineManifest, manifest_fields("affine", name) | changed)
+
+
+def reward_manifest(name: str = "sample", **changed: object) -> RewardManifest:
+    """A manifest of kind reward, with top-level fields replaced."""
+    return _parsed(RewardManifest, manifest_fields("reward", name) | changed)
+
+
+def _parsed(kind: type[M], fields: Json) -> M:
+    manifest = parse_manifest(json.dumps(fields))
+    assert isinstance(manifest, kind)
+    return manifest
+
+
+def affine_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
+    """Two sites, the second with a support."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias, other = torch.randn(3, width, generator=generator)
+    return {
+        "model.layers.0.norm": AffineMap(weight, bias),
+        "model.layers.1.norm": AffineMap(bias, other, low=other - 1, high=other + 1),
+    }
+
+
+def reward_head(seed: int = 0, units: int = 3, width: int = 4) -> RewardHead:
+    """A random head."""
+    generator = torch.Generator().manual_seed(seed)
+    return RewardHead(
+        w1=torch.randn(units, width, generator=generator),
+        b1=torch.randn(units, generator=generator),
+        w2=torch.randn(units, generator=generator),
+        b2=torch.randn((), generator=generator),
+        direction=torch.randn(width, generator=generator),
+        positive_reward=torch.randn((), generator=generator),
+    )
+
+
+def same_parameters(
+    left: AffineParameters | RewardHead, right: AffineParameters | RewardHead
+) -> bool:
+    """Whether parameters are bit for bit equal."""
+    if isinstance(left, RewardHead) and isinstance(right, RewardHead):
+        fields = ("w1", "b1", "w2", "b2", "direction", "positive_reward")
+        return all(torch.equal(getattr(left, name), getattr(right, name)) for name in fields)
+    if isinstance(left, RewardHead) or isinstance(right, RewardHead):
+        return False
+    return left.keys() == right.keys() and all(
+        _same(getattr(left[site], part), getattr(right[site], part))
+        for site in left
+        for part in ("weight", "bias", "low", "high")
+    )
+
+
+def _same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return torch.equal(left, right)
+
+
+def floats(*values: float) -> bytes:
+    """float32 bytes."""
+    return torch.tensor(values, dtype=torch.float32).numpy().tobytes()
+
+
+def entry(shape: list[int], values: list[float]) -> Entry:
+    """A float32 tensor of a handmade file."""
+    return "F32", shape, floats(*values)
+
+
+def affine_entries() -> dict[str, Entry]:
+    """The tensors of a valid handmade affine file of one site."""
+    return {
+        "sites.model.layers.0.norm.weight": entry([2], [1, 2]),
+        "sites.model.layers.0.norm.bias": entry([2], [3, 4]),
+    }
+
+
+def reward_entries(units: int = 3, width: int = 2) -> dict[str, Entry]:
+    """The tensors of a valid handmade reward file."""
+    return {
+        "head.0.weight": entry([units, width], [0.5] * (units * width)),
+        "head.0.bias": entry([units], [0.5] * units),
+        "head.2.weight": entry([1, units], [0.5] * units),
+        "head.2.bias": entry([1], [0.5]),
+        "direction": entry([width], [0.5] * width),
+        "positive_reward": entry([], [1.0]),
+    }
+
+
+def header_fields(entries: Mapping[str, Entry], metadata: object) -> Json:
+    """The header of a handmade file, as fields."""
+    fields: Json = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for name, (dtype, shape, data) in entries.items():
+        end = offset + len(data)
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return fields
+
+
+def with_header(header: bytes, data: bytes) -> bytes:
+    """A file of a header and of the tensors' bytes."""
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def handmade(entries: Mapping[str, Entry], kind: str = "affine") -> bytes:
+    """The bytes of a safetensors file written without the library."""
+    metadata = {"manifest": json.dumps(manifest_fields(kind))}
+    header = json.dumps(header_fields(entries, metadata)).encode()
+    return with_header(header, b"".join(data for _, _, data in entries.values()))
+
+
+def write(folder: Path, data: bytes) -> Path:
+    """The bytes in a file."""
+    path = folder / "file.safetensors"
+    path.write_bytes(data)
+    return path

@@ -1,0 +1,136 @@
+"""Slow references, obviously right: what every fast path of the project is held to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from steering.affine import AffineMap, AffineSettings
+from steering.reward import RewardHead, RewardSettings
+
+Stack: TypeAlias = Sequence[
+    tuple[Mapping[str, AffineMap] | RewardHead, AffineSettings | RewardSettings]
+]
+
+
+def affine(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
+    """One token's vector: strength * T(z) + (1 - strength) * z, coordinate by coordinate."""
+    edited = z.clone()
+    for i in range(z.numel()):
+        if site_map.low is not None and not z[i] >= site_map.low[i]:
+            continue
+        if site_map.high is not None and not z[i] <= site_map.high[i]:
+            continue
+        mapped = site_map.weight[i] * z[i] + site_map.bias[i]
+        edited[i] = strength * mapped + (1 - strength) * z[i]
+    return edited
+
+
+def affine_rows(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
+    """(n, d): the same formula, a row at a time, for models too wide for the loop above."""
+    mapped = site_map.weight * z + site_map.bias
+    edited = strength * mapped + (1 - strength) * z
+    if site_map.low is not None and site_map.high is not None:
+        edited = torch.where((z >= site_map.low) & (z <= site_map.high), edited, z)
+    return edited
+
+
+def reward_of(h: Tensor, head: RewardHead) -> Tensor:
+    """r(h) of one vector."""
+    return head.w2 @ torch.relu(head.w1 @ h + head.b1) + head.b2
+
+
+def reward(h: Tensor, head: RewardHead, settings: RewardSettings) -> Tensor:
+    """One row, its gradient by autograd."""
+    gap = head.positive_reward - reward_of(h, head)
+    if gap > 0:
+        h = h + settings.direction_scale * gap * head.direction
+    for _ in range(settings.iterations):
+        with torch.enable_grad():
+            point = h.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(reward_of(point, head), point)
+        h = h + settings.eta * gradient
+    return h
+
+
+class Oracle:
+    """Hugging Face's model, one request at a time, its whole text recomputed for every token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        lm_head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        assert isinstance(lm_head, nn.Module)
+        self._lm_head = lm_head
+
+    def logits(self, tokens: Sequence[int], prompt_length: int, stack: Stack = ()) -> Tensor:
+        """(tokens, vocabulary) float32: the edited model's logits after every token."""
+        with ExitStack() as hooks, torch.no_grad():
+            for site in dict.fromkeys(site for site in _sites(stack)):
+                module = self._model.get_submodule(site)
+                hook = _edit_site(site, stack, prompt_length)
+                hooks.callback(module.register_forward_hook(hook).remove)
+            hooks.callback(self._lm_head.register_forward_pre_hook(_edit_rows(stack)).remove)
+            output = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def greedy(
+        self, prompt: Sequence[int], new_tokens: int, stack: Stack = ()
+    ) -> tuple[list[int], list[Tensor]]:
+        """The tokens that greedy decoding gives, and the logits that each was chosen from."""
+        tokens = list(prompt)
+        chosen_from = []
+        for _ in range(new_tokens):
+            last = self.logits(tokens, len(prompt), stack)[-1]
+            chosen_from.append(last)
+            tokens.append(int(last.argmax()))
+        return tokens[len(prompt) :], chosen_from
+
+
+def _sites(stack: Stack) -> list[str]:
+    return [
+        site for parameters, _ in stack if isinstance(parameters, Mapping) for site in parameters
+    ]
+
+
+def _edit_site(
+    site: str, stack: Stack, prompt_length: int
+) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], Tensor | tuple[Tensor, ...]]:
+    def hook(
+        _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
+        if isinstance(output, tuple):
+            return (edited_output(output[0]), *output[1:])
+        return edited_output(output)
+
+    def edited_output(output: Tensor) -> Tensor:
+        z = output[0].float()
+        for parameters, settings in stack:
+            if not (isinstance(parameters, Mapping) and isinstance(settings, AffineSettings)):
+                continue
+            if site not in parameters:
+                continue
+            edited = affine_rows(z, parameters[site], settings.strength)
+            first, last = {
+                "all": (0, len(z)),
+                "prompt": (0, prompt_length),
+                "generated": (prompt_length, len(z)),
+            }[settings.positions]
+            z = torch.cat([z[:first], edited[first:last], z[last:]])
+        return z.to(output.dtype)[None]
+
+    return hook
+
+
+def _edit_rows(stack: Stack) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        rows = args[0][0].float()
+        for parameters, settings in stack:
+            if isinstance(parameters, RewardHead) and isinstance(settings, RewardSettings):
+                rows = torch.stack([reward(row, parameters, settings) for row in rows])
+        return (rows.to(args[0].dtype)[None],)
+
+    return hook

@@ -1,0 +1,73 @@
+import torch
+
+from steering.affine import AffineSettings
+from steering.reward import RewardSettings
+from steering.route import Route, SlottedEdit, Span, build_route
+
+CPU = torch.device("cpu")
+
+
+def route_of(*spans: Span) -> Route:
+    return build_route(spans, CPU)
+
+
+def span(
+    *edits: SlottedEdit, start: int = 0, count: int = 4, prompt: int = 4, rows: range = range(0)
+) -> Span:
+    return Span(start=start, count=count, prompt_length=prompt, rows=rows, edits=edits)
+
+
+def test_a_step_without_edits_has_an_empty_route() -> None:
+    assert route_of(span(), span()) == Route((), ())
+
+
+def test_positions_are_relative_to_the_requests_own_prompt() -> None:
+    """A span that crosses from the prompt into what was generated, as after a recomputation."""
+    slots = {
+        positions: route_of(
+            span(count=2),
+            span(SlottedEdit(3, AffineSettings(1.0, positions)), start=2, count=5, prompt=4),
+        )
+        .affine[0]
+        .slots.tolist()
+        for positions in ("all", "prompt", "generated")
+    }
+    assert slots == {
+        "all": [0, 0, 3, 3, 3, 3, 3],
+        "prompt": [0, 0, 3, 3, 0, 0, 0],
+        "generated": [0, 0, 0, 0, 3, 3, 3],
+    }
+
+
+def test_a_layer_in_which_no_token_is_edited_is_left_out() -> None:
+    edit = SlottedEdit(1, AffineSettings(1.0, "generated"))
+    assert route_of(span(edit, count=4, prompt=4)).affine == ()
+
+
+def test_edits_apply_in_list_order_each_kind_by_itself() -> None:
+    stack = (
+        SlottedEdit(2, AffineSettings(0.2)),
+        SlottedEdit(7, RewardSettings(0.5, 1)),
+        SlottedEdit(1, AffineSettings(0.1)),
+        SlottedEdit(6, RewardSettings(0.4, 2)),
+    )
+    route = route_of(span(*stack, count=1, rows=range(1)), span(count=1, rows=range(1, 2)))
+    assert [layer.slots.tolist() for layer in route.affine] == [[2, 0], [1, 0]]
+    strengths = [layer.strength[0, 0].item() for layer in route.affine]
+    torch.testing.assert_close(strengths, [0.2, 0.1], rtol=1e-6, atol=0)
+    assert [layer.used for layer in route.affine] == [{2}, {1}]
+    assert [group.slot for group in route.reward] == [7, 6]
+    assert [group.max_iterations for group in route.reward] == [1, 2]
+
+
+def test_rows_of_one_head_form_one_group() -> None:
+    def user(eta: float, row: int) -> Span:
+        return span(SlottedEdit(5, RewardSettings(eta, 2)), count=1, rows=range(row, row + 1))
+
+    (group,) = route_of(user(0.25, 0), span(count=1, rows=range(1, 2)), user(0.5, 2)).reward
+    assert group.rows.tolist() == [0, 2]
+    assert group.eta.tolist() == [[0.25], [0.5]]
+
+
+def test_a_span_without_logits_rows_needs_no_reward() -> None:
+    assert route_of(span(SlottedEdit(5, RewardSettings(0.5, 2)))).reward == ()
