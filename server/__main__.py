@@ -1,0 +1,26 @@
+"""The `steerserve` command."""
+
+import typer
+
+from server.cli import fit, registry
+from server.cli.serve import serve
+
+app = typer.Typer(
+    name="steerserve",
+    help="Serve a language model with stored interventions, chosen per request.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(serve)
+app.add_typer(fit.app, name="fit")
+app.add_typer(registry.app)  # push, list, show, delete
+
+
+def main() -> None:
+    """The console script's entry."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Errors in OpenAI's envelope: `{"error": {"message", "type", "param", "code"}}`, everywhere."""
+
+import logging
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import JsonValue
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from interventions.registry import DamagedInterventionError, UnknownInterventionError
+from server.engine.base import (
+    BankFullError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+    StepFailedError,
+    UnservableInterventionError,
+)
+
+CLIENT_CLOSED_REQUEST: Final = 499  # nobody is left to read it: for the metrics and the log
+RETRY_SECONDS: Final = "1"
+
+ErrorBody: TypeAlias = dict[str, JsonValue]
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer that is an error: a status, and a sentence for the client."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @property
+    def body(self) -> ErrorBody:
+        """The envelope."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _error_type(self.status),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+def invalid(message: str, param: str | None, code: str | None = None) -> ApiError:
+    """A 400: the request itself is at fault, and `param` names the field."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_engine(error: EngineError) -> ApiError:
+    """What the client is told of an engine's exception."""
+    retry = {"Retry-After": RETRY_SECONDS}
+    match error:
+        case InvalidRequestError():
+            return invalid(str(error), error.param, error.code)
+        case UnservableInterventionError():
+            return invalid(str(error), "steering", "intervention_not_servable")
+        case QueueFullError():
+            message = "The server's queue is full; try again later."
+            return ApiError(429, message, code="queue_full", headers=retry)
+        case BankFullError():
+            message = "Running requests hold every slot for a loaded intervention; try again later."
+            return ApiError(503, message, code="intervention_slots_full", headers=retry)
+        case EngineDeadError():
+            return ApiError(503, "The engine has ended; it serves no more.", code="engine_dead")
+        case StepFailedError():
+            message = "The step that this request was part of failed; the request is lost."
+            return ApiError(500, message, code="step_failed")
+        case _:
+            return internal_error()
+
+
+def from_registry(error: UnknownInterventionError, param: str | None = None) -> ApiError:
+    """What the client is told where the registry has not what it asked for, or not whole."""
+    if isinstance(error, DamagedInterventionError):
+        # The reason may name a path on this machine.
+        logger.error("%s", error)
+        message = f"The intervention '{error.reference[:100]}' is stored but damaged."
+        return ApiError(500, message, param=param, code="intervention_damaged")
+    return ApiError(404, str(error), param=param, code="intervention_not_found")
+
+
+def internal_error() -> ApiError:
+    """A 500 that says nothing of what went wrong inside; the log does."""
+    return ApiError(500, "The server failed to answer this request.", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of the application an envelope."""
+    app.add_exception_handler(ApiError, _handle_api_error)
+    app.add_exception_handler(EngineError, _handle_engine_error)
+    app.add_exception_handler(UnknownInterventionError, _handle_registry_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    app.add_exception_handler(ClientDisconnect, _handle_client_gone)
+    app.add_exception_handler(ClientGoneError, _handle_client_gone)
+    app.add_exception_handler(Exception, _handle_unexpected)
+
+
+async def _handle_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response
+
+
+async def _handle_engine_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    return from_engine(error).response
+
+
+async def _handle_registry_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, UnknownInterventionError)
+    return from_registry(error).response
+
+
+async def _handle_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"Unknown request URL: {request.method} {request.url.path}.",
+        405: f"Not allowed method: {request.method} {request.url.path}.",
+    }
+    codes = {404: "unknown_url", 405: "method_not_allowed"}
+    return ApiError(
+        error.status_code,
+        messages.get(error.status_code, str(error.detail)),
+        code=codes.get(error.status_code),
+        headers=error.headers,
+    ).response
+
+
+async def _handle_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    return invalid(f"{param}: {first['msg']}", param).response
+
+
+async def _handle_client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _handle_unexpected(_: Request, __: Exception) -> Response:
+    return internal_error().response
+
+
+def _error_type(status: int) -> str:
+    if status == 403:
+        return "permission_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"

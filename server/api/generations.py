@@ -1,0 +1,165 @@
+"""The generations of one HTTP request: admitted together, measured, and released together."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+from starlette.types import Receive
+
+from server.api.errors import ClientGoneError
+from server.api.steering import AppliedSteering
+from server.engine.base import Engine, Generation, Request, StepOutput
+from server.metrics import Metrics
+
+T = TypeVar("T")
+Deliver: TypeAlias = Callable[[int, StepOutput], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request: each prompt once, every choice's completion."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def body(self) -> dict[str, int]:
+        """OpenAI's object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class GenerationGroup:
+    """What one HTTP request generates; `close` frees all of it, however far it came."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        steering: AppliedSteering,
+        arrived: float,
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._steering = steering
+        self._arrived = arrived  # time.perf_counter()
+        self._prompt_tokens = 0
+        self._generations: list[Generation] = []
+        self._generated_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        return Usage(self._prompt_tokens, self._generated_tokens)
+
+    async def submit(self, requests: Sequence[Request], prompt_tokens: int) -> None:
+        """Admit all requests; those before one that is refused are left to `close`.
+
+        `prompt_tokens` counts each prompt once, however many choices it has.
+
+        Raises:
+            EngineError: the engine refuses one.
+        """
+        for request in requests:
+            self._generations.append(await self._engine.submit(request))
+        self._prompt_tokens = prompt_tokens
+        self._metrics.admitted(prompt_tokens)
+
+    async def run(self, deliver: Deliver) -> None:
+        """Hand over every output with its choice's index, until all choices have finished.
+
+        Raises:
+            EngineError: a choice was lost; the others are not waited for.
+        """
+        pumps = [
+            self._pump(index, generation, deliver)
+            for index, generation in enumerate(self._generations)
+        ]
+        await gather_or_cancel(pumps)
+        usage = self.usage
+        seconds = time.perf_counter() - self._arrived
+        self._metrics.finished(seconds, usage.prompt_tokens, usage.completion_tokens)
+
+    def close(self) -> None:
+        """Cancel what has not finished and release the interventions. May be called again."""
+        for generation in self._generations:
+            generation.cancel()
+        self._steering.release()
+
+    async def _pump(self, index: int, generation: Generation, deliver: Deliver) -> None:
+        last: float | None = None
+        async for output in generation:
+            if output.queue_seconds is not None:
+                self._metrics.queued(output.queue_seconds)
+            last = self._measure(output, last)
+            await deliver(index, output)
+
+    def _measure(self, output: StepOutput, last: float | None) -> float | None:
+        """Count an output's tokens; returns when the choice's last token came."""
+        tokens = len(output.token_ids)
+        if tokens == 0:
+            return last
+        now = time.perf_counter()
+        self._generated_tokens += tokens
+        self._metrics.generated(tokens, self._steering.kind, self._steering.label)
+        if last is None:
+            self._metrics.first_token(now - self._arrived)
+            further, step = tokens - 1, 0.0
+        else:
+            further, step = tokens, (now - last) / tokens
+        for _ in range(further):
+            self._metrics.next_token(step)
+        return now
+
+
+@asynccontextmanager
+async def closing_on_error(group: GenerationGroup) -> AsyncIterator[GenerationGroup]:
+    """Close the group if the block does not end well; if it does, the caller has to."""
+    try:
+        yield group
+    except BaseException:
+        group.close()
+        raise
+
+
+async def gather_or_cancel(work: Sequence[Coroutine[object, object, None]]) -> None:
+    """Run all at once. The first exception cancels the others and is raised, as itself."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[object, object, T]) -> T:
+    """Do the work while the client waits for it; the request's body must have been read.
+
+    Raises:
+        ClientGoneError: the client closed the connection first; the work was cancelled.
+    """
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise ClientGoneError("The client closed the connection.")
+        return worker.result()
+    finally:
+        await _cancel((worker, watcher))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(tasks: Sequence[asyncio.Future[T] | asyncio.Future[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,180 @@
+"""The registry over HTTP: upload, list, show, download, delete."""
+
+from typing import Final, TypeAlias
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, JsonValue
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from interventions.artifact import Artifact, ArtifactError, ArtifactLimits, read_artifact
+from interventions.compatibility import IncompatibleArtifactError, check_compatible
+from interventions.registry import (
+    DIGEST_PREFIX,
+    Entry,
+    InvalidNameError,
+    Registry,
+    StagedUpload,
+    UnknownInterventionError,
+)
+from server.api.auth import require_admin
+from server.api.context import Context, ServerContext
+from server.api.errors import ApiError, from_registry, invalid
+from server.api.upload import receive_upload
+
+Json: TypeAlias = dict[str, JsonValue]
+SHOWN: Final = (*("kind", "method", "description", "license", "base_model", "defaults", "limits"),)
+
+router = APIRouter(prefix="/interventions")
+
+
+@router.post("", summary="Upload an artifact", dependencies=[Depends(require_admin)])
+async def upload(request: Request, context: Context) -> Response:
+    """Store an artifact under a name: the form's `name`, or else the one in its manifest.
+
+    201, or 200 where the name points to the same bytes already. Nothing is stored unless the
+    artifact passes every check and the loaded model can take it.
+    """
+    settings = context.settings
+    with context.registry.stage() as staged:
+        name = await receive_upload(request, staged, settings.max_artifact_bytes)
+        artifact, warnings = await to_thread.run_sync(_read, staged, context)
+        chosen = artifact.manifest.name if name is None else name
+        entry, changed = await to_thread.run_sync(
+            _commit, context.registry, staged, artifact, chosen
+        )
+    body = _summary(entry, warnings, None)
+    return JSONResponse(body, 201 if changed else 200, headers={"Location": _location(entry)})
+
+
+@router.get("", summary="List the interventions")
+async def list_interventions(context: Context) -> Response:
+    """All interventions, also those that the loaded model cannot take."""
+    data: list[JsonValue] = [_describe(entry, context) for entry in context.registry.entries()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+@router.get("/{reference}", summary="Show an intervention")
+async def show(reference: str, context: Context) -> Response:
+    """One intervention, by its name or as `sha256:<digest>`, with its history."""
+    entry = _resolve(context.registry, reference)
+    history: list[JsonValue] = [
+        {"event": version.event, "digest": version.digest or None, "at": version.at.isoformat()}
+        for version in entry.history
+    ]
+    training = _plain(entry.manifest)["training"]
+    return JSONResponse({**_describe(entry, context), "training": training, "history": history})
+
+
+@router.get("/{reference}/artifact", summary="Download an artifact")
+async def download(reference: str, context: Context) -> Response:
+    """The artifact's bytes, as they were uploaded."""
+    registry = context.registry
+    entry = _resolve(registry, reference)
+    stem = entry.name.removeprefix(DIGEST_PREFIX)
+    registry.pin(entry.digest)  # a deletion must not take the file away while it is sent
+    return _PinnedFile(registry, entry.digest, f"{stem}.safetensors")
+
+
+@router.delete("/{name}", summary="Delete a name", dependencies=[Depends(require_admin)])
+async def delete(name: str, context: Context) -> Response:
+    """Delete a name. Requests that run keep what they pinned."""
+    if name.startswith(DIGEST_PREFIX):
+        raise invalid("Only a name can be deleted, not a digest.", "name", "invalid_name")
+    entry = _resolve(context.registry, name)
+    if name in context.steering.default_references:
+        raise ApiError(
+            409,
+            f"The server's default steering uses '{name}': it cannot be deleted.",
+            param="name",
+            code="intervention_in_use",
+        )
+    await to_thread.run_sync(_delete, context.registry, name)
+    return JSONResponse({"name": name, "digest": entry.digest, "deleted": True})
+
+
+class _PinnedFile(FileResponse):
+    """An artifact's file, which stays pinned until it is sent or its reader is gone."""
+
+    def __init__(self, registry: Registry, digest: str, filename: str) -> None:
+        super().__init__(
+            registry.path(digest),
+            media_type="application/octet-stream",
+            filename=filename,
+            headers={"ETag": f'"{digest}"', "Accept-Ranges": "none"},
+        )
+        self._registry = registry
+        self._digest = digest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The base class answers a wrong range in plain text, not in our envelope.
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        try:
+            await super().__call__({**scope, "headers": headers}, receive, send)
+        finally:
+            self._registry.unpin(self._digest)
+
+
+def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple[str, ...]]:
+    """Check an upload by itself and against the model; returns warnings beside it."""
+    limits = ArtifactLimits(max_bytes=context.settings.max_artifact_bytes)
+    try:
+        artifact = read_artifact(staged.path, limits)
+        return artifact, check_compatible(artifact, context.engine.model)
+    except ArtifactError as error:
+        raise invalid(str(error), "file", "invalid_artifact") from error
+    except IncompatibleArtifactError as error:
+        raise invalid(str(error), "file", "incompatible_artifact") from error
+
+
+def _commit(
+    registry: Registry, staged: StagedUpload, artifact: Artifact, name: str
+) -> tuple[Entry, bool]:
+    try:
+        return registry.commit(staged, artifact, name)
+    except InvalidNameError as error:
+        raise invalid(str(error), "name", "invalid_name") from None
+
+
+def _delete(registry: Registry, name: str) -> None:
+    try:
+        registry.delete(name)
+    except UnknownInterventionError as error:
+        raise from_registry(error, "name") from None
+
+
+def _resolve(registry: Registry, reference: str) -> Entry:
+    try:
+        return registry.resolve(reference)
+    except UnknownInterventionError as error:
+        raise from_registry(error, "name") from None
+
+
+def _describe(entry: Entry, context: ServerContext) -> Json:
+    warnings, reason = context.steering.servable(entry)
+    return _summary(entry, warnings, reason)
+
+
+def _summary(entry: Entry, warnings: tuple[str, ...], reason: str | None) -> Json:
+    manifest = _plain(entry.manifest)
+    return {
+        "object": "intervention",
+        "name": entry.name,
+        "digest": entry.digest,
+        "size": entry.size,
+        "created": entry.created.isoformat(),
+        "servable": reason is None,
+        "reason": reason,
+        "warnings": list(warnings),
+        **{field: manifest[field] for field in SHOWN},
+    }
+
+
+def _plain(manifest: BaseModel) -> Json:
+    plain: Json = manifest.model_dump(mode="json")
+    return plain
+
+
+def _location(entry: Entry) -> str:
+    return f"/v1/interventions/{entry.name}"

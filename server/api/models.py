@@ -1,0 +1,51 @@
+"""`/v1/models`: the served names, and each with every intervention that the model can take."""
+
+from fastapi import APIRouter
+from pydantic import JsonValue
+from starlette.responses import JSONResponse, Response
+
+from server.api.context import Context, ServerContext
+from server.api.model_names import model_not_found
+from server.api.steering import SEPARATOR
+
+router = APIRouter(prefix="/models")
+
+
+@router.get("", summary="List the models")
+async def list_models(context: Context) -> Response:
+    """The served names first, then `<served name>+<intervention>`."""
+    return JSONResponse({"object": "list", "data": list(_models(context).values())})
+
+
+@router.get("/{model_id:path}", summary="Show a model")
+async def show_model(model_id: str, context: Context) -> Response:
+    """One of the list."""
+    model = _models(context).get(model_id)
+    if model is None:
+        raise model_not_found(model_id, context.settings.served_names)
+    return JSONResponse(model)
+
+
+def _models(context: ServerContext) -> dict[str, JsonValue]:
+    names = context.settings.served_names
+    models = {name: _model(name, None, context.started, context) for name in names}
+    for entry in context.registry.entries():
+        _, reason = context.steering.servable(entry)
+        if reason is None:
+            created = int(entry.created.timestamp())
+            for name in names:
+                steered = f"{name}{SEPARATOR}{entry.name}"
+                models[steered] = _model(steered, name, created, context)
+    return models
+
+
+def _model(name: str, parent: str | None, created: int, context: ServerContext) -> JsonValue:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "steerserve",
+        "root": context.engine.model.id,
+        "parent": parent,
+        "max_model_len": context.engine.max_model_len,
+    }

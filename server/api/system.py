@@ -1,0 +1,50 @@
+"""Routes for operators: health, readiness, version, metrics. Open to all, with no secrets."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from anyio import to_thread
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from server.api.context import Context
+from server.api.errors import ApiError
+from server.metrics import CONTENT_TYPE
+
+router = APIRouter()
+
+
+@router.get("/health", summary="Whether the process is up")
+async def health() -> Response:
+    """Always 200 while the process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready", summary="Whether the model is served")
+async def ready(context: Context) -> Response:
+    """200 while the model is loaded and the engine alive, else 503."""
+    if not context.engine.ready:
+        raise ApiError(
+            503, "The model is not loaded yet, or the engine has ended.", code="not_ready"
+        )
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/version", summary="Which steerserve this is")
+async def show_version() -> Response:
+    """The installed version."""
+    return JSONResponse({"version": installed_version()})
+
+
+@router.get("/metrics", summary="Prometheus metrics")
+async def metrics(context: Context) -> Response:
+    """Prometheus's text format."""
+    page = await to_thread.run_sync(context.metrics.render)
+    return Response(page, media_type=CONTENT_TYPE)
+
+
+def installed_version() -> str:
+    """The distribution's version; `unknown` where the sources run without being installed."""
+    try:
+        return version("steerserve")
+    except PackageNotFoundError:
+        return "unknown"

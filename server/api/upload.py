@@ -1,0 +1,147 @@
+"""Reading an uploaded artifact: the multipart form, chunk by chunk, straight to its staged file."""
+
+from typing import Final
+
+from anyio import to_thread
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from interventions.artifact import ArtifactError
+from interventions.registry import StagedUpload
+from server.api.errors import ApiError, invalid
+
+FILE: Final = "file"
+NAME: Final = "name"
+MAX_NAME_BYTES: Final = 1000  # far beyond any valid name, whose length the registry judges
+
+
+class UploadForm:
+    """Takes the form apart as its bytes come."""
+
+    def __init__(self, boundary: bytes) -> None:
+        """Raises FormParserError if no parser takes the boundary."""
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_end": self._on_end,
+            },
+        )
+        self._header_name = b""
+        self._header_value = b""
+        self._disposition = b""
+        self._field = ""
+        self._seen: set[str] = set()
+        self._name = bytearray()
+        self._file: list[bytes] = []
+        self._complete = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes of the body; returns those of the file among them.
+
+        Raises:
+            ApiError, FormParserError: the body is not the form that it should be.
+        """
+        self._file.clear()
+        self._parser.write(data)
+        return b"".join(self._file)
+
+    def finish(self) -> str | None:
+        """The `name` field, once the whole body was fed.
+
+        Raises:
+            ApiError: the form is incomplete, has no file, or a name that is no text.
+        """
+        if not self._complete:
+            raise invalid("The form ends before its last boundary.", FILE, "invalid_form")
+        if FILE not in self._seen:
+            raise invalid("The form lacks the field 'file'.", FILE, "missing_required_parameter")
+        if NAME not in self._seen:
+            return None
+        try:
+            return self._name.decode()
+        except UnicodeDecodeError:
+            raise invalid("The field 'name' is not UTF-8.", NAME, "invalid_name") from None
+
+    def _on_part_begin(self) -> None:
+        self._disposition = b""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        field = options.get(b"name", b"").decode("latin-1")
+        if field not in (FILE, NAME):
+            message = f"The form's fields are 'file' and 'name'; it has '{field[:100]}'."
+            raise invalid(message, field[:100] or None, "unknown_parameter")
+        if field in self._seen:
+            raise invalid(f"The form has the field '{field}' twice.", field, "invalid_form")
+        self._seen.add(field)
+        self._field = field
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._field == FILE:
+            self._file.append(data[start:end])
+            return
+        self._name += data[start:end]
+        if len(self._name) > MAX_NAME_BYTES:
+            raise invalid("The field 'name' is too long.", NAME, "invalid_name")
+
+    def _on_end(self) -> None:
+        self._complete = True
+
+
+async def receive_upload(request: Request, staged: StagedUpload, max_bytes: int) -> str | None:
+    """Write the form's file to the staged one; returns the form's `name`, None if it has none.
+
+    Raises:
+        ApiError: the body is not a form (400, 415), or the file is too large (413).
+    """
+    media_type, options = parse_options_header(request.headers.get("content-type"))
+    if media_type != b"multipart/form-data" or not options.get(b"boundary"):
+        raise ApiError(
+            415,
+            "Upload the artifact as multipart/form-data with the fields 'file' and, if it shall "
+            "have another name than its own, 'name'.",
+            code="unsupported_media_type",
+        )
+    try:
+        form = UploadForm(options[b"boundary"])
+        size = 0
+        async for chunk in request.stream():
+            data = form.feed(chunk) if chunk else b""
+            size += len(data)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            if data:
+                await to_thread.run_sync(staged.write, data)
+    except FormParserError:
+        raise invalid("The body is not a valid multipart form.", None, "invalid_form") from None
+    except ArtifactError as error:
+        raise ApiError(413, str(error), param=FILE, code="request_too_large") from None
+    return form.finish()
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The artifact is larger than the {max_bytes:,} bytes that the server takes.",
+        param=FILE,
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )

@@ -1,0 +1,86 @@
+"""The application: its parts put together."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, Depends, FastAPI
+
+from interventions.registry import Registry
+from interventions.settings import Caps
+from server.api import completions, interventions, models, system
+from server.api.auth import require_api_key
+from server.api.context import ServerContext
+from server.api.errors import ApiError, install_error_handlers
+from server.api.limits import BodyLimitMiddleware
+from server.api.observe import RequestCountMiddleware
+from server.api.steering import SteeringResolver
+from server.config import ConfigurationError, Settings
+from server.engine.base import Engine
+from server.metrics import Metrics
+
+
+def create_app(engine: Engine, registry: Registry, metrics: Metrics, settings: Settings) -> FastAPI:
+    """The HTTP service on an engine and a registry.
+
+    The application starts the engine if it is not started, and closes it if it started it; the
+    registry stays the caller's.
+
+    Raises:
+        ConfigurationError: the default steering is not one.
+    """
+    try:
+        steering = SteeringResolver(
+            registry, engine.model, settings.default_steering, settings.steering_policy, Caps()
+        )
+    except ApiError as error:
+        raise ConfigurationError(error.message) from error
+    context = ServerContext(engine, registry, metrics, settings, steering)
+    app = FastAPI(
+        title="steerserve",
+        description="An OpenAI-compatible server that steers a language model, per request.",
+        version=system.installed_version(),
+        lifespan=_lifespan,
+        # A redirect would drop the body of some clients, and is answered before the keys are asked.
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    app.include_router(_v1())
+    app.include_router(system.router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, settings=settings)
+    app.add_middleware(RequestCountMiddleware, metrics=metrics)  # outermost: it sees every answer
+    return app
+
+
+def _v1() -> APIRouter:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(require_api_key)])
+    for part in (completions, models, interventions):
+        router.include_router(part.router)
+    return router
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    context = app.state.context
+    assert isinstance(context, ServerContext)
+    check_default_steering(context)
+    if context.engine.ready:
+        yield
+        return
+    await context.engine.start()
+    try:
+        yield
+    finally:
+        await context.engine.close()
+
+
+def check_default_steering(context: ServerContext) -> None:
+    """Refuse to start with a default that every request would fail on.
+
+    Raises:
+        ConfigurationError: the registry does not have it, or the model cannot take it.
+    """
+    try:
+        context.steering.default()
+    except ApiError as error:
+        raise ConfigurationError(error.message) from error

@@ -1,0 +1,252 @@
+"""`steerserve fit lineas` and `steerserve fit argre`: from text files to an artifact."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypeAlias
+
+import typer
+from torch import Tensor
+
+from interventions.manifest import (
+    AffineDefaults,
+    AffineLimits,
+    AffineManifest,
+    RewardDefaults,
+    RewardLimits,
+    RewardManifest,
+)
+from server.cli import fit_output
+from server.cli.training_files import TextPair, read_lines, read_pairs
+from server.engine.torch.loader import LoadedModel
+from steering.fit.activations import collect_hidden_states
+from steering.fit.argre import ArgreSettings, fit_argre
+from steering.fit.lineas import LineasSettings, OptimizerName, fit_lineas
+from steering.sites import default_sites, match_sites
+
+_FORWARD_BATCH = 32  # sequences at once where nothing is learnt
+_AFFINE: Final = AffineLimits()
+_REWARD: Final = RewardLimits()
+
+Model: TypeAlias = Annotated[str, typer.Option(help="embedded, a Hugging Face id or a folder.")]
+Out: TypeAlias = Annotated[Path, typer.Option(help="The artifact to write, X.safetensors.")]
+Name: TypeAlias = Annotated[
+    str | None, typer.Option(help="The intervention's name; the file's stem if unset.")
+]
+Description: TypeAlias = Annotated[str, typer.Option(help="What it is for, in the manifest.")]
+License: TypeAlias = Annotated[str, typer.Option("--license", help="Of the artifact, by SPDX.")]
+Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Of the draws and initial values.")]
+MaxTokens: TypeAlias = Annotated[int, typer.Option(min=1, help="Longer texts are cut.")]
+Dtype: TypeAlias = Annotated[
+    str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")
+]
+Device: TypeAlias = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; torch decides if unset.")
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+app = typer.Typer(no_args_is_help=True, help="Fit an intervention to a model.")
+
+
+@app.command()
+def lineas(
+    model: Model,
+    source: Annotated[Path, typer.Option(help="Sentences to steer away from, one a line.")],
+    target: Annotated[Path, typer.Option(help="Sentences to steer towards, one a line.")],
+    out: Out,
+    samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from each file.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    optimizer: Annotated[OptimizerName, typer.Option(help="How to descend.")] = "sgd",
+    learning_rate: Annotated[float, typer.Option(help="At the first step; ends at 0.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences of a side, each step.")] = 32,
+    sites: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Module paths to map; the family's own if unset."),
+    ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(
+            min=_AFFINE.strength[0],
+            max=_AFFINE.strength[1],
+            help="Default of requests that state none.",
+        ),
+    ] = 1.0,
+    name: Name = None,
+    description: Description = "",
+    license_: License = "Apache-2.0",
+    seed: Seed = 0,
+    max_tokens: MaxTokens = 256,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit LinEAS maps: activations on SOURCE come to be distributed as those on TARGET."""
+    with fit_output.explained():
+        to = fit_output.destination(out, name, description, license_)
+        settings = LineasSettings(
+            samples=samples,
+            steps=steps,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        source_file, target_file = read_lines(source), read_lines(target)
+        loaded = fit_output.load(model, dtype, device, threads)
+        pattern = sites or default_sites(loaded.description.architecture)
+        with fit_output.progress("learning maps") as advance:
+            maps, report = fit_lineas(
+                loaded.model,
+                match_sites(pattern, loaded.description.site_widths),
+                [fit_output.tokenize(loaded, line, max_tokens) for line in source_file.lines],
+                [fit_output.tokenize(loaded, line, max_tokens) for line in target_file.lines],
+                settings,
+                advance,
+            )
+        manifest = AffineManifest(
+            format="steerserve/1",
+            kind="affine",
+            method="lineas",
+            name=to.name,
+            description=to.description,
+            created=to.created,
+            license=to.license,
+            base_model=fit_output.base_model(loaded.description),
+            defaults=AffineDefaults(strength=strength),
+            training={
+                "source": source_file.name,
+                "source_sha256": source_file.sha256,
+                "target": target_file.name,
+                "target_sha256": target_file.sha256,
+                "sites": pattern,
+                "max_tokens": max_tokens,
+                **asdict(settings),
+                **asdict(report),
+                **fit_output.provenance(loaded),
+            },
+        )
+        fit_output.write(to, manifest, maps, asdict(report), as_json)
+
+
+@app.command()
+def argre(
+    model: Model,
+    pairs: Annotated[
+        Path,
+        typer.Option(help='JSON lines of {"prompt"?, "positive", "negative"}.'),
+    ],
+    out: Out,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many pairs; all if unset.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
+    hidden_units: Annotated[int, typer.Option(min=1, max=8192, help="Of the head.")] = 1024,
+    interpolations: Annotated[
+        int, typer.Option(min=0, help="Points between negative and positive.")
+    ] = 7,
+    eta: Annotated[
+        float,
+        typer.Option(
+            min=_REWARD.eta[0], max=_REWARD.eta[1], help="Default of requests that state none."
+        ),
+    ] = 0.5,
+    iterations: Annotated[
+        int,
+        typer.Option(min=_REWARD.iterations[0], max=_REWARD.iterations[1], help="Likewise."),
+    ] = 5,
+    direction_scale: Annotated[
+        float,
+        typer.Option(
+            min=_REWARD.direction_scale[0], max=_REWARD.direction_scale[1], help="Likewise."
+        ),
+    ] = 1.0,
+    name: Name = None,
+    description: Description = "",
+    license_: License = "Apache-2.0",
+    seed: Seed = 0,
+    max_tokens: MaxTokens = 256,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit an ARGRE reward head and direction on pairs of texts."""
+    with fit_output.explained():
+        to = fit_output.destination(out, name, description, license_)
+        settings = ArgreSettings(
+            hidden_units=hidden_units,
+            interpolations=interpolations,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        file, all_pairs = read_pairs(pairs)
+        chosen = all_pairs[:samples]
+        loaded = fit_output.load(model, dtype, device, threads)
+        positives = _hidden_states(loaded, chosen, "positive", max_tokens)
+        negatives = _hidden_states(loaded, chosen, "negative", max_tokens)
+        with fit_output.progress("learning the reward") as advance:
+            head, report = fit_argre(positives, negatives, settings, advance)
+        manifest = RewardManifest(
+            format="steerserve/1",
+            kind="reward",
+            method="argre",
+            name=to.name,
+            description=to.description,
+            created=to.created,
+            license=to.license,
+            base_model=fit_output.base_model(loaded.description),
+            defaults=RewardDefaults(
+                eta=eta, iterations=iterations, direction_scale=direction_scale
+            ),
+            training={
+                "pairs": file.name,
+                "pairs_sha256": file.sha256,
+                "samples": len(chosen),
+                "optimizer": "adamw",
+                "max_tokens": max_tokens,
+                **asdict(settings),
+                **asdict(report),
+                **fit_output.provenance(loaded),
+            },
+        )
+        fit_output.write(to, manifest, head, asdict(report), as_json)
+
+
+def _hidden_states(
+    loaded: LoadedModel,
+    pairs: list[TextPair],
+    side: Literal["positive", "negative"],
+    max_tokens: int,
+) -> list[Tensor]:
+    """One side's hidden states before the head, those of the continuation's tokens only."""
+    sequences, starts = [], []
+    for number, pair in enumerate(pairs, start=1):
+        prompt = fit_output.tokenize(loaded, pair.prompt, max_tokens) if pair.prompt else []
+        text = pair.positive if side == "positive" else pair.negative
+        sequence = fit_output.tokenize(loaded, pair.prompt + text, max_tokens)
+        # Not the prompt's length: its last token may merge with the continuation's first.
+        start = _common_length(prompt, sequence)
+        if start == len(sequence):
+            raise fit_output.FitCommandError(
+                f"pair {number}: nothing of its {side} is left within --max-tokens {max_tokens}"
+            )
+        sequences.append(sequence)
+        starts.append(start)
+    with fit_output.progress(f"reading hidden states, {side}") as advance:
+        states = collect_hidden_states(
+            loaded.model, loaded.lm_head, sequences, _FORWARD_BATCH, advance
+        )
+    return [rows[start:] for rows, start in zip(states, starts, strict=True)]
+
+
+def _common_length(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next(
+        (place for place, (one, other) in enumerate(pairs) if one != other),
+        min(len(first), len(second)),
+    )

@@ -1,0 +1,205 @@
+"""What the fit commands share: where the artifact goes, progress, provenance, what is printed."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from interventions.artifact import ArtifactError, write_artifact
+from interventions.compatibility import ModelDescription
+from interventions.manifest import NAME_PATTERN, BaseModelReference, Manifest, TrainingValue
+from server.cli.training_files import TrainingFileError
+from server.engine.torch.embedded import EmbeddedModelError
+from server.engine.torch.loader import LoadedModel, ModelLoadError, load_model
+from steering.affine import AffineParameters
+from steering.fit import FitError
+from steering.reward import RewardHead
+from steering.sites import SiteError
+
+
+class Advance(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, done: int, total: int, loss: float | None = None, /) -> None:
+        """Show that `done` of `total` are done."""
+        ...
+
+
+class FitCommandError(ValueError):
+    """Options that make no sense together, with a sentence that says why."""
+
+
+_USER_ERRORS = (
+    ArtifactError,
+    EmbeddedModelError,
+    FitCommandError,
+    FitError,
+    ModelLoadError,
+    OSError,
+    SiteError,
+    TrainingFileError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The artifact to be, checked before hours are spent on it."""
+
+    path: Path
+    name: str
+    description: str
+    license: str
+    created: datetime
+
+
+def destination(out: Path, name: str | None, description: str, license_: str) -> Destination:
+    """Check where the artifact goes and what it is called.
+
+    `created` is the present, or SOURCE_DATE_EPOCH where a reproducible file is wanted.
+
+    Raises:
+        FitCommandError: the name is not one, the folder does not exist, the licence is empty.
+    """
+    name = out.stem if name is None else name
+    if not NAME_PATTERN.fullmatch(name):
+        raise FitCommandError(
+            f"{name!r} is not a name for an intervention (a-z, 0-9, '.', '_' and '-', at most 64, "
+            "the first a letter or a digit): give one with --name"
+        )
+    if out.suffix != ".safetensors":
+        raise FitCommandError(f"--out must end in .safetensors: {out}")
+    if not out.parent.is_dir():
+        raise FitCommandError(f"the folder of --out does not exist: {out.parent}")
+    if not license_.strip():
+        raise FitCommandError("--license must name a licence")
+    return Destination(out, name, description, license_, _now())
+
+
+def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedModel:
+    """Load the model, saying on stderr what takes time."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(stderr=True, highlight=False)
+    return load_model(
+        model,
+        dtype,
+        device,
+        lambda sentence: console.print(f"steerserve: {sentence}", markup=False),
+    )
+
+
+def tokenize(loaded: LoadedModel, text: str, max_tokens: int) -> list[int]:
+    """A text's token ids as the server would see them, cut to the first `max_tokens`."""
+    token_ids: list[int] = loaded.tokenizer(text)["input_ids"][:max_tokens]
+    return token_ids
+
+
+def base_model(description: ModelDescription) -> BaseModelReference:
+    """The manifest's words for the model that was fitted on."""
+    return BaseModelReference(
+        id=description.id,
+        architecture=description.architecture,
+        hidden_size=description.hidden_size,
+        num_layers=description.num_layers,
+        vocab_size=description.vocab_size,
+        fingerprint=description.fingerprint,
+    )
+
+
+def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
+    """What made the artifact: enough to make it again."""
+    return {
+        "command": shlex.join(["steerserve", *sys.argv[1:]]),
+        "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "steerserve": _own_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(
+    to: Destination,
+    manifest: Manifest,
+    parameters: AffineParameters | RewardHead,
+    figures: Mapping[str, float],
+    as_json: bool,
+) -> None:
+    """Write the artifact and print what it is: a line, or JSON for machines."""
+    digest = write_artifact(to.path, manifest, parameters)
+    if as_json:
+        summary = {
+            "path": str(to.path),
+            "name": to.name,
+            "kind": manifest.kind,
+            "method": manifest.method,
+            "digest": f"sha256:{digest}",
+            "bytes": to.path.stat().st_size,
+            **figures,
+        }
+        typer.echo(json.dumps(summary))
+        return
+    shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
+    typer.echo(f"{to.path}  sha256:{digest}\n{shown}")
+
+
+@contextmanager
+def progress(task: str) -> Iterator[Advance]:
+    """A bar on stderr, for as long as the context lasts."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task(task, total=None, note="")
+
+        def advance(done: int, total: int, loss: float | None = None, /) -> None:
+            note = "" if loss is None else f"loss {loss:.4g}"
+            bar.update(row, completed=done, total=total, note=note)
+
+        yield advance
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns an error that the user can mend into one sentence on stderr and exit status 2."""
+    try:
+        yield
+    except _USER_ERRORS as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _now() -> datetime:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        return datetime.now(UTC).replace(microsecond=0)
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC)
+    except (ValueError, OverflowError) as error:
+        raise FitCommandError(f"SOURCE_DATE_EPOCH is not a Unix time: {epoch!r}") from error
+
+
+def _own_version() -> str:
+    try:
+        return version("steerserve")
+    except PackageNotFoundError:
+        return "from source"

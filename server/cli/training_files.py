@@ -1,0 +1,88 @@
+"""Reads what `steerserve fit` learns from: sentences, one a line, and pairs in JSON lines."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TrainingFileError(ValueError):
+    """A file that cannot be read or means nothing to a fit, with its name and the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextPair:
+    """A preference: `positive` rather than `negative`, both after `prompt`."""
+
+    positive: str
+    negative: str
+    prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFile:
+    """A text file's lines and what identifies it in a manifest."""
+
+    name: str
+    sha256: str  # hexadecimal, of the file's bytes
+    lines: tuple[str, ...]  # without their ends; at least one, none blank
+
+
+def read_lines(path: Path) -> TrainingFile:
+    """Read a UTF-8 text file that has something on every line.
+
+    Raises:
+        TrainingFileError: the file is missing, is empty, is not UTF-8, or has a blank line.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode()
+    except OSError as error:
+        raise TrainingFileError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TrainingFileError(f"{path}: byte {error.start} is not UTF-8") from error
+    # Not splitlines(): a sentence may hold a form feed or another of Unicode's line ends.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if not text.strip():
+        raise TrainingFileError(f"{path}: the file is empty")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise TrainingFileError(f"{path}:{number}: the line is empty")
+    return TrainingFile(path.name, hashlib.sha256(data).hexdigest(), tuple(lines))
+
+
+def read_pairs(path: Path) -> tuple[TrainingFile, list[TextPair]]:
+    """Read JSON lines of `{"prompt"?, "positive", "negative"}`.
+
+    Raises:
+        TrainingFileError: what `read_lines` raises, or a line is not such an object.
+    """
+    file = read_lines(path)
+    pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(file.lines, start=1)]
+    return file, pairs
+
+
+def _pair(line: str, place: str) -> TextPair:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TrainingFileError(
+            f"{place}: not JSON: {error.msg} at column {error.colno}"
+        ) from error
+    if not isinstance(value, dict):
+        raise TrainingFileError(f"{place}: a pair is an object, not {json.dumps(value)[:40]}")
+    if unknown := sorted(value.keys() - {"prompt", "positive", "negative"}):
+        raise TrainingFileError(f"{place}: unknown field {unknown[0]!r}")
+    prompt = value.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise TrainingFileError(f"{place}: the field 'prompt' must be a string")
+    return TextPair(_text(value, "positive", place), _text(value, "negative", place), prompt)
+
+
+def _text(value: dict[str, object], field: str, place: str) -> str:
+    text = value.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise TrainingFileError(
+            f"{place}: the field {field!r} must be a string that says something"
+        )
+    return text

@@ -1,0 +1,163 @@
+"""What the server is told at start, resolved once: flags, then the environment, then defaults."""
+
+import ipaddress
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import (
+    Field,
+    JsonValue,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024 * 1024
+EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
+
+SteeringJson: TypeAlias = dict[str, JsonValue] | list[dict[str, JsonValue]]
+SteeringPolicy: TypeAlias = Literal["optional", "required", "locked"]
+
+_steering_json: TypeAdapter[SteeringJson | None] = TypeAdapter(SteeringJson | None)
+
+
+class ConfigurationError(Exception):
+    """The server cannot start as it was told to, with one sentence that says why."""
+
+
+class Settings(BaseSettings):
+    """The server's settings. A field that is not given is read from `STEERSERVE_<FIELD>`.
+
+    Raises:
+        pydantic.ValidationError: a value is of the wrong kind, or two contradict each other.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="STEERSERVE_",
+        # Compose files write `KEY: ${KEY:-}`: an empty variable means "not set".
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        # A message must be able to show the wrong value of any field but a key's.
+        hide_input_in_errors=True,
+    )
+
+    model: str = Field(default="embedded", min_length=1)
+    engine: Literal["torch"] = "torch"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; None leaves it to torch"
+    )
+    served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    api_key: SecretStr | None = None
+    admin_key: SecretStr | None = None
+
+    registry: Path | None = None
+    max_loaded_interventions: int = Field(default=64, ge=1)
+    default_steering: Annotated[SteeringJson | None, NoDecode] = None
+    steering_policy: SteeringPolicy = "optional"
+
+    max_body_bytes: int = Field(default=4 * MIB, ge=1024)
+    max_artifact_bytes: int = Field(default=256 * MIB, ge=1024)
+    max_completions_per_request: int = Field(default=128, ge=1, description="prompts times n")
+    body_timeout: float = Field(
+        default=30.0, gt=0, description="seconds without a byte of the body"
+    )
+    write_timeout: float = Field(
+        default=60.0, gt=0, description="seconds a stream's reader may stall"
+    )
+
+    max_model_len: int | None = Field(default=None, ge=2, description="None takes the model's own")
+    max_waiting: int = Field(default=256, ge=1)
+    max_batch_size: int = Field(default=64, ge=1)
+    max_batch_tokens: int = Field(default=512, ge=1)
+    kv_cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="None takes a quarter of the free memory",
+    )
+
+    @field_validator("served_model_names", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        """A variable holds several names separated by commas or blanks."""
+        return tuple(re.split(r"[\s,]+", value.strip())) if isinstance(value, str) else value
+
+    @field_validator("default_steering", mode="before")
+    @classmethod
+    def _parse_steering(cls, value: object) -> object:
+        """A flag or a variable holds JSON."""
+        if not isinstance(value, str | bytes):
+            return value
+        try:
+            return _steering_json.validate_json(value)
+        except ValidationError as error:
+            raise ValueError(
+                "the default steering must be a JSON object such as "
+                '{"intervention": "detox-lineas", "strength": 0.8}, or a list of them'
+            ) from error
+
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("a key is one or more printable ASCII characters without blanks")
+        return value
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> Self:
+        if self.steering_policy == "locked" and not self.default_steering:
+            raise ValueError(
+                "the steering policy `locked` needs a default steering: without one every "
+                "request would be refused"
+            )
+        if len(set(self.served_names)) < len(self.served_names):
+            raise ValueError("the served model names repeat one")
+        for name in self.served_names:
+            if not re.fullmatch(r"[^\s+\x00-\x1f]+", name):
+                raise ValueError(
+                    f"the served model name {name!r} is empty or has a blank or a '+' in it "
+                    "('+' separates a model from an intervention); give another with "
+                    "--served-model-name"
+                )
+        return self
+
+    @cached_property
+    def served_names(self) -> tuple[str, ...]:
+        """The names that a request may give as its model, the first being the main one."""
+        if self.served_model_names:
+            return self.served_model_names
+        if self.model == "embedded":
+            return (EMBEDDED_MODEL_NAME,)
+        folder = Path(self.model).expanduser()
+        return (folder.resolve().name,) if folder.is_dir() else (self.model,)
+
+    @cached_property
+    def registry_path(self) -> Path:
+        """The registry's folder: the given one, or `steerserve/registry` in the user's data."""
+        if self.registry is not None:
+            return self.registry.expanduser()
+        data_home = os.environ.get("XDG_DATA_HOME", "")
+        # The XDG specification: a relative path there is to be ignored.
+        base = Path(data_home) if Path(data_home).is_absolute() else Path.home() / ".local/share"
+        return base / "steerserve" / "registry"
+
+    @property
+    def binds_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,1 @@
+"""What loads the base model and generates: one protocol, one package an engine."""

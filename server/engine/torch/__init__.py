@@ -1,0 +1,1 @@
+"""The embedded engine: Hugging Face model definitions under our own continuous batching."""

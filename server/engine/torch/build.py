@@ -1,0 +1,95 @@
+"""Puts a loaded model's engine together, and tests it on the model before anything is served."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import psutil
+
+from server.engine.torch.attention import SlabShape
+from server.engine.torch.core import EngineCore
+from server.engine.torch.interventions import LoadedInterventions
+from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.loader import LoadedModel, ModelLoadError
+from server.engine.torch.runner import Runner
+from server.engine.torch.scheduler import Scheduler
+from server.engine.torch.self_test import check_attention, check_lm_head, dead_sites
+from steering.hooks import SteeringHooks
+
+_BLOCK_SIZE = 16
+_DEFAULT_KV_SHARE = 0.25  # of the memory that is free when the engine is built
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an operator may choose of the torch engine."""
+
+    max_batch_size: int = 64  # sequences running at once
+    max_batch_tokens: int = 512  # tokens of one step
+    max_waiting: int = 256
+    max_model_len: int | None = None  # None: the model's own
+    kv_cache_gb: float | None = None  # None: a quarter of the free memory
+    max_loaded_interventions: int = 64
+
+
+def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
+    """The engine's inside, tested on the model.
+
+    Raises:
+        ModelLoadError: the engine would compute something else than the model, or an edit would
+            not reach the logits.
+    """
+    model = loaded.model
+    hooks = SteeringHooks(model, loaded.lm_head)
+    runner = Runner(model, hooks)
+    check_attention(model, runner)
+    check_lm_head(model, runner, loaded.description.head_width)
+    interventions = LoadedInterventions(
+        options.max_loaded_interventions,
+        hooks,
+        model.device,
+        probe=partial(dead_sites, model, runner, widths=loaded.description.site_widths),
+    )
+    scheduler = Scheduler(
+        pool=_block_pool(SlabShape.of(model), options),
+        max_batch_size=options.max_batch_size,
+        max_batch_tokens=options.max_batch_tokens,
+        max_waiting=options.max_waiting,
+    )
+    return EngineCore(
+        model, loaded.tokenizer, runner, scheduler, interventions, _eos_tokens(loaded)
+    )
+
+
+def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:
+    """The longest prompt and completion that can be served, in tokens."""
+    config = loaded.model.config.get_text_config()
+    limits: list[int] = [config.max_position_embeddings, pool.blocks * pool.block_size]
+    if options.max_model_len is not None:
+        if options.max_model_len > config.max_position_embeddings:
+            raise ModelLoadError(
+                f"max_model_len {options.max_model_len} exceeds the model's "
+                f"{config.max_position_embeddings} positions"
+            )
+        limits.append(options.max_model_len)
+    return min(limits)
+
+
+def _block_pool(shape: SlabShape, options: EngineOptions) -> BlockPool:
+    if options.kv_cache_gb is None:
+        memory: float = psutil.virtual_memory().available * _DEFAULT_KV_SHARE
+    else:
+        memory = options.kv_cache_gb * 1e9
+    blocks = int(memory) // (shape.bytes_per_token * _BLOCK_SIZE)
+    if blocks < 1:
+        raise ModelLoadError("the memory for keys and values does not hold a single block")
+    return BlockPool(blocks, _BLOCK_SIZE)
+
+
+def _eos_tokens(loaded: LoadedModel) -> frozenset[int]:
+    generation = loaded.model.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = loaded.tokenizer.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)

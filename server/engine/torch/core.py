@@ -1,0 +1,171 @@
+"""The engine's inside: a step is schedule, run, postprocess. No thread, no asyncio."""
+
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from server.engine.base import EngineError, StepFailedError, StepOutput, TokenLogprob
+from server.engine.torch.attention import Slab, SlabShape
+from server.engine.torch.batch import build_batch
+from server.engine.torch.detokenizer import Detokenizer
+from server.engine.torch.interventions import LoadedInterventions
+from server.engine.torch.runner import Runner
+from server.engine.torch.sampler import Draw, RowLogprobs, logprobs, sample
+from server.engine.torch.scheduler import Chunk, Scheduler, Sequence
+
+logger = logging.getLogger(__name__)
+
+Delivery: TypeAlias = tuple[Sequence, StepOutput | EngineError]
+
+
+@dataclass(eq=False, slots=True)
+class _Answer:
+    """What belongs to a sequence beside its tokens, from admission to its end."""
+
+    detokenizer: Detokenizer
+    random: random.Random
+    submitted: float = field(default_factory=time.monotonic)
+    queue_seconds: float | None = None  # until it was first scheduled
+
+
+class EngineCore:
+    """Scheduler, K/V slabs, model and sampler. Used from one thread."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        runner: Runner,
+        scheduler: Scheduler,
+        interventions: LoadedInterventions,
+        eos_tokens: frozenset[int],
+    ) -> None:
+        self.scheduler = scheduler
+        self.interventions = interventions
+        self._runner = runner
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._eos_tokens = eos_tokens
+        self._device = model.device
+        self._slab_shape = SlabShape.of(model)
+        self._slabs: dict[Sequence, Slab] = {}
+        self._answers: dict[Sequence, _Answer] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose interventions are pinned; they are unpinned at its end.
+
+        Raises:
+            QueueFullError: the waiting queue is at its bound; nothing was taken over.
+        """
+        self.scheduler.add(sequence)
+        sampling = sequence.request.sampling
+        self._answers[sequence] = _Answer(
+            Detokenizer(self._tokenizer, sampling.stop), random.Random(sampling.seed)
+        )
+
+    def remove(self, sequence: Sequence) -> None:
+        """Free all that a sequence holds. Harmless when it has ended."""
+        if self._answers.pop(sequence, None) is None:
+            return
+        self.scheduler.remove(sequence)
+        self._slabs.pop(sequence, None)
+        for digest in sequence.digests:
+            self.interventions.unpin(digest)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Delivery]:
+        """Compute one step; the outputs of the sequences that it advanced."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        try:
+            self._begin(chunks)
+            batch = build_batch(chunks, self._slabs, self._device)
+            logits = self._runner.run(batch, self.interventions.bank)
+            return self._postprocess(chunks, logits)
+        except Exception:
+            logger.exception("a step of %d sequences failed", len(chunks))
+            for chunk in chunks:
+                self.remove(chunk.sequence)
+            error = StepFailedError("the engine failed while computing this request")
+            return [(chunk.sequence, error) for chunk in chunks]
+
+    def _begin(self, chunks: list[Chunk]) -> None:
+        """Give sequences that are scheduled for the first time their room."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence not in self._slabs:
+                self._slabs[sequence] = Slab(self._slab_shape, sequence.max_length)
+                answer = self._answers[sequence]
+                answer.queue_seconds = time.monotonic() - answer.submitted
+
+    def _postprocess(self, chunks: list[Chunk], logits: Tensor) -> list[Delivery]:
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        # Whether a chunk samples is asked before its sequence gets the next token.
+        tokens = sample(logits, [self._draw(sequence) for sequence in sequences])
+        rows = self._logprobs(sequences, tokens, logits)
+        return [
+            (sequence, self._advance(sequence, token, row))
+            for sequence, token, row in zip(sequences, tokens, rows, strict=True)
+        ]
+
+    def _draw(self, sequence: Sequence) -> Draw:
+        return Draw(sequence.request.sampling, self._answers[sequence].random.random())
+
+    def _logprobs(
+        self, sequences: list[Sequence], tokens: list[int], logits: Tensor
+    ) -> list[TokenLogprob | None]:
+        counts = [sequence.request.sampling.logprobs for sequence in sequences]
+        wanted = [row for row, count in enumerate(counts) if count is not None]
+        found: list[TokenLogprob | None] = [None] * len(sequences)
+        if wanted:
+            rows = logprobs(
+                logits[wanted],
+                [tokens[row] for row in wanted],
+                [counts[row] or 0 for row in wanted],
+            )
+            for row, values in zip(wanted, rows, strict=True):
+                found[row] = self._token_logprob(tokens[row], values)
+        return found
+
+    def _token_logprob(self, token: int, row: RowLogprobs) -> TokenLogprob:
+        return TokenLogprob(
+            token=self._token_text(token),
+            logprob=row.sampled,
+            top=tuple((self._token_text(other), value) for other, value in row.top),
+        )
+
+    def _token_text(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def _advance(self, sequence: Sequence, token: int, row: TokenLogprob | None) -> StepOutput:
+        """Append a token; end the sequence if it is the last."""
+        answer = self._answers[sequence]
+        sampling = sequence.request.sampling
+        sequence.tokens.append(token)
+        ended = token in self._eos_tokens and not sampling.ignore_eos
+        text = "" if ended else answer.detokenizer.push(token)
+        stopped = ended or answer.detokenizer.stopped
+        finished = stopped or len(sequence.tokens) == sequence.max_length
+        if finished:
+            text += answer.detokenizer.finish()
+            stopped = ended or answer.detokenizer.stopped
+            self.remove(sequence)
+        queue_seconds, answer.queue_seconds = answer.queue_seconds, None
+        return StepOutput(
+            token_ids=(token,),
+            text=text,
+            logprobs=() if row is None else (row,),
+            finish_reason=None if not finished else "stop" if stopped else "length",
+            queue_seconds=queue_seconds,
+        )

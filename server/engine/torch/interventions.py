@@ -1,0 +1,76 @@
+"""The interventions that the engine has loaded: bank, slots and hooks kept in step."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+
+from server.engine.base import UnservableInterventionError
+from server.engine.torch.slots import SlotTable
+from steering.affine import AffineParameters
+from steering.bank import Bank
+from steering.hooks import SteeringHooks, UnknownSiteError
+from steering.reward import RewardHead
+
+Parameters: TypeAlias = AffineParameters | RewardHead
+
+
+class LoadedInterventions:
+    """Used on the engine thread only.
+
+    `probe` is given the sites that have just been hooked and returns those at which an edit does
+    not reach the logits.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        hooks: SteeringHooks,
+        device: torch.device,
+        probe: Callable[[frozenset[str]], frozenset[str]],
+    ) -> None:
+        self.bank = Bank(capacity, device)
+        self.slots = SlotTable(capacity)
+        self._hooks = hooks
+        self._probe = probe
+        self._dead_sites: frozenset[str] = frozenset()
+
+    def pin(self, digest: str) -> int | None:
+        """Hold the slot of a loaded intervention; None if it has to be installed first."""
+        return self.slots.pin(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let go of one pin."""
+        self.slots.unpin(digest)
+
+    def install(self, digest: str, parameters: Parameters) -> int:
+        """Put an intervention into a slot, and pin it.
+
+        Raises:
+            BankFullError: every slot is pinned.
+            UnservableInterventionError: the model lacks one of its sites, or an edit there does
+                not reach the logits.
+        """
+        if isinstance(parameters, Mapping):
+            self._hook(frozenset(parameters))
+        slot = self.slots.take(digest)
+        try:
+            self.bank.put(slot, parameters)
+        except BaseException:
+            self.slots.drop(digest)
+            raise
+        return slot
+
+    def _hook(self, sites: frozenset[str]) -> None:
+        new = sites - self._hooks.hooked_sites
+        try:
+            for site in sorted(new):
+                self._hooks.install(site)
+        except UnknownSiteError as error:
+            raise UnservableInterventionError(str(error)) from error
+        if new:
+            self._dead_sites |= self._probe(new)
+        if dead := sorted(sites & self._dead_sites):
+            raise UnservableInterventionError(
+                f"an edit at {', '.join(dead)} does not reach the logits of this model"
+            )

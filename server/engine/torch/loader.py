@@ -1,0 +1,157 @@
+"""Loads a base model for the torch engine, or says why it cannot be served."""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from interventions.compatibility import ModelDescription
+from server.engine.torch.embedded import EMBEDDED_MODEL_ID, embedded_model_folder
+from steering.hooks import measure_site_widths
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class ModelLoadError(Exception):
+    """The model cannot be loaded or served, with a sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model in evaluation mode, its tokenizer, and what it is in numbers."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    description: ModelDescription
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The module that turns hidden states into logits."""
+        return _lm_head(self.model)
+
+
+def load_model(
+    model: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _sentence: None,
+) -> LoadedModel:
+    """Load a model from "embedded", a folder or a Hugging Face id.
+
+    Args:
+        dtype: auto, float32, bfloat16 or float16.
+        say: is told, in a sentence, about each step that takes time.
+
+    Raises:
+        EmbeddedModelError: "embedded" was asked for and is not installed.
+        ModelLoadError: there is no such model, or its architecture cannot be served.
+    """
+    embedded = model == "embedded"
+    source = str(embedded_model_folder(say)) if embedded else model
+    say(f"loading {source}")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        refuse_unservable(config)
+        torch_dtype = resolve_dtype(dtype, device, config)
+        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"cannot load {model!r}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelLoadError(f"{model!r} has no fast tokenizer (tokenizer.json)")
+    module: nn.Module = loaded
+    module.to(torch.device(device)).eval().requires_grad_(False)
+    identity = EMBEDDED_MODEL_ID if embedded else Path(model).name.lower()
+    return LoadedModel(loaded, tokenizer, describe(loaded, identity))
+
+
+def resolve_dtype(dtype: str, device: str, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype to load in; "auto" is bfloat16 on a CPU only where the CPU accelerates it."""
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ModelLoadError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
+        return _DTYPES[dtype]
+    if device == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return torch.bfloat16 if fast else torch.float32
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+
+
+def refuse_unservable(config: PreTrainedConfig) -> None:
+    """Raise ModelLoadError where the configuration tells that the engine would compute wrongly."""
+    name = (config.architectures or [config.model_type])[0]
+    if config.is_encoder_decoder:
+        raise ModelLoadError(f"{name} is an encoder-decoder; steerserve serves decoders only")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if others := sorted(layer_types - _SERVED_LAYER_TYPES):
+        raise ModelLoadError(f"{name} has layers of type {', '.join(others)}, which are not served")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ModelLoadError(f"{name} soft-caps its attention logits, which is not served yet")
+
+
+def refuse_unservable_class(model: PreTrainedModel) -> None:
+    """Raise ModelLoadError where the model's code leaves the engine no place to act."""
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise ModelLoadError(
+            f"{name} does not take its attention from transformers' AttentionInterface, "
+            "so the engine cannot give it a K/V cache"
+        )
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ModelLoadError(f"{name} cannot compute the logits of chosen rows only")
+    if not isinstance(_output_embeddings(model), nn.Linear):
+        raise ModelLoadError(f"{name} has no linear lm_head before which a reward could act")
+
+
+def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
+    """What has to be known of a model to check artifacts against it."""
+    refuse_unservable_class(model)
+    config = model.config.get_text_config()
+    return ModelDescription(
+        id=identity,
+        architecture=type(model).__name__,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        head_width=_lm_head(model).in_features,
+        site_widths=measure_site_widths(model, config.vocab_size),
+        fingerprint=_fingerprint(model),
+    )
+
+
+def _output_embeddings(model: PreTrainedModel) -> object:
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _lm_head(model: PreTrainedModel) -> nn.Linear:
+    lm_head = _output_embeddings(model)
+    assert isinstance(lm_head, nn.Linear)
+    return lm_head
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the weights' names, shapes and 64 values of each.
+
+    Values are taken as bfloat16, so that the dtype a model is loaded in does not change it.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()

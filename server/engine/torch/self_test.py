@@ -1,0 +1,137 @@
+"""Shows, on the loaded model, that the engine computes what it should before it serves.
+
+Two things are checked with the model itself: that the engine's attention gives what
+transformers' own gives, and that an edit at each hooked site, and before `lm_head`, reaches the
+logits. An engine that would compute wrongly, or steer nothing, refuses to serve.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.base import Request, SamplingSettings
+from server.engine.torch.attention import Slab, SlabShape, use_slab_attention
+from server.engine.torch.batch import build_batch
+from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.runner import Runner
+from server.engine.torch.scheduler import Chunk
+from server.engine.torch.scheduler import Sequence as EngineSequence
+from steering.affine import AffineMap, AffineSettings
+from steering.bank import Bank
+from steering.reward import RewardHead, RewardSettings
+from steering.route import SlottedEdit
+
+_PROBE_TOKENS = 4
+_SITES_A_BATCH = 16
+_ATTENTION_CHUNKS = (7, 1, 16)
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def check_attention(model: PreTrainedModel, runner: Runner) -> None:
+    """Compare the engine's attention, prefilling in chunks, with transformers' own.
+
+    Leaves the model attending through the engine's backend.
+
+    Raises:
+        ModelLoadError: they differ, or the model does not run with the engine's attention.
+    """
+    length = sum(_ATTENTION_CHUNKS)
+    sequence = _sequence(_probe_prompt(model, length), ())
+    with torch.inference_mode():
+        tokens = torch.tensor([sequence.tokens], device=model.device)
+        expected = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    use_slab_attention(model)
+    slabs = {sequence: Slab(SlabShape.of(model), length)}
+    bank = Bank(1, model.device)
+    start = 0
+    try:
+        for count in _ATTENTION_CHUNKS:
+            batch = build_batch([Chunk(sequence, start, count)], slabs, model.device)
+            logits = runner.run(batch, bank)
+            start += count
+    except Exception as error:
+        raise ModelLoadError(
+            f"{type(model).__name__} does not run with the engine's attention: {error}"
+        ) from error
+    difference = float((logits[-1] - expected).norm() / expected.norm())
+    if not difference < _TOLERANCE[model.dtype]:
+        raise ModelLoadError(
+            f"{type(model).__name__} gives other logits with the engine's attention than with "
+            f"transformers' own (relative difference {difference:.2g}), so it is not served"
+        )
+
+
+def check_lm_head(model: PreTrainedModel, runner: Runner, width: int) -> None:
+    """Raise ModelLoadError unless a reward edit before `lm_head` reaches the logits."""
+    bank = Bank(1, model.device)
+    bank.put(1, _probe_head(width))
+    edit = SlottedEdit(1, RewardSettings(eta=1.0, iterations=1, direction_scale=1.0))
+    if not _reaches(model, runner, bank, [edit])[0]:
+        raise ModelLoadError("an edit before lm_head does not reach the logits")
+
+
+def dead_sites(
+    model: PreTrainedModel, runner: Runner, sites: frozenset[str], widths: Mapping[str, int]
+) -> frozenset[str]:
+    """The hooked sites at which an edit does not reach the logits.
+
+    Each batch has one sequence a site, edited at that site alone by a map of the bank.
+    """
+    ordered = sorted(sites)
+    dead: set[str] = set()
+    for first in range(0, len(ordered), _SITES_A_BATCH):
+        group = ordered[first : first + _SITES_A_BATCH]
+        bank = Bank(len(group), model.device)
+        for slot, site in enumerate(group, start=1):
+            bank.put(slot, {site: _probe_map(widths[site])})
+        edits = [SlottedEdit(slot, AffineSettings(1.0)) for slot in range(1, len(group) + 1)]
+        reached = _reaches(model, runner, bank, edits)
+        dead.update(site for site, alive in zip(group, reached, strict=True) if not alive)
+    return frozenset(dead)
+
+
+def _reaches(
+    model: PreTrainedModel, runner: Runner, bank: Bank, edits: Sequence[SlottedEdit]
+) -> list[bool]:
+    """For each edit, whether a sequence edited by it has other logits than one that is not."""
+    prompt = _probe_prompt(model, _PROBE_TOKENS)
+    # An unedited sequence at each end: how much these two differ is how much a row's place in the
+    # batch changes by itself.
+    stacks: list[tuple[SlottedEdit, ...]] = [(), *((edit,) for edit in edits), ()]
+    sequences = [_sequence(prompt, stack) for stack in stacks]
+    shape = SlabShape.of(model)
+    slabs = {sequence: Slab(shape, _PROBE_TOKENS) for sequence in sequences}
+    chunks = [Chunk(sequence, 0, _PROBE_TOKENS) for sequence in sequences]
+    logits = runner.run(build_batch(chunks, slabs, model.device), bank)
+    differences = (logits - logits[0]).abs().amax(dim=-1)
+    threshold = 4 * differences[-1] + 1e-3 * logits[0].std()
+    return (differences[1:-1] > threshold).tolist()
+
+
+def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
+    """Distinct tokens, spread over the vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return tuple((place + 1) * (vocabulary // (length + 2)) % vocabulary for place in range(length))
+
+
+def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> EngineSequence:
+    request = Request("self-test", prompt, SamplingSettings(max_tokens=1))
+    return EngineSequence(request, edits, list(prompt))
+
+
+def _probe_map(width: int) -> AffineMap:
+    """A map far from the identity: it negates and shifts."""
+    return AffineMap(weight=torch.full((width,), -1.0), bias=torch.linspace(-1.0, 1.0, width))
+
+
+def _probe_head(width: int) -> RewardHead:
+    """A head that leaves every row a gap: r(h) = 1, and r_plus is 11."""
+    return RewardHead(
+        w1=torch.zeros(1, width),
+        b1=torch.ones(1),
+        w2=torch.ones(1),
+        b2=torch.zeros(()),
+        direction=torch.linspace(-1.0, 1.0, width),
+        positive_reward=torch.tensor(11.0),
+    )

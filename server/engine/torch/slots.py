@@ -1,0 +1,63 @@
+"""Which intervention holds which slot of the bank: pins, and LRU over the slots nobody pins."""
+
+from collections import Counter, OrderedDict
+
+from server.engine.base import BankFullError
+
+
+class SlotTable:
+    """Slots 1..capacity, by digest."""
+
+    def __init__(self, capacity: int) -> None:
+        self._free = list(range(capacity, 0, -1))
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._pins: Counter[str] = Counter()
+
+    @property
+    def used(self) -> int:
+        """Slots that hold an intervention, pinned or not."""
+        return len(self._slots)
+
+    @property
+    def pins(self) -> int:
+        """How many pins are held, over all slots."""
+        return self._pins.total()
+
+    def pin(self, digest: str) -> int | None:
+        """Hold the slot of a loaded intervention; None if it is not loaded."""
+        slot = self._slots.get(digest)
+        if slot is not None:
+            self._slots.move_to_end(digest)
+            self._pins[digest] += 1
+        return slot
+
+    def unpin(self, digest: str) -> None:
+        """Let go of one pin. The intervention stays loaded until its slot is wanted."""
+        assert self._pins[digest] > 0, f"{digest} is not pinned"
+        self._pins[digest] -= 1
+
+    def take(self, digest: str) -> int:
+        """A slot for an intervention that is not loaded, pinned once; evicts if it must.
+
+        Raises:
+            BankFullError: every slot is pinned.
+        """
+        assert digest not in self._slots, f"{digest} is loaded already"
+        slot = self._free.pop() if self._free else self._evict()
+        self._slots[digest] = slot
+        self._pins[digest] += 1
+        return slot
+
+    def drop(self, digest: str) -> None:
+        """Free the slot of an intervention whose loading failed."""
+        self._free.append(self._slots.pop(digest))
+        del self._pins[digest]
+
+    def _evict(self) -> int:
+        for digest in self._slots:
+            if not self._pins[digest]:
+                return self._slots.pop(digest)
+        raise BankFullError(
+            f"all {len(self._slots)} slots for interventions are held by running requests; "
+            "try again later"
+        )

@@ -1,0 +1,111 @@
+"""The engine thread: steps while there is work, and runs what others ask of it in between.
+
+Everything the core owns (scheduler, bank, hooks, slots) is touched on this thread only, so none
+of it needs a lock.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from server.engine.base import EngineDeadError
+from server.engine.torch.core import Delivery
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Steps(Protocol):
+    """What the thread needs of the core."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        ...
+
+    def step(self) -> list[Delivery]:
+        """Compute one step."""
+        ...
+
+
+class EngineThread:
+    """Owns the core while it runs. `deliver` and `died` are called on the engine thread."""
+
+    def __init__(
+        self, core: Steps, deliver: Callable[[list[Delivery]], None], died: Callable[[], None]
+    ) -> None:
+        self._core = core
+        self._deliver = deliver
+        self._died = died
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and takes calls."""
+        return self._thread.is_alive() and not self._ended
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function between two steps.
+
+        Returns:
+            Its result or exception; EngineDeadError if the thread has ended.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if self._ended:
+                future.set_exception(EngineDeadError("the engine has stopped"))
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        if self._ended:
+            self._drain()
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in, and wait for it."""
+        self._stopping = True
+        if self._thread.is_alive():
+            self._inbox.put(lambda: None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._receive()
+                outputs = self._core.step()
+                if outputs:
+                    self._deliver(outputs)
+        except BaseException:
+            logger.critical("the engine thread died", exc_info=True)
+        finally:
+            self._ended = True
+            self._drain()
+            self._died()
+
+    def _receive(self) -> None:
+        """Run what waits in the inbox; wait for something if there is no work."""
+        if not self._core.has_work:
+            self._inbox.get()()
+        self._drain()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return

@@ -1,0 +1,166 @@
+"""Fixtures: a tiny random model, served by the real engine, behind the real application."""
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import pytest
+import torch
+from pydantic import JsonValue
+
+from interventions.artifact import write_artifact
+from interventions.registry import Registry
+from server.app import create_app
+from server.config import Settings
+from server.engine.torch.build import EngineOptions
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.interventions import Parameters
+from server.engine.torch.loader import LoadedModel, load_model
+from server.metrics import Metrics
+from tests.tiny import manifest_of, random_head, random_maps, save_tiny
+
+# Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
+torch.set_num_threads(1)
+
+TINY_OPTIONS = EngineOptions(kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=32)
+
+
+class LoadTiny(Protocol):
+    """Loads a tiny model in float32. Engines put hooks into a model, so each has its own."""
+
+    def __call__(self, family: str = "llama") -> LoadedModel: ...
+
+
+class StartEngine(Protocol):
+    """Starts an engine on a tiny model, with interventions by digest."""
+
+    async def __call__(
+        self,
+        interventions: Mapping[str, Parameters],
+        family: str = "llama",
+        options: EngineOptions = TINY_OPTIONS,
+    ) -> TorchEngine: ...
+
+
+class WriteArtifact(Protocol):
+    """Writes an artifact that fits the tiny Llama."""
+
+    def __call__(
+        self,
+        name: str,
+        seed: int = 0,
+        limits: dict[str, tuple[float, float]] | None = None,
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A folder with a tiny random model of each family."""
+    root = tmp_path_factory.mktemp("models")
+    families = ("llama", "mistral", "qwen2", "qwen3")
+    return {family: save_tiny(root / f"tiny-{family}", family) for family in families}
+
+
+@pytest.fixture
+def load_tiny(tiny_folders: Mapping[str, Path]) -> LoadTiny:
+    def load(family: str = "llama") -> LoadedModel:
+        return load_model(str(tiny_folders[family]), dtype="float32")
+
+    return load
+
+
+@pytest.fixture
+async def start_engine(load_tiny: LoadTiny) -> AsyncIterator[StartEngine]:
+    engines: list[TorchEngine] = []
+
+    async def start(
+        interventions: Mapping[str, Parameters],
+        family: str = "llama",
+        options: EngineOptions = TINY_OPTIONS,
+    ) -> TorchEngine:
+        engine = TorchEngine(load_tiny(family), interventions.__getitem__, options)
+        engines.append(engine)
+        await engine.start()
+        return engine
+
+    yield start
+    for engine in engines:
+        await engine.close()
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry(tmp_path / "registry") as registry:
+        yield registry
+
+
+@pytest.fixture
+async def tiny_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[TorchEngine]:
+    """A started engine on the tiny Llama that reads its interventions from `registry`."""
+    engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+@pytest.fixture
+def affine_artifact(tmp_path: Path, load_tiny: LoadTiny) -> WriteArtifact:
+    """Write random affine maps that fit the tiny Llama."""
+
+    def write(
+        name: str, seed: int = 0, limits: dict[str, tuple[float, float]] | None = None
+    ) -> Path:
+        path = tmp_path / f"{name}-{seed}.safetensors"
+        parameters = random_maps(seed)
+        write_artifact(
+            path, manifest_of(parameters, load_tiny().description, name, limits), parameters
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def reward_artifact(tmp_path: Path, load_tiny: LoadTiny) -> WriteArtifact:
+    """Write a random reward head that fits the tiny Llama."""
+
+    def write(
+        name: str, seed: int = 0, limits: dict[str, tuple[float, float]] | None = None
+    ) -> Path:
+        path = tmp_path / f"{name}-{seed}.safetensors"
+        parameters = random_head(seed)
+        write_artifact(
+            path, manifest_of(parameters, load_tiny().description, name, limits), parameters
+        )
+        return path
+
+    return write
+
+
+class MakeClient(Protocol):
+    """A client of an application on the tiny engine, with other settings than the defaults."""
+
+    def __call__(self, **settings: JsonValue) -> httpx.AsyncClient: ...
+
+
+@pytest.fixture
+async def make_client(tiny_engine: TorchEngine, registry: Registry) -> AsyncIterator[MakeClient]:
+    clients: list[httpx.AsyncClient] = []
+
+    def make(**settings: JsonValue) -> httpx.AsyncClient:
+        given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
+        app = create_app(tiny_engine, registry, Metrics(tiny_engine, registry), given)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://tiny"))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.aclose()
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> httpx.AsyncClient:
+    """A client of an application with the default settings; the model is called "tiny"."""
+    return make_client()

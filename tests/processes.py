@@ -1,0 +1,72 @@
+"""Starting the `steerserve` command as a user does, in a process of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A running server, its address and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def wait_until_ready(self) -> None:
+        """Wait for /ready, or fail with what the server printed."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(self.log.read_text())
+
+
+@contextmanager
+def steerserve(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
+    """`steerserve serve` on a free port, its registry and its log in `folder`."""
+    port = _free_port()
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
+    log = folder / "server.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*command, "--registry", str(folder / "registry")],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    server = ServerProcess(process, f"http://127.0.0.1:{port}", log)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

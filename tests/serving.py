@@ -1,0 +1,182 @@
+"""Driving the application in tests: requests, streams, real sockets, and engines that misbehave."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import Message
+
+from interventions.registry import Registry
+from server.app import create_app
+from server.config import Settings
+from server.engine.base import Engine, EngineError, Generation, Request, StepOutput
+from server.metrics import Metrics
+
+Json = dict[str, object]
+
+
+def build_app(engine: Engine, registry: Registry, **settings: object) -> FastAPI:
+    """An application that serves "tiny"."""
+    given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
+    return create_app(engine, registry, Metrics(engine, registry), given)
+
+
+async def push(client: httpx.AsyncClient, path: Path, name: str | None = None) -> Json:
+    """Upload an artifact, which must succeed."""
+    fields = {} if name is None else {"name": name}
+    files = {"file": (path.name, bytes_of(path))}
+    response = await client.post("/v1/interventions", files=files, data=fields)
+    assert response.status_code in (200, 201), response.text
+    body: Json = response.json()
+    return body
+
+
+def bytes_of(path: Path) -> bytes:
+    """A small file's bytes, for coroutines."""
+    return path.read_bytes()
+
+
+async def complete(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
+    """A short greedy completion, with some fields added or replaced."""
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 6, "temperature": 0, **fields}
+    return await client.post("/v1/completions", json=body)
+
+
+async def text_of(client: httpx.AsyncClient, **fields: object) -> str:
+    """The text of a completion that must succeed."""
+    response = await complete(client, **fields)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["text"]
+    return text
+
+
+def error_of(response: httpx.Response) -> Json:
+    """The error of an answer, which must be in OpenAI's envelope and nothing else."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: Json = body["error"]
+    assert error["message"]
+    return error
+
+
+def events(stream: str) -> list[str]:
+    """The data of each server-sent event."""
+    *blocks, rest = stream.split("\n\n")
+    assert rest == ""
+    assert all(block.startswith("data: ") for block in blocks)
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+def chunks(stream: str) -> list[Json]:
+    """The chunks of a stream that must end as it should."""
+    *data, last = events(stream)
+    assert last == "[DONE]"
+    return [json.loads(item) for item in data]
+
+
+async def metric(client: httpx.AsyncClient, sample: str) -> float:
+    """The value of a sample, with its labels as the metrics page prints them; 0 if absent."""
+    page = (await client.get("/metrics")).text
+    values = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
+    return sum(float(value) for name, _, value in values if name == f"steerserve_{sample}")
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - conditions of any kind, none of them an event
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serve(app: FastAPI) -> AsyncIterator[str]:
+    """The application on a real socket; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        await eventually(lambda: server.started or task.done())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        await task
+
+
+@dataclass
+class ScriptedGeneration:
+    """Yields given outputs, then raises, ends, or (with neither) never says anything again."""
+
+    outputs: tuple[StepOutput, ...] = ()
+    error: Exception | None = None
+    cancelled: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+        for output in self.outputs:
+            yield output
+        if self.error is not None:
+            raise self.error
+        if not self.outputs or self.outputs[-1].finish_reason is None:
+            await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@dataclass
+class Script:
+    """What `Engine.submit` does instead, call by call: give a generation, or raise."""
+
+    steps: list[ScriptedGeneration | EngineError]
+    submitted: list[Request] = field(default_factory=list)
+
+    async def submit(self, request: Request) -> Generation:
+        step = self.steps[len(self.submitted)]
+        self.submitted.append(request)
+        if isinstance(step, EngineError):
+            raise step
+        return step
+
+
+@dataclass
+class Connection:
+    """One request straight into the application, whose client leaves when it is told to."""
+
+    body: Json
+    sent: list[Message] = field(default_factory=list)
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
+    _given: bool = False
+
+    async def run(self, app: FastAPI) -> None:
+        """The request's whole life."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"tiny")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+            "state": {},
+        }
+        await app(scope, self._receive, self._send)
+
+    async def _receive(self) -> Message:
+        if not self._given:
+            self._given = True
+            return {"type": "http.request", "body": json.dumps(self.body).encode()}
+        await self.leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)

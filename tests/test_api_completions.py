@@ -1,0 +1,295 @@
+"""`POST /v1/completions`, not streamed: OpenAI's shapes, on the real engine."""
+
+import asyncio
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from interventions.registry import Registry
+from server.engine.base import QueueFullError
+from server.engine.torch.engine import TorchEngine
+from tests.conftest import WriteArtifact
+from tests.serving import (
+    Connection,
+    Script,
+    ScriptedGeneration,
+    build_app,
+    complete,
+    error_of,
+    eventually,
+    metric,
+    push,
+    serve,
+    text_of,
+)
+
+
+async def test_the_answer_has_openais_shape(client: httpx.AsyncClient) -> None:
+    body = (await complete(client, ignore_eos=True)).json()
+    assert body["id"].startswith("cmpl-")
+    assert isinstance(body["created"], int)
+    assert (body["object"], body["model"], body["steering"]) == ("text_completion", "tiny", [])
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    [choice] = body["choices"]
+    assert set(choice) == {"index", "text", "logprobs", "finish_reason"}
+    assert (choice["index"], choice["logprobs"], choice["finish_reason"]) == (0, None, "length")
+    assert choice["text"]
+
+
+async def test_the_openai_client_steers(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    affine_artifact: WriteArtifact,
+) -> None:
+    entry = registry.add(affine_artifact("maps"))
+    async with (
+        serve(build_app(tiny_engine, registry, api_key="k")) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as openai,
+    ):
+        base = await openai.completions.create(
+            model="tiny", prompt="Hello", max_tokens=8, temperature=0
+        )
+        steered = await openai.completions.create(
+            model="tiny",
+            prompt="Hello",
+            max_tokens=8,
+            temperature=0,
+            extra_body={"steering": {"intervention": "maps"}},
+        )
+        stream = await openai.completions.create(
+            model="tiny+maps", prompt="Hello", max_tokens=8, temperature=0, stream=True
+        )
+        streamed = [chunk async for chunk in stream]
+    assert base.choices[0].text != steered.choices[0].text
+    assert steered.model_extra is not None
+    assert steered.model_extra["steering"][0]["digest"] == entry.digest
+    assert "".join(chunk.choices[0].text for chunk in streamed) == steered.choices[0].text
+    assert streamed[-1].model_extra is not None
+    assert streamed[-1].model_extra["steering"][0]["source"] == "model"
+
+
+async def test_prompts_as_text_and_as_token_ids(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine
+) -> None:
+    hello, bye = tiny_engine.tokenize("Hello"), tiny_engine.tokenize("Bye!")
+    expected = [await text_of(client, prompt=prompt) for prompt in ("Hello", "Bye!")]
+    assert expected[0] != expected[1]
+    for prompts in (["Hello", "Bye!"], [hello, bye]):
+        body = (await complete(client, prompt=prompts)).json()
+        assert [choice["text"] for choice in body["choices"]] == expected
+        assert [choice["index"] for choice in body["choices"]] == [0, 1]
+        assert body["usage"]["prompt_tokens"] == len(hello) + len(bye)
+    assert await text_of(client, prompt=hello) == expected[0]
+
+
+async def test_choices_draw_by_seeds_that_follow_each_other(client: httpx.AsyncClient) -> None:
+    def sampled(**fields: object) -> dict[str, object]:
+        return {"temperature": 1.5, "max_tokens": 12, **fields}
+
+    both = (await complete(client, **sampled(n=2, seed=7))).json()["choices"]
+    assert both[0]["text"] != both[1]["text"]
+    for index, choice in enumerate(both):
+        alone = await text_of(client, **sampled(seed=7 + index))
+        assert alone == choice["text"]
+    two_prompts = (await complete(client, **sampled(prompt=["Hello"] * 2, seed=7))).json()
+    assert [choice["text"] for choice in two_prompts["choices"]] == [
+        choice["text"] for choice in both
+    ]
+
+
+async def test_usage_counts_a_prompt_once_and_every_choice(client: httpx.AsyncClient) -> None:
+    body = (await complete(client, prompt=["Hello", "Bye!"], n=3, ignore_eos=True)).json()
+    assert len(body["choices"]) == 6
+    assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 36, "total_tokens": 45}
+
+
+async def test_logprobs(client: httpx.AsyncClient) -> None:
+    choice = (await complete(client, logprobs=3)).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert set(logprobs) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    assert {len(values) for values in logprobs.values()} == {6}
+    for token, value, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        # Greedy: the sampled token is the best one. (Bytes that are no text share a key.)
+        assert value == top[token] == max(top.values()) < 0
+        assert len(top) <= 3
+    offsets = [0]
+    for token in logprobs["tokens"]:
+        offsets.append(offsets[-1] + len(token))
+    assert logprobs["text_offset"] == offsets[:-1]
+
+
+async def test_logprobs_zero_gives_the_sampled_token_only(client: httpx.AsyncClient) -> None:
+    logprobs = (await complete(client, logprobs=0)).json()["choices"][0]["logprobs"]
+    for token, value, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top == {token: value}
+
+
+async def test_a_sampled_token_is_among_its_logprobs(client: httpx.AsyncClient) -> None:
+    body = (await complete(client, logprobs=1, temperature=2.0, seed=1, max_tokens=30)).json()
+    logprobs = body["choices"][0]["logprobs"]
+    tops = logprobs["top_logprobs"]
+    assert any(len(top) == 2 for top in tops)
+    assert all(token in top for token, top in zip(logprobs["tokens"], tops, strict=True))
+
+
+async def test_stop_ends_the_text_before_it(client: httpx.AsyncClient) -> None:
+    plain = await text_of(client, max_tokens=12, logit_bias={}, temperature=1, top_k=1)
+    stop = next(letter for letter in plain[1:] if letter != "\ufffd")
+    body = (await complete(client, max_tokens=12, stop=["never there", stop])).json()
+    [choice] = body["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == plain[: plain.index(stop)]
+    assert await text_of(client, max_tokens=12, stop=stop) == choice["text"]
+
+
+async def test_top_k_one_is_greedy_and_null_means_not_given(client: httpx.AsyncClient) -> None:
+    greedy = await text_of(client)
+    assert await text_of(client, temperature=2, top_k=1) == greedy
+    assert await text_of(client, temperature=2, top_p=1e-6) == greedy
+    nothing = dict.fromkeys(
+        ("top_p", "n", "best_of", "stop", "seed", "logprobs", "stream", "user", "suffix")
+    )
+    assert await text_of(client, **nothing, echo=False, logit_bias={}, top_k=-1) == greedy
+
+
+async def test_max_tokens_is_16_by_default(client: httpx.AsyncClient) -> None:
+    body = {"model": "tiny", "prompt": "Hello", "ignore_eos": True, "max_tokens": None}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    assert answer["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "param"),
+    [(511, 1, None), (512, 1, "prompt"), (600, 1, "prompt"), (500, 13, "max_tokens")],
+)
+async def test_the_context_bounds_prompt_and_completion(
+    client: httpx.AsyncClient, length: int, max_tokens: int, param: str | None
+) -> None:
+    response = await complete(client, prompt="x" * length, max_tokens=max_tokens)
+    if param is None:
+        assert response.status_code == 200
+        return
+    error = error_of(response)
+    assert response.status_code == 400
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert "512 tokens" in str(error["message"])
+
+
+async def test_too_many_completions(client: httpx.AsyncClient) -> None:
+    for fields, param in (
+        ({"prompt": ["x"] * 2, "n": 65}, "n"),
+        ({"prompt": ["x"] * 129}, "prompt"),
+    ):
+        error = error_of(await complete(client, **fields))
+        assert (error["code"], error["param"]) == ("too_many_completions", param)
+
+
+async def test_a_long_text_is_tokenized(client: httpx.AsyncClient) -> None:
+    response = await complete(client, prompt="x" * 20_000)
+    assert "20006 tokens (20000 in the prompt" in str(error_of(response)["message"])
+
+
+async def test_a_token_id_that_the_model_does_not_have(client: httpx.AsyncClient) -> None:
+    response = await complete(client, prompt=[[1, 2], [3, 259]])
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "prompt"
+    assert await text_of(client)  # and it goes on
+
+
+async def test_one_refused_choice_cancels_those_before_it(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    affine_artifact: WriteArtifact,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = registry.add(affine_artifact("maps"))
+    generations = [ScriptedGeneration(), ScriptedGeneration()]
+    script = Script([*generations, QueueFullError("full")])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    app = build_app(tiny_engine, registry)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=app), base_url="http://tiny"
+    ) as client:
+        response = await complete(client, n=3, steering={"intervention": "maps"})
+    assert response.status_code == 429
+    assert all(generation.cancelled for generation in generations)
+    registry.delete("maps")
+    assert not registry.path(entry.digest).exists()  # no pin is left
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_cancels_its_generations(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    affine_artifact: WriteArtifact,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+) -> None:
+    entry = registry.add(affine_artifact("maps"))
+    generations = [ScriptedGeneration(), ScriptedGeneration()]
+    script = Script([*generations])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    app = build_app(tiny_engine, registry)
+    connection = Connection(
+        {
+            "model": "tiny",
+            "prompt": "Hello",
+            "n": 2,
+            "stream": stream,
+            "steering": {"intervention": "maps"},
+        }
+    )
+    running = asyncio.create_task(connection.run(app))
+    await eventually(lambda: len(script.submitted) == 2)
+    registry.delete("maps")
+    assert registry.path(entry.digest).exists()  # pinned while the request runs
+    connection.leave.set()
+    async with asyncio.timeout(10):
+        await running
+    assert all(generation.cancelled for generation in generations)
+    assert not registry.path(entry.digest).exists()
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=app), base_url="http://tiny"
+    ) as client:
+        cancelled = 'requests_total{endpoint="/v1/completions",outcome="cancelled"}'
+        assert await metric(client, cancelled) == 1
+
+
+async def test_a_client_that_leaves_frees_the_real_engine(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    app = build_app(tiny_engine, registry)
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 500, "ignore_eos": True, "n": 8}
+    connection = Connection({**body, "stream": True})
+    running = asyncio.create_task(connection.run(app))
+    await eventually(lambda: len(connection.sent) > 3)
+    assert tiny_engine.stats().running == 8
+    connection.leave.set()
+    await running
+    await eventually(lambda: tiny_engine.stats().running == 0)
+    assert len(connection.sent) < 8 * 500
+    assert tiny_engine.stats().kv_cache_usage == 0
+
+
+async def test_many_mixed_streams_each_get_what_they_get_alone(
+    client: httpx.AsyncClient, affine_artifact: WriteArtifact, reward_artifact: WriteArtifact
+) -> None:
+    await push(client, affine_artifact("maps"))
+    await push(client, reward_artifact("head"))
+    steerings: list[object] = [
+        None,
+        {"intervention": "maps", "strength": 0.5},
+        {"intervention": "head"},
+        [{"intervention": "maps"}, {"intervention": "head", "iterations": 2}],
+    ]
+    alone = [await text_of(client, steering=steering, max_tokens=12) for steering in steerings]
+    assert len(set(alone)) == 4
+    mixed = await asyncio.gather(
+        *(text_of(client, steering=steering, max_tokens=12) for steering in steerings * 8)
+    )
+    assert mixed == alone * 8

@@ -1,0 +1,231 @@
+"""`POST /v1/completions`, streamed: server-sent events, and every way in which they may end."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from interventions.registry import Registry
+from server.engine.base import (
+    EngineDeadError,
+    EngineError,
+    StepFailedError,
+    StepOutput,
+    TokenLogprob,
+)
+from server.engine.torch.engine import TorchEngine
+from tests.conftest import WriteArtifact
+from tests.serving import (
+    Connection,
+    Script,
+    ScriptedGeneration,
+    build_app,
+    chunks,
+    complete,
+    error_of,
+    events,
+    eventually,
+    metric,
+    push,
+    serve,
+    text_of,
+)
+
+FIRST = StepOutput(token_ids=(1,), text="one")
+
+
+async def test_the_chunks_join_to_the_answer(client: httpx.AsyncClient) -> None:
+    plain = (await complete(client, max_tokens=20, logprobs=2)).json()["choices"][0]
+    response = await complete(client, max_tokens=20, logprobs=2, stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    stream = chunks(response.text)
+    choices = [chunk["choices"][0] for chunk in stream]  # type: ignore[index]
+    assert "".join(choice["text"] for choice in choices) == plain["text"]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(stream) - 1) + [
+        plain["finish_reason"]
+    ]
+    for field, values in plain["logprobs"].items():
+        streamed = [value for choice in choices for value in choice["logprobs"][field]]
+        if field == "token_logprobs":
+            assert streamed == pytest.approx(values)
+        elif field != "top_logprobs":
+            assert streamed == values
+    assert len({chunk["id"] for chunk in stream}) == 1
+    assert all(chunk["object"] == "text_completion" for chunk in stream)
+    assert all("usage" not in chunk for chunk in stream)
+
+
+async def test_tokens_are_sent_as_they_come(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script([ScriptedGeneration(outputs=(FIRST,))])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    async with (
+        serve(build_app(tiny_engine, registry)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+        client.stream(
+            "POST", "/v1/completions", json={"model": "tiny", "prompt": "x", "stream": True}
+        ) as response,
+    ):
+        async for line in response.aiter_lines():
+            # The generation never says more: the first token did not wait for a second.
+            assert json.loads(line.removeprefix("data: "))["choices"][0]["text"] == "one"
+            break
+
+
+async def test_several_choices_in_one_stream(client: httpx.AsyncClient) -> None:
+    fields: dict[str, object] = {"prompt": ["Hello", "Bye!"], "n": 2, "seed": 3, "temperature": 1}
+    plain = (await complete(client, **fields)).json()["choices"]
+    texts = [""] * 4
+    ends = [0] * 4
+    for chunk in chunks((await complete(client, **fields, stream=True)).text):
+        [choice] = chunk["choices"]  # type: ignore[misc]
+        texts[choice["index"]] += choice["text"]  # type: ignore[has-type]
+        ends[choice["index"]] += choice["finish_reason"] is not None  # type: ignore[has-type]
+    assert texts == [choice["text"] for choice in plain]
+    assert ends == [1] * 4
+
+
+async def test_usage_comes_last_when_it_is_asked_for(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True}
+    response = await complete(client, stream=True, ignore_eos=True, stream_options=options)
+    *stream, last = chunks(response.text)
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert all(chunk["usage"] is None for chunk in stream)
+    assert stream
+
+
+async def test_the_last_chunk_says_what_was_applied(
+    client: httpx.AsyncClient, affine_artifact: WriteArtifact
+) -> None:
+    digest = (await push(client, affine_artifact("maps")))["digest"]
+    steering = {"intervention": "maps", "strength": 0.25}
+    for options in (None, {"include_usage": True}):
+        stream = chunks(
+            (await complete(client, stream=True, steering=steering, stream_options=options)).text
+        )
+        assert stream[-1]["steering"] == [
+            {
+                "intervention": "maps",
+                "digest": digest,
+                "kind": "affine",
+                "settings": {"strength": 0.25, "positions": "all"},
+                "source": "request",
+            }
+        ]
+    assert chunks((await complete(client, stream=True)).text)[-1]["steering"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StepFailedError("secret"), "step_failed"),
+        (EngineDeadError("secret"), "engine_dead"),
+        (RuntimeError("secret"), "internal_error"),
+    ],
+)
+async def test_an_error_in_the_middle_is_an_event_and_ends_the_stream(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: str,
+) -> None:
+    failing = ScriptedGeneration(outputs=(FIRST,), error=error)
+    waiting = ScriptedGeneration(outputs=(FIRST,))
+    monkeypatch.setattr(tiny_engine, "submit", Script([failing, waiting]).submit)
+    transport = httpx.ASGITransport(app=build_app(tiny_engine, registry))
+    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        response = await complete(client, n=2, stream=True)
+        *_, last = events(response.text)
+        body = json.loads(last)
+        assert set(body) == {"error"}
+        assert body["error"]["code"] == code
+        assert "secret" not in response.text
+        assert waiting.cancelled
+        failed = 'requests_total{endpoint="/v1/completions",outcome="server_error"}'
+        assert await metric(client, failed) == 1
+
+
+async def test_an_error_before_the_first_byte_is_an_answer(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal: EngineError = StepFailedError("secret")
+    monkeypatch.setattr(tiny_engine, "submit", Script([refusal]).submit)
+    response = await complete(client, stream=True)
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "step_failed"
+    assert "secret" not in response.text
+
+
+async def test_a_logprob_that_json_cannot_hold(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_engine = await complete(client, logprobs=1)
+    assert from_engine.status_code == 200
+    logprob = -float("inf")
+    output = StepOutput((1,), "a", (_logprob("a", logprob),), "stop")
+    monkeypatch.setattr(tiny_engine, "submit", Script([_ended(output), _ended(output)]).submit)
+    plain = (await complete(client, logprobs=1)).json()["choices"][0]["logprobs"]
+    [chunk] = chunks((await complete(client, logprobs=1, stream=True)).text)
+    for body in (plain, chunk["choices"][0]["logprobs"]):  # type: ignore[index]
+        assert body["token_logprobs"] == [-9999.0]
+        assert body["top_logprobs"] == [{"a": -9999.0}]
+
+
+async def test_a_reader_that_stalls_is_cut_off(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = ScriptedGeneration(outputs=(FIRST,))
+    monkeypatch.setattr(tiny_engine, "submit", Script([generation]).submit)
+
+    class Stalling(Connection):
+        async def _send(self, message: Message) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+    app = build_app(tiny_engine, registry, write_timeout=0.1)
+    connection = Stalling({"model": "tiny", "prompt": "x", "stream": True})
+    async with asyncio.timeout(10):
+        await connection.run(app)
+    assert generation.cancelled
+
+
+async def test_a_closed_socket_frees_the_engine(
+    tiny_engine: TorchEngine, registry: Registry, affine_artifact: WriteArtifact
+) -> None:
+    entry = registry.add(affine_artifact("maps"))
+    body = {
+        "model": "tiny+maps",
+        "prompt": "Hello",
+        "max_tokens": 500,
+        "ignore_eos": True,
+        "n": 16,
+        "stream": True,
+    }
+    async with (
+        serve(build_app(tiny_engine, registry)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            async for _ in response.aiter_bytes():
+                break
+        registry.delete("maps")
+        await eventually(lambda: tiny_engine.stats().running == 0)
+        await eventually(lambda: not registry.path(entry.digest).exists())
+        cancelled = 'requests_total{endpoint="/v1/completions",outcome="cancelled"}'
+        assert await metric(client, cancelled) == 1
+        assert await metric(client, "generation_tokens_total") < 16 * 500
+        assert await text_of(client)
+
+
+def _logprob(token: str, value: float) -> TokenLogprob:
+    return TokenLogprob(token, value, ((token, value),))
+
+
+def _ended(output: StepOutput) -> ScriptedGeneration:
+    return ScriptedGeneration(outputs=(output,))

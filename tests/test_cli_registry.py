@@ -1,0 +1,121 @@
+"""`steerserve push`, `list`, `show`, `delete` against a running server."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from interventions.artifact import write_artifact
+from interventions.registry import Registry
+from server.cli.registry import app
+from server.engine.torch.engine import TorchEngine
+from tests.conftest import WriteArtifact
+from tests.serving import build_app, serve
+from tests.tiny import manifest_of, random_maps
+
+
+async def run(*arguments: str) -> Result:
+    """One command, in a thread: the server that it talks to has this one."""
+    return await asyncio.to_thread(CliRunner().invoke, app, arguments)
+
+
+@pytest.fixture
+async def server(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[None]:
+    """A server that the commands find by their environment."""
+    application = build_app(tiny_engine, registry, api_key="api", admin_key="admin")
+    async with serve(application) as url:
+        monkeypatch.setenv("STEERSERVE_URL", url)
+        monkeypatch.setenv("STEERSERVE_ADMIN_KEY", "admin")
+        monkeypatch.setenv("STEERSERVE_API_KEY", "api")
+        monkeypatch.setenv("COLUMNS", "200")
+        yield
+
+
+@pytest.mark.usefixtures("server")
+async def test_the_life_of_an_intervention(
+    affine_artifact: WriteArtifact, registry: Registry
+) -> None:
+    path = str(affine_artifact("maps"))
+    pushed = await run("push", path)
+    assert pushed.exit_code == 0, pushed.output
+    digest = registry.get("maps").digest
+    assert pushed.stdout.startswith(f"Stored maps (lineas, sha256:{digest})")
+    again = await run("push", path)
+    assert again.stdout.startswith("Already stored maps")
+    named = await run("push", path, "--name", "other")
+    assert "Stored other" in named.stdout
+
+    listed = await run("list")
+    for text in ("maps", "other", "affine", "lineas", "strength 1.0", digest[:12], "yes"):
+        assert text in listed.stdout
+
+    shown = await run("show", "maps")
+    for text in ("maps", digest, "LlamaForCausalLM", "Apache-2.0", "stored"):
+        assert text in shown.stdout
+
+    deleted = await run("delete", "maps")
+    assert deleted.stdout == "Deleted maps\n"
+    assert [entry.name for entry in registry.entries()] == ["other"]
+
+
+@pytest.mark.usefixtures("server")
+async def test_json_for_machines(affine_artifact: WriteArtifact, registry: Registry) -> None:
+    pushed = await run("push", str(affine_artifact("maps")), "--json")
+    digest = registry.get("maps").digest
+    assert json.loads(pushed.stdout)["digest"] == digest
+    assert json.loads((await run("list", "--json")).stdout)["data"][0]["name"] == "maps"
+    assert json.loads((await run("show", "maps", "--json")).stdout)["history"]
+    assert json.loads((await run("delete", "maps", "--json")).stdout)["deleted"] is True
+
+
+@pytest.mark.usefixtures("server")
+async def test_errors_of_the_server_are_one_line(tmp_path: Path, registry: Registry) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_text("hello")
+    for arguments, text in (
+        (("show", "unknown"), 'There is no intervention "unknown". (HTTP 404)'),
+        (("delete", "unknown"), 'There is no intervention "unknown". (HTTP 404)'),
+        (("show", "../models"), "(HTTP 4"),
+        (("push", str(broken)), "(HTTP 400)"),
+        (("delete", "unknown", "--admin-key", "wrong"), "Incorrect key provided. (HTTP 401)"),
+        (("list", "--api-key", "wrong"), "Incorrect key provided. (HTTP 401)"),
+    ):
+        result = await run(*arguments)
+        assert result.exit_code == 1, arguments
+        assert result.stdout == ""
+        [line] = result.stderr.splitlines()
+        assert line.startswith("Error: ")
+        assert text in line
+    assert not registry.entries()
+
+
+@pytest.mark.usefixtures("server")
+async def test_what_cannot_be_read_or_reached(tmp_path: Path, registry: Registry) -> None:
+    missing = await run("push", str(tmp_path / "missing.safetensors"))
+    assert missing.exit_code == 1
+    assert "missing.safetensors: No such file or directory" in missing.stderr
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for url in (f"http://127.0.0.1:{port}", "nonsense", "http://["):
+        result = await run("list", "--url", url)
+        assert result.exit_code == 1
+        [line] = result.stderr.splitlines()
+        assert line.startswith(f"Error: Cannot reach {url}: ")
+
+
+@pytest.mark.usefixtures("server")
+async def test_warnings_are_shown(tmp_path: Path, tiny_engine: TorchEngine) -> None:
+    path = tmp_path / "sibling.safetensors"
+    maps = random_maps(0)
+    model = replace(tiny_engine.model, id="org/sibling")
+    write_artifact(path, manifest_of(maps, model, "sibling"), maps)
+    result = await run("push", str(path))
+    assert result.exit_code == 0
+    assert 'Warning: It was fitted on "org/sibling"' in result.stderr

@@ -1,0 +1,116 @@
+"""The settings: where they come from, and which contradict each other."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue, ValidationError
+
+from server.config import Settings
+
+
+def problem(**fields: object) -> str:
+    """The message of settings that must be refused."""
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(fields)
+    return str(caught.value)
+
+
+def test_flags_come_before_the_environment_and_it_before_the_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STEERSERVE_PORT", "9000")
+    monkeypatch.setenv("STEERSERVE_HOST", "0.0.0.0")
+    settings = Settings(port=9001)
+    assert (settings.port, settings.host, settings.max_batch_size) == (9001, "0.0.0.0", 64)
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERSERVE_ADMIN_KEY", "")
+    monkeypatch.setenv("STEERSERVE_PORT", "")
+    settings = Settings()
+    assert settings.admin_key is None
+    assert settings.port == 8000
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1
+
+
+def test_a_misspelt_setting_is_refused() -> None:
+    assert "prot" in problem(prot=1)
+
+
+def test_served_names_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERSERVE_SERVED_MODEL_NAMES", "a, org/b  c")
+    assert Settings().served_names == ("a", "org/b", "c")
+
+
+def test_served_name_by_default(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert Settings().served_names == ("smollm2-135m-instruct",)
+    assert Settings(model="org/model").served_names == ("org/model",)
+    assert Settings(model=str(folder)).served_names == ("my-model",)
+
+
+@pytest.mark.parametrize("names", [("a+b",), ("",), ("a b",), ("a", "a")])
+def test_served_names_that_would_be_ambiguous(names: tuple[str, ...]) -> None:
+    assert "served model name" in problem(served_model_names=names)
+
+
+def test_default_steering_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: dict[str, JsonValue] = {"intervention": "x", "strength": 0.5}
+    assert Settings(default_steering=expected).default_steering == expected
+    monkeypatch.setenv("STEERSERVE_DEFAULT_STEERING", '[{"intervention": "x", "strength": 0.5}]')
+    assert Settings().default_steering == [expected]
+
+
+@pytest.mark.parametrize("text", ["detox", "{", '"detox"', "[1]"])
+def test_default_steering_that_is_not_json(text: str) -> None:
+    assert "must be a JSON object such as" in problem(default_steering=text)
+
+
+@pytest.mark.parametrize("default", [None, [], {}])
+def test_locked_needs_a_default(default: object) -> None:
+    message = problem(steering_policy="locked", default_steering=default)
+    assert "`locked` needs a default steering" in message
+
+
+@pytest.mark.parametrize("key", ["", "two words", "ümlaut", "line\nbreak"])
+def test_a_key_that_no_header_can_carry(key: str) -> None:
+    assert "a key is" in problem(api_key=key)
+
+
+def test_keys_are_never_shown() -> None:
+    settings = Settings.model_validate({"api_key": "secret-1", "admin_key": "secret-2"})
+    assert "secret-" not in repr(settings)
+    assert "secret-" not in problem(api_key="secret-1 secret-2")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.2", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_which_hosts_are_loopback(host: str, loopback: bool) -> None:
+    assert Settings(host=host).binds_loopback is loopback
+
+
+def test_registry_lies_in_the_users_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert Settings().registry_path == tmp_path / ".local/share/steerserve/registry"
+    monkeypatch.setenv("XDG_DATA_HOME", "not/absolute")
+    assert Settings().registry_path == tmp_path / ".local/share/steerserve/registry"
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert Settings().registry_path == Path("/data/steerserve/registry")
+    assert Settings(registry=Path("~/r")).registry_path == tmp_path / "r"

@@ -1,0 +1,77 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.torch.detokenizer import Detokenizer
+from tests.tiny import EOS, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer().backend_tokenizer
+
+
+def run(text: str | bytes, *stop: str) -> tuple[list[str], bool]:
+    """The pieces that come out for each token, the end's included."""
+    data = text.encode() if isinstance(text, str) else text
+    detokenizer = Detokenizer(TOKENIZER, stop)
+    pieces = []
+    for byte in data:
+        pieces.append(detokenizer.push(BYTES[byte]))
+        if detokenizer.stopped:
+            break
+    pieces.append(detokenizer.finish())
+    return pieces, detokenizer.stopped
+
+
+def _byte_tokens() -> dict[int, int]:
+    """A byte -> the token of the tiny tokenizer that stands for it."""
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    names = {byte: chr(byte) for byte in letters}
+    others = [byte for byte in range(256) if byte not in names]
+    names |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    vocabulary = TOKENIZER.get_vocab()
+    return {byte: vocabulary[name] for byte, name in names.items()}
+
+
+BYTES = _byte_tokens()
+
+
+@given(st.text(max_size=20))
+def test_pieces_join_to_the_text(text: str) -> None:
+    pieces, stopped = run(text)
+    assert "".join(pieces) == text
+    assert not stopped
+
+
+@given(st.binary(max_size=20))
+def test_bytes_that_are_no_text_give_what_the_tokenizer_gives(data: bytes) -> None:
+    pieces, _ = run(data)
+    assert "".join(pieces) == TOKENIZER.decode([BYTES[byte] for byte in data])
+
+
+def test_a_character_comes_when_it_is_whole() -> None:
+    assert run("a€b")[0] == ["a", "", "", "€", "b", ""]
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_text_ends_before_the_first_stop_string_and_nothing_of_it_is_shown(
+    text: str, stop: list[str]
+) -> None:
+    # What a stop string ends depends on when it is complete: the first prefix that has one.
+    expected, ends = text, False
+    for length in range(1, len(text) + 1):
+        found = [place for s in stop if (place := text[:length].find(s)) >= 0]
+        if found:
+            expected, ends = text[: min(found)], True
+            break
+    pieces, stopped = run(text, *stop)
+    assert "".join(pieces) == expected
+    assert stopped is ends
+
+
+def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+    assert run("a\n\nUser", "\n\nUser:")[0] == ["a", "", "", "", "", "", "", "\n\nUser"]
+    assert run("a\nb", "\n\n")[0] == ["a", "", "\nb", ""]
+
+
+@pytest.mark.parametrize("token", [EOS, EOS + 1])
+def test_special_tokens_give_no_text(token: int) -> None:
+    assert Detokenizer(TOKENIZER, ()).push(token) == ""

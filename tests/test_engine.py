@@ -1,0 +1,325 @@
+"""The engine's life: admission, cancellation, failures, and what is freed at the end."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from server.engine.base import (
+    BankFullError,
+    Edit,
+    EngineDeadError,
+    EngineError,
+    EngineStats,
+    InvalidRequestError,
+    QueueFullError,
+    Request,
+    SamplingSettings,
+    StepFailedError,
+    StepOutput,
+    UnservableInterventionError,
+)
+from server.engine.torch.build import EngineOptions
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.generation import TorchGeneration
+from server.engine.torch.interventions import Parameters
+from steering.affine import AffineSettings
+from steering.reward import RewardSettings
+from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
+from tests.tiny import EOS, random_head, random_maps
+
+PROMPT = tuple(b"hello world")
+INTERVENTIONS: Mapping[str, Parameters] = {
+    "a": random_maps(1),
+    "b": random_maps(2),
+    "r": random_head(3),
+    "elsewhere": random_maps(4, sites=("model.layers.7.mlp",)),
+    "dead": random_maps(5, sites=("model.layers.0.dropped",)),
+}
+ENDLESS = SamplingSettings(400, temperature=0, ignore_eos=True)
+
+
+def request(
+    sampling: SamplingSettings = ENDLESS, prompt: tuple[int, ...] = PROMPT, *edits: Edit
+) -> Request:
+    return Request("test", prompt, sampling, edits)
+
+
+def affine(digest: str) -> Edit:
+    return Edit(digest, AffineSettings(1.0))
+
+
+async def finish(generation: TorchGeneration) -> list[StepOutput]:
+    return [output async for output in generation]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is polled is another thread's
+            await asyncio.sleep(0.005)
+
+
+def idle(engine: TorchEngine) -> bool:
+    """Nothing runs, waits or holds memory."""
+    stats = engine.stats()
+    return (
+        (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
+        and engine._core.interventions.slots.pins == 0
+        and not engine._core._slabs
+        and not engine._generations
+    )
+
+
+async def test_a_finished_request_frees_everything(start_engine: StartEngine) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    edits = (affine("a"), Edit("r", RewardSettings(0.5, 1)))
+    generation = await engine.submit(request(SamplingSettings(5), PROMPT, *edits))
+    outputs = await finish(generation)
+    assert len(outputs) <= 5
+    assert outputs[0].queue_seconds is not None
+    assert all(output.queue_seconds is None for output in outputs[1:])
+    await eventually(lambda: idle(engine))
+    assert engine.stats() == EngineStats(running=0, waiting=0, kv_cache_usage=0, slots_used=2)
+    generation.cancel()  # harmless now
+    assert engine.ready
+
+
+async def test_generation_stops_at_max_tokens_eos_and_stop_strings(
+    start_engine: StartEngine,
+) -> None:
+    engine = await start_engine({})
+    outputs = await finish(await engine.submit(request(SamplingSettings(9, 0, ignore_eos=True))))
+    text = "".join(output.text for output in outputs)
+    assert len(outputs) == 9
+    assert [output.finish_reason for output in outputs] == [None] * 8 + ["length"]
+    engine._core._eos_tokens = frozenset({outputs[4].token_ids[0]})
+    first = next(i for i, o in enumerate(outputs) if o.token_ids == outputs[4].token_ids)
+    until_eos = await finish(await engine.submit(request(SamplingSettings(9, 0))))
+    assert len(until_eos) == first + 1
+    assert until_eos[-1].finish_reason == "stop"
+    engine._core._eos_tokens = frozenset({EOS})
+    stop = text[2:4]
+    until_stop = await finish(
+        await engine.submit(request(SamplingSettings(9, 0, ignore_eos=True, stop=(stop,))))
+    )
+    assert "".join(output.text for output in until_stop) == text[: text.index(stop)]
+    assert until_stop[-1].finish_reason == "stop"
+    await eventually(lambda: idle(engine))
+
+
+async def test_a_seed_gives_the_same_text_whatever_else_runs(start_engine: StartEngine) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    seeded = SamplingSettings(20, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
+
+    async def tokens(sampling: SamplingSettings, *edits: Edit) -> list[int]:
+        outputs = await finish(await engine.submit(request(sampling, PROMPT, *edits)))
+        return [token for output in outputs for token in output.token_ids]
+
+    alone = await tokens(seeded)
+    beside, *_ = await asyncio.gather(
+        tokens(seeded),
+        *(tokens(SamplingSettings(20, seed=seed), affine("a")) for seed in range(5)),
+    )
+    assert beside == alone
+    other = SamplingSettings(20, temperature=1.0, top_p=0.9, seed=8, ignore_eos=True)
+    assert await tokens(other) != alone
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+async def test_a_cancelled_request_frees_everything(start_engine: StartEngine, after: int) -> None:
+    engine = await start_engine(INTERVENTIONS, options=EngineOptions(kv_cache_gb=0.02))
+    generation = await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+    outputs = aiter(generation)
+    for _ in range(after):
+        await anext(outputs)
+    generation.cancel()
+    with pytest.raises(EngineError, match="cancelled"):
+        async for _ in outputs:
+            pass
+    await eventually(lambda: idle(engine))
+
+
+async def test_a_client_that_leaves_during_admission_leaves_nothing_behind(
+    start_engine: StartEngine,
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    for delay in (0, 0, 0.001, 0.002, 0.004, 0.01):
+        task = asyncio.create_task(engine.submit(request(ENDLESS, PROMPT, affine("a"))))
+        await asyncio.sleep(delay)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            (await task).cancel()
+    await eventually(lambda: idle(engine))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "param", "says"),
+    [
+        ((), 1, "prompt", "empty"),
+        ((1,) * 512, 1, "prompt", "512 tokens"),
+        ((1,) * 600, 1, "prompt", "600 tokens"),
+        ((1,) * 500, 13, "max_tokens", "500 tokens and max_tokens 13"),
+        ((1, 259), 1, "prompt", r"0\.\.258"),
+        ((1, -1), 1, "prompt", r"0\.\.258"),
+    ],
+)
+async def test_a_request_that_cannot_be_served_is_refused_and_says_why(
+    start_engine: StartEngine, prompt: tuple[int, ...], max_tokens: int, param: str, says: str
+) -> None:
+    engine = await start_engine({})
+    with pytest.raises(InvalidRequestError, match=says) as refused:
+        await engine.submit(request(SamplingSettings(max_tokens), prompt))
+    assert refused.value.param == param
+    assert idle(engine)
+
+
+async def test_the_longest_request_is_served(start_engine: StartEngine) -> None:
+    engine = await start_engine({})
+    sampling = SamplingSettings(12, 0, ignore_eos=True)
+    assert len(await finish(await engine.submit(request(sampling, (1,) * 500)))) == 12
+
+
+def paused(engine: TorchEngine) -> Callable[[], None]:
+    """Keep the engine thread from stepping until the returned function is called."""
+    resume = threading.Event()
+    engine._thread.call(lambda: resume.wait(20))
+    return resume.set
+
+
+async def test_the_queue_is_bounded(start_engine: StartEngine) -> None:
+    options = EngineOptions(kv_cache_gb=0.02, max_batch_size=1, max_waiting=2)
+    engine = await start_engine(INTERVENTIONS, options=options)
+    running = await engine.submit(request())
+    await anext(aiter(running))
+    waiting = [await engine.submit(request(ENDLESS, PROMPT, affine("a"))) for _ in range(2)]
+    with pytest.raises(QueueFullError):
+        await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+    assert engine.stats().waiting == 2
+    for generation in (running, *waiting):
+        generation.cancel()
+    await eventually(lambda: idle(engine))
+
+
+async def test_interventions_take_turns_in_the_bank(start_engine: StartEngine) -> None:
+    options = EngineOptions(kv_cache_gb=0.02, max_loaded_interventions=1)
+    engine = await start_engine(INTERVENTIONS, options=options)
+
+    async def tokens(digest: str) -> list[int]:
+        sampling = SamplingSettings(8, 0, ignore_eos=True)
+        outputs = await finish(await engine.submit(request(sampling, PROMPT, affine(digest))))
+        return [token for output in outputs for token in output.token_ids]
+
+    first_a, first_b = await tokens("a"), await tokens("b")
+    assert first_a != first_b
+    assert (await tokens("a"), await tokens("b")) == (first_a, first_b)
+    holder = await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+    with pytest.raises(BankFullError):
+        await engine.submit(request(ENDLESS, PROMPT, affine("b")))
+    holder.cancel()
+    await eventually(lambda: idle(engine))
+    assert await tokens("b") == first_b
+
+
+async def test_two_requests_load_an_intervention_once(load_tiny: LoadTiny) -> None:
+    loads: list[str] = []
+
+    def source(digest: str) -> Parameters:
+        loads.append(digest)
+        return INTERVENTIONS[digest]
+
+    engine = TorchEngine(load_tiny(), source, TINY_OPTIONS)
+    await engine.start()
+    sampling = SamplingSettings(2, 0)
+    generations = await asyncio.gather(
+        *(engine.submit(request(sampling, PROMPT, affine("a"))) for _ in range(4))
+    )
+    await asyncio.gather(*map(finish, generations))
+    await engine.close()
+    assert loads == ["a"]
+
+
+@pytest.mark.parametrize("digest", ["elsewhere", "dead"])
+async def test_an_intervention_at_a_site_that_the_model_lacks_is_refused(
+    start_engine: StartEngine, digest: str
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    for _ in range(2):
+        with pytest.raises(UnservableInterventionError, match="no module"):
+            await engine.submit(request(ENDLESS, PROMPT, affine("a"), affine(digest)))
+    await eventually(lambda: idle(engine))
+
+
+async def test_an_intervention_that_cannot_be_read_is_refused(load_tiny: LoadTiny) -> None:
+    def source(digest: str) -> Parameters:
+        raise OSError("the disk is gone")
+
+    engine = TorchEngine(load_tiny(), source, TINY_OPTIONS)
+    await engine.start()
+    with pytest.raises(UnservableInterventionError, match="the disk is gone"):
+        await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+    assert engine.ready
+    await engine.close()
+
+
+async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    resume = paused(engine)
+    submissions = [asyncio.create_task(engine.submit(request(ENDLESS, PROMPT))) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._core._runner, "run", fail)
+        resume()
+        for submission in submissions:
+            with pytest.raises(StepFailedError) as failure:
+                await finish(await submission)
+            assert "secret" not in str(failure.value)
+    await eventually(lambda: idle(engine))
+    assert len(await finish(await engine.submit(request(SamplingSettings(3, 0))))) == 3
+
+
+async def test_a_dead_engine_says_so_to_everybody(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    generation = await engine.submit(request())
+
+    def die() -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(engine._core, "step", die)
+    with pytest.raises(EngineDeadError):
+        await finish(generation)
+    assert not engine.ready
+    with pytest.raises(EngineDeadError):
+        await engine.submit(request())
+
+
+async def test_closing_ends_what_runs(start_engine: StartEngine) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    generation = await engine.submit(request())
+    outputs = aiter(generation)
+    await anext(outputs)
+    await engine.close()
+
+    async def rest() -> None:
+        async for _ in outputs:
+            pass
+
+    with pytest.raises(EngineDeadError):
+        await rest()
+    assert not engine.ready
+
+
+async def test_text_and_tokens(start_engine: StartEngine) -> None:
+    engine = await start_engine({})
+    tokens = engine.tokenize("héllo")
+    assert engine.detokenize(tokens) == "héllo"
+    assert engine.max_model_len == 512

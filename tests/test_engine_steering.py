@@ -1,0 +1,203 @@
+"""The five promises about numbers (DESIGN, section 3): alone, then interleaved, then compared."""
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.interventions import Parameters
+from server.engine.torch.scheduler import Sequence
+from steering.affine import AffineSettings
+from steering.reward import RewardSettings
+from steering.route import SlottedEdit
+from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
+from tests.oracles import Oracle
+from tests.tiny import SITES, random_head, random_maps, tiny_model
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NEW_TOKENS = 16
+GREEDY = SamplingSettings(NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=3)
+INTERVENTIONS: Mapping[str, Parameters] = {
+    "a": random_maps(1),
+    "b": random_maps(2, sites=SITES[1:]),
+    "supported": random_maps(3, support=True),
+    "attention": random_maps(4, sites=("model.layers.1.self_attn",)),
+    "r": random_head(5),
+    "wide": random_head(6, units=40),
+}
+PROMPTS = (
+    b"hello world, how are you?",
+    b"x",
+    b"The quick brown fox jumps over the lazy dog, then it sleeps. " * 2,
+    b"What is this, and why",
+)
+STACKS: Mapping[str, tuple[Edit, ...]] = {
+    "base": (),
+    "a": (Edit("a", AffineSettings(1.0)),),
+    "a at another strength": (Edit("a", AffineSettings(0.4)),),
+    "a at a negative strength": (Edit("a", AffineSettings(-0.5)),),
+    "b": (Edit("b", AffineSettings(0.8)),),
+    "a on the prompt": (Edit("a", AffineSettings(0.9, "prompt")),),
+    "a on what is generated": (Edit("a", AffineSettings(0.9, "generated")),),
+    "a support": (Edit("supported", AffineSettings(1.0)),),
+    "a tuple's first place": (Edit("attention", AffineSettings(1.0)),),
+    "r": (Edit("r", RewardSettings(0.5, 5)),),
+    "r with other settings": (Edit("r", RewardSettings(0.2, 2, 0.5)),),
+    "r, its direction only": (Edit("r", RewardSettings(0.5, 0)),),
+    "wide": (Edit("wide", RewardSettings(0.4, 3)),),
+    "a then b": (Edit("a", AffineSettings(0.5)), Edit("b", AffineSettings(0.5))),
+    "b then a": (Edit("b", AffineSettings(0.5)), Edit("a", AffineSettings(0.5))),
+    "a and r": (Edit("a", AffineSettings(0.6)), Edit("r", RewardSettings(0.5, 5))),
+    "four": (
+        Edit("r", RewardSettings(0.3, 1)),
+        Edit("b", AffineSettings(0.3, "generated")),
+        Edit("wide", RewardSettings(0.3, 2)),
+        Edit("supported", AffineSettings(0.7)),
+    ),
+}
+
+
+async def generate(
+    engine: TorchEngine,
+    prompt: list[int] | bytes,
+    edits: tuple[Edit, ...] = (),
+    delay: float = 0,
+) -> list[StepOutput]:
+    await asyncio.sleep(delay)
+    generation = await engine.submit(Request("test", tuple(prompt), GREEDY, edits))
+    return [output async for output in generation]
+
+
+def tokens_of(outputs: list[StepOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def logprobs_of(outputs: list[StepOutput]) -> list[float]:
+    return [logprob.logprob for output in outputs for logprob in output.logprobs]
+
+
+def expected_of(
+    oracle: Oracle, prompt: list[int] | bytes, edits: tuple[Edit, ...]
+) -> tuple[list[int], list[torch.Tensor]]:
+    stack = [(INTERVENTIONS[edit.digest], edit.settings) for edit in edits]
+    return oracle.greedy(prompt, NEW_TOKENS, stack)
+
+
+def assert_equal_to_oracle(
+    outputs: list[StepOutput], expected: list[int], logits: list[torch.Tensor]
+) -> None:
+    """Equal greedy tokens up to the first near tie, and equal log-probabilities."""
+    for place, (token, logprob, best, row) in enumerate(
+        zip(tokens_of(outputs), logprobs_of(outputs), expected, logits, strict=True)
+    ):
+        top = row.topk(2).values
+        if top[0] - top[1] <= 1e-4:
+            return
+        assert token == best, f"token {place}"
+        assert logprob == pytest.approx(float(row.log_softmax(-1)[best]), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_each_stack_alone_equals_the_oracle(start_engine: StartEngine, family: str) -> None:
+    engine = await start_engine(INTERVENTIONS, family, EngineOptions(kv_cache_gb=0.01))
+    oracle = Oracle(tiny_model(family))
+    seen = set()
+    for edits in STACKS.values():
+        outputs = await generate(engine, PROMPTS[0], edits)
+        expected, logits = expected_of(oracle, PROMPTS[0], edits)
+        assert_equal_to_oracle(outputs, expected, logits)
+        seen.add(tuple(expected))
+    assert len(seen) >= len(STACKS) - 2, "the interventions of this test do nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_any_mix_in_one_batch_equals_the_oracle(
+    start_engine: StartEngine, family: str
+) -> None:
+    """Unequal lengths, arriving at different times, prefilled in chunks of awkward sizes."""
+    options = EngineOptions(kv_cache_gb=0.02, max_batch_size=19, max_batch_tokens=19)
+    engine = await start_engine(INTERVENTIONS, family, options)
+    oracle = Oracle(tiny_model(family))
+    cases = [
+        (PROMPTS[number % len(PROMPTS)], edits) for number, edits in enumerate(STACKS.values())
+    ]
+    mixed = await asyncio.gather(
+        *(
+            generate(engine, prompt, edits, delay=0.003 * number)
+            for number, (prompt, edits) in enumerate(cases)
+        )
+    )
+    for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
+        assert_equal_to_oracle(outputs, *expected_of(oracle, prompt, edits))
+
+
+async def test_base_a_b_in_one_batch_equal_each_alone(start_engine: StartEngine) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    names = ("base", "a", "b", "a at another strength", "a then b", "a and r", "r")
+    cases = [(prompt, STACKS[name]) for name in names for prompt in PROMPTS]
+    alone = [await generate(engine, prompt, edits) for prompt, edits in cases]
+    together = await asyncio.gather(*(generate(engine, *case) for case in cases))
+    for one, other in zip(alone, together, strict=True):
+        assert tokens_of(one) == tokens_of(other)
+        assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Edit("a", AffineSettings(0.0)),
+        Edit("a", AffineSettings(0.0, "generated")),
+        Edit("r", RewardSettings(eta=0.0, iterations=5, direction_scale=0.0)),
+        Edit("r", RewardSettings(eta=0.5, iterations=0, direction_scale=0.0)),
+    ],
+    ids=str,
+)
+async def test_settings_that_do_nothing_give_the_bits_of_an_engine_with_nothing_loaded(
+    start_engine: StartEngine, edit: Edit
+) -> None:
+    bare = await start_engine({})
+    base = await generate(bare, PROMPTS[0])
+    engine = await start_engine(INTERVENTIONS)
+    await generate(engine, PROMPTS[1], STACKS["four"])  # hooks are installed now
+    await generate(engine, PROMPTS[1], STACKS["a"])
+    assert logprobs_of(await generate(engine, PROMPTS[0], (edit,))) == logprobs_of(base)
+    assert logprobs_of(await generate(engine, PROMPTS[0])) == logprobs_of(base)
+
+
+@pytest.mark.parametrize("mine", ["base", "a", "r"])
+def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
+    load_tiny: LoadTiny, mine: str
+) -> None:
+    """In batches of equal shape. A head's rows are a shape too, so neighbours of a row that
+    uses a head use another one.
+    """
+    core = build_core(load_tiny(), TINY_OPTIONS)
+    slots = {
+        digest: core.interventions.install(digest, parameters)
+        for digest, parameters in INTERVENTIONS.items()
+    }
+
+    def sequence(edits: tuple[Edit, ...]) -> Sequence:
+        request = Request("test", tuple(PROMPTS[0]), GREEDY, edits)
+        slotted = tuple(SlottedEdit(slots[edit.digest], edit.settings) for edit in edits)
+        return Sequence(request, slotted, list(PROMPTS[0]))
+
+    def logprobs_beside(neighbours: tuple[Edit, ...]) -> list[float]:
+        batch = [sequence(neighbours), sequence(STACKS[mine]), sequence(neighbours)]
+        for member in batch:
+            core.add(member)
+        outputs: list[StepOutput] = []
+        while core.has_work:
+            for member, output in core.step():
+                assert isinstance(output, StepOutput)
+                outputs += [output] if member is batch[1] else []
+        return logprobs_of(outputs)
+
+    beside_base = logprobs_beside(())
+    assert len(beside_base) == NEW_TOKENS
+    for name in ("a", "b then a", "a support", "wide", "a on what is generated"):
+        assert logprobs_beside(STACKS[name]) == beside_base, name

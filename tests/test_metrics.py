@@ -1,0 +1,136 @@
+"""The metrics page: exact counts, bounded labels."""
+
+import httpx
+import pytest
+
+from interventions.registry import Registry
+from server.engine.torch.engine import TorchEngine
+from server.metrics import MAX_INTERVENTION_LABELS, Metrics
+from tests.conftest import WriteArtifact
+from tests.serving import Json, complete, metric, push
+
+
+async def test_counts_are_exact(client: httpx.AsyncClient) -> None:
+    requests: tuple[tuple[Json, int, int, int], ...] = (
+        # fields, choices, prompt tokens, tokens of each choice
+        ({"max_tokens": 1}, 1, 5, 1),
+        ({"max_tokens": 7, "prompt": ["Hello", "Bye!"], "n": 2}, 4, 9, 7),
+        ({"max_tokens": 9, "stream": True, "prompt": "x" * 100}, 1, 100, 9),
+    )
+    for fields, _, _, _ in requests:
+        assert (await complete(client, ignore_eos=True, **fields)).status_code == 200
+    choices = sum(count for _, count, _, _ in requests)
+    prompt = sum(tokens for _, _, tokens, _ in requests)
+    generated = sum(count * tokens for _, count, _, tokens in requests)
+    expected: dict[str, float] = {
+        "time_to_first_token_seconds_count": choices,
+        "inter_token_latency_seconds_count": generated - choices,
+        "request_queue_seconds_count": choices,
+        "request_duration_seconds_count": len(requests),
+        "request_prompt_tokens_count": len(requests),
+        "request_prompt_tokens_sum": prompt,
+        "request_generation_tokens_sum": generated,
+        "prompt_tokens_total": prompt,
+        "generation_tokens_total": generated,
+        "requests_running": 0,
+        "requests_waiting": 0,
+        "kv_cache_usage_ratio": 0,
+        'requests_total{endpoint="/v1/completions",outcome="success"}': len(requests),
+    }
+    assert {name: await metric(client, name) for name in expected} == expected
+
+
+async def test_times_are_seconds_and_add_up(client: httpx.AsyncClient) -> None:
+    await complete(client, ignore_eos=True, max_tokens=50)
+    first = await metric(client, "time_to_first_token_seconds_sum")
+    between = await metric(client, "inter_token_latency_seconds_sum")
+    duration = await metric(client, "request_duration_seconds_sum")
+    queue = await metric(client, "request_queue_seconds_sum")
+    assert 0 < queue < first < duration < 10
+    assert first + between == pytest.approx(duration, rel=0.2)
+
+
+async def test_steered_tokens_by_kind_and_name(
+    client: httpx.AsyncClient,
+    affine_artifact: WriteArtifact,
+    reward_artifact: WriteArtifact,
+    registry: Registry,
+) -> None:
+    await push(client, affine_artifact("maps"))
+    await push(client, reward_artifact("head"))
+    digest = registry.get("maps").digest
+    maps, head = {"intervention": "maps"}, {"intervention": "head"}
+    for fields in (
+        {},
+        {"steering": maps},
+        {"steering": {"intervention": f"sha256:{digest}"}},
+        {"steering": {**maps, "strength": 0}},
+        {"steering": head},
+        {"steering": [maps, head]},
+        {"steering": [{**maps, "strength": 0}, head]},
+    ):
+        assert (await complete(client, ignore_eos=True, **fields)).status_code == 200
+    steered = {
+        labels: await metric(client, f"steered_tokens_total{labels}")
+        for labels in (
+            '{intervention="maps",kind="affine"}',
+            '{intervention="head",kind="reward"}',
+            '{intervention="maps+head",kind="affine+reward"}',
+        )
+    }
+    assert list(steered.values()) == [12, 12, 6]
+    page = (await client.get("/metrics")).text
+    assert page.count("steerserve_steered_tokens_total{") == 3
+    assert digest not in page
+    assert await metric(client, "interventions_stored") == 2
+    assert await metric(client, "intervention_slots_used") == 2
+
+
+async def test_what_a_client_writes_never_becomes_a_label(client: httpx.AsyncClient) -> None:
+    await client.get("/some/secret/path")
+    await client.get("/v1/interventions/secret-name")
+    await client.get("/v1/models/secret/model")
+    await client.request("SECRET", "/v1/completions")
+    await complete(client, steering={"intervention": "secret-name"}, user="secret")
+    await complete(client, model="secret")
+    page = (await client.get("/metrics")).text
+    assert "secret" not in page.lower()
+    for labels in (
+        'endpoint="unmatched",outcome="client_error"',
+        'endpoint="/v1/interventions/{reference}",outcome="client_error"',
+        'endpoint="/v1/models/{model_id:path}",outcome="client_error"',
+    ):
+        assert await metric(client, f"requests_total{{{labels}}}") == 1
+    completions = 'requests_total{endpoint="/v1/completions",outcome="client_error"}'
+    assert await metric(client, completions) == 3
+
+
+async def test_the_page_is_prometheus_text(client: httpx.AsyncClient) -> None:
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    names = {line.split()[2] for line in response.text.splitlines() if line.startswith("# TYPE")}
+    for name in (
+        "steerserve_time_to_first_token_seconds",
+        "steerserve_steered_tokens_total",
+        "steerserve_requests_total",
+        "steerserve_kv_cache_usage_ratio",
+    ):
+        assert name in names
+
+
+async def test_intervention_labels_are_capped(tiny_engine: TorchEngine, registry: Registry) -> None:
+    metrics = Metrics(tiny_engine, registry)
+    for number in range(MAX_INTERVENTION_LABELS + 10):
+        for _ in range(2):
+            metrics.generated(1, "affine", f"name-{number}")
+    page = metrics.render().decode()
+    assert page.count("steerserve_steered_tokens_total{") == MAX_INTERVENTION_LABELS + 1
+    assert 'steered_tokens_total{intervention="other",kind="affine"} 20.0' in page
+    assert 'steered_tokens_total{intervention="name-0",kind="affine"} 2.0' in page
+
+
+async def test_two_applications_count_apart(tiny_engine: TorchEngine, registry: Registry) -> None:
+    first, second = Metrics(tiny_engine, registry), Metrics(tiny_engine, registry)
+    first.answered("/x", "success")
+    assert b'endpoint="/x"' in first.render()
+    assert b'endpoint="/x"' not in second.render()

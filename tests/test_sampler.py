@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+
+from server.engine.base import SamplingSettings
+from server.engine.torch.sampler import Draw, logprobs, sample
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])
+
+
+def draw(uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draw:
+    settings = SamplingSettings(1, temperature=temperature, top_k=top_k, top_p=top_p)
+    return Draw(settings, uniform)
+
+
+def shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+    """How often each token is drawn, over uniform numbers that cover [0, 1) evenly."""
+    rows = 1000
+    draws = [draw((row + 0.5) / rows, temperature, top_k, top_p) for row in range(rows)]
+    drawn = torch.tensor(sample(LOGITS.repeat(rows, 1), draws))
+    return (drawn.bincount(minlength=4) / rows).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_their_probability_says(temperature: float) -> None:
+    expected = (LOGITS / temperature).softmax(-1).tolist()
+    assert shares(temperature) == pytest.approx(expected, abs=2e-3)
+
+
+def test_temperature_zero_takes_the_best() -> None:
+    assert sample(LOGITS[None], [draw(0.99, temperature=0)]) == [1]
+
+
+def test_top_k_keeps_the_k_best() -> None:
+    kept = torch.tensor([-torch.inf, 3.0, 2.0, -torch.inf]).softmax(-1).tolist()
+    assert shares(top_k=2) == pytest.approx(kept, abs=2e-3)
+    assert shares(top_k=1) == [0, 1, 0, 0]
+    assert shares(top_k=99) == shares(top_k=4)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    # The probabilities are 0.644, 0.237, 0.087, 0.032 in order.
+    assert shares(top_p=0.6) == [0, 1, 0, 0]
+    assert shares(top_p=1e-9) == [0, 1, 0, 0]
+    kept = torch.tensor([-torch.inf, 3.0, 2.0, -torch.inf]).softmax(-1).tolist()
+    assert shares(top_p=0.65) == pytest.approx(kept, abs=2e-3)
+
+
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 500, generator=random)
+    draws = [
+        draw(0.3),
+        draw(0.3, top_k=5),
+        draw(0.9, temperature=0),
+        draw(0.7, top_p=0.5, temperature=2),
+        draw(0.0),
+        draw(0.999999, top_k=2, top_p=0.9),
+    ]
+    alone = [sample(logits[row][None], [draws[row]])[0] for row in range(6)]
+    assert sample(logits, draws) == alone
+    assert sample(logits.flip(0), draws[::-1]) == alone[::-1]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-7])
+def test_a_tiny_temperature_does_not_overflow(temperature: float) -> None:
+    assert sample(LOGITS[None], [draw(0.5, temperature=temperature)]) == [1]
+
+
+def test_logprobs_are_of_the_model_and_not_of_the_filters() -> None:
+    expected = LOGITS.log_softmax(-1)
+    (row,) = logprobs(LOGITS[None], [2], [3])
+    assert row.sampled == pytest.approx(float(expected[2]))
+    assert [token for token, _ in row.top] == [1, 2, 0]
+    assert [value for _, value in row.top] == pytest.approx(expected[[1, 2, 0]].tolist())
+    (none,) = logprobs(LOGITS[None], [2], [0])
+    assert none.top == ()
+    assert math.isclose(none.sampled, row.sampled)

@@ -1,0 +1,100 @@
+"""The engine refuses to serve what it would compute wrongly, or not steer."""
+
+import pytest
+import torch
+
+from server.engine.base import UnservableInterventionError
+from server.engine.torch import attention
+from server.engine.torch.build import EngineOptions, build_core, context_length
+from server.engine.torch.loader import ModelLoadError
+from steering.bank import Bank
+from tests.conftest import TINY_OPTIONS, LoadTiny
+from tests.tiny import SITES, WIDTH, random_head, random_maps
+
+ALL_SITES = (
+    *SITES,
+    "model.layers.0.input_layernorm",
+    "model.layers.0.self_attn",
+    "model.layers.0.self_attn.k_proj",
+    "model.layers.1.mlp",
+    "model.layers.1",
+    "model.norm",
+)
+
+
+def test_every_kind_of_site_reaches_the_logits(load_tiny: LoadTiny) -> None:
+    core = build_core(load_tiny(), TINY_OPTIONS)
+    maps = {site: random_maps(1, width, (site,))[site] for site, width in widths().items()}
+    assert core.interventions.install("all", maps) == 1
+
+
+def widths() -> dict[str, int]:
+    return {site: 16 if site.endswith("k_proj") else WIDTH for site in ALL_SITES}
+
+
+def test_a_site_whose_edit_does_not_reach_the_logits_is_refused(load_tiny: LoadTiny) -> None:
+    loaded = load_tiny()
+    # The last layer's MLP gives nothing, whatever comes in.
+    with torch.no_grad():
+        loaded.model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()
+    core = build_core(loaded, TINY_OPTIONS)
+    with pytest.raises(UnservableInterventionError, match=rf"{SITES[1]} does not reach"):
+        core.interventions.install("a", random_maps(1))
+    with pytest.raises(UnservableInterventionError):  # the second time it is known
+        core.interventions.install("a", random_maps(1))
+    assert core.interventions.slots.used == 0
+    assert core.interventions.install("b", random_maps(1, sites=SITES[:1])) == 1
+
+
+def test_a_wrong_attention_is_noticed(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_first_key", lambda segment, window: segment.start)
+    with pytest.raises(ModelLoadError, match="other logits"):
+        build_core(load_tiny(), TINY_OPTIONS)
+
+
+def test_attention_that_raises_is_a_model_that_cannot_be_served(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_tiny()
+    monkeypatch.setattr(loaded.model.config, "head_dim", 5)
+    with pytest.raises(ModelLoadError, match="does not run with the engine's attention"):
+        build_core(loaded, TINY_OPTIONS)
+
+
+def test_rewards_that_do_not_reach_the_logits_are_noticed(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bank, "edit_rows", lambda _bank, hidden, _route: hidden)
+    with pytest.raises(ModelLoadError, match="before lm_head"):
+        build_core(load_tiny(), TINY_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (EngineOptions(kv_cache_gb=1e-9), "single block"),
+        (EngineOptions(max_model_len=1000), "512 positions"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(
+    load_tiny: LoadTiny, options: EngineOptions, says: str
+) -> None:
+    loaded = load_tiny()
+    with pytest.raises(ModelLoadError, match=says):
+        context_length(loaded, options, build_core(loaded, options).scheduler.pool)
+
+
+def test_the_context_is_what_the_memory_holds(load_tiny: LoadTiny) -> None:
+    loaded = load_tiny()
+    options = EngineOptions(kv_cache_gb=100 * 256 / 1e9)  # room for 100 tokens of 256 bytes
+    pool = build_core(loaded, options).scheduler.pool
+    assert context_length(loaded, options, pool) == 96
+
+
+def test_a_head_can_be_loaded_beside_maps(load_tiny: LoadTiny) -> None:
+    core = build_core(load_tiny(), TINY_OPTIONS)
+    slots = {
+        core.interventions.install("a", random_maps(1)),
+        core.interventions.install("r", random_head(1)),
+    }
+    assert slots == {1, 2}

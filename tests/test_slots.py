@@ -1,0 +1,37 @@
+import pytest
+
+from server.engine.base import BankFullError
+from server.engine.torch.slots import SlotTable
+
+
+def test_the_least_recently_used_slot_that_nobody_pins_is_taken() -> None:
+    table = SlotTable(3)
+    slots = {digest: table.take(digest) for digest in "abc"}
+    assert sorted(slots.values()) == [1, 2, 3]
+    for digest in "abc":
+        table.unpin(digest)
+    assert table.pin("a") == slots["a"]  # used again, and held
+    table.unpin("a")
+    assert table.take("d") == slots["b"]
+    assert table.pin("b") is None
+    assert table.used == 3
+
+
+def test_pinned_slots_are_never_taken() -> None:
+    table = SlotTable(2)
+    held = table.take("a")
+    table.take("b")
+    table.unpin("b")
+    assert table.take("c") != held
+    with pytest.raises(BankFullError, match="all 2 slots"):
+        table.take("d")
+    assert table.pin("a") == held
+    assert table.pins == 3
+
+
+def test_a_slot_whose_loading_failed_is_free_again() -> None:
+    table = SlotTable(1)
+    table.take("a")
+    table.drop("a")
+    assert table.used == table.pins == 0
+    assert table.take("b") == 1
