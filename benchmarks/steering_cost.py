@@ -28,9 +28,7 @@ from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.loader import load_model
 from server.engine.torch.scheduler import Sequence
-from steering.affine import AffineSettings
-from steering.reward import RewardSettings
-from steering.route import SlottedEdit
+from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 32

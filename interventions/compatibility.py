@@ -1,25 +1,11 @@
 """Whether a model can take an artifact: what the model is, in numbers, and the check."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from interventions.artifact import Artifact
 from interventions.layout import AffineShapes, RewardShapes, Shapes, shapes_of
 from interventions.manifest import BaseModelReference, Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """What has to be known of a loaded model to say whether an artifact fits it."""
-
-    id: str
-    architecture: str  # the class name, e.g. "LlamaForCausalLM"
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    head_width: int  # lm_head.in_features; not hidden_size in OPT-350m
-    site_widths: Mapping[str, int]  # module path -> width of its output
-    fingerprint: str  # sha256 of the configuration and of the weights' names, shapes and samples
+from interventions.model import ModelDescription
 
 
 class IncompatibleArtifactError(ValueError):

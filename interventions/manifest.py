@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from interventions.strict_json import StrictJSONError, parse_json
-from steering.affine import Positions
+from steering.settings import Positions
 
 NAME_PATTERN: Final = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,63}\Z")
 """What an intervention may be called."""

@@ -7,8 +7,7 @@ from difflib import get_close_matches
 from typing import Final, get_args
 
 from interventions.manifest import AffineManifest, Manifest, RewardManifest
-from steering.affine import AffineSettings, Positions
-from steering.reward import RewardSettings
+from steering.settings import AffineSettings, Positions, RewardSettings
 
 AFFINE_SETTINGS: Final[tuple[str, ...]] = ("strength", "positions")
 REWARD_SETTINGS: Final[tuple[str, ...]] = ("eta", "iterations", "direction_scale")

@@ -7,28 +7,10 @@ bias`. Lin-AcT, mean shift and CAA vectors are the same form with other paramete
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-
-Positions: TypeAlias = Literal["all", "prompt", "generated"]
-
-
-@dataclass(frozen=True, slots=True)
-class AffineSettings:
-    """What a request may choose of an affine intervention.
-
-    `positions` names the tokens that are edited, relative to the request's own prompt.
-    """
-
-    strength: float
-    positions: Positions = "all"
-
-    @property
-    def does_nothing(self) -> bool:
-        """Whether the edit is the identity, so that the request is served as if without it."""
-        return self.strength == 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

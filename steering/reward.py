@@ -17,20 +17,6 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class RewardSettings:
-    """What a request may choose of a reward intervention."""
-
-    eta: float
-    iterations: int
-    direction_scale: float = 1.0
-
-    @property
-    def does_nothing(self) -> bool:
-        """Whether the edit is the identity, so that the request is served as if without it."""
-        return self.direction_scale == 0 and (self.eta == 0 or self.iterations == 0)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardHead:
     """A two-layer reward model over hidden states of width d, with m hidden units."""

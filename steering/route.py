@@ -10,16 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from steering.affine import AffineSettings, Positions
-from steering.reward import RewardSettings
-
-
-@dataclass(frozen=True, slots=True)
-class SlottedEdit:
-    """One edit of a request, by the bank's slot that holds its parameters."""
-
-    slot: int
-    settings: AffineSettings | RewardSettings
+from steering.settings import AffineSettings, Positions, RewardSettings, SlottedEdit
 
 
 @dataclass(frozen=True, slots=True)

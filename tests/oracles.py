@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steering.affine import AffineMap, AffineSettings
-from steering.reward import RewardHead, RewardSettings
+from steering.affine import AffineMap
+from steering.reward import RewardHead
+from steering.settings import AffineSettings, RewardSettings
 
 Stack: TypeAlias = Sequence[
     tuple[Mapping[str, AffineMap] | RewardHead, AffineSettings | RewardSettings]

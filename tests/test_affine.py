@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.affine import AffineMap, AffineSettings, apply_affine
+from steering.affine import AffineMap, apply_affine
+from steering.settings import AffineSettings
 from tests import oracles
 from tests.tiny import WIDTH, random_maps
 

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from steering.affine import AffineSettings
 from steering.bank import Bank
-from steering.reward import RewardSettings
-from steering.route import SlottedEdit, Span, build_route
+from steering.route import Span, build_route
+from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 from tests import oracles
 from tests.tiny import SITES, WIDTH, random_head, random_maps
 

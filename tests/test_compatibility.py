@@ -7,12 +7,12 @@ import pytest
 from interventions.artifact import Artifact
 from interventions.compatibility import (
     IncompatibleArtifactError,
-    ModelDescription,
     check_compatible,
     check_shapes,
     unservable_reason,
 )
 from interventions.layout import shapes_of
+from interventions.model import ModelDescription
 from steering.affine import AffineMap
 from tests.artifact_samples import (
     affine_manifest,

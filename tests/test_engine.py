@@ -25,8 +25,7 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
-from steering.affine import AffineSettings
-from steering.reward import RewardSettings
+from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.tiny import EOS, random_head, random_maps
 

@@ -11,9 +11,7 @@ from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.scheduler import Sequence
-from steering.affine import AffineSettings
-from steering.reward import RewardSettings
-from steering.route import SlottedEdit
+from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.oracles import Oracle
 from tests.tiny import SITES, random_head, random_maps, tiny_model

@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from steering.affine import AffineSettings
 from steering.bank import Bank
 from steering.hooks import SteeringHooks, UnknownSiteError, measure_site_widths
-from steering.route import SlottedEdit, Span, build_route
+from steering.route import Span, build_route
+from steering.settings import AffineSettings, SlottedEdit
 from tests.tiny import SITES, VOCABULARY, WIDTH, random_maps, tiny_config, tiny_model
 
 CPU = torch.device("cpu")

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.reward import RewardSettings, apply_reward, reward
+from steering.reward import apply_reward, reward
+from steering.settings import RewardSettings
 from tests import oracles
 from tests.tiny import WIDTH, random_head
 

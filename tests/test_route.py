@@ -1,8 +1,7 @@
 import torch
 
-from steering.affine import AffineSettings
-from steering.reward import RewardSettings
-from steering.route import Route, SlottedEdit, Span, build_route
+from steering.route import Route, Span, build_route
+from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
 CPU = torch.device("cpu")
 

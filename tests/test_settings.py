@@ -5,8 +5,7 @@ import math
 import pytest
 
 from interventions.settings import Caps, InvalidSettingError, resolve_settings
-from steering.affine import AffineSettings
-from steering.reward import RewardSettings
+from steering.settings import AffineSettings, RewardSettings
 from tests.artifact_samples import affine_manifest, reward_manifest
 
 

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from interventions.compatibility import ModelDescription
 from interventions.manifest import AffineManifest, BaseModelReference, Manifest, RewardManifest
+from interventions.model import ModelDescription
 from steering.affine import AffineMap
 from steering.reward import RewardHead
 

@@ -6,7 +6,8 @@ from typing import Final, Literal, TypeAlias
 
 from pydantic import JsonValue
 
-from interventions.compatibility import IncompatibleArtifactError, ModelDescription, check_shapes
+from interventions.compatibility import IncompatibleArtifactError, check_shapes
+from interventions.model import ModelDescription
 from interventions.registry import (
     DIGEST_PREFIX,
     Entry,

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from interventions.artifact import ArtifactError, write_artifact
-from interventions.compatibility import ModelDescription
 from interventions.manifest import NAME_PATTERN, BaseModelReference, Manifest, TrainingValue
+from interventions.model import ModelDescription
 from server.cli.training_files import TrainingFileError
 from server.engine.torch.embedded import EmbeddedModelError
 from server.engine.torch.loader import LoadedModel, ModelLoadError, load_model

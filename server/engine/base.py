@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from interventions.compatibility import ModelDescription
-from steering.affine import AffineSettings
-from steering.reward import RewardSettings
+from interventions.model import ModelDescription
+from steering.settings import AffineSettings, RewardSettings
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
-from interventions.compatibility import ModelDescription
+from interventions.model import ModelDescription
 from server.engine.base import (
     Edit,
     EngineDeadError,
@@ -22,7 +22,7 @@ from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel
 from server.engine.torch.scheduler import Sequence as EngineSequence
 from server.engine.torch.thread import EngineThread
-from steering.route import SlottedEdit
+from steering.settings import SlottedEdit
 
 T = TypeVar("T")
 

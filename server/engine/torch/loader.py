@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from interventions.compatibility import ModelDescription
+from interventions.model import ModelDescription
 from server.engine.torch.embedded import EMBEDDED_MODEL_ID, embedded_model_folder
 from steering.hooks import measure_site_widths
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from server.engine.base import QueueFullError, Request
 from server.engine.torch.kv_cache import BlockPool
-from steering.route import SlottedEdit
+from steering.settings import SlottedEdit
 
 
 @dataclass(eq=False, slots=True)

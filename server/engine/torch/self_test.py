@@ -17,10 +17,10 @@ from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.scheduler import Sequence as EngineSequence
-from steering.affine import AffineMap, AffineSettings
+from steering.affine import AffineMap
 from steering.bank import Bank
-from steering.reward import RewardHead, RewardSettings
-from steering.route import SlottedEdit
+from steering.reward import RewardHead
+from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
 _PROBE_TOKENS = 4
 _SITES_A_BATCH = 16

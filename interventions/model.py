@@ -1,0 +1,18 @@
+"""What a model is, in numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What has to be known of a loaded model to say whether an artifact fits it."""
+
+    id: str
+    architecture: str  # the class name, e.g. "LlamaForCausalLM"
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    head_width: int  # lm_head.in_features; not hidden_size in OPT-350m
+    site_widths: Mapping[str, int]  # module path -> width of its output
+    fingerprint: str  # sha256 of the configuration and of the weights' names, shapes and samples
