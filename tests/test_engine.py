@@ -284,6 +284,20 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     assert len(await finish(await engine.submit(request(SamplingSettings(3, 0))))) == 3
 
 
+async def test_an_edit_that_leaves_no_finite_logits_fails_its_own_request_only(
+    start_engine: StartEngine,
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    sampling = SamplingSettings(40, 0, ignore_eos=True, logprobs=1)
+    neighbour = asyncio.create_task(engine.submit(request(sampling)))
+    overflow = Edit("a", AffineSettings(3e38))
+    with pytest.raises(InvalidRequestError, match="weaker settings") as failure:
+        await finish(await engine.submit(request(sampling, PROMPT, overflow)))
+    assert failure.value.param == "steering"
+    assert len(await finish(await neighbour)) == 40
+    await eventually(lambda: idle(engine))
+
+
 async def test_a_dead_engine_says_so_to_everybody(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

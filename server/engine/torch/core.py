@@ -9,7 +9,13 @@ from typing import TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from server.engine.base import EngineError, StepFailedError, StepOutput, TokenLogprob
+from server.engine.base import (
+    EngineError,
+    InvalidRequestError,
+    StepFailedError,
+    StepOutput,
+    TokenLogprob,
+)
 from server.engine.torch.attention import Slab, SlabShape
 from server.engine.torch.batch import build_batch
 from server.engine.torch.detokenizer import Detokenizer
@@ -115,27 +121,41 @@ class EngineCore:
         tokens = sample(logits, [self._draw(sequence) for sequence in sequences])
         rows = self._logprobs(sequences, tokens, logits)
         return [
-            (sequence, self._advance(sequence, token, row))
+            (sequence, self._give_up(sequence))
+            if token is None
+            else (sequence, self._advance(sequence, token, row))
             for sequence, token, row in zip(sequences, tokens, rows, strict=True)
         ]
+
+    def _give_up(self, sequence: Sequence) -> EngineError:
+        """End a sequence whose logits are not finite: another model than the one asked for."""
+        self.remove(sequence)
+        if not sequence.edits:
+            return StepFailedError("the model's output is not a number")
+        return InvalidRequestError(
+            "steered like this, the model's output is not a number; choose weaker settings",
+            "steering",
+            "steering_overflow",
+        )
 
     def _draw(self, sequence: Sequence) -> Draw:
         return Draw(sequence.request.sampling, self._answers[sequence].random.random())
 
     def _logprobs(
-        self, sequences: list[Sequence], tokens: list[int], logits: Tensor
+        self, sequences: list[Sequence], tokens: list[int | None], logits: Tensor
     ) -> list[TokenLogprob | None]:
-        counts = [sequence.request.sampling.logprobs for sequence in sequences]
-        wanted = [row for row, count in enumerate(counts) if count is not None]
+        """For the rows that ask for them and drew a token."""
+        wanted = {
+            row: (token, count)
+            for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+            if token is not None and (count := sequence.request.sampling.logprobs) is not None
+        }
         found: list[TokenLogprob | None] = [None] * len(sequences)
         if wanted:
-            rows = logprobs(
-                logits[wanted],
-                [tokens[row] for row in wanted],
-                [counts[row] or 0 for row in wanted],
-            )
-            for row, values in zip(wanted, rows, strict=True):
-                found[row] = self._token_logprob(tokens[row], values)
+            drawn, counts = zip(*wanted.values(), strict=True)
+            values = logprobs(logits[list(wanted)], drawn, counts)
+            for row, token, value in zip(wanted, drawn, values, strict=True):
+                found[row] = self._token_logprob(token, value)
         return found
 
     def _token_logprob(self, token: int, row: RowLogprobs) -> TokenLogprob:

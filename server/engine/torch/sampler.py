@@ -31,9 +31,13 @@ class Draw:
         return self.settings.top_k > 0 or self.settings.top_p < 1
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The next token of each row: (rows, vocabulary) float32 -> token ids."""
-    tokens = logits.argmax(dim=-1)
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """The next token of each row: (rows, vocabulary) float32 -> token ids.
+
+    None where the row's best logit is not a finite number, so that nothing can be drawn.
+    """
+    best, tokens = logits.max(dim=-1)  # NaN counts as the best
+    drawable = best.isfinite().tolist()
     for filtered in (False, True):
         rows = [
             row for row, draw in enumerate(draws) if not draw.greedy and draw.filtered is filtered
@@ -42,7 +46,9 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
             draw_rows = _draw_filtered if filtered else _draw_unfiltered
             chosen = draw_rows(logits[rows], [draws[row] for row in rows])
             tokens[rows] = chosen
-    return tokens.tolist()
+    return [
+        token if finite else None for token, finite in zip(tokens.tolist(), drawable, strict=True)
+    ]
 
 
 def _draw_unfiltered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
