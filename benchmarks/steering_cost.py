@@ -23,53 +23,53 @@ from rich.progress import Progress
 
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
-from server.engine.base import Request, SamplingSettings
+from server.engine.base import Edit, Request, SamplingSettings
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
+from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import load_model
 from server.engine.torch.scheduler import Sequence
-from steering.settings import AffineSettings, RewardSettings, SlottedEdit
+from steering.settings import AffineSettings, RewardSettings
 
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 32
 LINEAS = AffineSettings(1.0)
 ARGRE = RewardSettings(eta=0.5, iterations=5, direction_scale=1.0)
 
-Stacks = Mapping[str, tuple[SlottedEdit, ...]]
+Stacks = Mapping[str, tuple[Edit, ...]]
 
 
-def load() -> tuple[EngineCore, Stacks, str]:
-    """The engine on the embedded model, the stacks to compare, and the dtype."""
+def load() -> tuple[EngineCore, Mapping[str, Parameters], Stacks, str]:
+    """The engine on the embedded model, the interventions, the stacks to compare, the dtype."""
     loaded = load_model("embedded")
     core = build_core(loaded, EngineOptions())
-    slots = {}
-    for path in bundled_artifacts():
-        artifact = read_artifact(path)
-        slots[artifact.manifest.kind] = core.interventions.install(
-            artifact.digest, artifact.parameters
-        )
-    lineas = SlottedEdit(slots["affine"], LINEAS)
-    argre = SlottedEdit(slots["reward"], ARGRE)
+    artifacts = [read_artifact(path) for path in bundled_artifacts()]
+    digests = {artifact.manifest.kind: artifact.digest for artifact in artifacts}
+    lineas = Edit(digests["affine"], LINEAS)
+    argre = Edit(digests["reward"], ARGRE)
     stacks = {
         "unsteered": (),
         "LinEAS": (lineas,),
         "ARGRE, 5 iterations": (argre,),
         "both": (lineas, argre),
     }
-    return core, stacks, str(loaded.model.dtype).removeprefix("torch.")
+    parameters = {artifact.digest: artifact.parameters for artifact in artifacts}
+    return core, parameters, stacks, str(loaded.model.dtype).removeprefix("torch.")
 
 
 def decode_steps(
-    core: EngineCore, edits: tuple[SlottedEdit, ...], batch: int, steps: int
+    core: EngineCore,
+    parameters: Mapping[str, Parameters],
+    edits: tuple[Edit, ...],
+    batch: int,
+    steps: int,
 ) -> list[float]:
     """Seconds of each decode step of a full batch, end-of-text ignored."""
     sampling = SamplingSettings(steps + 1, temperature=0, ignore_eos=True)
-    for row in range(batch):
-        prompt = tuple(range(100 + row, 100 + row + PROMPT_TOKENS))
-        core.add(Sequence(Request(str(row), prompt, sampling), edits, list(prompt)))
-    while any(sequence.pending != 1 for sequence in core.scheduler.running) or (
-        core.scheduler.waiting
-    ):
+    prompts = [tuple(range(100 + row, 100 + row + PROMPT_TOKENS)) for row in range(batch)]
+    sequences = [Sequence.of(Request("bench", prompt, sampling, edits)) for prompt in prompts]
+    core.admit(sequences, parameters)
+    while any(sequence.pending != 1 for sequence in sequences):
         core.step()
     seconds = []
     while core.has_work:
@@ -81,7 +81,11 @@ def decode_steps(
 
 
 def measure(
-    core: EngineCore, stacks: Stacks, rounds: int, steps: int
+    core: EngineCore,
+    parameters: Mapping[str, Parameters],
+    stacks: Stacks,
+    rounds: int,
+    steps: int,
 ) -> dict[int, dict[str, float]]:
     """Median seconds of a decode step, by batch and stack."""
     medians: dict[int, dict[str, float]] = {}
@@ -91,7 +95,9 @@ def measure(
             seconds: dict[str, list[float]] = {name: [] for name in stacks}
             for round_number in range(rounds + 1):
                 for name, edits in stacks.items():
-                    measured = decode_steps(core, edits, batch, steps if round_number else 4)
+                    measured = decode_steps(
+                        core, parameters, edits, batch, steps if round_number else 4
+                    )
                     if round_number:  # the first round warms up
                         seconds[name] += measured
                         progress.advance(task)
@@ -119,9 +125,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of a round.")] = 32,
 ) -> None:
     """Measure what the bundled interventions cost on the embedded model."""
-    core, stacks, dtype = load()
+    core, parameters, stacks, dtype = load()
     with torch.inference_mode():
-        medians = measure(core, stacks, rounds, steps)
+        medians = measure(core, parameters, stacks, rounds, steps)
     capabilities = torch.cpu.get_capabilities()
     text = "\n".join(
         [

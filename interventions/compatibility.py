@@ -36,15 +36,6 @@ def check_shapes(manifest: Manifest, shapes: Shapes, model: ModelDescription) ->
     return tuple(_differences(manifest.base_model, model))
 
 
-def unservable_reason(manifest: Manifest, shapes: Shapes, model: ModelDescription) -> str | None:
-    """Why the model cannot take an artifact of these shapes; None if it can."""
-    try:
-        check_shapes(manifest, shapes, model)
-    except IncompatibleArtifactError as error:
-        return str(error)
-    return None
-
-
 def _check_head(shapes: RewardShapes, model: ModelDescription) -> None:
     if shapes.width != model.head_width:
         raise IncompatibleArtifactError(

@@ -143,7 +143,7 @@ def _tensor(name: str, entry: object) -> tuple[tuple[int, ...], int, int]:
     element_bytes = next((count for known, count in _ELEMENT_BYTES if known == dtype), None)
     if element_bytes is None:
         raise ArtifactError(
-            f"Tensor {shown} has type {str(dtype)[:20]}; only F32, F16 and BF16 are accepted."
+            f"Tensor {shown} has type {str(dtype)[:20]!r}; only F32, F16 and BF16 are accepted."
         )
     shape, offsets = _integers(entry["shape"]), _integers(entry["data_offsets"])
     if shape is None or offsets is None or len(offsets) != 2 or len(shape) > 2:

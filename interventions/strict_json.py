@@ -16,9 +16,13 @@ def parse_json(text: str) -> object:
             that is no Unicode, or nests too deeply.
     """
     try:
-        # What strict UTF-8 cannot say (a lone surrogate) would fail later, and less clearly.
-        text.encode()
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+        value: object = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse
+        )
+        # What strict UTF-8 cannot say (a lone surrogate, escaped or not) would fail later, and
+        # less clearly.
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
     except StrictJSONError:
         raise
     except RecursionError:

@@ -121,6 +121,11 @@ class Settings(BaseSettings):
                 "the steering policy `locked` needs a default steering: without one every "
                 "request would be refused"
             )
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_size "
+                f"({self.max_batch_size}), so that every running request can take its turn"
+            )
         if len(set(self.served_names)) < len(self.served_names):
             raise ValueError("the served model names repeat one")
         for name in self.served_names:

@@ -1,5 +1,6 @@
 """What a request may choose of an intervention. Imports nothing, so that bookkeeping may use it."""
 
+from ctypes import c_float
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -19,7 +20,7 @@ class AffineSettings:
     @property
     def does_nothing(self) -> bool:
         """Whether the edit is the identity, so that the request is served as if without it."""
-        return self.strength == 0
+        return _is_zero(self.strength)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,13 @@ class RewardSettings:
     @property
     def does_nothing(self) -> bool:
         """Whether the edit is the identity, so that the request is served as if without it."""
-        return self.direction_scale == 0 and (self.eta == 0 or self.iterations == 0)
+        refines = self.iterations > 0 and not _is_zero(self.eta)
+        return _is_zero(self.direction_scale) and not refines
+
+
+def _is_zero(value: float) -> bool:
+    """Whether a value is zero in float32, in which edits are computed."""
+    return c_float(value).value == 0
 
 
 Settings: TypeAlias = AffineSettings | RewardSettings

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,17 +130,20 @@ class ScriptedGeneration:
 
 @dataclass
 class Script:
-    """What `Engine.submit` does instead, call by call: give a generation, or raise."""
+    """What `Engine.submit` does instead, request by request: give a generation, or raise."""
 
     steps: list[ScriptedGeneration | EngineError]
     submitted: list[Request] = field(default_factory=list)
 
-    async def submit(self, request: Request) -> Generation:
-        step = self.steps[len(self.submitted)]
-        self.submitted.append(request)
-        if isinstance(step, EngineError):
-            raise step
-        return step
+    async def submit(self, requests: Sequence[Request]) -> list[Generation]:
+        generations: list[Generation] = []
+        for request in requests:
+            step = self.steps[len(self.submitted)]
+            self.submitted.append(request)
+            if isinstance(step, EngineError):
+                raise step
+            generations.append(step)
+        return generations
 
 
 @dataclass

@@ -46,6 +46,10 @@ def test_a_coordinate_outside_the_support_keeps_its_bits() -> None:
     assert edited.tolist() == [[-1.5, -1.0, 3.0, 1.5]]
 
 
-@pytest.mark.parametrize(("strength", "nothing"), [(0.0, True), (-0.0, True), (1e-9, False)])
-def test_only_strength_zero_does_nothing(strength: float, nothing: bool) -> None:
+@pytest.mark.parametrize(
+    ("strength", "nothing"), [(0.0, True), (-0.0, True), (1e-60, True), (1e-9, False)]
+)
+def test_only_a_strength_that_is_zero_in_float32_does_nothing(
+    strength: float, nothing: bool
+) -> None:
     assert AffineSettings(strength).does_nothing is nothing

@@ -15,7 +15,6 @@ from server.engine.base import (
     EngineError,
     InvalidRequestError,
     QueueFullError,
-    Request,
     StepFailedError,
     UnservableInterventionError,
 )
@@ -264,7 +263,7 @@ async def test_what_the_engine_refuses(
 async def test_a_failure_of_ours_tells_nothing(
     client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(_: Request) -> None:
+    async def fail(_: object) -> None:
         raise ValueError("secret")
 
     monkeypatch.setattr(tiny_engine, "submit", fail)
@@ -301,3 +300,21 @@ async def test_a_full_queue_refuses_for_real(
     assert statuses <= {200, 429}
     assert await text_of(client)
     assert tiny_engine.stats().waiting == 0
+
+
+async def test_thousands_of_unknown_fields_are_refused_at_once(client: httpx.AsyncClient) -> None:
+    response = await complete(client, **{f"field{number}": 1 for number in range(1000)})
+    assert response.status_code == 400
+    assert "more than 100 fields" in str(error_of(response)["message"])
+
+
+@pytest.mark.parametrize("where", ["manifest", "dtype"])
+async def test_an_artifact_whose_text_is_no_unicode(client: httpx.AsyncClient, where: str) -> None:
+    manifest = '"\\ud800"' if where == "manifest" else "{}"
+    dtype = "\\ud800" if where == "dtype" else "F32"
+    tensor = f'{{"dtype":"{dtype}","shape":[1],"data_offsets":[0,4]}}'
+    header = f'{{"__metadata__":{{"manifest":{json.dumps(manifest)}}},"x":{tensor}}}'
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    response = await client.post("/v1/interventions", files={"file": ("x", content)})
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_artifact"

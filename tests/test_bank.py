@@ -103,6 +103,18 @@ def test_rows_are_refined_by_their_own_heads_in_order(bank: Bank) -> None:
     assert torch.equal(refined[1], h[0, 1])
 
 
+def test_a_stack_of_rewards_is_done_in_float32_and_cast_back_once(bank: Bank) -> None:
+    settings = RewardSettings(0.5, 3)
+    stack = (SlottedEdit(3, settings), SlottedEdit(4, settings), SlottedEdit(3, settings))
+    h = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    refined = bank.edit_rows(h, build_route(one_token_each(stack), CPU))
+    expected = h[0, 0].float()
+    for head in (random_head(3), random_head(4, units=7), random_head(3)):
+        expected = oracles.reward(expected, head, settings)
+    assert refined.dtype is torch.bfloat16
+    torch.testing.assert_close(refined[0, 0], expected.bfloat16(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("slot", [0, 5, -1])
 def test_the_identity_cannot_be_replaced(bank: Bank, slot: int) -> None:
     with pytest.raises(IndexError, match=r"outside 1\.\.4"):

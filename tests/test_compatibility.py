@@ -9,7 +9,6 @@ from interventions.compatibility import (
     IncompatibleArtifactError,
     check_compatible,
     check_shapes,
-    unservable_reason,
 )
 from interventions.layout import shapes_of
 from interventions.model import ModelDescription
@@ -122,7 +121,5 @@ def test_a_later_number_in_a_site_is_no_layer() -> None:
 def test_shapes_alone_give_the_same_answer() -> None:
     shapes = shapes_of(AFFINE.parameters)
     assert check_shapes(AFFINE.manifest, shapes, MODEL) == ()
-    assert unservable_reason(AFFINE.manifest, shapes, MODEL) is None
-    reason = unservable_reason(AFFINE.manifest, shapes, replace(MODEL, site_widths={}))
-    assert reason is not None
-    assert "no site" in reason
+    with pytest.raises(IncompatibleArtifactError, match="no site"):
+        check_shapes(AFFINE.manifest, shapes, replace(MODEL, site_widths={}))

@@ -71,6 +71,10 @@ def test_default_steering_that_is_not_json(text: str) -> None:
     assert "must be a JSON object such as" in problem(default_steering=text)
 
 
+def test_every_running_request_must_fit_into_a_step() -> None:
+    assert "max_batch_tokens (8)" in problem(max_batch_tokens=8, max_batch_size=16)
+
+
 @pytest.mark.parametrize("default", [None, [], {}])
 def test_locked_needs_a_default(default: object) -> None:
     message = problem(steering_policy="locked", default_steering=default)

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from server.engine.torch.detokenizer import Detokenizer
 from tests.tiny import EOS, tiny_tokenizer
@@ -70,6 +71,37 @@ def test_text_ends_before_the_first_stop_string_and_nothing_of_it_is_shown(
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     assert run("a\n\nUser", "\n\nUser:")[0] == ["a", "", "", "", "", "", "", "\n\nUser"]
     assert run("a\nb", "\n\n")[0] == ["a", "", "\nb", ""]
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama's: words with a mark for the space, and bytes for what is no word."""
+    vocabulary = {"<unk>": 0, "\u2581a": 1, "b": 2, "\u2581": 3}
+    vocabulary |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4 + 0xE2, 4 + 0x82, 4 + 0xAC, 4 + 0xFF, 4 + 0x41])))
+def test_bytes_that_are_no_character_never_fail_with_byte_fallback(tokens: list[int]) -> None:
+    detokenizer = Detokenizer(byte_fallback_tokenizer(), ())
+    pieces = [*map(detokenizer.push, tokens), detokenizer.finish()]
+    assert all(isinstance(piece, str) for piece in pieces)
+
+
+def test_words_and_characters_of_several_bytes_with_byte_fallback() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    tokens = [1, 2, 1, 4 + 0xE2, 4 + 0x82, 4 + 0xAC, 3, 2, 4 + 0x41]
+    detokenizer = Detokenizer(tokenizer, ())
+    pieces = [*map(detokenizer.push, tokens), detokenizer.finish()]
+    assert "".join(pieces) == tokenizer.decode(tokens) == "ab a€ bA"
 
 
 @pytest.mark.parametrize("token", [EOS, EOS + 1])

@@ -27,7 +27,7 @@ from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
-from tests.tiny import EOS, random_head, random_maps
+from tests.tiny import EOS, random_head, random_maps, tiny_tokenizer
 
 PROMPT = tuple(b"hello world")
 INTERVENTIONS: Mapping[str, Parameters] = {
@@ -35,6 +35,7 @@ INTERVENTIONS: Mapping[str, Parameters] = {
     "b": random_maps(2),
     "r": random_head(3),
     "elsewhere": random_maps(4, sites=("model.layers.7.mlp",)),
+    "wide": random_maps(6),
     "dead": random_maps(5, sites=("model.layers.0.dropped",)),
 }
 ENDLESS = SamplingSettings(400, temperature=0, ignore_eos=True)
@@ -48,6 +49,11 @@ def request(
 
 def affine(digest: str) -> Edit:
     return Edit(digest, AffineSettings(1.0))
+
+
+async def submit(engine: TorchEngine, one: Request) -> TorchGeneration:
+    (generation,) = await engine.submit([one])
+    return generation
 
 
 async def finish(generation: TorchGeneration) -> list[StepOutput]:
@@ -74,7 +80,7 @@ def idle(engine: TorchEngine) -> bool:
 async def test_a_finished_request_frees_everything(start_engine: StartEngine) -> None:
     engine = await start_engine(INTERVENTIONS)
     edits = (affine("a"), Edit("r", RewardSettings(0.5, 1)))
-    generation = await engine.submit(request(SamplingSettings(5), PROMPT, *edits))
+    generation = await submit(engine, request(SamplingSettings(5), PROMPT, *edits))
     outputs = await finish(generation)
     assert len(outputs) <= 5
     assert outputs[0].queue_seconds is not None
@@ -89,19 +95,19 @@ async def test_generation_stops_at_max_tokens_eos_and_stop_strings(
     start_engine: StartEngine,
 ) -> None:
     engine = await start_engine({})
-    outputs = await finish(await engine.submit(request(SamplingSettings(9, 0, ignore_eos=True))))
+    outputs = await finish(await submit(engine, request(SamplingSettings(9, 0, ignore_eos=True))))
     text = "".join(output.text for output in outputs)
     assert len(outputs) == 9
     assert [output.finish_reason for output in outputs] == [None] * 8 + ["length"]
     engine._core._eos_tokens = frozenset({outputs[4].token_ids[0]})
     first = next(i for i, o in enumerate(outputs) if o.token_ids == outputs[4].token_ids)
-    until_eos = await finish(await engine.submit(request(SamplingSettings(9, 0))))
+    until_eos = await finish(await submit(engine, request(SamplingSettings(9, 0))))
     assert len(until_eos) == first + 1
     assert until_eos[-1].finish_reason == "stop"
     engine._core._eos_tokens = frozenset({EOS})
     stop = text[2:4]
     until_stop = await finish(
-        await engine.submit(request(SamplingSettings(9, 0, ignore_eos=True, stop=(stop,))))
+        await submit(engine, request(SamplingSettings(9, 0, ignore_eos=True, stop=(stop,))))
     )
     assert "".join(output.text for output in until_stop) == text[: text.index(stop)]
     assert until_stop[-1].finish_reason == "stop"
@@ -113,7 +119,7 @@ async def test_a_seed_gives_the_same_text_whatever_else_runs(start_engine: Start
     seeded = SamplingSettings(20, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
 
     async def tokens(sampling: SamplingSettings, *edits: Edit) -> list[int]:
-        outputs = await finish(await engine.submit(request(sampling, PROMPT, *edits)))
+        outputs = await finish(await submit(engine, request(sampling, PROMPT, *edits)))
         return [token for output in outputs for token in output.token_ids]
 
     alone = await tokens(seeded)
@@ -129,7 +135,7 @@ async def test_a_seed_gives_the_same_text_whatever_else_runs(start_engine: Start
 @pytest.mark.parametrize("after", [0, 1, 5])
 async def test_a_cancelled_request_frees_everything(start_engine: StartEngine, after: int) -> None:
     engine = await start_engine(INTERVENTIONS, options=EngineOptions(kv_cache_gb=0.02))
-    generation = await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+    generation = await submit(engine, request(ENDLESS, PROMPT, affine("a")))
     outputs = aiter(generation)
     for _ in range(after):
         await anext(outputs)
@@ -145,7 +151,7 @@ async def test_a_client_that_leaves_during_admission_leaves_nothing_behind(
 ) -> None:
     engine = await start_engine(INTERVENTIONS)
     for delay in (0, 0, 0.001, 0.002, 0.004, 0.01):
-        task = asyncio.create_task(engine.submit(request(ENDLESS, PROMPT, affine("a"))))
+        task = asyncio.create_task(submit(engine, request(ENDLESS, PROMPT, affine("a"))))
         await asyncio.sleep(delay)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -169,7 +175,7 @@ async def test_a_request_that_cannot_be_served_is_refused_and_says_why(
 ) -> None:
     engine = await start_engine({})
     with pytest.raises(InvalidRequestError, match=says) as refused:
-        await engine.submit(request(SamplingSettings(max_tokens), prompt))
+        await submit(engine, request(SamplingSettings(max_tokens), prompt))
     assert refused.value.param == param
     assert idle(engine)
 
@@ -177,7 +183,7 @@ async def test_a_request_that_cannot_be_served_is_refused_and_says_why(
 async def test_the_longest_request_is_served(start_engine: StartEngine) -> None:
     engine = await start_engine({})
     sampling = SamplingSettings(12, 0, ignore_eos=True)
-    assert len(await finish(await engine.submit(request(sampling, (1,) * 500)))) == 12
+    assert len(await finish(await submit(engine, request(sampling, (1,) * 500)))) == 12
 
 
 def paused(engine: TorchEngine) -> Callable[[], None]:
@@ -190,11 +196,13 @@ def paused(engine: TorchEngine) -> Callable[[], None]:
 async def test_the_queue_is_bounded(start_engine: StartEngine) -> None:
     options = EngineOptions(kv_cache_gb=0.02, max_batch_size=1, max_waiting=2)
     engine = await start_engine(INTERVENTIONS, options=options)
-    running = await engine.submit(request())
+    running = await submit(engine, request())
     await anext(aiter(running))
-    waiting = [await engine.submit(request(ENDLESS, PROMPT, affine("a"))) for _ in range(2)]
+    waiting = [await submit(engine, request(ENDLESS, PROMPT, affine("a"))) for _ in range(2)]
     with pytest.raises(QueueFullError):
-        await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+        await engine.submit([request(), request()])
+    with pytest.raises(QueueFullError):
+        await submit(engine, request(ENDLESS, PROMPT, affine("a")))
     assert engine.stats().waiting == 2
     for generation in (running, *waiting):
         generation.cancel()
@@ -207,15 +215,15 @@ async def test_interventions_take_turns_in_the_bank(start_engine: StartEngine) -
 
     async def tokens(digest: str) -> list[int]:
         sampling = SamplingSettings(8, 0, ignore_eos=True)
-        outputs = await finish(await engine.submit(request(sampling, PROMPT, affine(digest))))
+        outputs = await finish(await submit(engine, request(sampling, PROMPT, affine(digest))))
         return [token for output in outputs for token in output.token_ids]
 
     first_a, first_b = await tokens("a"), await tokens("b")
     assert first_a != first_b
     assert (await tokens("a"), await tokens("b")) == (first_a, first_b)
-    holder = await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+    holder = await submit(engine, request(ENDLESS, PROMPT, affine("a")))
     with pytest.raises(BankFullError):
-        await engine.submit(request(ENDLESS, PROMPT, affine("b")))
+        await submit(engine, request(ENDLESS, PROMPT, affine("b")))
     holder.cancel()
     await eventually(lambda: idle(engine))
     assert await tokens("b") == first_b
@@ -232,11 +240,73 @@ async def test_two_requests_load_an_intervention_once(load_tiny: LoadTiny) -> No
     await engine.start()
     sampling = SamplingSettings(2, 0)
     generations = await asyncio.gather(
-        *(engine.submit(request(sampling, PROMPT, affine("a"))) for _ in range(4))
+        *(submit(engine, request(sampling, PROMPT, affine("a"))) for _ in range(4))
     )
     await asyncio.gather(*map(finish, generations))
     await engine.close()
     assert loads == ["a"]
+
+
+async def test_requests_are_admitted_all_or_none(start_engine: StartEngine) -> None:
+    options = EngineOptions(kv_cache_gb=0.02, max_waiting=2, max_loaded_interventions=2)
+    engine = await start_engine(INTERVENTIONS, options=options)
+    sampling = SamplingSettings(4, 0, ignore_eos=True)
+    # An idle engine takes at once what one client may ask for, whatever the queue's bound.
+    generations = await engine.submit([request(sampling)] * 5)
+    assert [len(await finish(generation)) for generation in generations] == [4] * 5
+    holder = await submit(engine, request(ENDLESS, PROMPT, affine("a")))
+    two_new = [request(sampling, PROMPT, affine("b")), request(sampling, PROMPT, affine("wide"))]
+    with pytest.raises(BankFullError):
+        await engine.submit(two_new)
+    assert engine._core.interventions.slots.pins == 1
+    assert len(engine._generations) == 1
+    with pytest.raises(InvalidRequestError, match="3 interventions at once"):
+        await engine.submit([*two_new, request(sampling, PROMPT, affine("a"))])
+    holder.cancel()
+    await eventually(lambda: idle(engine))
+    assert [len(await finish(each)) for each in await engine.submit(two_new)] == [4, 4]
+
+
+async def test_stacks_that_compete_for_slots_never_hold_and_wait(
+    start_engine: StartEngine,
+) -> None:
+    """Each gets all of its slots or none, so that some stack always runs."""
+    options = EngineOptions(kv_cache_gb=0.02, max_loaded_interventions=2)
+    engine = await start_engine(INTERVENTIONS, options=options)
+    stacks = [("a", "b"), ("b", "wide"), ("wide", "a")] * 4
+
+    async def client(stack: tuple[str, ...]) -> None:
+        for _ in range(1000):
+            try:
+                edits = [affine(digest) for digest in stack]
+                generation = await submit(engine, request(SamplingSettings(2, 0), PROMPT, *edits))
+                await finish(generation)
+            except BankFullError:
+                await asyncio.sleep(0.002)
+            else:
+                return
+        pytest.fail("never served")
+
+    await asyncio.gather(*(client(stack) for stack in stacks))
+    await eventually(lambda: idle(engine))
+
+
+async def test_settings_that_do_nothing_are_never_loaded(load_tiny: LoadTiny) -> None:
+    def source(digest: str) -> Parameters:
+        raise AssertionError(f"{digest} was read")
+
+    engine = TorchEngine(load_tiny(), source, TINY_OPTIONS)
+    await engine.start()
+    nothing = (
+        Edit("a", AffineSettings(0.0)),
+        Edit("a", AffineSettings(1e-60)),  # which is 0 in float32
+        Edit("r", RewardSettings(0.0, 5, 0.0)),
+        Edit("r", RewardSettings(0.5, 0, 0.0)),
+    )
+    sampling = SamplingSettings(2, 0, ignore_eos=True)
+    assert len(await finish(await submit(engine, request(sampling, PROMPT, *nothing)))) == 2
+    assert engine.stats().slots_used == 0
+    await engine.close()
 
 
 @pytest.mark.parametrize("digest", ["elsewhere", "dead"])
@@ -246,7 +316,7 @@ async def test_an_intervention_at_a_site_that_the_model_lacks_is_refused(
     engine = await start_engine(INTERVENTIONS)
     for _ in range(2):
         with pytest.raises(UnservableInterventionError, match="no module"):
-            await engine.submit(request(ENDLESS, PROMPT, affine("a"), affine(digest)))
+            await submit(engine, request(ENDLESS, PROMPT, affine("a"), affine(digest)))
     await eventually(lambda: idle(engine))
 
 
@@ -257,7 +327,7 @@ async def test_an_intervention_that_cannot_be_read_is_refused(load_tiny: LoadTin
     engine = TorchEngine(load_tiny(), source, TINY_OPTIONS)
     await engine.start()
     with pytest.raises(UnservableInterventionError, match="the disk is gone"):
-        await engine.submit(request(ENDLESS, PROMPT, affine("a")))
+        await submit(engine, request(ENDLESS, PROMPT, affine("a")))
     assert engine.ready
     await engine.close()
 
@@ -271,7 +341,7 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
         raise RuntimeError("a secret of the inside")
 
     resume = paused(engine)
-    submissions = [asyncio.create_task(engine.submit(request(ENDLESS, PROMPT))) for _ in range(2)]
+    submissions = [asyncio.create_task(submit(engine, request(ENDLESS, PROMPT))) for _ in range(2)]
     await asyncio.sleep(0.01)
     with monkeypatch.context() as broken:
         broken.setattr(engine._core._runner, "run", fail)
@@ -281,7 +351,7 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
                 await finish(await submission)
             assert "secret" not in str(failure.value)
     await eventually(lambda: idle(engine))
-    assert len(await finish(await engine.submit(request(SamplingSettings(3, 0))))) == 3
+    assert len(await finish(await submit(engine, request(SamplingSettings(3, 0))))) == 3
 
 
 async def test_an_edit_that_leaves_no_finite_logits_fails_its_own_request_only(
@@ -289,10 +359,10 @@ async def test_an_edit_that_leaves_no_finite_logits_fails_its_own_request_only(
 ) -> None:
     engine = await start_engine(INTERVENTIONS)
     sampling = SamplingSettings(40, 0, ignore_eos=True, logprobs=1)
-    neighbour = asyncio.create_task(engine.submit(request(sampling)))
+    neighbour = asyncio.create_task(submit(engine, request(sampling)))
     overflow = Edit("a", AffineSettings(3e38))
     with pytest.raises(InvalidRequestError, match="weaker settings") as failure:
-        await finish(await engine.submit(request(sampling, PROMPT, overflow)))
+        await finish(await submit(engine, request(sampling, PROMPT, overflow)))
     assert failure.value.param == "steering"
     assert len(await finish(await neighbour)) == 40
     await eventually(lambda: idle(engine))
@@ -302,7 +372,7 @@ async def test_a_dead_engine_says_so_to_everybody(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await start_engine(INTERVENTIONS)
-    generation = await engine.submit(request())
+    generation = await submit(engine, request())
 
     def die() -> None:
         raise SystemExit
@@ -312,12 +382,12 @@ async def test_a_dead_engine_says_so_to_everybody(
         await finish(generation)
     assert not engine.ready
     with pytest.raises(EngineDeadError):
-        await engine.submit(request())
+        await submit(engine, request())
 
 
 async def test_closing_ends_what_runs(start_engine: StartEngine) -> None:
     engine = await start_engine(INTERVENTIONS)
-    generation = await engine.submit(request())
+    generation = await submit(engine, request())
     outputs = aiter(generation)
     await anext(outputs)
     await engine.close()
@@ -334,5 +404,5 @@ async def test_closing_ends_what_runs(start_engine: StartEngine) -> None:
 async def test_text_and_tokens(start_engine: StartEngine) -> None:
     engine = await start_engine({})
     tokens = engine.tokenize("héllo")
-    assert engine.detokenize(tokens) == "héllo"
+    assert tiny_tokenizer().decode(tokens) == "héllo"
     assert engine.max_model_len == 512

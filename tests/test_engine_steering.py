@@ -5,13 +5,16 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from torch import Tensor
 
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.scheduler import Sequence
-from steering.settings import AffineSettings, RewardSettings, SlottedEdit
+from steering.bank import Bank
+from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.oracles import Oracle
 from tests.tiny import SITES, random_head, random_maps, tiny_model
@@ -66,7 +69,7 @@ async def generate(
     delay: float = 0,
 ) -> list[StepOutput]:
     await asyncio.sleep(delay)
-    generation = await engine.submit(Request("test", tuple(prompt), GREEDY, edits))
+    (generation,) = await engine.submit([Request("test", tuple(prompt), GREEDY, edits)])
     return [output async for output in generation]
 
 
@@ -114,11 +117,19 @@ async def test_each_stack_alone_equals_the_oracle(start_engine: StartEngine, fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_any_mix_in_one_batch_equals_the_oracle(
-    start_engine: StartEngine, family: str
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """Unequal lengths, arriving at different times, prefilled in chunks of awkward sizes."""
     options = EngineOptions(kv_cache_gb=0.02, max_batch_size=19, max_batch_tokens=19)
     engine = await start_engine(INTERVENTIONS, family, options)
+    batches: list[int] = []
+    run = engine._core._runner.run
+
+    def counting(batch: Batch, bank: Bank) -> Tensor:
+        batches.append(len(batch.attention.segments))
+        return run(batch, bank)
+
+    monkeypatch.setattr(engine._core._runner, "run", counting)
     oracle = Oracle(tiny_model(family))
     cases = [
         (PROMPTS[number % len(PROMPTS)], edits) for number, edits in enumerate(STACKS.values())
@@ -129,6 +140,7 @@ async def test_any_mix_in_one_batch_equals_the_oracle(
             for number, (prompt, edits) in enumerate(cases)
         )
     )
+    assert max(batches) > 4, "no two requests shared a step"
     for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
         assert_equal_to_oracle(outputs, *expected_of(oracle, prompt, edits))
 
@@ -174,20 +186,13 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
     uses a head use another one.
     """
     core = build_core(load_tiny(), TINY_OPTIONS)
-    slots = {
-        digest: core.interventions.install(digest, parameters)
-        for digest, parameters in INTERVENTIONS.items()
-    }
 
     def sequence(edits: tuple[Edit, ...]) -> Sequence:
-        request = Request("test", tuple(PROMPTS[0]), GREEDY, edits)
-        slotted = tuple(SlottedEdit(slots[edit.digest], edit.settings) for edit in edits)
-        return Sequence(request, slotted, list(PROMPTS[0]))
+        return Sequence.of(Request("test", tuple(PROMPTS[0]), GREEDY, edits))
 
     def logprobs_beside(neighbours: tuple[Edit, ...]) -> list[float]:
         batch = [sequence(neighbours), sequence(STACKS[mine]), sequence(neighbours)]
-        for member in batch:
-            core.add(member)
+        core.admit(batch, INTERVENTIONS)
         outputs: list[StepOutput] = []
         while core.has_work:
             for member, output in core.step():

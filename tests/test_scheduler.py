@@ -7,7 +7,7 @@ from server.engine.torch.scheduler import Chunk, Scheduler, Sequence
 
 def sequence(prompt: int, max_tokens: int = 4) -> Sequence:
     request = Request("test", tuple(range(prompt)), SamplingSettings(max_tokens))
-    return Sequence(request, (), list(request.prompt))
+    return Sequence.of(request)
 
 
 def scheduler(blocks: int = 100, batch: int = 8, tokens: int = 16, waiting: int = 8) -> Scheduler:
@@ -71,7 +71,16 @@ def test_the_waiting_queue_is_bounded() -> None:
     schedule.add(sequence(1))
     schedule.add(sequence(1))
     with pytest.raises(QueueFullError, match="2 requests"):
-        schedule.add(sequence(1))
+        schedule.check_room(1)
+
+
+def test_an_empty_queue_takes_what_one_client_asks_for_at_once() -> None:
+    schedule = scheduler(waiting=2)
+    schedule.check_room(5)
+    schedule.add(sequence(1))
+    schedule.check_room(1)
+    with pytest.raises(QueueFullError):
+        schedule.check_room(2)
 
 
 def test_a_sequence_waits_until_the_blocks_of_its_longest_completion_are_free() -> None:

@@ -61,6 +61,61 @@ def test_attention_that_raises_is_a_model_that_cannot_be_served(
         build_core(loaded, TINY_OPTIONS)
 
 
+def test_a_window_that_the_attention_is_not_told_of_is_refused(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in models that put their window into the mask alone; no short test would show it."""
+    loaded = load_tiny("llama")
+    monkeypatch.setattr(loaded.model.config, "sliding_window", 100, raising=False)
+    with pytest.raises(ModelLoadError, match="sliding windows"):
+        build_core(loaded, TINY_OPTIONS)
+
+
+def test_longrope_is_served_up_to_its_original_context(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_tiny()
+    core = build_core(loaded, TINY_OPTIONS)
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 128}
+    monkeypatch.setattr(loaded.model.config, "rope_parameters", rope)
+    assert context_length(loaded, TINY_OPTIONS, core.scheduler.pool) == 128
+
+
+def test_a_probe_that_failed_is_made_again(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = build_core(load_tiny(), TINY_OPTIONS)
+
+    def fail(_sites: frozenset[str]) -> frozenset[str]:
+        raise MemoryError
+
+    with monkeypatch.context() as failing:
+        failing.setattr(core.interventions, "_probe", fail)
+        with pytest.raises(MemoryError):
+            core.interventions.install("a", random_maps(1))
+    with monkeypatch.context() as dead:
+        dead.setattr(core.interventions, "_probe", lambda sites: sites)
+        with pytest.raises(UnservableInterventionError):
+            core.interventions.install("a", random_maps(1))
+    assert core.interventions.slots.used == 0
+
+
+def test_an_installation_that_fails_leaves_its_slot_free(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = build_core(load_tiny(), TINY_OPTIONS)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as failing:
+        failing.setattr(core.interventions.bank, "put", fail)
+        with pytest.raises(MemoryError):
+            core.interventions.install("a", random_maps(1))
+    assert core.interventions.slots.used == core.interventions.slots.pins == 0
+    assert core.interventions.install("a", random_maps(1)) == 1
+
+
 def test_rewards_that_do_not_reach_the_logits_are_noticed(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,15 +94,14 @@ def _check(completion: CompletionRequest, context: ServerContext) -> None:
 
 
 async def _tokenize(prompts: Sequence[Prompt], engine: Engine) -> list[tuple[int, ...]]:
-    token_ids: list[tuple[int, ...]] = []
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            token_ids.append(prompt)
-        elif len(prompt) < LONG_TEXT:
-            token_ids.append(tuple(engine.tokenize(prompt)))
-        else:
-            token_ids.append(tuple(await to_thread.run_sync(engine.tokenize, prompt)))
-    return token_ids
+    def tokenize() -> list[tuple[int, ...]]:
+        return [
+            tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+
+    characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return tokenize() if characters < LONG_TEXT else await to_thread.run_sync(tokenize)
 
 
 def _check_lengths(

@@ -59,15 +59,14 @@ class GenerationGroup:
         return Usage(self._prompt_tokens, self._generated_tokens)
 
     async def submit(self, requests: Sequence[Request], prompt_tokens: int) -> None:
-        """Admit all requests; those before one that is refused are left to `close`.
+        """Admit all requests, or none.
 
         `prompt_tokens` counts each prompt once, however many choices it has.
 
         Raises:
             EngineError: the engine refuses one.
         """
-        for request in requests:
-            self._generations.append(await self._engine.submit(request))
+        self._generations.extend(await self._engine.submit(requests))
         self._prompt_tokens = prompt_tokens
         self._metrics.admitted(prompt_tokens)
 

@@ -77,6 +77,11 @@ class Request:
     sampling: SamplingSettings
     edits: tuple[Edit, ...] = ()
 
+    @property
+    def effective_edits(self) -> tuple[Edit, ...]:
+        """The edits but for those whose settings do nothing: with none left, the base model."""
+        return tuple(edit for edit in self.edits if not edit.settings.does_nothing)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -145,17 +150,14 @@ class Engine(Protocol):
         """The prompt's token ids, with the special tokens that the tokenizer adds."""
         ...
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        ...
-
-    async def submit(self, request: Request) -> Generation:
-        """Admit a request: load and pin its interventions, then queue it.
+    async def submit(self, requests: Sequence[Request]) -> Sequence[Generation]:
+        """Admit requests, all or none: load and pin their interventions, then queue them.
 
         Raises:
-            InvalidRequestError: the prompt is empty, too long, or has unknown token ids.
-            QueueFullError: the waiting queue is at its bound.
-            BankFullError: no slot can be freed for one of its interventions.
+            InvalidRequestError: a prompt is empty, too long, or has unknown token ids; or the
+                requests name more interventions than the engine can hold at once.
+            QueueFullError: the waiting queue has no room for them.
+            BankFullError: no slot can be freed for one of their interventions.
             UnservableInterventionError: an edit does not reach this engine's logits.
             EngineDeadError: the engine thread has ended.
         """

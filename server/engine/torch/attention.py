@@ -84,6 +84,7 @@ class AttentionStep:
     """What the backend knows of one step: who owns which of the packed tokens."""
 
     segments: Sequence[Segment]
+    windows: set[int | None] = field(default_factory=set)  # that the layers asked for
     _masks: dict[tuple[int, int, int | None, int], Tensor] = field(default_factory=dict)
 
     def mask(self, segment: Segment, window: int | None, fold: int, device: torch.device) -> Tensor:
@@ -135,6 +136,7 @@ def slab_attention(
         (1, tokens, heads, head_dim) and no weights.
     """
     _refuse_unknown(attention_mask, dropout, is_causal, others)
+    attention.windows.add(sliding_window)
     new = torch.stack((key[0], value[0]))  # (2, kv_heads, tokens, head_dim)
     outputs = []
     first = 0

@@ -64,6 +64,11 @@ def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool)
     """The longest prompt and completion that can be served, in tokens."""
     config = loaded.model.config.get_text_config()
     limits: list[int] = [config.max_position_embeddings, pool.blocks * pool.block_size]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond it the frequencies depend on the longest sequence in the batch: a request's
+        # result would depend on its neighbours.
+        limits.append(rope["original_max_position_embeddings"])
     if options.max_model_len is not None:
         if options.max_model_len > config.max_position_embeddings:
             raise ModelLoadError(

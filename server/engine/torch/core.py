@@ -3,6 +3,8 @@
 import logging
 import random
 import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -19,10 +21,11 @@ from server.engine.base import (
 from server.engine.torch.attention import Slab, SlabShape
 from server.engine.torch.batch import build_batch
 from server.engine.torch.detokenizer import Detokenizer
-from server.engine.torch.interventions import LoadedInterventions
+from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.runner import Runner
 from server.engine.torch.sampler import Draw, RowLogprobs, logprobs, sample
 from server.engine.torch.scheduler import Chunk, Scheduler, Sequence
+from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,14 @@ class _Answer:
     random: random.Random
     submitted: float = field(default_factory=time.monotonic)
     queue_seconds: float | None = None  # until it was first scheduled
+
+
+class NotReadError(Exception):
+    """An admission needs the parameters of interventions that are not loaded."""
+
+    def __init__(self, digests: set[str]) -> None:
+        super().__init__(", ".join(sorted(digests)))
+        self.digests = digests
 
 
 class EngineCore:
@@ -61,17 +72,45 @@ class EngineCore:
         self._slabs: dict[Sequence, Slab] = {}
         self._answers: dict[Sequence, _Answer] = {}
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose interventions are pinned; they are unpinned at its end.
+    def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
+        """Queue sequences, all or none, with their interventions in slots and pinned.
+
+        Args:
+            parameters: of at least those interventions that are not loaded.
 
         Raises:
-            QueueFullError: the waiting queue is at its bound; nothing was taken over.
+            NotReadError: `parameters` lacks some; nothing was done.
+            QueueFullError: the waiting queue has no room for them.
+            BankFullError: a slot cannot be freed.
+            UnservableInterventionError: an edit does not reach the logits.
         """
-        self.scheduler.add(sequence)
-        sampling = sequence.request.sampling
-        self._answers[sequence] = _Answer(
-            Detokenizer(self._tokenizer, sampling.stop), random.Random(sampling.seed)
+        self.scheduler.check_room(len(sequences))
+        digests = {digest for sequence in sequences for digest in sequence.digests}
+        missing = self.interventions.missing(digests)
+        if unread := missing - parameters.keys():
+            raise NotReadError(unread)
+        slots: dict[str, int] = {}
+        with ExitStack() as held:
+            # What is loaded is held first, so that installing the rest does not evict it.
+            for digest in sorted(digests, key=missing.__contains__):
+                slots[digest] = self.interventions.hold(digest, parameters)
+                held.callback(self.interventions.unpin, digest)
+            for sequence in sequences:
+                self._queue(sequence, slots)
+
+    def _queue(self, sequence: Sequence, slots: Mapping[str, int]) -> None:
+        """Queue a sequence whose interventions are held in `slots`; it gets pins of its own."""
+        request = sequence.request
+        sequence.edits = tuple(
+            SlottedEdit(slots[edit.digest], edit.settings) for edit in request.effective_edits
         )
+        for digest in sequence.digests:
+            self.interventions.pin(digest)
+        self._answers[sequence] = _Answer(
+            Detokenizer(self._tokenizer, request.sampling.stop),
+            random.Random(request.sampling.seed),
+        )
+        self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Free all that a sequence holds. Harmless when it has ended."""
@@ -121,11 +160,22 @@ class EngineCore:
         tokens = sample(logits, [self._draw(sequence) for sequence in sequences])
         rows = self._logprobs(sequences, tokens, logits)
         return [
-            (sequence, self._give_up(sequence))
-            if token is None
-            else (sequence, self._advance(sequence, token, row))
+            (sequence, self._outcome(sequence, token, row))
             for sequence, token, row in zip(sequences, tokens, rows, strict=True)
         ]
+
+    def _outcome(
+        self, sequence: Sequence, token: int | None, row: TokenLogprob | None
+    ) -> StepOutput | EngineError:
+        """A sequence's share of the step. What fails here is this sequence's own."""
+        if token is None:
+            return self._give_up(sequence)
+        try:
+            return self._advance(sequence, token, row)
+        except Exception:
+            logger.exception("the text of a sequence failed")
+            self.remove(sequence)
+            return StepFailedError("the engine failed while computing this request")
 
     def _give_up(self, sequence: Sequence) -> EngineError:
         """End a sequence whose logits are not finite: another model than the one asked for."""
@@ -166,7 +216,10 @@ class EngineCore:
         )
 
     def _token_text(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        if "\ufffd" in text:  # part of a character: by its name, so that tokens stay distinct
+            return self._tokenizer.id_to_token(token) or text
+        return text
 
     def _advance(self, sequence: Sequence, token: int, row: TokenLogprob | None) -> StepOutput:
         """Append a token; end the sequence if it is the last."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
@@ -11,30 +10,44 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._tokens: list[int] = []
-        self._decoded = 0  # characters that the stream has given
+        self._context = 0  # the first token that the next text may depend on
+        self._shown = 0  # tokens whose text was given
         self._held = ""
         self.stopped = False  # a stop string was found; nothing more will come
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token."""
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""
-        self._decoded += len(piece)
-        return self._release(piece)
+        text = self._new_text()
+        if not text or text.endswith("\ufffd"):  # a character that may not be complete yet
+            return ""
+        self._context, self._shown = self._shown, len(self._tokens)
+        return self._release(text)
 
     def finish(self) -> str:
         """The text that was held back, when no more tokens come."""
         if self.stopped:
             return ""
-        # What the stream kept because a character was incomplete is shown as the tokenizer does.
-        rest = self._tokenizer.decode(self._tokens, skip_special_tokens=True)[self._decoded :]
-        text = self._release(rest)
+        text = self._release(self._new_text())
         if not self.stopped:
             text += self._held
         self._held = ""
+        return text
+
+    def _new_text(self) -> str:
+        """What the tokens that were not shown add to the text of those before them.
+
+        The difference of two decodings, because a token's text depends on its neighbours
+        (spaces, bytes of one character). tokenizers' own DecodeStream raises on byte-fallback
+        tokens that are no character.
+        """
+        before = self._decode(self._tokens[self._context : self._shown])
+        return self._decode(self._tokens[self._context :])[len(before) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
     def _release(self, piece: str) -> str:

@@ -2,13 +2,12 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 from interventions.model import ModelDescription
 from server.engine.base import (
-    Edit,
     EngineDeadError,
     EngineStats,
     InvalidRequestError,
@@ -16,13 +15,12 @@ from server.engine.base import (
     UnservableInterventionError,
 )
 from server.engine.torch.build import EngineOptions, build_core, context_length
-from server.engine.torch.core import Delivery
+from server.engine.torch.core import Delivery, NotReadError
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel
 from server.engine.torch.scheduler import Sequence as EngineSequence
 from server.engine.torch.thread import EngineThread
-from steering.settings import SlottedEdit
 
 T = TypeVar("T")
 
@@ -48,7 +46,7 @@ class TorchEngine:
         self._thread = EngineThread(self._core, self._hand_over, self._hand_over_death)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._generations: dict[EngineSequence, TorchGeneration] = {}
-        self._loading = asyncio.Lock()
+        self._reading = asyncio.Lock()
 
     @property
     def model(self) -> ModelDescription:
@@ -67,13 +65,10 @@ class TorchEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """The prompt's token ids, with the special tokens that the tokenizer adds."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+        # Unlike `encode`, it lets other threads run while it works.
+        (encoding,) = self._tokenizer.encode_batch([text])
+        ids: list[int] = encoding.ids
         return ids
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
 
     def stats(self) -> EngineStats:
         """Gauges for the metrics page."""
@@ -95,20 +90,32 @@ class TorchEngine:
         await asyncio.to_thread(self._thread.stop)
         self._fail_all()
 
-    async def submit(self, request: Request) -> TorchGeneration:
-        """Admit a request; see server.engine.base.Engine.submit."""
-        self._check(request)
-        # Shielded: a client that leaves in the middle of an admission must not leave a pin behind.
-        admission = asyncio.ensure_future(self._admit(request))
+    async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
+        """Admit requests, all or none; see server.engine.base.Engine.submit."""
+        self._check(requests)
+        # Shielded: a client that leaves in the middle of an admission must not leave it running.
+        admission = asyncio.ensure_future(self._admit(requests))
         try:
             return await asyncio.shield(admission)
         except asyncio.CancelledError:
             admission.add_done_callback(_cancel_admitted)
             raise
 
-    def _check(self, request: Request) -> None:
+    def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
             raise EngineDeadError("the engine is not running")
+        for request in requests:
+            self._check_lengths(request)
+        named = {edit.digest for request in requests for edit in request.effective_edits}
+        slots = self._core.interventions.slots.capacity
+        if len(named) > slots:
+            raise InvalidRequestError(
+                f"{len(named)} interventions at once are more than the {slots} that this server "
+                "can hold",
+                "steering",
+            )
+
+    def _check_lengths(self, request: Request) -> None:
         length, limit = len(request.prompt), self._max_model_len
         if length == 0:
             raise InvalidRequestError("the prompt is empty", "prompt")
@@ -130,49 +137,44 @@ class TorchEngine:
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise InvalidRequestError(f"token ids must be in 0..{vocabulary - 1}", "prompt")
 
-    async def _admit(self, request: Request) -> TorchGeneration:
-        # Settings that do nothing are no edits: the answer is bit for bit the base model's.
-        edits = [edit for edit in request.edits if not edit.settings.does_nothing]
-        with ExitStack() as undo:
-            slotted = []
-            for edit in edits:
-                slot = await self._pin(edit)
-                undo.callback(self._unpin, edit.digest)
-                slotted.append(SlottedEdit(slot, edit.settings))
-            digests = tuple(edit.digest for edit in edits)
-            sequence = EngineSequence(request, tuple(slotted), list(request.prompt), digests)
-            generation = TorchGeneration(partial(self._cancel, sequence))
-            self._generations[sequence] = generation
-            undo.callback(self._generations.pop, sequence, None)
-            await self._on_thread(partial(self._core.add, sequence))
-            undo.pop_all()  # from here on the sequence's end lets go of everything
-        return generation
+    async def _admit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
+        sequences = [EngineSequence.of(request) for request in requests]
+        # Known before the engine is, so that no output can come too early.
+        generations = [TorchGeneration(partial(self._cancel, each)) for each in sequences]
+        self._generations.update(zip(sequences, generations, strict=True))
+        try:
+            await self._queue(sequences)
+        except BaseException:
+            for sequence in sequences:
+                self._generations.pop(sequence, None)
+            raise
+        return generations
+
+    async def _queue(self, sequences: Sequence[EngineSequence]) -> None:
+        """Have the engine thread take the sequences, reading what it has not loaded."""
+        parameters: dict[str, Parameters] = {}
+        admit = partial(self._core.admit, sequences, parameters)
+        with suppress(NotReadError):
+            return await self._on_thread(admit)
+        async with self._reading:  # so that requests for the same intervention read it once
+            while True:
+                try:
+                    return await self._on_thread(admit)
+                except NotReadError as not_read:
+                    # Kept for the next attempt: what was loaded may be evicted in between.
+                    for digest in not_read.digests:
+                        parameters[digest] = await self._read(digest)
 
     async def _on_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._thread.call(function))
 
-    def _unpin(self, digest: str) -> None:
-        self._thread.call(partial(self._core.interventions.unpin, digest))
-
-    async def _pin(self, edit: Edit) -> int:
-        """The slot of an edit's intervention, loaded if need be, and pinned."""
-        interventions = self._core.interventions
-        pin = partial(interventions.pin, edit.digest)
-        slot = await self._on_thread(pin)
-        if slot is not None:
-            return slot
-        async with self._loading:  # so that two requests do not load the same one
-            slot = await self._on_thread(pin)
-            if slot is not None:
-                return slot
-            try:
-                parameters = await asyncio.to_thread(self._source, edit.digest)
-            except (OSError, ValueError) as error:
-                raise UnservableInterventionError(
-                    f"the intervention cannot be read: {error}"
-                ) from error
-            install = partial(interventions.install, edit.digest, parameters)
-            return await self._on_thread(install)
+    async def _read(self, digest: str) -> Parameters:
+        try:
+            return await asyncio.to_thread(self._source, digest)
+        except (OSError, ValueError) as error:
+            raise UnservableInterventionError(
+                f"the intervention cannot be read: {error}"
+            ) from error
 
     def _cancel(self, sequence: EngineSequence) -> None:
         self._generations.pop(sequence, None)
@@ -202,6 +204,7 @@ class TorchEngine:
             generation.deliver(EngineDeadError("the engine has stopped"))
 
 
-def _cancel_admitted(admission: asyncio.Task[TorchGeneration]) -> None:
+def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
     if not admission.cancelled() and admission.exception() is None:
-        admission.result().cancel()
+        for generation in admission.result():
+            generation.cancel()

@@ -1,6 +1,6 @@
 """The interventions that the engine has loaded: bank, slots and hooks kept in step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -33,11 +33,24 @@ class LoadedInterventions:
         self.slots = SlotTable(capacity)
         self._hooks = hooks
         self._probe = probe
+        self._probed_sites: frozenset[str] = frozenset()
         self._dead_sites: frozenset[str] = frozenset()
+
+    def missing(self, digests: Iterable[str]) -> set[str]:
+        """Those that would have to be installed."""
+        return {digest for digest in digests if not self.slots.holds(digest)}
 
     def pin(self, digest: str) -> int | None:
         """Hold the slot of a loaded intervention; None if it has to be installed first."""
         return self.slots.pin(digest)
+
+    def hold(self, digest: str, parameters: Mapping[str, Parameters]) -> int:
+        """Pin an intervention, installing it if it is not loaded; its slot.
+
+        Raises as `install`.
+        """
+        slot = self.pin(digest)
+        return self.install(digest, parameters[digest]) if slot is None else slot
 
     def unpin(self, digest: str) -> None:
         """Let go of one pin."""
@@ -62,7 +75,8 @@ class LoadedInterventions:
         return slot
 
     def _hook(self, sites: frozenset[str]) -> None:
-        new = sites - self._hooks.hooked_sites
+        # Probed and not hooked: a probe that failed has shown nothing, and must be made again.
+        new = sites - self._probed_sites
         try:
             for site in sorted(new):
                 self._hooks.install(site)
@@ -70,6 +84,7 @@ class LoadedInterventions:
             raise UnservableInterventionError(str(error)) from error
         if new:
             self._dead_sites |= self._probe(new)
+            self._probed_sites |= new
         if dead := sorted(sites & self._dead_sites):
             raise UnservableInterventionError(
                 f"an edit at {', '.join(dead)} does not reach the logits of this model"

@@ -67,8 +67,8 @@ def _draw_filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     probabilities = torch.softmax(ordered, dim=-1)
     top_p = torch.tensor([draw.settings.top_p for draw in draws], device=logits.device)[:, None]
     before = probabilities.cumsum(dim=-1) - probabilities
-    # The first token is always kept: nothing comes before it, and top_p is positive.
-    probabilities[before >= top_p] = 0
+    # The first token is always kept, also by a top_p that is 0 in float32.
+    probabilities[:, 1:][before[:, 1:] >= top_p] = 0
     return order.gather(-1, _invert(probabilities, draws)[:, None])[:, 0]
 
 

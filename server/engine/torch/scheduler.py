@@ -14,15 +14,24 @@ class Sequence:
     """An admitted request and how far it is."""
 
     request: Request
-    edits: tuple[SlottedEdit, ...]
     tokens: list[int]  # the prompt, then what was generated
-    digests: tuple[str, ...] = ()  # of the interventions that it pins
+    edits: tuple[SlottedEdit, ...] = ()  # from the admission on, which knows the slots
     computed: int = 0  # how many of `tokens` have their K/V in the cache
 
     @property
     def id(self) -> str:
         """The request's id."""
         return self.request.request_id
+
+    @classmethod
+    def of(cls, request: Request) -> "Sequence":
+        """A request at its beginning."""
+        return cls(request, list(request.prompt))
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The interventions that it pins, from its admission to its end."""
+        return tuple(edit.digest for edit in self.request.effective_edits)
 
     @property
     def prompt_length(self) -> int:
@@ -77,16 +86,18 @@ class Scheduler:
                 f"({self.max_batch_size}), so that every running sequence can take its turn"
             )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence.
+    def check_room(self, sequences: int) -> None:
+        """Raise QueueFullError unless the waiting queue has room for so many.
 
-        Raises:
-            QueueFullError: the waiting queue is at its bound.
+        An empty queue takes whatever one client may ask for at once.
         """
-        if len(self.waiting) >= self.max_waiting:
+        if self.waiting and len(self.waiting) + sequences > self.max_waiting:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting already; try again later"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, for which `check_room` found room."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

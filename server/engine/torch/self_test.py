@@ -49,17 +49,31 @@ def check_attention(model: PreTrainedModel, runner: Runner) -> None:
         for count in _ATTENTION_CHUNKS:
             batch = build_batch([Chunk(sequence, start, count)], slabs, model.device)
             logits = runner.run(batch, bank)
+            windows = batch.attention.windows
             start += count
     except Exception as error:
         raise ModelLoadError(
             f"{type(model).__name__} does not run with the engine's attention: {error}"
         ) from error
+    if _has_windows(model) and windows == {None}:
+        raise ModelLoadError(
+            f"{type(model).__name__} has sliding windows but does not tell the attention of them, "
+            "so long prompts would be computed wrongly"
+        )
     difference = float((logits[-1] - expected).norm() / expected.norm())
     if not difference < _TOLERANCE[model.dtype]:
         raise ModelLoadError(
             f"{type(model).__name__} gives other logits with the engine's attention than with "
             f"transformers' own (relative difference {difference:.2g}), so it is not served"
         )
+
+
+def _has_windows(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return "sliding_attention" in layer_types
+    return getattr(config, "sliding_window", None) is not None
 
 
 def check_lm_head(model: PreTrainedModel, runner: Runner, width: int) -> None:
@@ -117,7 +131,7 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
 
 def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> EngineSequence:
     request = Request("self-test", prompt, SamplingSettings(max_tokens=1))
-    return EngineSequence(request, edits, list(prompt))
+    return EngineSequence(request, list(prompt), edits)
 
 
 def _probe_map(width: int) -> AffineMap:

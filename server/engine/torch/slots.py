@@ -23,6 +23,15 @@ class SlotTable:
         """How many pins are held, over all slots."""
         return self._pins.total()
 
+    @property
+    def capacity(self) -> int:
+        """All slots."""
+        return len(self._free) + len(self._slots)
+
+    def holds(self, digest: str) -> bool:
+        """Whether an intervention is loaded."""
+        return digest in self._slots
+
     def pin(self, digest: str) -> int | None:
         """Hold the slot of a loaded intervention; None if it is not loaded."""
         slot = self._slots.get(digest)

@@ -63,6 +63,8 @@ class EngineThread:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             if self._ended:
                 future.set_exception(EngineDeadError("the engine has stopped"))
                 return
