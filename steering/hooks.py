@@ -40,7 +40,7 @@ class SteeringHooks:
         try:
             module = self._model.get_submodule(site)
         except AttributeError as error:
-            raise UnknownSiteError(f"the model has no module {site!r}") from error
+            raise UnknownSiteError(f"The model has no module {site!r}.") from error
         module.register_forward_hook(self._site_hook(site))
         self._hooked.add(site)
 

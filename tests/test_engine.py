@@ -163,9 +163,9 @@ async def test_a_client_that_leaves_during_admission_leaves_nothing_behind(
     ("prompt", "max_tokens", "param", "says"),
     [
         ((), 1, "prompt", "empty"),
-        ((1,) * 512, 1, "prompt", "512 tokens"),
-        ((1,) * 600, 1, "prompt", "600 tokens"),
-        ((1,) * 500, 13, "max_tokens", "500 tokens and max_tokens 13"),
+        ((1,) * 512, 1, "prompt", "512 in the prompt"),
+        ((1,) * 600, 1, "prompt", "600 in the prompt"),
+        ((1,) * 500, 13, "max_tokens", "500 in the prompt; 13 for the completion"),
         ((1, 259), 1, "prompt", r"0\.\.258"),
         ((1, -1), 1, "prompt", r"0\.\.258"),
     ],
@@ -248,7 +248,7 @@ async def test_two_requests_load_an_intervention_once(load_tiny: LoadTiny) -> No
 
 
 async def test_requests_are_admitted_all_or_none(start_engine: StartEngine) -> None:
-    options = EngineOptions(kv_cache_gb=0.02, max_waiting=2, max_loaded_interventions=2)
+    options = EngineOptions(kv_cache_gb=0.02, max_waiting=3, max_loaded_interventions=2)
     engine = await start_engine(INTERVENTIONS, options=options)
     sampling = SamplingSettings(4, 0, ignore_eos=True)
     # An idle engine takes at once what one client may ask for, whatever the queue's bound.

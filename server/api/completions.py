@@ -38,7 +38,6 @@ async def create_completion(request: Request, context: Context) -> Response:
     async with closing_on_error(group):
         frame = Frame(f"cmpl-{uuid.uuid4().hex}", int(time.time()), completion.model, steering.echo)
         prompts = await _tokenize(completion.prompt, context.engine)
-        _check_lengths(completion, prompts, context.engine.max_model_len)
         requests = [
             EngineRequest(f"{frame.id}-{index}", prompt, completion.sampling(index), steering.edits)
             for index, prompt in enumerate(_repeat(prompts, completion.choices_per_prompt))
@@ -102,24 +101,6 @@ async def _tokenize(prompts: Sequence[Prompt], engine: Engine) -> list[tuple[int
 
     characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     return tokenize() if characters < LONG_TEXT else await to_thread.run_sync(tokenize)
-
-
-def _check_lengths(
-    completion: CompletionRequest, prompts: Sequence[tuple[int, ...]], limit: int
-) -> None:
-    max_tokens = completion.sampling(0).max_tokens
-    longest = max(map(len, prompts))
-    if longest + max_tokens <= limit:
-        return
-    # Where the prompt leaves no room for a single token, fewer tokens would not help.
-    at_fault = "prompt" if longest >= limit else "max_tokens"
-    raise invalid(
-        f"This model's maximum context length is {limit} tokens. However, you requested "
-        f"{longest + max_tokens} tokens ({longest} in the prompt; {max_tokens} for the "
-        "completion). Please reduce your prompt; or completion length.",
-        at_fault,
-        "context_length_exceeded",
-    )
 
 
 def _repeat(prompts: Sequence[tuple[int, ...]], times: int) -> list[tuple[int, ...]]:

@@ -183,7 +183,7 @@ class EngineCore:
         if not sequence.edits:
             return StepFailedError("the model's output is not a number")
         return InvalidRequestError(
-            "steered like this, the model's output is not a number; choose weaker settings",
+            "Steered like this, the model's output is not a number; choose weaker settings.",
             "steering",
             "steering_overflow",
         )

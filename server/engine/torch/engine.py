@@ -111,31 +111,27 @@ class TorchEngine:
         if len(named) > slots:
             raise InvalidRequestError(
                 f"{len(named)} interventions at once are more than the {slots} that this server "
-                "can hold",
+                "can hold.",
                 "steering",
             )
 
     def _check_lengths(self, request: Request) -> None:
         length, limit = len(request.prompt), self._max_model_len
+        max_tokens = request.sampling.max_tokens
         if length == 0:
-            raise InvalidRequestError("the prompt is empty", "prompt")
-        if length + 1 > limit:
+            raise InvalidRequestError("The prompt is empty.", "prompt")
+        if length + max_tokens > limit:
             raise InvalidRequestError(
-                f"the prompt has {length} tokens; this model's context is {limit}, "
-                "which must hold the prompt and at least one new token",
-                "prompt",
-                "context_length_exceeded",
-            )
-        if length + request.sampling.max_tokens > limit:
-            raise InvalidRequestError(
-                f"the prompt's {length} tokens and max_tokens {request.sampling.max_tokens} "
-                f"together exceed this model's context of {limit}",
-                "max_tokens",
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{length + max_tokens} tokens ({length} in the prompt; {max_tokens} for the "
+                "completion). Please reduce your prompt; or completion length.",
+                # Where the prompt leaves no room for one token, fewer of them would not help.
+                "prompt" if length >= limit else "max_tokens",
                 "context_length_exceeded",
             )
         vocabulary = self.model.vocab_size
         if not all(0 <= token < vocabulary for token in request.prompt):
-            raise InvalidRequestError(f"token ids must be in 0..{vocabulary - 1}", "prompt")
+            raise InvalidRequestError(f"Token ids must be in 0..{vocabulary - 1}.", "prompt")
 
     async def _admit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         sequences = [EngineSequence.of(request) for request in requests]
@@ -173,7 +169,7 @@ class TorchEngine:
             return await asyncio.to_thread(self._source, digest)
         except (OSError, ValueError) as error:
             raise UnservableInterventionError(
-                f"the intervention cannot be read: {error}"
+                f"The intervention cannot be read: {error}"
             ) from error
 
     def _cancel(self, sequence: EngineSequence) -> None:

@@ -87,5 +87,5 @@ class LoadedInterventions:
             self._probed_sites |= new
         if dead := sorted(sites & self._dead_sites):
             raise UnservableInterventionError(
-                f"an edit at {', '.join(dead)} does not reach the logits of this model"
+                f"An edit at {', '.join(dead)} does not reach the logits of this model."
             )
