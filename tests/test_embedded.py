@@ -25,6 +25,7 @@ SETTINGS: dict[str, AffineSettings | RewardSettings] = {
     "reward": RewardSettings(0.5, 5),
 }
 NEW_TOKENS = 12
+TOLERANCE = 0.25  # two steps of bfloat16 between 16 and 32, where this model's best logits lie
 
 
 def silent(_sentence: str) -> None:
@@ -102,9 +103,9 @@ def test_bfloat16_log_probabilities_in_a_mixed_batch_are_within_tolerance_of_tho
 
     alone = [generate(core, [sequence], parameters)[0] for sequence in sequences()]
     for one, other in zip(alone, generate(core, sequences(), parameters), strict=True):
-        assert abs(one[0].logprobs[0].logprob - other[0].logprobs[0].logprob) < 0.1
+        assert abs(one[0].logprobs[0].logprob - other[0].logprobs[0].logprob) < TOLERANCE
         for first, second in zip(one, other, strict=True):
             if first.token_ids != second.token_ids:  # a near tie in bfloat16
                 break
-            assert abs(first.logprobs[0].logprob - second.logprobs[0].logprob) < 0.1
+            assert abs(first.logprobs[0].logprob - second.logprobs[0].logprob) < TOLERANCE
     assert loaded.model.dtype is torch.bfloat16

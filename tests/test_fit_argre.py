@@ -9,13 +9,8 @@ from torch import Tensor
 
 from steering.fit import FitError
 from steering.fit.activations import collect_hidden_states
-from steering.fit.argre import (
-    ArgreSettings,
-    fit_argre,
-    interpolate,
-    mean_direction,
-    preference_loss,
-)
+from steering.fit.argre import ArgreSettings, fit_argre
+from steering.fit.preferences import interpolate, mean_direction, preference_loss
 from steering.reward import RewardHead, reward
 from tests.tiny import WIDTH, tiny_model
 

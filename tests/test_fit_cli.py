@@ -154,6 +154,7 @@ def test_sites_may_be_chosen(model: str, folder: Path) -> None:
         (("--learning-rate", "0"), "learning_rate must be a positive number"),
         (("--learning-rate", "1e30", "--steps", "9"), "lower the learning rate"),
         (("--license", " "), "--license"),
+        (("--device", "tpu"), "tpu"),
         (("--optimizer", "newton"), "newton"),
         (("--strength", "2"), "strength"),
     ],

@@ -39,7 +39,7 @@ MaxTokens: TypeAlias = Annotated[int, typer.Option(min=1, help="Longer texts are
 Dtype: TypeAlias = Annotated[
     str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")
 ]
-Device: TypeAlias = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device: TypeAlias = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to fit.")]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; torch decides if unset.")
 ]

@@ -91,6 +91,8 @@ def destination(out: Path, name: str | None, description: str, license_: str) ->
 
 def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedModel:
     """Load the model, saying on stderr what takes time."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FitCommandError("--device cuda: torch finds no CUDA device")
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(stderr=True, highlight=False)
@@ -98,7 +100,7 @@ def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedMode
         model,
         dtype,
         device,
-        lambda sentence: console.print(f"steerserve: {sentence}", markup=False),
+        lambda sentence: console.print(f"steerserve: {sentence}", markup=False, soft_wrap=True),
     )
 
 

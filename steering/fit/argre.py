@@ -1,35 +1,20 @@
 """Fits ARGRE's direction and reward head on hidden states of preference pairs.
 
-"Detoxifying Large Language Models via Autoregressive Reward Guided Representation Editing"
-(NeurIPS 2025). With `h+`, `h-` the hidden states before the head (after the final norm) of a
-pair's positive and negative text:
-
-    direction d = mean over pairs of (last token of h+  -  last token of h-),   unit = d / ||d||
-    h(alpha) = h+ + alpha ((h- - h+) . unit) unit,  alpha in linspace(0, 1, interpolations + 2)
-
-over the tokens that both texts have. Two neighbours on that path are a preference, the one nearer
-h+ being chosen; with r summed over tokens (mean: r_bar) the loss is
-
-    -log sigmoid(beta (r(chosen) - r(rejected))) + center mean((r_bar(chosen) + r_bar(rejected))^2)
-
-Optimised by AdamW with a warm-up and a cosine schedule, as the authors' code does. Their code adds
-the first principal component (a unit vector) to d; the paper's d, used here, does not.
+`steering.fit.preferences` states the direction and the loss. The head is optimised by AdamW with
+a warm-up and a cosine schedule, as in the authors' code (github.com/xiaoyisong/ARGRE). Theirs adds
+the first principal component, a unit vector, to the direction; the paper's, used here, does not.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from steering.fit import FitError
+from steering.fit import FitError, OnStep
+from steering.fit.preferences import common_tokens, interpolate, mean_direction, preference_loss
 from steering.reward import RewardHead, reward
-
-OnStep: TypeAlias = Callable[[int, int, float], None]
-"""(step, from 1; steps in all; the step's loss)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,49 +59,6 @@ class ArgreReport:
     positive_reward: float  # mean over all positives' tokens
     negative_reward: float
     direction_norm: float
-
-
-def mean_direction(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
-    """The direction d: pairs of (tokens, width) float32 -> (width,) float32, not normalised."""
-    differences = [
-        positive[-1] - negative[-1] for positive, negative in zip(positives, negatives, strict=True)
-    ]
-    return torch.stack(differences).mean(dim=0)
-
-
-def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
-    """The path h(alpha) of the module's docstring.
-
-    Args:
-        positive: (..., width) float32.
-        negative: the same shape.
-        unit: (width,) float32, of length 1.
-        interpolations: points between the two ends.
-
-    Returns:
-        (interpolations + 2, ..., width) float32, from the positive on.
-    """
-    along = ((negative - positive) @ unit)[..., None] * unit
-    alphas = torch.linspace(0, 1, interpolations + 2, device=positive.device)
-    return positive + alphas.view(-1, *([1] * positive.dim())) * along
-
-
-def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -> Tensor:
-    """The loss of neighbours on each pair's path.
-
-    Args:
-        rewards: (points, pairs, tokens) float32, from the positive on.
-        mask: (pairs, tokens) bool, tokens that both texts have; at least one a pair.
-        beta: scale of the preference.
-        center: weight of the term that keeps rewards around 0.
-
-    Returns:
-        () float32.
-    """
-    sums = (rewards * mask).sum(dim=-1)
-    means = sums / mask.sum(dim=-1)
-    preference = -functional.logsigmoid(beta * (sums[:-1] - sums[1:])).mean()
-    return preference + center * (means[:-1] + means[1:]).square().mean()
 
 
 def fit_argre(
@@ -204,7 +146,7 @@ def _train(
         losses.append([])
         order = torch.randperm(len(positives), generator=generator)
         for rows in torch.split(order, settings.batch_size):
-            positive, negative, mask = _common_tokens(positives, negatives, rows.tolist())
+            positive, negative, mask = common_tokens(positives, negatives, rows.tolist())
             points = interpolate(positive, negative, unit, settings.interpolations)
             rewards = reward(head, points)
             loss = preference_loss(rewards, mask, settings.beta, settings.center)
@@ -227,21 +169,6 @@ def _warmup_then_cosine(warmup: int, total: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     return factor
-
-
-def _common_tokens(
-    positives: Sequence[Tensor], negatives: Sequence[Tensor], rows: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(pairs, tokens, width) positives and negatives with zeros as padding; the mask of both."""
-    lengths = [min(len(positives[row]), len(negatives[row])) for row in rows]
-    shape = (len(rows), max(lengths), positives[rows[0]].shape[-1])
-    positive = positives[rows[0]].new_zeros(shape)
-    negative = torch.zeros_like(positive)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        positive[index, :length] = positives[row][:length]
-        negative[index, :length] = negatives[row][:length]
-    counts = torch.tensor(lengths, device=positive.device)
-    return positive, negative, torch.arange(max(lengths), device=positive.device) < counts[:, None]
 
 
 @torch.no_grad()

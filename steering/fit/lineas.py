@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from steering.affine import AffineMap
-from steering.fit import FitError
+from steering.fit import FitError, OnStep
 from steering.fit.activations import (
     TokenIds,
     collect_token_means,
@@ -31,8 +31,6 @@ from steering.fit.activations import (
 )
 
 OptimizerName: TypeAlias = Literal["sgd", "adam"]
-OnStep: TypeAlias = Callable[[int, int, float], None]
-"""(step, from 1; steps in all; the step's loss)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +112,8 @@ def fit_lineas(
         site -> its map, float32 on the model's device; and how the fit went.
 
     Raises:
-        FitError: too few sentences, an empty one, a site that the model lacks, or a loss that is
-            no longer finite.
+        FitError: too few sentences, an empty one, a site that the model lacks, or a loss that
+            rose.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     chosen_source = _draw(source, settings.samples, generator, "source")
@@ -125,6 +123,11 @@ def fit_lineas(
         initial_loss = fit.loss_over_all()
         _descend(fit, settings, generator, on_step)
         report = LineasReport(initial_loss=initial_loss, final_loss=fit.loss_over_all())
+    if not report.final_loss <= initial_loss:
+        raise FitError(
+            f"the loss rose from {initial_loss:.4g} to {report.final_loss:.4g}: lower the learning "
+            "rate"
+        )
     maps = {
         site: AffineMap(weight=map_.weight.detach(), bias=map_.bias.detach())
         for site, map_ in fit.maps.items()

@@ -1,0 +1,88 @@
+"""What ARGRE learns from pairs: a direction, a path along it, and preferences between neighbours.
+
+"Detoxifying Large Language Models via Autoregressive Reward Guided Representation Editing"
+(NeurIPS 2025). With `h+`, `h-` the hidden states before the head (after the final norm) of a
+pair's positive and negative text:
+
+    direction d = mean over pairs of (last token of h+  -  last token of h-),   unit = d / ||d||
+    h(alpha) = h+ + alpha ((h- - h+) . unit) unit,  alpha in linspace(0, 1, interpolations + 2)
+
+over the tokens that both texts have. Of two neighbours on that path the one nearer h+ is chosen.
+With r summed over tokens (r_bar: their mean) the loss is
+
+    -log sigmoid(beta (r(chosen) - r(rejected))) + center mean((r_bar(chosen) + r_bar(rejected))^2)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def mean_direction(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
+    """The direction d: pairs of (tokens, width) float32 -> (width,) float32, not normalised."""
+    differences = [
+        positive[-1] - negative[-1] for positive, negative in zip(positives, negatives, strict=True)
+    ]
+    return torch.stack(differences).mean(dim=0)
+
+
+def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
+    """The path h(alpha) of the module's docstring.
+
+    Args:
+        positive: (..., width) float32.
+        negative: the same shape.
+        unit: (width,) float32, of length 1.
+        interpolations: points between the two ends.
+
+    Returns:
+        (interpolations + 2, ..., width) float32, from the positive on.
+    """
+    along = ((negative - positive) @ unit)[..., None] * unit
+    alphas = torch.linspace(0, 1, interpolations + 2, device=positive.device)
+    return positive + alphas.view(-1, *([1] * positive.dim())) * along
+
+
+def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -> Tensor:
+    """The loss of neighbours on each pair's path.
+
+    Args:
+        rewards: (points, pairs, tokens) float32, from the positive on.
+        mask: (pairs, tokens) bool, tokens that both texts have; at least one a pair.
+        beta: scale of the preference.
+        center: weight of the term that keeps rewards around 0.
+
+    Returns:
+        () float32.
+    """
+    sums = (rewards * mask).sum(dim=-1)
+    means = sums / mask.sum(dim=-1)
+    preference = -functional.logsigmoid(beta * (sums[:-1] - sums[1:])).mean()
+    return preference + center * (means[:-1] + means[1:]).square().mean()
+
+
+def common_tokens(
+    positives: Sequence[Tensor], negatives: Sequence[Tensor], rows: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that both texts of each pair have, as one batch.
+
+    Args:
+        positives: one (tokens, width) float32 tensor a pair.
+        negatives: likewise.
+        rows: which pairs; at least one.
+
+    Returns:
+        Positives and negatives, (pairs, tokens, width) float32 each, with zeros for padding; and
+        the mask, (pairs, tokens) bool.
+    """
+    lengths = [min(len(positives[row]), len(negatives[row])) for row in rows]
+    shape = (len(rows), max(lengths), positives[rows[0]].shape[-1])
+    positive = positives[rows[0]].new_zeros(shape)
+    negative = torch.zeros_like(positive)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        positive[index, :length] = positives[row][:length]
+        negative[index, :length] = negatives[row][:length]
+    counts = torch.tensor(lengths, device=positive.device)
+    return positive, negative, torch.arange(max(lengths), device=positive.device) < counts[:, None]
