@@ -11,9 +11,10 @@ from interventions.registry import Registry
 from server.engine.base import (
     EngineDeadError,
     EngineError,
+    ScoredToken,
     StepFailedError,
     StepOutput,
-    TokenLogprob,
+    TokenLogprobs,
 )
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
@@ -168,7 +169,7 @@ async def test_a_logprob_that_json_cannot_hold(
     from_engine = await complete(client, logprobs=1)
     assert from_engine.status_code == 200
     logprob = -float("inf")
-    output = StepOutput((1,), "a", (_logprob("a", logprob),), "stop")
+    output = StepOutput((1,), "a", (_logprob("a", logprob),), finish_reason="stop")
     monkeypatch.setattr(tiny_engine, "submit", Script([_ended(output), _ended(output)]).submit)
     plain = (await complete(client, logprobs=1)).json()["choices"][0]["logprobs"]
     [chunk] = chunks((await complete(client, logprobs=1, stream=True)).text)
@@ -223,8 +224,9 @@ async def test_a_closed_socket_frees_the_engine(
         assert await text_of(client)
 
 
-def _logprob(token: str, value: float) -> TokenLogprob:
-    return TokenLogprob(token, value, ((token, value),))
+def _logprob(token: str, value: float) -> TokenLogprobs:
+    scored = ScoredToken(token, token.encode(), value)
+    return TokenLogprobs(scored, (scored,))
 
 
 def _ended(output: StepOutput) -> ScriptedGeneration:

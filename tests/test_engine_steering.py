@@ -78,7 +78,7 @@ def tokens_of(outputs: list[StepOutput]) -> list[int]:
 
 
 def logprobs_of(outputs: list[StepOutput]) -> list[float]:
-    return [logprob.logprob for output in outputs for logprob in output.logprobs]
+    return [token.chosen.logprob for output in outputs for token in output.logprobs]
 
 
 def expected_of(

@@ -7,7 +7,7 @@ from typing import Final
 from pydantic import JsonValue
 
 from server.api.generations import Usage
-from server.engine.base import FinishReason, StepOutput, TokenLogprob
+from server.engine.base import FinishReason, StepOutput, TokenLogprobs
 
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
@@ -55,7 +55,7 @@ class Choice:
     index: int
     with_logprobs: bool
     _texts: list[str] = field(default_factory=list)
-    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _offset: int = 0  # characters of the tokens that chunks have carried
 
@@ -76,7 +76,7 @@ class Choice:
         return self._choice(output.text, output.logprobs, output.finish_reason)
 
     def _choice(
-        self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: FinishReason | None
+        self, text: str, logprobs: Sequence[TokenLogprobs], finish_reason: FinishReason | None
     ) -> dict[str, JsonValue]:
         return {
             "index": self.index,
@@ -85,25 +85,25 @@ class Choice:
             "finish_reason": finish_reason,
         }
 
-    def _logprobs_body(self, logprobs: Sequence[TokenLogprob]) -> dict[str, JsonValue]:
+    def _logprobs_body(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, JsonValue]:
         offsets: list[JsonValue] = []
-        for logprob in logprobs:
+        for token in logprobs:
             offsets.append(self._offset)
-            self._offset += len(logprob.token)
+            self._offset += len(token.chosen.text)
         return {
-            "tokens": [logprob.token for logprob in logprobs],
-            "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
-            "top_logprobs": [_alternatives(logprob) for logprob in logprobs],
+            "tokens": [token.chosen.text for token in logprobs],
+            "token_logprobs": [_finite(token.chosen.logprob) for token in logprobs],
+            "top_logprobs": [_alternatives(token) for token in logprobs],
             "text_offset": offsets,
         }
 
 
-def _alternatives(logprob: TokenLogprob) -> dict[str, JsonValue]:
+def _alternatives(logprobs: TokenLogprobs) -> dict[str, JsonValue]:
     """The best tokens, and the sampled one even where it is not among them, as OpenAI does."""
     alternatives: dict[str, JsonValue] = {}
     # Two ids may have equal text (incomplete bytes): the better one stands for it.
-    for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
-        alternatives.setdefault(token, _finite(value))
+    for token in (*logprobs.top, logprobs.chosen):
+        alternatives.setdefault(token.text, _finite(token.logprob))
     return alternatives
 
 

@@ -3,7 +3,7 @@
 An engine never sees an intervention's name: a request carries digests and resolved settings.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -42,22 +42,35 @@ class EngineDeadError(EngineError):
     """The engine thread has ended; no request can be served any more."""
 
 
+class ShuttingDownError(EngineError):
+    """The server is stopping, and did not wait for this request any longer."""
+
+
 class StepFailedError(EngineError):
     """The step that this request was part of raised; the request is lost, the engine goes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How the next token is drawn, and when to stop. Validated by whoever builds it."""
+    """How the next token is drawn, and when to stop. Validated by whoever builds it.
 
-    max_tokens: int
+    In this order: logit bias, penalties, temperature, min-p, top-k, top-p.
+    """
+
+    max_tokens: int  # 0 only reads the prompt
     temperature: float = 1.0  # 0 takes the best token
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # least probability, as a share of the best token's
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or completion
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
+    frequency_penalty: float = 0.0  # the same, once for each time that a token is in it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
     seed: int | None = None  # same draws whatever else runs; None draws anew every time
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives beside the sampled token; None for none
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +97,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """The steered model's log-probability of a sampled token, before temperature and filters."""
+class ScoredToken:
+    """A token and the steered model's log-probability of it, before bias, penalties and filters."""
 
-    token: str
+    text: str  # where its bytes are no text by themselves, its name in the vocabulary
+    bytes: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...]  # best first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token of a text, and the best ones at its place."""
+
+    chosen: ScoredToken
+    top: tuple[ScoredToken, ...]  # best first; as many as were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +122,10 @@ class StepOutput:
 
     token_ids: tuple[int, ...]
     text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    # On the first output, if asked for: a token of the prompt each, but for the first, which
+    # follows nothing.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
 
@@ -150,12 +174,28 @@ class Engine(Protocol):
         """The prompt's token ids, with the special tokens that the tokenizer adds."""
         ...
 
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The tokens' text, special tokens included."""
+        ...
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation, up to where the assistant speaks next.
+
+        Args:
+            messages: each with `role` and `content`, as the model's template knows them.
+
+        Raises:
+            InvalidRequestError: the model has no template, or its template refuses the messages.
+        """
+        ...
+
     async def submit(self, requests: Sequence[Request]) -> Sequence[Generation]:
         """Admit requests, all or none: load and pin their interventions, then queue them.
 
         Raises:
-            InvalidRequestError: a prompt is empty, too long, or has unknown token ids; or the
-                requests name more interventions than the engine can hold at once.
+            InvalidRequestError: a prompt is empty or has unknown token ids, it and its
+                completion are too long for the model or for the memory; or the requests name
+                more interventions than the engine can hold at once.
             QueueFullError: the waiting queue has no room for them.
             BankFullError: no slot can be freed for one of their interventions.
             UnservableInterventionError: an edit does not reach this engine's logits.
@@ -172,5 +212,5 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """Stop, cancelling what still runs."""
+        """Stop; what still runs is lost with ShuttingDownError."""
         ...

@@ -16,7 +16,7 @@ from server.engine.base import (
     InvalidRequestError,
     StepFailedError,
     StepOutput,
-    TokenLogprob,
+    TokenLogprobs,
 )
 from server.engine.torch.attention import Slab, SlabShape
 from server.engine.torch.batch import build_batch
@@ -25,6 +25,7 @@ from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.runner import Runner
 from server.engine.torch.sampler import Draw, RowLogprobs, logprobs, sample
 from server.engine.torch.scheduler import Chunk, Scheduler, Sequence
+from server.engine.torch.vocabulary import Vocabulary
 from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class EngineCore:
         self.interventions = interventions
         self._runner = runner
         self._tokenizer = tokenizer.backend_tokenizer
+        self._vocabulary = Vocabulary(self._tokenizer)
         self._eos_tokens = eos_tokens
         self._device = model.device
         self._slab_shape = SlabShape.of(model)
@@ -165,7 +167,7 @@ class EngineCore:
         ]
 
     def _outcome(
-        self, sequence: Sequence, token: int | None, row: TokenLogprob | None
+        self, sequence: Sequence, token: int | None, row: TokenLogprobs | None
     ) -> StepOutput | EngineError:
         """A sequence's share of the step. What fails here is this sequence's own."""
         if token is None:
@@ -193,35 +195,28 @@ class EngineCore:
 
     def _logprobs(
         self, sequences: list[Sequence], tokens: list[int | None], logits: Tensor
-    ) -> list[TokenLogprob | None]:
+    ) -> list[TokenLogprobs | None]:
         """For the rows that ask for them and drew a token."""
         wanted = {
             row: (token, count)
             for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
             if token is not None and (count := sequence.request.sampling.logprobs) is not None
         }
-        found: list[TokenLogprob | None] = [None] * len(sequences)
+        found: list[TokenLogprobs | None] = [None] * len(sequences)
         if wanted:
             drawn, counts = zip(*wanted.values(), strict=True)
             values = logprobs(logits[list(wanted)], drawn, counts)
             for row, token, value in zip(wanted, drawn, values, strict=True):
-                found[row] = self._token_logprob(token, value)
+                found[row] = self._token_logprobs(token, value)
         return found
 
-    def _token_logprob(self, token: int, row: RowLogprobs) -> TokenLogprob:
-        return TokenLogprob(
-            token=self._token_text(token),
-            logprob=row.sampled,
-            top=tuple((self._token_text(other), value) for other, value in row.top),
+    def _token_logprobs(self, token: int, row: RowLogprobs) -> TokenLogprobs:
+        return TokenLogprobs(
+            chosen=self._vocabulary.scored(token, row.sampled),
+            top=tuple(self._vocabulary.scored(other, value) for other, value in row.top),
         )
 
-    def _token_text(self, token: int) -> str:
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
-        if "\ufffd" in text:  # part of a character: by its name, so that tokens stay distinct
-            return self._tokenizer.id_to_token(token) or text
-        return text
-
-    def _advance(self, sequence: Sequence, token: int, row: TokenLogprob | None) -> StepOutput:
+    def _advance(self, sequence: Sequence, token: int, row: TokenLogprobs | None) -> StepOutput:
         """Append a token; end the sequence if it is the last."""
         answer = self._answers[sequence]
         sampling = sequence.request.sampling

@@ -1,10 +1,12 @@
 """The torch engine as the API sees it: one thread computes, asyncio receives once a step."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
+
+from jinja2 import TemplateError
 
 from interventions.model import ModelDescription
 from server.engine.base import (
@@ -67,6 +69,34 @@ class TorchEngine:
         """The prompt's token ids, with the special tokens that the tokenizer adds."""
         # Unlike `encode`, it lets other threads run while it works.
         (encoding,) = self._tokenizer.encode_batch([text])
+        ids: list[int] = encoding.ids
+        return ids
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The tokens' text, special tokens included."""
+        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)
+        return str(text)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
+        tokenizer = self._loaded.tokenizer
+        if tokenizer.chat_template is None:
+            raise InvalidRequestError(
+                "This model has no chat template; use /v1/completions.",
+                "messages",
+                "no_chat_template",
+            )
+        conversation = [dict(message) for message in messages]
+        try:
+            text = tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"The model's chat template refuses these messages: {error}", "messages"
+            ) from error
+        # The template has written the special tokens that the model wants.
+        (encoding,) = self._tokenizer.encode_batch([str(text)], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
