@@ -17,6 +17,7 @@ from server.engine.base import (
     QueueFullError,
     Request,
     SamplingSettings,
+    ShuttingDownError,
     StepFailedError,
     StepOutput,
     UnservableInterventionError,
@@ -396,7 +397,7 @@ async def test_closing_ends_what_runs(start_engine: StartEngine) -> None:
         async for _ in outputs:
             pass
 
-    with pytest.raises(EngineDeadError):
+    with pytest.raises(ShuttingDownError):
         await rest()
     assert not engine.ready
 

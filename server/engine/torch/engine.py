@@ -11,9 +11,11 @@ from jinja2 import TemplateError
 from interventions.model import ModelDescription
 from server.engine.base import (
     EngineDeadError,
+    EngineError,
     EngineStats,
     InvalidRequestError,
     Request,
+    ShuttingDownError,
     UnservableInterventionError,
 )
 from server.engine.torch.build import EngineOptions, build_core, context_length
@@ -116,9 +118,9 @@ class TorchEngine:
         self._thread.start()
 
     async def close(self) -> None:
-        """Stop after the current step; what still runs is lost with EngineDeadError."""
+        """Stop after the current step; what still runs is lost with ShuttingDownError."""
+        self._fail_all(ShuttingDownError("the server is shutting down"))
         await asyncio.to_thread(self._thread.stop)
-        self._fail_all()
 
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
@@ -215,7 +217,8 @@ class TorchEngine:
         """On the engine thread, at its end."""
         assert self._loop is not None
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._fail_all)
+            error = EngineDeadError("the engine has stopped")
+            self._loop.call_soon_threadsafe(self._fail_all, error)
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         for sequence, output in deliveries:
@@ -224,10 +227,10 @@ class TorchEngine:
                 if generation.ended:
                     del self._generations[sequence]
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, error: EngineError) -> None:
         while self._generations:
             _, generation = self._generations.popitem()
-            generation.deliver(EngineDeadError("the engine has stopped"))
+            generation.deliver(error)
 
 
 def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
