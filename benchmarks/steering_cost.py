@@ -28,7 +28,7 @@ from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import load_model
-from server.engine.torch.scheduler import Sequence
+from server.engine.torch.sequence import Sequence
 from steering.settings import AffineSettings, RewardSettings
 
 BATCHES = (1, 8, 32)

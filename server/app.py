@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, FastAPI
 
 from interventions.registry import Registry
 from interventions.settings import Caps
-from server.api import completions, interventions, models, system
+from server.api import chat, completions, interventions, models, system
 from server.api.auth import require_api_key
 from server.api.context import ServerContext
 from server.api.errors import ApiError, install_error_handlers
@@ -54,7 +54,7 @@ def create_app(engine: Engine, registry: Registry, metrics: Metrics, settings: S
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[Depends(require_api_key)])
-    for part in (completions, models, interventions):
+    for part in (completions, chat, models, interventions):
         router.include_router(part.router)
     return router
 

@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     model: str = Field(default="embedded", min_length=1)
     engine: Literal["torch"] = "torch"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device_map: Literal["none", "auto"] = "none"
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; None leaves it to torch"
     )
@@ -73,7 +74,19 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="seconds without a byte of the body"
     )
     write_timeout: float = Field(
-        default=60.0, gt=0, description="seconds a stream's reader may stall"
+        default=60.0, gt=0, allow_inf_nan=False, description="seconds a reader may stall"
+    )
+    request_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds from a generating request's arrival to its last token",
+    )
+    shutdown_timeout: float = Field(
+        default=30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds running and waiting requests may go on after SIGTERM",
     )
 
     max_model_len: int | None = Field(default=None, ge=2, description="None takes the model's own")
@@ -85,6 +98,9 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="None takes a quarter of the free memory",
+    )
+    check_invariants: bool = Field(
+        default=False, description="check the engine's bookkeeping after every step"
     )
 
     @field_validator("served_model_names", mode="before")

@@ -44,6 +44,15 @@ class _SiteStack:
             self.low[slot] = -torch.inf
             self.high[slot] = torch.inf
 
+    def move(self, device: torch.device) -> None:
+        """Bring the parameters to where the site's activations are."""
+        if self.delta.device == device:
+            return
+        self.delta, self.bias = self.delta.to(device), self.bias.to(device)
+        self.present = self.present.to(device)
+        if self.low is not None and self.high is not None:
+            self.low, self.high = self.low.to(device), self.high.to(device)
+
     def edit(self, z: Tensor, layer: AffineLayer) -> Tensor:
         """(tokens, d) float32 -> (tokens, d) float32."""
         slots = layer.slots
@@ -59,7 +68,11 @@ class _SiteStack:
 
 
 class Bank:
-    """Parameters of up to `slots` interventions besides the identity in slot 0."""
+    """Parameters of up to `slots` interventions besides the identity in slot 0.
+
+    A site's parameters, and a head, are moved to the device of what they edit when they first
+    edit it: a model may be spread over several.
+    """
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.slots = slots
@@ -100,13 +113,20 @@ class Bank:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
         stack = self._sites.get(site)
-        layers = [layer for layer in route.affine if stack and stack.filled & layer.used]
-        if stack is None or not layers:
+        if stack is None or not any(stack.filled & layer.used for layer in route.affine):
             return output
+        stack.move(output.device)
         z = output.reshape(-1, output.shape[-1]).float()
-        for layer in layers:
-            z = stack.edit(z, layer)
+        for layer in route.on(output.device).affine:
+            if stack.filled & layer.used:
+                z = stack.edit(z, layer)
         return z.to(output.dtype).view_as(output)
+
+    def _head(self, slot: int, device: torch.device) -> RewardHead:
+        head = self._heads[slot]
+        if head.w1.device != device:
+            head = self._heads[slot] = head.to(device)
+        return head
 
     def edit_rows(self, hidden: Tensor, route: Route) -> Tensor:
         """Apply the step's reward edits before `lm_head`.
@@ -118,10 +138,10 @@ class Bank:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
         h = hidden.reshape(-1, hidden.shape[-1]).float()
-        for group in route.reward:
+        for group in route.on(hidden.device).reward:
             edited = apply_reward(
                 h[group.rows],
-                head=self._heads[group.slot],
+                head=self._head(group.slot, hidden.device),
                 eta=group.eta,
                 iterations=group.iterations,
                 direction_scale=group.direction_scale,

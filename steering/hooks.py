@@ -84,9 +84,9 @@ def measure_site_widths(model: nn.Module, vocab_size: int) -> Mapping[str, int]:
 
     def recorder(path: str) -> Callable[[nn.Module, object, object], None]:
         def record(_module: nn.Module, _args: object, output: object) -> None:
-            if isinstance(output, tuple) and all(rest is None for rest in output[1:]):
+            if isinstance(output, tuple) and not any(map(_is_per_token, output[1:])):
                 output = output[0]
-            if isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (1, 2):
+            if isinstance(output, Tensor) and _is_per_token(output):
                 widths[path] = output.shape[-1]
 
         return record
@@ -100,3 +100,9 @@ def measure_site_widths(model: nn.Module, vocab_size: int) -> Mapping[str, int]:
         tokens = torch.arange(2, device=device).remainder(vocab_size)[None]
         model(input_ids=tokens, use_cache=False, logits_to_keep=1)
     return widths
+
+
+def _is_per_token(output: object) -> bool:
+    """Whether it is one vector for each of the two tokens."""
+    # OPT folds sequences and tokens into one dimension in the middle of its blocks.
+    return isinstance(output, Tensor) and output.shape[:-1] in ((1, 2), (2,))

@@ -4,7 +4,7 @@ Computed once a step on the host; the hooks in the model only index the bank by 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -32,6 +32,10 @@ class AffineLayer:
     strength: Tensor  # (tokens, 1) float32
     used: frozenset[int]  # the slots in `slots` but 0, known on the host
 
+    def to(self, device: torch.device) -> "AffineLayer":
+        """The same on a device."""
+        return replace(self, slots=self.slots.to(device), strength=self.strength.to(device))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardGroup:
@@ -44,6 +48,16 @@ class RewardGroup:
     direction_scale: Tensor  # (n, 1) float32
     max_iterations: int
 
+    def to(self, device: torch.device) -> "RewardGroup":
+        """The same on a device."""
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            eta=self.eta.to(device),
+            iterations=self.iterations.to(device),
+            direction_scale=self.direction_scale.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -51,6 +65,23 @@ class Route:
 
     affine: tuple[AffineLayer, ...]
     reward: tuple[RewardGroup, ...]
+    device: torch.device  # that the tensors are on
+    _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
+
+    def on(self, device: torch.device) -> "Route":
+        """The route with its tensors on a device, copied there once a step.
+
+        A model may be spread over several devices; each site reads the route where it is.
+        """
+        if device == self.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Route(
+                tuple(layer.to(device) for layer in self.affine),
+                tuple(group.to(device) for group in self.reward),
+                device,
+            )
+        return self._copies[device]
 
 
 _AffineEdit: TypeAlias = tuple[int, AffineSettings]
@@ -70,7 +101,7 @@ def build_route(spans: Sequence[Span], device: torch.device) -> Route:
         for depth in range(max(map(len, reward), default=0))
         for group in _reward_groups(spans, reward, depth, device)
     )
-    return Route(tuple(layer for layer in layers if layer.used), tuple(groups))
+    return Route(tuple(layer for layer in layers if layer.used), tuple(groups), device)
 
 
 def _affine_edits(span: Span) -> list[_AffineEdit]:

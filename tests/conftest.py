@@ -18,12 +18,14 @@ from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
 from server.metrics import Metrics
-from tests.tiny import manifest_of, random_head, random_maps, save_tiny
+from tests.tiny import CHAT_TEMPLATE, FAMILIES, manifest_of, random_head, random_maps, save_tiny
 
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
 
-TINY_OPTIONS = EngineOptions(kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=32)
+TINY_OPTIONS = EngineOptions(
+    kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=32, check_invariants=True
+)
 
 
 class LoadTiny(Protocol):
@@ -56,10 +58,11 @@ class WriteArtifact(Protocol):
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A folder with a tiny random model of each family."""
+    """A folder with a tiny random model of each family, and the Llama with a chat template."""
     root = tmp_path_factory.mktemp("models")
-    families = ("llama", "mistral", "qwen2", "qwen3")
-    return {family: save_tiny(root / f"tiny-{family}", family) for family in families}
+    folders = {family: save_tiny(root / f"tiny-{family}", family) for family in FAMILIES}
+    folders["llama-chat"] = save_tiny(root / "tiny-chat", chat_template=CHAT_TEMPLATE)
+    return folders
 
 
 @pytest.fixture

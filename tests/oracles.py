@@ -108,7 +108,7 @@ def _edit_site(
         return edited_output(output)
 
     def edited_output(output: Tensor) -> Tensor:
-        z = output[0].float()
+        z = output.reshape(-1, output.shape[-1]).float()
         for parameters, settings in stack:
             if not (isinstance(parameters, Mapping) and isinstance(settings, AffineSettings)):
                 continue
@@ -121,7 +121,7 @@ def _edit_site(
                 "generated": (prompt_length, len(z)),
             }[settings.positions]
             z = torch.cat([z[:first], edited[first:last], z[last:]])
-        return z.to(output.dtype)[None]
+        return z.to(output.dtype).view_as(output)
 
     return hook
 

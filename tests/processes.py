@@ -5,14 +5,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 
 START_SECONDS = 120
+STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,24 @@ class ServerProcess:
 
 
 @contextmanager
-def steerserve(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
-    """`steerserve serve` on a free port, its registry and its log in `folder`."""
+def steerserve(
+    folder: Path,
+    *arguments: str,
+    module: str = "server",
+    env: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[ServerProcess]:
+    """`steerserve serve` on a free port, its registry and its log in `folder`.
+
+    A server that the test has not stopped itself must stop cleanly at the end.
+    """
     port = _free_port()
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", module, "serve", "--port", str(port), *arguments]
     log = folder / "server.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, "--registry", str(folder / "registry")],
             cwd=Path(__file__).parent.parent,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -56,13 +66,12 @@ def steerserve(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
     try:
         server.wait_until_ready()
         yield server
+        if process.poll() is None:
+            process.terminate()
+            assert process.wait(STOP_SECONDS) == 0, log.read_text()
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def _free_port() -> int:

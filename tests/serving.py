@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,15 @@ from starlette.types import Message
 from interventions.registry import Registry
 from server.app import create_app
 from server.config import Settings
-from server.engine.base import Engine, EngineError, Generation, Request, StepOutput
+from server.engine.base import (
+    Engine,
+    EngineError,
+    Generation,
+    Request,
+    ScoredToken,
+    StepOutput,
+    TokenLogprobs,
+)
 from server.metrics import Metrics
 
 Json = dict[str, object]
@@ -55,6 +63,13 @@ async def text_of(client: httpx.AsyncClient, **fields: object) -> str:
     assert response.status_code == 200, response.text
     text: str = response.json()["choices"][0]["text"]
     return text
+
+
+async def chat(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
+    """A short greedy chat completion, with some fields added or replaced."""
+    messages = [{"role": "user", "content": "Hello"}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 6, "temperature": 0, **fields}
+    return await client.post("/v1/chat/completions", json=body)
 
 
 def error_of(response: httpx.Response) -> Json:
@@ -146,11 +161,18 @@ class Script:
         return generations
 
 
+def logprobs_of(text: str, logprob: float, best: Mapping[str, float]) -> TokenLogprobs:
+    """A token that an engine chose, and the best ones at its place in the given order."""
+    top = tuple(ScoredToken(other, other.encode(), value) for other, value in best.items())
+    return TokenLogprobs(ScoredToken(text, text.encode(), logprob), top)
+
+
 @dataclass
 class Connection:
     """One request straight into the application, whose client leaves when it is told to."""
 
     body: Json
+    path: str = "/v1/completions"
     sent: list[Message] = field(default_factory=list)
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     _given: bool = False
@@ -163,8 +185,8 @@ class Connection:
             "http_version": "1.1",
             "method": "POST",
             "scheme": "http",
-            "path": "/v1/completions",
-            "raw_path": b"/v1/completions",
+            "path": self.path,
+            "raw_path": self.path.encode(),
             "query_string": b"",
             "root_path": "",
             "headers": [(b"content-type", b"application/json"), (b"host", b"tiny")],

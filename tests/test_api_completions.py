@@ -7,17 +7,21 @@ import pytest
 from openai import AsyncOpenAI
 
 from interventions.registry import Registry
-from server.engine.base import QueueFullError
+from server.engine.base import Edit, QueueFullError, Request, SamplingSettings, StepOutput
 from server.engine.torch.engine import TorchEngine
+from steering.settings import AffineSettings
 from tests.conftest import WriteArtifact
 from tests.serving import (
     Connection,
+    Json,
     Script,
     ScriptedGeneration,
     build_app,
+    chunks,
     complete,
     error_of,
     eventually,
+    logprobs_of,
     metric,
     push,
     serve,
@@ -152,9 +156,229 @@ async def test_top_k_one_is_greedy_and_null_means_not_given(client: httpx.AsyncC
     assert await text_of(client, temperature=2, top_k=1) == greedy
     assert await text_of(client, temperature=2, top_p=1e-6) == greedy
     nothing = dict.fromkeys(
-        ("top_p", "n", "best_of", "stop", "seed", "logprobs", "stream", "user", "suffix")
+        (
+            *("top_p", "n", "best_of", "stop", "seed", "logprobs", "stream", "user", "suffix"),
+            *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "echo"),
+        )
     )
-    assert await text_of(client, **nothing, echo=False, logit_bias={}, top_k=-1) == greedy
+    assert await text_of(client, **nothing, logit_bias={}, top_k=-1) == greedy
+    assert await text_of(client, logprobs=False, echo=False, logit_bias=None) == greedy
+
+
+async def test_sampling_reaches_the_engine(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script([_ended(), _ended()])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    biases = {"5": -100, "0": 0.5, "258": 100.0}
+    fields: dict[str, object] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 2,
+        "frequency_penalty": -2.0,
+        "logit_bias": biases,
+    }
+    assert (await complete(client, **fields)).status_code == 200
+    assert (await complete(client)).status_code == 200
+    chosen, default = (request.sampling for request in script.submitted)
+    assert chosen == SamplingSettings(
+        max_tokens=6,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=2.0,
+        frequency_penalty=-2.0,
+        logit_bias=((5, -100.0), (0, 0.5), (258, 100.0)),
+    )
+    assert default == SamplingSettings(max_tokens=6, temperature=0)
+
+
+WRONG_SAMPLING: tuple[tuple[str, object], ...] = (
+    *(("min_p", value) for value in (-0.1, 1.1, "0.1", True)),
+    *(("repetition_penalty", value) for value in (0, 0.009, 100.1, -1, 10**400)),
+    *(("presence_penalty", value) for value in (-2.1, 2.1, "1", False)),
+    *(("frequency_penalty", value) for value in (-2.1, 2.1, [1])),
+    *(("logit_bias", value) for value in (5, [], "5", [[5, 1]])),
+    *(("logit_bias", {key: 1}) for key in ("", "a", "-1", "+1", "1.0", "01", " 1", "\u0661")),
+    ("logit_bias", {"9" * 11: 1}),
+    *(("logit_bias", {"5": value}) for value in (100.1, -101, None, "1", True, 10**400)),
+    ("logit_bias", {str(token): 1 for token in range(301)}),
+)
+
+
+async def test_the_ends_of_the_ranges_are_in_them(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: tuple[Json, ...] = (
+        {"min_p": 0, "repetition_penalty": 0.01, "presence_penalty": -2, "frequency_penalty": -2},
+        {"min_p": 1, "repetition_penalty": 100, "presence_penalty": 2, "frequency_penalty": 2},
+        {"logit_bias": {str(token): token - 100 for token in range(201)}},
+        {"logit_bias": dict.fromkeys(map(str, range(300)), 0)},
+    )
+    monkeypatch.setattr(tiny_engine, "submit", Script([_ended() for _ in ends]).submit)
+    for fields in ends:
+        assert (await complete(client, **fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"],
+)
+async def test_wrong_sampling_is_named(client: httpx.AsyncClient, field: str) -> None:
+    for name, value in WRONG_SAMPLING:
+        if name == field:
+            response = await complete(client, **{field: value})
+            error = error_of(response)
+            assert (response.status_code, error["param"]) == (400, field), value
+            assert len(str(error["message"])) < 300
+
+
+async def test_a_bias_forces_a_token_that_the_model_has(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine
+) -> None:
+    [token] = tiny_engine.tokenize("z")
+    assert await text_of(client, logit_bias={str(token): 100}) == "zzzzzz"
+    error = error_of(await complete(client, logit_bias={"259": 1}))
+    assert error["param"] == "logit_bias"
+
+
+async def test_echo_gives_the_prompt_as_it_was_given(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine
+) -> None:
+    for prompt in ("Hello", "h\u00e9!", tiny_engine.tokenize("h\u00e9!")):
+        text = prompt if isinstance(prompt, str) else "h\u00e9!"
+        body = (await complete(client, prompt=prompt, echo=True, n=2)).json()
+        completion = await text_of(client, prompt=prompt)
+        assert [choice["text"] for choice in body["choices"]] == [text + completion] * 2
+        assert [choice["logprobs"] for choice in body["choices"]] == [None] * 2
+        assert body["usage"] == (await complete(client, prompt=prompt, n=2)).json()["usage"]
+    assert await text_of(client, prompt="Hello", echo=True, logprobs=False) == (
+        "Hello" + await text_of(client)
+    )
+
+
+async def test_echo_of_a_long_prompt_and_of_unknown_tokens(client: httpx.AsyncClient) -> None:
+    for prompt in ("x" * 20_000, [5] * 20_000, [[5], [259]], [2**31 - 1]):
+        response = await complete(client, prompt=prompt, echo=True)
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "prompt"
+
+
+async def test_echo_with_logprobs_covers_prompt_and_completion(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = (logprobs_of("i", -1.0, {"o": -0.5}), logprobs_of("<0x80>", -9.0, {"!": -0.25}))
+    outputs = (
+        StepOutput((1,), "a", (logprobs_of("a", -2.0, {"a": -2.0}),), prompt),
+        StepOutput((2,), "b", (logprobs_of("b", -3.0, {"c": -1.0}),), finish_reason="length"),
+    )
+    script = Script([ScriptedGeneration(outputs)])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    [choice] = (await complete(client, prompt="Hi\u00e9", echo=True, logprobs=1)).json()["choices"]
+    assert choice["text"] == "Hi\u00e9ab"
+    assert choice["logprobs"] == {
+        "tokens": ["H", "i", "<0x80>", "a", "b"],
+        "token_logprobs": [None, -1.0, -9.0, -2.0, -3.0],
+        "top_logprobs": [
+            None,
+            {"o": -0.5, "i": -1.0},
+            {"!": -0.25, "<0x80>": -9.0},
+            {"a": -2.0},
+            {"c": -1.0, "b": -3.0},
+        ],
+        "text_offset": [0, 1, 2, 8, 9],
+    }
+    sampling = script.submitted[0].sampling
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "logprobs", "prompt_logprobs"),
+    [
+        ({"echo": True}, None, None),
+        ({"echo": True, "logprobs": False}, None, None),
+        ({"echo": True, "logprobs": 0}, 0, 0),
+        ({"echo": True, "logprobs": 5}, 5, 5),
+        ({"echo": False, "logprobs": 5}, 5, None),
+        ({"logprobs": 2}, 2, None),
+    ],
+)
+async def test_which_logprobs_are_asked_for(
+    client: httpx.AsyncClient,
+    tiny_engine: TorchEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: Json,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> None:
+    script = Script([_ended()])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    assert (await complete(client, **fields)).status_code == 200
+    sampling = script.submitted[0].sampling
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (logprobs, prompt_logprobs)
+
+
+async def test_no_tokens_are_only_for_reading_the_prompt(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fields in ({}, {"echo": False}, {"logprobs": 1}):
+        error = error_of(await complete(client, max_tokens=0, **fields))
+        assert error["param"] == "max_tokens"
+        assert "'echo'" in str(error["message"])
+    output = StepOutput(
+        (), "", prompt_logprobs=(logprobs_of("i", -1.0, {}),), finish_reason="length"
+    )
+    script = Script([ScriptedGeneration((output,)), ScriptedGeneration((output,))])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    reading: Json = {"prompt": "Hi", "max_tokens": 0, "echo": True, "logprobs": 0}
+    body = (await complete(client, **reading)).json()
+    [chunk] = chunks((await complete(client, **reading, stream=True)).text)
+    for [choice] in (body["choices"], chunk["choices"]):  # type: ignore[misc]
+        assert choice["text"] == "Hi"
+        assert choice["finish_reason"] == "length"
+        assert choice["logprobs"]["token_logprobs"] == [None, -1.0]
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert script.submitted[0].sampling.max_tokens == 0
+
+
+@pytest.mark.parametrize("steered", [False, True])
+async def test_a_prompt_scores_as_it_did_when_it_was_generated(
+    client: httpx.AsyncClient,
+    tiny_engine: TorchEngine,
+    affine_artifact: WriteArtifact,
+    steered: bool,
+) -> None:
+    """As lm-evaluation-harness asks for it."""
+    digest = (await push(client, affine_artifact("maps")))["digest"]
+    context = tuple(tiny_engine.tokenize("Hello"))
+    request = Request(
+        "written",
+        context,
+        SamplingSettings(max_tokens=6, temperature=0, logprobs=1, ignore_eos=True),
+        (Edit(str(digest), AffineSettings(1.0)),) if steered else (),
+    )
+    [generation] = await tiny_engine.submit([request])
+    written = [output async for output in generation]
+    tokens = [*context, *(token for output in written for token in output.token_ids)]
+    expected = [token.chosen.logprob for output in written for token in output.logprobs]
+    fields: Json = {"logprobs": 1, "echo": True, "seed": 1234, "prompt": [tokens]}
+    if steered:
+        fields["steering"] = {"intervention": "maps"}
+    for max_tokens in (0, 1):
+        [choice] = (await complete(client, max_tokens=max_tokens, **fields)).json()["choices"]
+        assert choice["text"].startswith(tiny_engine.detokenize(tokens))
+        logprobs = choice["logprobs"]
+        assert {len(values) for values in logprobs.values()} == {len(tokens) + max_tokens}
+        assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+        continuation = logprobs["token_logprobs"][len(context) : len(tokens)]
+        assert continuation == pytest.approx(expected, abs=1e-4)
+        tops = logprobs["top_logprobs"][len(context) : len(tokens)]
+        assert continuation == [max(top.values()) for top in tops]  # it was greedy
 
 
 async def test_max_tokens_is_16_by_default(client: httpx.AsyncClient) -> None:
@@ -291,3 +515,7 @@ async def test_many_mixed_streams_each_get_what_they_get_alone(
         *(text_of(client, steering=steering, max_tokens=12) for steering in steerings * 8)
     )
     assert mixed == alone * 8
+
+
+def _ended() -> ScriptedGeneration:
+    return ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))

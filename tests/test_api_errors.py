@@ -15,6 +15,7 @@ from server.engine.base import (
     EngineError,
     InvalidRequestError,
     QueueFullError,
+    ShuttingDownError,
     StepFailedError,
     UnservableInterventionError,
 )
@@ -74,13 +75,7 @@ WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
     ({"user": 5}, "user"),
 )
-UNSUPPORTED: tuple[Json, ...] = (
-    {"echo": True},
-    {"suffix": "end"},
-    {"logit_bias": {"5": 10}},
-    {"presence_penalty": 0.5},
-    {"frequency_penalty": -0.5},
-)
+UNSUPPORTED: tuple[Json, ...] = ({"suffix": "end"},)
 UNKNOWN: tuple[tuple[str, str], ...] = (
     ("steerng", "Did you mean 'steering'?"),
     ("Steering", "Did you mean 'steering'?"),
@@ -235,6 +230,7 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
         (QueueFullError("q"), 429, "queue_full", "1"),
         (BankFullError("b"), 503, "intervention_slots_full", "1"),
         (EngineDeadError("secret"), 503, "engine_dead", None),
+        (ShuttingDownError("secret"), 503, "shutting_down", "1"),
         (StepFailedError("secret"), 500, "step_failed", None),
         (EngineError("secret"), 500, "internal_error", None),
         (UnservableInterventionError("why"), 400, "intervention_not_servable", None),
@@ -298,6 +294,11 @@ async def test_a_full_queue_refuses_for_real(
     statuses = {answer.status_code for answer in answers}
     assert 429 in statuses
     assert statuses <= {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            error = error_of(answer)
+            assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+            assert int(answer.headers["retry-after"]) > 0
     assert await text_of(client)
     assert tiny_engine.stats().waiting == 0
 

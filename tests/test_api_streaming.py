@@ -8,13 +8,14 @@ import pytest
 from starlette.types import Message
 
 from interventions.registry import Registry
+from server.api.errors import ApiError
 from server.engine.base import (
     EngineDeadError,
     EngineError,
-    ScoredToken,
+    InvalidRequestError,
+    ShuttingDownError,
     StepFailedError,
     StepOutput,
-    TokenLogprobs,
 )
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
@@ -28,6 +29,7 @@ from tests.serving import (
     error_of,
     events,
     eventually,
+    logprobs_of,
     metric,
     push,
     serve,
@@ -122,11 +124,14 @@ async def test_the_last_chunk_says_what_was_applied(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "outcome"),
     [
-        (StepFailedError("secret"), "step_failed"),
-        (EngineDeadError("secret"), "engine_dead"),
-        (RuntimeError("secret"), "internal_error"),
+        (StepFailedError("secret"), "step_failed", "server_error"),
+        (EngineDeadError("secret"), "engine_dead", "unavailable"),
+        (ShuttingDownError("secret"), "shutting_down", "unavailable"),
+        (InvalidRequestError("too strong", "steering", "overflow"), "overflow", "client_error"),
+        (RuntimeError("secret"), "internal_error", "server_error"),
+        (ApiError(504, "too late", code="request_timeout"), "request_timeout", "server_error"),
     ],
 )
 async def test_an_error_in_the_middle_is_an_event_and_ends_the_stream(
@@ -135,6 +140,7 @@ async def test_an_error_in_the_middle_is_an_event_and_ends_the_stream(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     code: str,
+    outcome: str,
 ) -> None:
     failing = ScriptedGeneration(outputs=(FIRST,), error=error)
     waiting = ScriptedGeneration(outputs=(FIRST,))
@@ -148,7 +154,7 @@ async def test_an_error_in_the_middle_is_an_event_and_ends_the_stream(
         assert body["error"]["code"] == code
         assert "secret" not in response.text
         assert waiting.cancelled
-        failed = 'requests_total{endpoint="/v1/completions",outcome="server_error"}'
+        failed = f'requests_total{{endpoint="/v1/completions",outcome="{outcome}"}}'
         assert await metric(client, failed) == 1
 
 
@@ -169,13 +175,47 @@ async def test_a_logprob_that_json_cannot_hold(
     from_engine = await complete(client, logprobs=1)
     assert from_engine.status_code == 200
     logprob = -float("inf")
-    output = StepOutput((1,), "a", (_logprob("a", logprob),), finish_reason="stop")
+    scored = (logprobs_of("a", logprob, {"a": logprob}),)
+    output = StepOutput((1,), "a", scored, finish_reason="stop")
     monkeypatch.setattr(tiny_engine, "submit", Script([_ended(output), _ended(output)]).submit)
     plain = (await complete(client, logprobs=1)).json()["choices"][0]["logprobs"]
     [chunk] = chunks((await complete(client, logprobs=1, stream=True)).text)
     for body in (plain, chunk["choices"][0]["logprobs"]):  # type: ignore[index]
         assert body["token_logprobs"] == [-9999.0]
         assert body["top_logprobs"] == [{"a": -9999.0}]
+
+
+async def test_an_echo_is_streamed_before_the_completion(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = (logprobs_of("i", -1.0, {"o": -0.5}),)
+    outputs = (
+        StepOutput((1,), "", (logprobs_of("a", -2.0, {}),), prompt),
+        StepOutput((2,), "ab", (logprobs_of("b", -3.0, {}),), finish_reason="length"),
+    )
+    monkeypatch.setattr(tiny_engine, "submit", Script([ScriptedGeneration(outputs)]).submit)
+    response = await complete(client, prompt="Hi", echo=True, logprobs=1, stream=True)
+    first, last = (chunk["choices"][0] for chunk in chunks(response.text))  # type: ignore[index]
+    assert (first["text"], last["text"]) == ("Hi", "ab")
+    assert first["logprobs"] == {
+        "tokens": ["H", "i", "a"],
+        "token_logprobs": [None, -1.0, -2.0],
+        "top_logprobs": [None, {"o": -0.5, "i": -1.0}, {"a": -2.0}],
+        "text_offset": [0, 1, 2],
+    }
+    assert last["logprobs"]["tokens"] == ["b"]
+    assert last["logprobs"]["text_offset"] == [3]
+
+
+async def test_an_echo_of_every_choice_is_streamed(client: httpx.AsyncClient) -> None:
+    fields: dict[str, object] = {"prompt": ["Hello", "Bye!"], "n": 2, "seed": 3, "temperature": 1}
+    plain = (await complete(client, **fields)).json()["choices"]
+    texts = [""] * 4
+    for chunk in chunks((await complete(client, **fields, echo=True, stream=True)).text):
+        [choice] = chunk["choices"]  # type: ignore[misc]
+        texts[choice["index"]] += choice["text"]  # type: ignore[has-type]
+    prompts = ("Hello", "Hello", "Bye!", "Bye!")
+    assert texts == [prompt + choice["text"] for prompt, choice in zip(prompts, plain, strict=True)]
 
 
 async def test_a_reader_that_stalls_is_cut_off(
@@ -222,11 +262,6 @@ async def test_a_closed_socket_frees_the_engine(
         assert await metric(client, cancelled) == 1
         assert await metric(client, "generation_tokens_total") < 16 * 500
         assert await text_of(client)
-
-
-def _logprob(token: str, value: float) -> TokenLogprobs:
-    scored = ScoredToken(token, token.encode(), value)
-    return TokenLogprobs(scored, (scored,))
 
 
 def _ended(output: StepOutput) -> ScriptedGeneration:

@@ -32,7 +32,7 @@ async def test_a_dead_engine_is_not_ready(
     assert error_of(response)["code"] == "not_ready"
 
 
-async def test_an_engine_that_dies_ends_what_runs(
+async def test_an_engine_that_is_closed_ends_what_runs(
     client: httpx.AsyncClient, tiny_engine: TorchEngine
 ) -> None:
     running = [
@@ -44,8 +44,8 @@ async def test_an_engine_that_dies_ends_what_runs(
         await tiny_engine.close()
         plain, stream = await asyncio.gather(*running)
     assert plain.status_code == 503
-    assert error_of(plain)["code"] == "engine_dead"
-    assert "engine_dead" in stream.text
+    assert error_of(plain)["code"] == "shutting_down"
+    assert "shutting_down" in stream.text
     assert "[DONE]" not in stream.text
 
 

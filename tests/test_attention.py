@@ -9,18 +9,25 @@ from torch import Tensor
 from server.engine.torch.attention import (
     AttentionStep,
     Segment,
-    Slab,
-    SlabShape,
     UnsupportedAttentionError,
     slab_attention,
 )
+from server.engine.torch.slab import Slab, SlabShape
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
-SHAPE = SlabShape(2, KV_HEADS, WIDTH, torch.float32, torch.device("cpu"))
+SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)
 LAYER = SimpleNamespace(layer_idx=1)
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def slab_of(tokens: int) -> Slab:
+    slab = Slab(SHAPE)
+    slab.reserve(tokens)
+    return slab
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
+) -> Tensor:
     """(heads, n, width) each, one sequence from its first token on: a query at a time."""
     output = torch.zeros_like(query)
     for head in range(HEADS):
@@ -28,14 +35,17 @@ def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> 
         for place in range(query.shape[1]):
             first = 0 if window is None else max(0, place - window + 1)
             scores = key[shared, first : place + 1] @ query[head, place] * 0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             output[head, place] = scores.softmax(-1) @ value[shared, first : place + 1]
     return output
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
 @pytest.mark.parametrize("chunks", [(11,), (1, 10), (4, 1, 6), (7, 2, 2), (1,) * 11], ids=str)
 def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
-    window: int | None, chunks: tuple[int, ...]
+    window: int | None, chunks: tuple[int, ...], softcap: float | None
 ) -> None:
     random = torch.Generator().manual_seed(0)
     lengths = (11, 11, 5)
@@ -46,7 +56,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
         ]
         for length in lengths
     ]
-    slabs = [Slab(SHAPE, length) for length in lengths]
+    slabs = [slab_of(length) for length in lengths]
     done = [0] * len(lengths)
     outputs: list[list[Tensor]] = [[] for _ in lengths]
     for chunk in chunks:
@@ -68,6 +78,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             None,
             scaling=0.5,
             sliding_window=window,
+            softcap=softcap,
             attention=AttentionStep(segments),
         )
         assert weights is None
@@ -75,14 +86,13 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
         for owner, piece in zip(owners, parts, strict=True):
             outputs[owner].append(piece)
     for (query, key, value), pieces in zip(sequences, outputs, strict=True):
-        expected = reference(query, key, value, window).transpose(0, 1)
+        expected = reference(query, key, value, window, softcap).transpose(0, 1)
         torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        ({"softcap": 50.0}, "softcap"),
         ({"s_aux": torch.ones(1)}, "s_aux"),
         ({"is_causal": False}, "is_causal=False"),
         ({"dropout": 0.1}, "dropout"),
@@ -90,10 +100,6 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
 )
 def test_what_would_change_the_result_is_refused(asked: dict[str, object], named: str) -> None:
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    step = AttentionStep([Segment(Slab(SHAPE, 1), 0, 1)])
+    step = AttentionStep([Segment(slab_of(1), 0, 1)])
     with pytest.raises(UnsupportedAttentionError, match=named):
         slab_attention(LAYER, token, token, token, None, attention=step, **asked)  # type: ignore[arg-type]
-
-
-def test_bytes_per_token_count_keys_and_values_of_all_layers() -> None:
-    assert SHAPE.bytes_per_token == 2 * 2 * KV_HEADS * WIDTH * 4

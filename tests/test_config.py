@@ -75,6 +75,23 @@ def test_every_running_request_must_fit_into_a_step() -> None:
     assert "max_batch_tokens (8)" in problem(max_batch_tokens=8, max_batch_size=16)
 
 
+@pytest.mark.parametrize("value", [-1, 0, float("inf"), float("nan")])
+@pytest.mark.parametrize("field", ["request_timeout", "write_timeout", "shutdown_timeout"])
+def test_times_that_mean_nothing(field: str, value: float) -> None:
+    if (field, value) == ("shutdown_timeout", 0):
+        assert Settings(shutdown_timeout=0).shutdown_timeout == 0
+    else:
+        assert field in problem(**{field: value})
+
+
+def test_flags_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Settings().check_invariants
+    monkeypatch.setenv("STEERSERVE_CHECK_INVARIANTS", "1")
+    monkeypatch.setenv("STEERSERVE_DEVICE_MAP", "auto")
+    assert Settings().check_invariants
+    assert Settings().device_map == "auto"
+
+
 @pytest.mark.parametrize("default", [None, [], {}])
 def test_locked_needs_a_default(default: object) -> None:
     message = problem(steering_policy="locked", default_steering=default)

@@ -17,7 +17,7 @@ from server.engine.torch.core import EngineCore
 from server.engine.torch.embedded import EmbeddedModelError, embedded_model_folder
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import load_model
-from server.engine.torch.scheduler import Sequence
+from server.engine.torch.sequence import Sequence
 from steering.settings import AffineSettings, RewardSettings
 
 SETTINGS: dict[str, AffineSettings | RewardSettings] = {

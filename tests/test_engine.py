@@ -100,12 +100,12 @@ async def test_generation_stops_at_max_tokens_eos_and_stop_strings(
     text = "".join(output.text for output in outputs)
     assert len(outputs) == 9
     assert [output.finish_reason for output in outputs] == [None] * 8 + ["length"]
-    engine._core._eos_tokens = frozenset({outputs[4].token_ids[0]})
+    engine._core._postprocessor._eos_tokens = frozenset({outputs[4].token_ids[0]})
     first = next(i for i, o in enumerate(outputs) if o.token_ids == outputs[4].token_ids)
     until_eos = await finish(await submit(engine, request(SamplingSettings(9, 0))))
     assert len(until_eos) == first + 1
     assert until_eos[-1].finish_reason == "stop"
-    engine._core._eos_tokens = frozenset({EOS})
+    engine._core._postprocessor._eos_tokens = frozenset({EOS})
     stop = text[2:4]
     until_stop = await finish(
         await submit(engine, request(SamplingSettings(9, 0, ignore_eos=True, stop=(stop,))))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from functools import cache
 
 import pytest
 import torch
@@ -12,24 +13,37 @@ from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
-from server.engine.torch.scheduler import Sequence
+from server.engine.torch.sequence import Sequence
 from steering.bank import Bank
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.oracles import Oracle
-from tests.tiny import SITES, random_head, random_maps, tiny_model
+from tests.tiny import FAMILIES, family_sites, head_width, random_head, random_maps, tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 NEW_TOKENS = 16
 GREEDY = SamplingSettings(NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=3)
-INTERVENTIONS: Mapping[str, Parameters] = {
-    "a": random_maps(1),
-    "b": random_maps(2, sites=SITES[1:]),
-    "supported": random_maps(3, support=True),
-    "attention": random_maps(4, sites=("model.layers.1.self_attn",)),
-    "r": random_head(5),
-    "wide": random_head(6, units=40),
+ATTENTION = {
+    "gpt2": "transformer.h.1.attn",
+    "opt": "model.decoder.layers.1.self_attn",
+    "opt-350m": "model.decoder.layers.1.self_attn",
 }
+
+
+@cache
+def interventions_of(family: str = "llama") -> Mapping[str, Parameters]:
+    """By digest, at the family's default sites, and before its head."""
+    sites, width = family_sites(family), head_width(family)
+    attention = ATTENTION.get(family, "model.layers.1.self_attn")
+    return {
+        "a": random_maps(1, sites=sites),
+        "b": random_maps(2, sites=sites[1:]),
+        "supported": random_maps(3, sites=sites, support=True),
+        "attention": random_maps(4, sites=(attention,)),
+        "r": random_head(5, width),
+        "wide": random_head(6, width, units=40),
+    }
+
+
 PROMPTS = (
     b"hello world, how are you?",
     b"x",
@@ -82,9 +96,9 @@ def logprobs_of(outputs: list[StepOutput]) -> list[float]:
 
 
 def expected_of(
-    oracle: Oracle, prompt: list[int] | bytes, edits: tuple[Edit, ...]
+    oracle: Oracle, family: str, prompt: list[int] | bytes, edits: tuple[Edit, ...]
 ) -> tuple[list[int], list[torch.Tensor]]:
-    stack = [(INTERVENTIONS[edit.digest], edit.settings) for edit in edits]
+    stack = [(interventions_of(family)[edit.digest], edit.settings) for edit in edits]
     return oracle.greedy(prompt, NEW_TOKENS, stack)
 
 
@@ -104,12 +118,12 @@ def assert_equal_to_oracle(
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_each_stack_alone_equals_the_oracle(start_engine: StartEngine, family: str) -> None:
-    engine = await start_engine(INTERVENTIONS, family, EngineOptions(kv_cache_gb=0.01))
+    engine = await start_engine(interventions_of(family), family, EngineOptions(kv_cache_gb=0.01))
     oracle = Oracle(tiny_model(family))
     seen = set()
     for edits in STACKS.values():
         outputs = await generate(engine, PROMPTS[0], edits)
-        expected, logits = expected_of(oracle, PROMPTS[0], edits)
+        expected, logits = expected_of(oracle, family, PROMPTS[0], edits)
         assert_equal_to_oracle(outputs, expected, logits)
         seen.add(tuple(expected))
     assert len(seen) >= len(STACKS) - 2, "the interventions of this test do nothing"
@@ -121,7 +135,7 @@ async def test_any_mix_in_one_batch_equals_the_oracle(
 ) -> None:
     """Unequal lengths, arriving at different times, prefilled in chunks of awkward sizes."""
     options = EngineOptions(kv_cache_gb=0.02, max_batch_size=19, max_batch_tokens=19)
-    engine = await start_engine(INTERVENTIONS, family, options)
+    engine = await start_engine(interventions_of(family), family, options)
     batches: list[int] = []
     run = engine._core._runner.run
 
@@ -142,11 +156,11 @@ async def test_any_mix_in_one_batch_equals_the_oracle(
     )
     assert max(batches) > 4, "no two requests shared a step"
     for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
-        assert_equal_to_oracle(outputs, *expected_of(oracle, prompt, edits))
+        assert_equal_to_oracle(outputs, *expected_of(oracle, family, prompt, edits))
 
 
 async def test_base_a_b_in_one_batch_equal_each_alone(start_engine: StartEngine) -> None:
-    engine = await start_engine(INTERVENTIONS)
+    engine = await start_engine(interventions_of())
     names = ("base", "a", "b", "a at another strength", "a then b", "a and r", "r")
     cases = [(prompt, STACKS[name]) for name in names for prompt in PROMPTS]
     alone = [await generate(engine, prompt, edits) for prompt, edits in cases]
@@ -171,7 +185,7 @@ async def test_settings_that_do_nothing_give_the_bits_of_an_engine_with_nothing_
 ) -> None:
     bare = await start_engine({})
     base = await generate(bare, PROMPTS[0])
-    engine = await start_engine(INTERVENTIONS)
+    engine = await start_engine(interventions_of())
     await generate(engine, PROMPTS[1], STACKS["four"])  # hooks are installed now
     await generate(engine, PROMPTS[1], STACKS["a"])
     assert logprobs_of(await generate(engine, PROMPTS[0], (edit,))) == logprobs_of(base)
@@ -192,7 +206,7 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
 
     def logprobs_beside(neighbours: tuple[Edit, ...]) -> list[float]:
         batch = [sequence(neighbours), sequence(STACKS[mine]), sequence(neighbours)]
-        core.admit(batch, INTERVENTIONS)
+        core.admit(batch, interventions_of())
         outputs: list[StepOutput] = []
         while core.has_work:
             for member, output in core.step():

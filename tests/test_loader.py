@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
-    Gemma2Config,
     LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
@@ -41,7 +40,6 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_dtype(
     ("config", "says"),
     [
         (T5Config(), "encoder-decoder"),
-        (Gemma2Config(attn_logit_softcapping=50.0), "soft-caps"),
         (MambaConfig(), "AttentionInterface|layers of type|cannot"),
         (BertConfig(), "cannot|AttentionInterface"),
     ],

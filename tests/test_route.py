@@ -17,7 +17,7 @@ def span(
 
 
 def test_a_step_without_edits_has_an_empty_route() -> None:
-    assert route_of(span(), span()) == Route((), ())
+    assert route_of(span(), span()) == Route((), (), torch.device("cpu"))
 
 
 def test_positions_are_relative_to_the_requests_own_prompt() -> None:

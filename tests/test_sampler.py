@@ -69,19 +69,6 @@ def test_a_tiny_temperature_does_not_overflow(temperature: float) -> None:
     assert sample(LOGITS[None], [draw(0.5, temperature=temperature)]) == [1]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_nothing_is_drawn_from_logits_that_are_not_finite(bad: float, temperature: float) -> None:
-    logits = LOGITS.repeat(3, 1)
-    logits[1, 2] = bad
-    draws = [draw(0.0, temperature), draw(0.5, temperature), draw(0.5, 0)]
-    drawn = sample(logits, draws)
-    assert drawn[1] is None
-    assert drawn[2] == 1
-    assert drawn[0] is not None
-    assert sample(torch.full((1, 4), -torch.inf), draws[:1]) == [None]
-
-
 def test_logprobs_are_of_the_model_and_not_of_the_filters() -> None:
     expected = LOGITS.log_softmax(-1)
     (row,) = logprobs(LOGITS[None], [2], [3])

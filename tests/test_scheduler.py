@@ -1,75 +1,78 @@
+from collections.abc import Sequence as Items
+
 import pytest
 
 from server.engine.base import QueueFullError, Request, SamplingSettings
 from server.engine.torch.kv_cache import BlockPool
-from server.engine.torch.scheduler import Chunk, Scheduler, Sequence
+from server.engine.torch.scheduler import Chunk, Scheduler
+from server.engine.torch.sequence import Sequence
 
 
-def sequence(prompt: int, max_tokens: int = 4) -> Sequence:
-    request = Request("test", tuple(range(prompt)), SamplingSettings(max_tokens))
-    return Sequence.of(request)
+def sequence(prompt: int, max_tokens: int = 4, prompt_logprobs: int | None = None) -> Sequence:
+    sampling = SamplingSettings(max_tokens, prompt_logprobs=prompt_logprobs)
+    return Sequence.of(Request("test", tuple(range(prompt)), sampling))
 
 
-def scheduler(blocks: int = 100, batch: int = 8, tokens: int = 16, waiting: int = 8) -> Scheduler:
-    return Scheduler(BlockPool(blocks, block_size=4), batch, tokens, waiting)
+def scheduler(
+    *sequences: Sequence, blocks: int = 100, batch: int = 8, tokens: int = 16, waiting: int = 8
+) -> Scheduler:
+    schedule = Scheduler(BlockPool(blocks, block_size=4), batch, tokens, waiting)
+    for each in sequences:
+        schedule.add(each)
+    return schedule
 
 
-def advance(chunks: list[Chunk]) -> None:
-    """What a step does to its sequences."""
-    sampling = [chunk for chunk in chunks if chunk.samples]
+def step(schedule: Scheduler) -> list[Chunk]:
+    """What a step does to its sequences; those that finish are removed."""
+    chunks = schedule.schedule().chunks
+    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
     for chunk in chunks:
+        chunk.sequence.scored += len(chunk.scores)
         chunk.sequence.computed += chunk.count
-    for chunk in sampling:
-        chunk.sequence.tokens.append(0)
+    for each in sampling:
+        each.tokens.append(0)
+        if len(each.tokens) == each.max_length:
+            schedule.remove(each)
+    schedule.check()
+    return chunks
 
 
-def counts(chunks: list[Chunk]) -> list[int]:
+def counts(chunks: Items[Chunk]) -> list[int]:
     return [chunk.count for chunk in chunks]
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_decodes_go_first() -> None:
-    schedule = scheduler(tokens=10)
-    short, long = sequence(3), sequence(25)
-    schedule.add(short)
-    schedule.add(long)
-    first = schedule.schedule()
+    short, long = sequence(3, 9), sequence(25, 9)
+    schedule = scheduler(short, long, tokens=10)
+    first = schedule.schedule().chunks
     assert counts(first) == [3, 7]
     assert [chunk.samples for chunk in first] == [True, False]
-    advance(first)
-    second = schedule.schedule()
+    step(schedule)
+    second = step(schedule)
     assert [chunk.sequence for chunk in second] == [short, long]
     assert counts(second) == [1, 9]
     assert second[1].start == 7
-    advance(second)
-    third = schedule.schedule()
+    third = step(schedule)
     assert counts(third) == [1, 9]
-    assert third[1].samples
-    advance(third)
-    assert counts(schedule.schedule()) == [1, 1]
+    assert third[1].end == 25
+    assert counts(step(schedule)) == [1, 1]
 
 
 def test_a_later_decode_goes_before_an_earlier_prefill() -> None:
-    schedule = scheduler(batch=4, tokens=4)
-    long, short = sequence(9), sequence(1)
-    schedule.add(long)
-    advance(schedule.schedule())
-    advance(schedule.schedule())
+    long, short = sequence(9, 9), sequence(1, 9)
+    schedule = scheduler(long, batch=4, tokens=4)
+    step(schedule)
+    step(schedule)
     schedule.add(short)
-    chunks = schedule.schedule()
+    chunks = step(schedule)
     assert [(chunk.sequence, chunk.count) for chunk in chunks] == [(long, 1), (short, 1)]
-    advance(chunks)
-    another = sequence(9)
-    schedule.add(another)
-    chunks = schedule.schedule()
-    assert counts(chunks) == [1, 1, 2]
-    advance(chunks)
-    assert counts(schedule.schedule()) == [1, 1, 2]
+    schedule.add(sequence(9))
+    assert counts(step(schedule)) == [1, 1, 2]
+    assert counts(step(schedule)) == [1, 1, 2]
 
 
 def test_the_waiting_queue_is_bounded() -> None:
-    schedule = scheduler(waiting=2)
-    schedule.add(sequence(1))
-    schedule.add(sequence(1))
+    schedule = scheduler(sequence(1), sequence(1), waiting=2)
     with pytest.raises(QueueFullError, match="2 requests"):
         schedule.check_room(1)
 
@@ -83,42 +86,92 @@ def test_an_empty_queue_takes_what_one_client_asks_for_at_once() -> None:
         schedule.check_room(2)
 
 
-def test_a_sequence_waits_until_the_blocks_of_its_longest_completion_are_free() -> None:
-    schedule = scheduler(blocks=4)
-    first, second = sequence(4, max_tokens=5), sequence(4, max_tokens=4)  # 3 blocks and 2
-    schedule.add(first)
-    schedule.add(second)
-    assert [chunk.sequence for chunk in schedule.schedule()] == [first]
-    assert list(schedule.waiting) == [second]
+def test_a_sequence_holds_the_blocks_of_the_tokens_that_it_has() -> None:
+    schedule = scheduler(sequence(7, 9), blocks=4)
+    held = []
+    for _ in range(9):
+        step(schedule)
+        held.append(4 - schedule.pool.free)
+    # Room is made when the step that computes a token begins.
+    assert held == [2, 2, 3, 3, 3, 3, 4, 4, 0]
+
+
+def test_a_sequence_starts_with_a_block_to_spare_for_each_that_runs() -> None:
+    first, second = sequence(4, 5), sequence(4, 4)
+    schedule = scheduler(first, second, blocks=3)
+    assert [chunk.sequence for chunk in step(schedule)] == [first, second]
+    third = sequence(1, 1)
+    schedule.add(third)
+    assert third not in [chunk.sequence for chunk in step(schedule)]
     schedule.remove(first)
-    assert [chunk.sequence for chunk in schedule.schedule()] == [second]
+    assert [chunk.sequence for chunk in step(schedule)] == [second]
     schedule.remove(second)
-    assert schedule.pool.free == 4
-    assert schedule.schedule() == []
+    assert [chunk.sequence for chunk in step(schedule)] == [third]
+    assert schedule.pool.free == 3
 
 
 def test_a_sequence_that_does_not_fit_yet_is_not_overtaken() -> None:
-    schedule = scheduler(blocks=4)
-    running, large, small = sequence(4, 5), sequence(4, 9), sequence(1, 1)
-    for each in (running, large, small):
-        schedule.add(each)
-    assert [chunk.sequence for chunk in schedule.schedule()] == [running]
+    running, large, small = sequence(4, 5), sequence(10, 2), sequence(1, 1)
+    schedule = scheduler(running, large, small, blocks=4)
+    assert [chunk.sequence for chunk in step(schedule)] == [running]
     assert list(schedule.waiting) == [large, small]
 
 
+def test_when_no_block_is_left_the_youngest_yields_and_is_computed_anew() -> None:
+    old, young = sequence(4, 8), sequence(3, 6)
+    schedule = scheduler(old, young, blocks=3)
+    assert counts(step(schedule)) == [4, 3]
+    assert counts(step(schedule)) == [1, 1]  # the old one takes the last free block
+    plan = schedule.schedule()
+    assert plan.preempted == [young]
+    assert [chunk.sequence for chunk in plan.chunks] == [old]
+    assert list(schedule.waiting) == [young]
+    assert young.computed == 0
+    assert len(young.tokens) == 5
+    while old in schedule.running:
+        step(schedule)
+    [again] = schedule.schedule().chunks
+    assert (again.sequence, again.start, again.count) == (young, 0, 5)
+    assert again.samples
+
+
+def test_a_sequence_may_have_to_yield_itself() -> None:
+    old, young = sequence(3, 8), sequence(4, 8)
+    schedule = scheduler(old, young, blocks=3)
+    step(schedule)
+    old_grows_too = sequence(1, 1)
+    schedule.add(old_grows_too)
+    step(schedule)
+    assert young in schedule.running
+    old.tokens += [0, 0]  # it needs its second block only now
+    plan = schedule.schedule()
+    assert plan.preempted == [young]
+    assert list(schedule.waiting) == [young, old_grows_too], "it does not lose its place"
+
+
+def test_the_last_one_running_is_never_preempted() -> None:
+    alone = sequence(4, 8)
+    schedule = scheduler(alone, blocks=3)
+    for _ in range(8):
+        assert [chunk.sequence for chunk in step(schedule)] == [alone]
+    assert not schedule.running
+
+
+def test_what_can_never_fit_is_not_taken() -> None:
+    schedule = scheduler(blocks=3)
+    with pytest.raises(AssertionError, match="for ever"):
+        schedule.add(sequence(4, 9))
+
+
 def test_no_more_sequences_run_than_the_batch_holds() -> None:
-    schedule = scheduler(batch=2)
-    for _ in range(3):
-        schedule.add(sequence(1))
-    assert len(schedule.schedule()) == 2
+    schedule = scheduler(sequence(1), sequence(1), sequence(1), batch=2)
+    assert len(schedule.schedule().chunks) == 2
     assert len(schedule.waiting) == 1
 
 
 def test_a_waiting_sequence_can_be_removed() -> None:
-    schedule = scheduler(batch=1)
     first, second = sequence(1), sequence(1)
-    schedule.add(first)
-    schedule.add(second)
+    schedule = scheduler(first, second, batch=1)
     schedule.schedule()
     schedule.remove(second)
     schedule.remove(second)
@@ -129,3 +182,48 @@ def test_a_waiting_sequence_can_be_removed() -> None:
 def test_every_running_sequence_must_be_able_to_take_its_turn() -> None:
     with pytest.raises(ValueError, match=r"max_batch_tokens \(4\) must be at least"):
         scheduler(batch=8, tokens=4)
+
+
+def test_logits_are_needed_where_a_token_is_drawn() -> None:
+    schedule = scheduler(sequence(10, 3), tokens=8)
+    assert [list(chunk.logits_places) for _ in range(4) for chunk in places(schedule)] == [
+        *([], [9], [10], [11])
+    ]
+
+
+def test_logits_are_needed_after_each_prompt_token_that_is_scored_and_once_only() -> None:
+    scored = sequence(10, 8, prompt_logprobs=0)
+    schedule = scheduler(scored, tokens=8)
+    assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
+        *(list(range(8)), [8, 9], [10])
+    ]
+    schedule._preempt_youngest()
+    assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
+        *([], [11], [12])
+    ]
+
+
+def test_a_prompt_that_is_only_read_draws_nothing() -> None:
+    schedule = scheduler(sequence(5, 0, prompt_logprobs=1), sequence(5, 0))
+    scored, plain = schedule.schedule().chunks
+    assert list(scored.logits_places) == [0, 1, 2, 3]
+    assert list(plain.logits_places) == []
+    assert scored.completes
+    assert not scored.samples
+
+
+def places(schedule: Scheduler) -> list[Chunk]:
+    """The next step's chunks, as they are before the step changes their sequences."""
+    chunks = [
+        Chunk(_copy(chunk.sequence), chunk.start, chunk.count)
+        for chunk in schedule.schedule().chunks
+    ]
+    step(schedule)
+    return chunks
+
+
+def _copy(original: Sequence) -> Sequence:
+    copy = Sequence.of(original.request)
+    copy.tokens = list(original.tokens)
+    copy.scored = original.scored
+    return copy

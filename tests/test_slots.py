@@ -35,3 +35,15 @@ def test_a_slot_whose_loading_failed_is_free_again() -> None:
     table.drop("a")
     assert table.used == table.pins == 0
     assert table.take("b") == 1
+
+
+def test_a_check_finds_pins_that_nobody_holds() -> None:
+    table = SlotTable(2)
+    table.take("a")
+    table.check({"a": 1})
+    with pytest.raises(AssertionError, match="pins are lost"):
+        table.check({})
+    table.unpin("a")
+    table.check({})
+    with pytest.raises(AssertionError, match="pins are lost"):
+        table.check({"a": 1})

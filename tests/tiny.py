@@ -9,8 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -22,11 +26,21 @@ from interventions.manifest import AffineManifest, BaseModelReference, Manifest,
 from interventions.model import ModelDescription
 from steering.affine import AffineMap
 from steering.reward import RewardHead
+from steering.sites import default_sites, match_sites
 
 VOCABULARY = 259  # 256 bytes and three special tokens
 EOS = 256
 WIDTH = 32
 LAYERS = 2
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3"),
+    *("gemma2", "gpt2", "opt", "opt-350m"),
+)
+CHAT_TEMPLATE = (
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('Users speak first.') }}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 SITES = tuple(f"model.layers.{layer}.post_attention_layernorm" for layer in range(LAYERS))
 
 
@@ -59,6 +73,32 @@ def tiny_config(family: str) -> PreTrainedConfig:
             return Qwen2Config(**common, num_key_value_heads=1, **window)
         case "qwen3":
             return Qwen3Config(**common, num_key_value_heads=4, head_dim=16)
+        case "phi3":  # one matrix for queries, keys and values; rotates half of each head
+            rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            return Phi3Config(
+                **common, num_key_value_heads=2, sliding_window=11, rope_parameters=rope
+            )
+        case "gemma2":  # windows in every other layer; caps low enough to bend the scores
+            return Gemma2Config(
+                **common,
+                num_key_value_heads=2,
+                head_dim=16,
+                query_pre_attn_scalar=8,
+                sliding_window=6,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=30.0,
+            )
+        case "gpt2":
+            del common["intermediate_size"]
+            return GPT2Config(**common, scale_attn_by_inverse_layer_idx=True)
+        case "opt":
+            del common["intermediate_size"]
+            return OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=WIDTH)
+        case "opt-350m":  # norms after each part, and a head narrower than the blocks
+            del common["intermediate_size"]
+            return OPTConfig(
+                **common, ffn_dim=48, word_embed_proj_dim=20, do_layer_norm_before=False
+            )
     raise ValueError(family)
 
 
@@ -66,7 +106,9 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of a family, float32, whose logits lie far apart."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        tiny_config(family)
+        tiny_config(family),
+        # transformers' other attentions leave Gemma 2's soft cap out.
+        attn_implementation="eager" if family == "gemma2" else "sdpa",
     )
     with torch.no_grad():
         # Random weights of the usual size give nearly equal logits; larger ones make every edit
@@ -79,21 +121,41 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def family_sites(family: str) -> tuple[str, ...]:
+    """The default sites of a family's tiny model."""
+    model = tiny_model(family)
+    pattern = default_sites(type(model).__name__)
+    return match_sites(pattern, (path for path, _ in model.named_modules()))
+
+
+def head_width(family: str) -> int:
+    """The width of what a family's language-model head takes."""
+    lm_head: object = tiny_model(family).get_output_embeddings()  # type: ignore[no-untyped-call]
+    assert isinstance(lm_head, nn.Linear)
+    return lm_head.in_features
+
+
+def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        bos_token="<bos>",
+        pad_token="<pad>",
+        chat_template=chat_template,
     )
 
 
-def save_tiny(folder: Path, family: str = "llama", seed: int = 0) -> Path:
+def save_tiny(
+    folder: Path, family: str = "llama", seed: int = 0, chat_template: str | None = None
+) -> Path:
     """A folder that `load_model` takes."""
     tiny_model(family, seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder
 
 

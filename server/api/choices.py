@@ -1,111 +1,102 @@
-"""OpenAI's objects for a legacy completion: the answer, a stream's chunk, log-probabilities."""
+"""The choices of `/v1/completions`: text, and log-probabilities in parallel lists."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from pydantic import JsonValue
 
-from server.api.generations import Usage
+from server.api.frames import finite
 from server.engine.base import FinishReason, StepOutput, TokenLogprobs
-
-LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """What the answer and every chunk of one request have in common."""
+class PromptEcho:
+    """What `echo` puts before a completion."""
 
-    id: str
-    created: int  # Unix seconds
-    model: str
-    steering: Sequence[JsonValue]
+    text: str
+    first_token: str  # follows nothing, so that it has no probability
 
-    def answer(self, choices: Iterable[JsonValue], usage: Usage) -> dict[str, JsonValue]:
-        """The whole answer."""
-        return {
-            **self._body(choices),
-            "usage": dict(usage.body),
-            "steering": list(self.steering),
-        }
 
-    def chunk(self, choice: dict[str, JsonValue], *, usage_follows: bool) -> dict[str, JsonValue]:
-        """A stream's chunk. The one that ends a choice says what steered it."""
-        chunk = self._body([choice])
-        if usage_follows:
-            chunk["usage"] = None
-        if choice["finish_reason"] is not None:
-            chunk["steering"] = list(self.steering)
-        return chunk
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A token in the lists of log-probabilities."""
 
-    def _body(self, choices: Iterable[JsonValue]) -> dict[str, JsonValue]:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": list(choices),
-        }
+    text: str
+    logprob: float | None
+    top: dict[str, JsonValue] | None
 
 
 @dataclass(slots=True)
-class Choice:
-    """One choice, from the outputs that came so far."""
+class CompletionChoice:
+    """Implements server.api.frames.Choice."""
 
     index: int
     with_logprobs: bool
+    echo: PromptEcho | None = None  # until it was said
     _texts: list[str] = field(default_factory=list)
-    _logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _tokens: list[_Scored] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
-    _offset: int = 0  # characters of the tokens that chunks have carried
+    _offset: int = 0  # characters of the tokens that were listed
 
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
-        self._texts.append(output.text)
-        self._logprobs.extend(output.logprobs)
+        text, tokens = self._take(output)
+        self._texts.append(text)
+        self._tokens.extend(tokens)
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
         """The choice of a whole answer."""
-        return self._choice("".join(self._texts), self._logprobs, self._finish_reason)
+        return self._choice("".join(self._texts), self._tokens, self._finish_reason)
 
-    def delta(self, output: StepOutput) -> dict[str, JsonValue] | None:
-        """The choice of a stream's chunk; None where the step has nothing for the client."""
-        if not (output.text or output.logprobs or output.finish_reason):
-            return None
-        return self._choice(output.text, output.logprobs, output.finish_reason)
+    def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
+        """The choice in a stream's next chunk, if the step has anything for the client."""
+        text, tokens = self._take(output)
+        if not (text or tokens or output.finish_reason):
+            return ()
+        return (self._choice(text, tokens, output.finish_reason),)
+
+    def _take(self, output: StepOutput) -> tuple[str, list[_Scored]]:
+        """An output's text and tokens, those of the prompt before the first one's."""
+        tokens = [_scored(token) for token in (*output.prompt_logprobs, *output.logprobs)]
+        echo, self.echo = self.echo, None
+        if echo is None:
+            return output.text, tokens
+        if self.with_logprobs:
+            tokens.insert(0, _Scored(echo.first_token, None, None))
+        return echo.text + output.text, tokens
 
     def _choice(
-        self, text: str, logprobs: Sequence[TokenLogprobs], finish_reason: FinishReason | None
+        self, text: str, tokens: Sequence[_Scored], finish_reason: FinishReason | None
     ) -> dict[str, JsonValue]:
         return {
             "index": self.index,
             "text": text,
-            "logprobs": self._logprobs_body(logprobs) if self.with_logprobs else None,
+            "logprobs": self._logprobs(tokens) if self.with_logprobs else None,
             "finish_reason": finish_reason,
         }
 
-    def _logprobs_body(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, JsonValue]:
+    def _logprobs(self, tokens: Sequence[_Scored]) -> dict[str, JsonValue]:
         offsets: list[JsonValue] = []
-        for token in logprobs:
+        for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(token.chosen.text)
+            self._offset += len(token.text)
         return {
-            "tokens": [token.chosen.text for token in logprobs],
-            "token_logprobs": [_finite(token.chosen.logprob) for token in logprobs],
-            "top_logprobs": [_alternatives(token) for token in logprobs],
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [token.top for token in tokens],
             "text_offset": offsets,
         }
 
 
+def _scored(token: TokenLogprobs) -> _Scored:
+    return _Scored(token.chosen.text, finite(token.chosen.logprob), _alternatives(token))
+
+
 def _alternatives(logprobs: TokenLogprobs) -> dict[str, JsonValue]:
-    """The best tokens, and the sampled one even where it is not among them, as OpenAI does."""
+    """The best tokens, and the chosen one even where it is not among them, as OpenAI does."""
     alternatives: dict[str, JsonValue] = {}
     # Two ids may have equal text (incomplete bytes): the better one stands for it.
     for token in (*logprobs.top, logprobs.chosen):
-        alternatives.setdefault(token.text, _finite(token.logprob))
+        alternatives.setdefault(token.text, finite(token.logprob))
     return alternatives
-
-
-def _finite(value: float) -> float:
-    return max(value, LOWEST_LOGPROB)

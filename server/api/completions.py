@@ -1,107 +1,86 @@
 """`POST /v1/completions`: text from a prompt, steered as the request asks."""
 
 import time
-import uuid
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Request
-from pydantic import JsonValue
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from server.api.choices import Choice, Frame
-from server.api.context import Context, ServerContext
-from server.api.errors import ApiError, invalid
-from server.api.generations import GenerationGroup, closing_on_error, unless_client_leaves
-from server.api.model_names import split_model
+from server.api.answering import Plan, answering, check_request, off_the_loop_if_long
+from server.api.choices import CompletionChoice, PromptEcho
+from server.api.context import Context
+from server.api.errors import invalid
+from server.api.frames import Wording
 from server.api.parsing import read_json_object, validate
 from server.api.schemas import CompletionRequest, Prompt
-from server.api.streaming import CompletionStream
-from server.engine.base import Engine, StepOutput
-from server.engine.base import Request as EngineRequest
+from server.engine.base import Engine
 
-LONG_TEXT = 10_000  # characters from which tokenizing is worth a thread
+WORDING: Final = Wording("cmpl", "text_completion", "text_completion")
 
 router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadPrompt:
+    tokens: tuple[int, ...]
+    echo: PromptEcho | None
 
 
 @router.post("/completions", summary="Complete one or several prompts")
 async def create_completion(request: Request, context: Context) -> Response:
     """Complete a prompt or several, as JSON or as a stream of server-sent events."""
     arrived = time.perf_counter()
-    fields = await read_json_object(request)
-    completion = validate(CompletionRequest, fields)
-    _check(completion, context)
-    _, suffix = split_model(completion.model, context.settings.served_names)
-    steering = context.steering.apply(suffix, completion.steering, given="steering" in fields)
-    group = GenerationGroup(context.engine, context.metrics, steering, arrived)
-    async with closing_on_error(group):
-        frame = Frame(f"cmpl-{uuid.uuid4().hex}", int(time.time()), completion.model, steering.echo)
-        prompts = await _tokenize(completion.prompt, context.engine)
-        requests = [
-            EngineRequest(f"{frame.id}-{index}", prompt, completion.sampling(index), steering.edits)
-            for index, prompt in enumerate(_repeat(prompts, completion.choices_per_prompt))
-        ]
-        with_logprobs = completion.logprobs is not None
-        choices = tuple(Choice(index, with_logprobs) for index in range(len(requests)))
-        prompt_tokens = sum(map(len, prompts))
-        await unless_client_leaves(request.receive, group.submit(requests, prompt_tokens))
-        if completion.stream:
-            return CompletionStream(
-                group,
-                frame,
-                choices,
-                include_usage=completion.include_usage,
-                write_timeout=context.settings.write_timeout,
+    completion = validate(CompletionRequest, await read_json_object(request))
+    check_request(completion, len(completion.prompt), context)
+    _check(completion)
+    async with answering(request, context, completion, WORDING, arrived) as exchange:
+        prompts = await _read_prompts(completion, context.engine)
+        repeated = [prompt for prompt in prompts for _ in range(completion.n)]
+        plans = [
+            Plan(
+                prompt.tokens,
+                completion.sampling(index),
+                CompletionChoice(index, completion.logprobs is not None, prompt.echo),
             )
-        body = await unless_client_leaves(request.receive, _collect(group, frame, choices))
-    group.close()
-    return JSONResponse(body)
+            for index, prompt in enumerate(repeated)
+        ]
+        return await exchange.answer(plans, sum(len(prompt.tokens) for prompt in prompts))
 
 
-async def _collect(
-    group: GenerationGroup, frame: Frame, choices: Sequence[Choice]
-) -> dict[str, JsonValue]:
-    async def deliver(index: int, output: StepOutput) -> None:
-        choices[index].add(output)
-
-    await group.run(deliver)
-    return frame.answer((choice.body() for choice in choices), group.usage)
-
-
-def _check(completion: CompletionRequest, context: ServerContext) -> None:
-    """What the fields say together, and what the server's state allows."""
-    if not context.engine.ready:
-        raise ApiError(503, "The model is not ready to serve.", code="not_ready")
-    n = completion.choices_per_prompt
-    if completion.best_of not in (None, n):
+def _check(completion: CompletionRequest) -> None:
+    """What this endpoint's own fields say together."""
+    if completion.best_of not in (None, completion.n):
         raise invalid(
-            f"'best_of' is {completion.best_of}: this server supports only as many as 'n' ({n}).",
+            f"'best_of' is {completion.best_of}: this server supports only as many as 'n' "
+            f"({completion.n}).",
             "best_of",
             "unsupported_parameter",
         )
-    if completion.stream_options is not None and not completion.stream:
-        raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
-    limit = context.settings.max_completions_per_request
-    if len(completion.prompt) * n > limit:
+    if completion.max_tokens == 0 and not completion.echo:
         raise invalid(
-            f"{len(completion.prompt)} prompts times n = {n} are more than the {limit} "
-            "completions that one request may ask for.",
-            "n" if len(completion.prompt) <= limit else "prompt",
-            "too_many_completions",
+            "Invalid value for 'max_tokens': 0 is only allowed when 'echo' is true.",
+            "max_tokens",
+            "invalid_value",
         )
 
 
-async def _tokenize(prompts: Sequence[Prompt], engine: Engine) -> list[tuple[int, ...]]:
-    def tokenize() -> list[tuple[int, ...]]:
-        return [
-            tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+async def _read_prompts(completion: CompletionRequest, engine: Engine) -> list[_ReadPrompt]:
+    def read() -> list[_ReadPrompt]:
+        return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
 
-    characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    return tokenize() if characters < LONG_TEXT else await to_thread.run_sync(tokenize)
+    # A token is about as much work to turn into text as a character into tokens.
+    counted = completion.prompt if completion.echo else filter(_is_text, completion.prompt)
+    return await off_the_loop_if_long(sum(map(len, counted)), read)
 
 
-def _repeat(prompts: Sequence[tuple[int, ...]], times: int) -> list[tuple[int, ...]]:
-    return [prompt for prompt in prompts for _ in range(times)]
+def _is_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, str)
+
+
+def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> _ReadPrompt:
+    tokens = tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
+    if not echo:
+        return _ReadPrompt(tokens, None)
+    text = prompt if isinstance(prompt, str) else engine.detokenize(tokens)
+    return _ReadPrompt(tokens, PromptEcho(text, engine.detokenize(tokens[:1])))

@@ -18,6 +18,7 @@ from server.engine.base import (
     EngineError,
     InvalidRequestError,
     QueueFullError,
+    ShuttingDownError,
     StepFailedError,
     UnservableInterventionError,
 )
@@ -92,6 +93,8 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(503, message, code="intervention_slots_full", headers=retry)
         case EngineDeadError():
             return ApiError(503, "The engine has ended; it serves no more.", code="engine_dead")
+        case ShuttingDownError():
+            return shutting_down()
         case StepFailedError():
             message = "The step that this request was part of failed; the request is lost."
             return ApiError(500, message, code="step_failed")
@@ -107,6 +110,19 @@ def from_registry(error: UnknownInterventionError, param: str | None = None) -> 
         message = f"The intervention '{error.reference[:100]}' is stored but damaged."
         return ApiError(500, message, param=param, code="intervention_damaged")
     return ApiError(404, str(error), param=param, code="intervention_not_found")
+
+
+def shutting_down() -> ApiError:
+    """A 503: this server is stopping; another one, or the next one, may answer."""
+    message = "The server is shutting down; try again later."
+    retry = {"Retry-After": RETRY_SECONDS}
+    return ApiError(503, message, code="shutting_down", headers=retry)
+
+
+def timed_out(seconds: float) -> ApiError:
+    """A 504: the answer was not complete in the time that the operator gives a request."""
+    message = f"The request was not complete {seconds:g} s after its arrival; it was cancelled."
+    return ApiError(504, message, code="request_timeout")
 
 
 def internal_error() -> ApiError:

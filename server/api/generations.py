@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 
 from starlette.types import Receive
 
-from server.api.errors import ClientGoneError
+from server.api.errors import ClientGoneError, timed_out
 from server.api.steering import AppliedSteering
 from server.engine.base import Engine, Generation, Request, StepOutput
 from server.metrics import Metrics
@@ -36,7 +36,12 @@ class Usage:
 
 
 class GenerationGroup:
-    """What one HTTP request generates; `close` frees all of it, however far it came."""
+    """What one HTTP request generates; `close` frees all of it, however far it came.
+
+    Args:
+        arrived: when the request did, by time.perf_counter().
+        timeout: seconds from then to the last token.
+    """
 
     def __init__(
         self,
@@ -44,13 +49,16 @@ class GenerationGroup:
         metrics: Metrics,
         steering: AppliedSteering,
         arrived: float,
+        timeout: float,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._steering = steering
-        self._arrived = arrived  # time.perf_counter()
+        self._arrived = arrived
+        self._timeout = timeout
         self._prompt_tokens = 0
         self._generations: list[Generation] = []
+        self._unfinished = 0
         self._generated_tokens = 0
 
     @property
@@ -65,8 +73,11 @@ class GenerationGroup:
 
         Raises:
             EngineError: the engine refuses one.
+            ApiError: the deadline has passed.
         """
-        self._generations.extend(await self._engine.submit(requests))
+        self._unfinished += len(requests)
+        async with self._deadline():
+            self._generations.extend(await self._engine.submit(requests))
         self._prompt_tokens = prompt_tokens
         self._metrics.admitted(prompt_tokens)
 
@@ -75,12 +86,18 @@ class GenerationGroup:
 
         Raises:
             EngineError: a choice was lost; the others are not waited for.
+            ApiError: the deadline has passed.
         """
         pumps = [
             self._pump(index, generation, deliver)
             for index, generation in enumerate(self._generations)
         ]
-        await gather_or_cancel(pumps)
+        try:
+            async with self._deadline():
+                await gather_or_cancel(pumps)
+        finally:
+            # Now: a reader may take long over what is still to be said.
+            self.close()
         usage = self.usage
         seconds = time.perf_counter() - self._arrived
         self._metrics.finished(seconds, usage.prompt_tokens, usage.completion_tokens)
@@ -98,6 +115,20 @@ class GenerationGroup:
                 self._metrics.queued(output.queue_seconds)
             last = self._measure(output, last)
             await deliver(index, output)
+        self._unfinished -= 1
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        """Cancel the block when the request's time is over."""
+        left = self._arrived + self._timeout - time.perf_counter()
+        try:
+            async with asyncio.timeout(left) as deadline:
+                yield
+        except TimeoutError:
+            if not deadline.expired():
+                raise  # the reader's: `deliver` did not get rid of an output
+            if self._unfinished:
+                raise timed_out(self._timeout) from None
 
     def _measure(self, output: StepOutput, last: float | None) -> float | None:
         """Count an output's tokens; returns when the choice's last token came."""

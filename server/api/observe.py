@@ -43,7 +43,7 @@ class RequestCountMiddleware:
             await self._app(scope, receive, watch)
         finally:
             # An answer that began well and was never completed lost its reader on the way.
-            outcome = _outcome(status) if complete or status >= 500 else CANCELLED
+            outcome = outcome_of(status) if complete or status >= 500 else CANCELLED
             self._metrics.answered(_endpoint(scope), scope.get("state", {}).get("outcome", outcome))
 
 
@@ -52,7 +52,8 @@ def set_outcome(request: Request, outcome: str) -> None:
     request.state.outcome = outcome
 
 
-def _outcome(status: int) -> str:
+def outcome_of(status: int) -> str:
+    """The outcome that an answer's status tells."""
     if status < 400:
         return SUCCESS
     if status == CLIENT_CLOSED_REQUEST:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from pydantic import JsonValue
@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.choices import Choice, Frame
 from server.api.errors import ApiError, ClientGoneError, from_engine, internal_error
+from server.api.frames import Choice, Frame
 from server.api.generations import GenerationGroup, unless_client_leaves
-from server.api.observe import SERVER_ERROR, set_outcome
+from server.api.observe import outcome_of, set_outcome
 from server.engine.base import EngineError, StepOutput
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -35,7 +35,7 @@ class CompletionStream(Response):
         self,
         group: GenerationGroup,
         frame: Frame,
-        choices: tuple[Choice, ...],
+        choices: Sequence[Choice],
         *,
         include_usage: bool,
         write_timeout: float,
@@ -55,6 +55,8 @@ class CompletionStream(Response):
             await unless_client_leaves(receive, self._stream(send))
         except (ClientGoneError, TimeoutError, OSError):
             return  # nobody reads any more; the answer stays incomplete
+        except ApiError as error:
+            await self._fail(error, scope, send)
         except EngineError as error:
             await self._fail(from_engine(error), scope, send)
         except Exception:
@@ -68,18 +70,17 @@ class CompletionStream(Response):
         await send(start)
 
         async def deliver(index: int, output: StepOutput) -> None:
-            choice = self._choices[index].delta(output)
-            if choice is not None:
+            for choice in self._choices[index].deltas(output):
                 chunk = self._frame.chunk(choice, usage_follows=self._include_usage)
                 await self._send(_event(chunk), send)
 
         await self._group.run(deliver)
         if self._include_usage:
-            await self._send(_event(self._frame.answer([], self._group.usage)), send)
+            await self._send(_event(self._frame.usage_chunk(self._group.usage)), send)
         await self._send(DONE, send, last=True)
 
     async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
-        set_outcome(Request(scope), SERVER_ERROR)
+        set_outcome(Request(scope), outcome_of(error.status))
         try:
             await self._send(_event(error.body), send, last=True)
         except (TimeoutError, OSError):

@@ -6,7 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from server.api.context import Context
+from server.api.context import AnyTimeContext, Context
 from server.api.errors import ApiError
 from server.metrics import CONTENT_TYPE
 
@@ -21,7 +21,7 @@ async def health() -> Response:
 
 @router.get("/ready", summary="Whether the model is served")
 async def ready(context: Context) -> Response:
-    """200 while the model is loaded and the engine alive, else 503."""
+    """200 while new requests are served; 503 before, after, and when the engine has ended."""
     if not context.engine.ready:
         raise ApiError(
             503, "The model is not loaded yet, or the engine has ended.", code="not_ready"
@@ -36,7 +36,7 @@ async def show_version() -> Response:
 
 
 @router.get("/metrics", summary="Prometheus metrics")
-async def metrics(context: Context) -> Response:
+async def metrics(context: AnyTimeContext) -> Response:
     """Prometheus's text format."""
     page = await to_thread.run_sync(context.metrics.render)
     return Response(page, media_type=CONTENT_TYPE)

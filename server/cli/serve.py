@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.embedded import EmbeddedModelError
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import ModelLoadError, load_model
+from server.lifecycle import Server
 from server.metrics import Metrics
 
 _STARTUP_ERRORS = (
@@ -30,7 +30,6 @@ _STARTUP_ERRORS = (
     RegistryError,
     ValidationError,
 )
-_DRAIN_SECONDS = 30  # how long running requests may go on after SIGTERM
 
 
 def serve(
@@ -40,6 +39,10 @@ def serve(
     engine: Annotated[str | None, typer.Option(help="torch (the default).")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto (the default), float32, bfloat16 or float16.")
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="none (the default), or auto: place the model over all devices."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; torch decides if unset.")
@@ -78,6 +81,22 @@ def serve(
     max_loaded_interventions: Annotated[
         int | None, typer.Option(help="Interventions on the device at once; 64.")
     ] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds from a request's arrival to its last token; 600.")
+    ] = None,
+    write_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a client may read nothing of its answer; 60.")
+    ] = None,
+    shutdown_timeout: Annotated[
+        float | None, typer.Option(help="Seconds requests may go on after SIGTERM; 30.")
+    ] = None,
+    check_invariants: Annotated[
+        bool | None,
+        typer.Option(
+            "--check-invariants/--no-check-invariants",
+            help="Check the engine's bookkeeping after every step; slow. Off by default.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with the registry's interventions.
 
@@ -90,6 +109,7 @@ def serve(
         "model": model,
         "engine": engine,
         "dtype": dtype,
+        "device_map": device_map,
         "threads": threads,
         "host": host,
         "port": port,
@@ -105,6 +125,10 @@ def serve(
         "max_batch_tokens": max_batch_tokens,
         "max_waiting": max_waiting,
         "max_loaded_interventions": max_loaded_interventions,
+        "request_timeout": request_timeout,
+        "write_timeout": write_timeout,
+        "shutdown_timeout": shutdown_timeout,
+        "check_invariants": check_invariants,
     }
     given = {name: value for name, value in options.items() if value is not None}
     try:
@@ -129,21 +153,17 @@ def _serve(settings: Settings, console: Console) -> None:
         check_default_steering(app.state.context)
         names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
         say(f"interventions: {names}")
-        uvicorn.run(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level="info",
-            access_log=False,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
-        )
+        server = Server(app)
+        server.run()
+        if server.engine_died:
+            raise typer.Exit(1)
 
 
 def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], None]) -> TorchEngine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(settings.model, settings.dtype, device, say)
+    loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
     say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
     options = EngineOptions(
         max_batch_size=settings.max_batch_size,
@@ -152,6 +172,7 @@ def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], No
         max_model_len=settings.max_model_len,
         kv_cache_gb=settings.kv_cache_gb,
         max_loaded_interventions=settings.max_loaded_interventions,
+        check_invariants=settings.check_invariants,
     )
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
 

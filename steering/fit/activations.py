@@ -63,8 +63,9 @@ def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: S
     Args:
         model: a causal language model.
         batch: what it is run on.
-        sites: module paths; a site's output is a tensor (n, t, d) or a tuple that starts with one.
-        edit: called once a site, in the order in which the model runs them.
+        sites: module paths; a site's output is a tensor (n, t, d), or (n * t, d), or a tuple that
+            starts with one.
+        edit: called once a site with (n, t, d), in the order in which the model runs them.
 
     Raises:
         FitError: the model has no such module, or does not run it.
@@ -72,7 +73,8 @@ def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: S
     to_come = set(sites)
 
     def edited(site: str, output: Tensor) -> Tensor:
-        result = edit(site, output)
+        # OPT folds sequences and tokens into one dimension in the middle of its blocks.
+        result = edit(site, output.view(*batch.input_ids.shape, -1)).view_as(output)
         to_come.discard(site)
         if not to_come:
             raise _FarEnoughError

@@ -14,60 +14,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from server.engine.torch.slab import Slab
+
 _NAME = "steerserve_slab"
 
 
 class UnsupportedAttentionError(Exception):
     """The model asks for something that this backend does not compute."""
-
-
-class Slab:
-    """The keys and values of one sequence, all layers.
-
-    Room for `capacity` tokens is taken at once; on Linux memory is only spent on the pages that
-    have been written, so a short answer to a long `max_tokens` costs what it used.
-    """
-
-    def __init__(self, shape: "SlabShape", capacity: int) -> None:
-        storage = torch.empty(
-            shape.layers,
-            2,
-            shape.kv_heads,
-            capacity,
-            shape.head_dim,
-            dtype=shape.dtype,
-            device=shape.device,
-        )
-        self.layers = storage.unbind(0)  # each (2, kv_heads, capacity, head_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class SlabShape:
-    """What one token's keys and values are."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "SlabShape":
-        """The shape that a model's configuration tells."""
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=model.dtype,
-            device=model.device,
-        )
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Memory of one token in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +38,13 @@ class AttentionStep:
 
     segments: Sequence[Segment]
     windows: set[int | None] = field(default_factory=set)  # that the layers asked for
-    _masks: dict[tuple[int, int, int | None, int], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int | None, int, torch.device], Tensor] = field(
+        default_factory=dict
+    )
 
     def mask(self, segment: Segment, window: int | None, fold: int, device: torch.device) -> Tensor:
         """(fold * count, keys) bool: which keys each query of a chunk sees, made once a step."""
-        key = (segment.start, segment.count, window, fold)
+        key = (segment.start, segment.count, window, fold, device)
         if key not in self._masks:
             end = segment.start + segment.count
             queries = torch.arange(segment.start, end, device=device)[:, None]
@@ -120,6 +75,7 @@ def slab_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     *,
     attention: AttentionStep,
     **others: object,
@@ -129,6 +85,7 @@ def slab_attention(
     Args:
         query: (1, heads, tokens, head_dim); `key`, `value`: (1, kv_heads, tokens, head_dim).
         sliding_window: how many keys, its own among them, a query sees.
+        softcap: scores are bounded by it as softcap * tanh(scores / softcap) (Gemma 2).
         attention: the step, passed through the model's keyword arguments.
         others: what transformers passes along; anything that would change the result is refused.
 
@@ -144,39 +101,74 @@ def slab_attention(
         place = slice(first, first + segment.count)
         layer = segment.slab.layers[module.layer_idx]
         layer[:, :, segment.start : segment.start + segment.count] = new[:, :, place]
-        outputs.append(
-            _attend(query[:, :, place], layer, segment, attention, sliding_window, scaling)
-        )
+        queries = _Queries(query[:, :, place], segment, attention, sliding_window, scaling, softcap)
+        outputs.append(queries.attend(layer))
         first += segment.count
     return torch.cat(outputs, dim=1), None
 
 
-def _attend(
-    query: Tensor,
-    layer: Tensor,
-    segment: Segment,
-    step: AttentionStep,
-    window: int | None,
-    scaling: float | None,
-) -> Tensor:
-    """(1, heads, n, head_dim) queries of one sequence -> (1, n, heads, head_dim).
+@dataclass(frozen=True, slots=True, eq=False)
+class _Queries:
+    """One sequence's queries in one layer: (1, heads, n, head_dim)."""
 
-    The query heads that share a KV head are folded into the query dimension, so that K and V are
-    read once and not repeated.
+    query: Tensor
+    segment: Segment
+    step: AttentionStep
+    window: int | None
+    scaling: float | None
+    softcap: float | None
+
+    def attend(self, layer: Tensor) -> Tensor:
+        """To the keys and values of `layer`, (2, kv_heads, capacity, head_dim).
+
+        The query heads that share a KV head are folded into the query dimension, so that K and V
+        are read once and not repeated.
+
+        Returns:
+            (1, n, heads, head_dim).
+        """
+        segment = self.segment
+        _, heads, count, head_dim = self.query.shape
+        kv_heads = layer.shape[1]
+        fold = heads // kv_heads
+        seen = slice(_first_key(segment, self.window), segment.start + count)
+        device = self.query.device
+        mask = None if count == 1 else self.step.mask(segment, self.window, fold, device)
+        query = self.query.reshape(1, kv_heads, fold * count, head_dim)
+        key, value = layer[0:1, :, seen], layer[1:2, :, seen]
+        if self.softcap is None:
+            output = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=self.scaling
+            )
+        else:
+            output = soft_capped_attention(query, key, value, mask, self.scaling, self.softcap)
+        return output.reshape(1, heads, count, head_dim).transpose(1, 2)
+
+
+def soft_capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention whose scores are bounded, in eager arithmetic: no fused kernel of torch has it.
+
+    Args:
+        query: (1, kv_heads, n, head_dim); `key`, `value`: (1, kv_heads, keys, head_dim).
+        mask: (n, keys) bool, which keys are seen; None for all.
+
+    Returns:
+        (1, kv_heads, n, head_dim).
     """
-    _, heads, count, head_dim = query.shape
-    kv_heads = layer.shape[1]
-    fold = heads // kv_heads
-    seen = slice(_first_key(segment, window), segment.start + count)
-    mask = None if count == 1 else step.mask(segment, window, fold, query.device)
-    output = scaled_dot_product_attention(
-        query.reshape(1, kv_heads, fold * count, head_dim),
-        layer[0:1, :, seen],
-        layer[1:2, :, seen],
-        attn_mask=mask,
-        scale=scaling,
-    )
-    return output.reshape(1, heads, count, head_dim).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(-1, -2) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights @ value
 
 
 def _refuse_unknown(
@@ -188,7 +180,7 @@ def _refuse_unknown(
     """Raise UnsupportedAttentionError for what would change the result and is not computed."""
     asked = [
         name
-        for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q", "indices")
+        for name in ("s_aux", "position_bias", "cu_seq_lens_q", "indices")
         if others.get(name) is not None
     ]
     if attention_mask is not None:

@@ -1,22 +1,24 @@
 """Puts a loaded model's engine together, and tests it on the model before anything is served."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
-
-from server.engine.torch.attention import SlabShape
 from server.engine.torch.core import EngineCore
+from server.engine.torch.devices import free_memory
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import LoadedModel, ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Scheduler
 from server.engine.torch.self_test import check_attention, check_lm_head, dead_sites
+from server.engine.torch.slab import SlabShape
 from steering.hooks import SteeringHooks
 
 _BLOCK_SIZE = 16
-_DEFAULT_KV_SHARE = 0.25  # of the memory that is free when the engine is built
+# Of each device's memory that is free when the engine is built. What a host has is shared with
+# others; what a GPU has left is for keys and values, but for the activations of a step.
+_DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,9 @@ class EngineOptions:
     max_batch_tokens: int = 512  # tokens of one step
     max_waiting: int = 256
     max_model_len: int | None = None  # None: the model's own
-    kv_cache_gb: float | None = None  # None: a quarter of the free memory
+    kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
     max_loaded_interventions: int = 64
+    check_invariants: bool = False  # after every step; a debugging aid
 
 
 def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
@@ -56,14 +59,20 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         max_waiting=options.max_waiting,
     )
     return EngineCore(
-        model, loaded.tokenizer, runner, scheduler, interventions, _eos_tokens(loaded)
+        model,
+        loaded.tokenizer,
+        runner,
+        scheduler,
+        interventions,
+        _eos_tokens(loaded),
+        options.check_invariants,
     )
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:
     """The longest prompt and completion that can be served, in tokens."""
     config = loaded.model.config.get_text_config()
-    limits: list[int] = [config.max_position_embeddings, pool.blocks * pool.block_size]
+    limits: list[int] = [config.max_position_embeddings, pool.tokens]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # Beyond it the frequencies depend on the longest sequence in the batch: a request's
@@ -80,11 +89,17 @@ def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool)
 
 
 def _block_pool(shape: SlabShape, options: EngineOptions) -> BlockPool:
-    if options.kv_cache_gb is None:
-        memory: float = psutil.virtual_memory().available * _DEFAULT_KV_SHARE
+    """As many blocks as the memory for keys and values holds."""
+    if options.kv_cache_gb is not None:
+        blocks = int(options.kv_cache_gb * 1e9) // (shape.bytes_per_token * _BLOCK_SIZE)
     else:
-        memory = options.kv_cache_gb * 1e9
-    blocks = int(memory) // (shape.bytes_per_token * _BLOCK_SIZE)
+        # A block is spread over all layers, so the tightest device decides.
+        layers = Counter(shape.devices)
+        blocks = min(
+            int(free_memory(device) * _DEFAULT_KV_SHARE[device.type])
+            // (count * shape.bytes_per_token_and_layer * _BLOCK_SIZE)
+            for device, count in layers.items()
+        )
     if blocks < 1:
         raise ModelLoadError("the memory for keys and values does not hold a single block")
     return BlockPool(blocks, _BLOCK_SIZE)

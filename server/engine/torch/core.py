@@ -1,46 +1,27 @@
 """The engine's inside: a step is schedule, run, postprocess. No thread, no asyncio."""
 
 import logging
-import random
-import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from server.engine.base import (
-    EngineError,
-    InvalidRequestError,
-    StepFailedError,
-    StepOutput,
-    TokenLogprobs,
-)
-from server.engine.torch.attention import Slab, SlabShape
+from server.engine.base import EngineError, StepFailedError
+from server.engine.torch.answer import Answer
 from server.engine.torch.batch import build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
+from server.engine.torch.penalties import Penalties, changes_logits
+from server.engine.torch.postprocess import Delivery, Postprocessor
 from server.engine.torch.runner import Runner
-from server.engine.torch.sampler import Draw, RowLogprobs, logprobs, sample
-from server.engine.torch.scheduler import Chunk, Scheduler, Sequence
+from server.engine.torch.scheduler import Plan, Scheduler
+from server.engine.torch.sequence import Sequence
+from server.engine.torch.slab import Slab, SlabShape
 from server.engine.torch.vocabulary import Vocabulary
 from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
-
-Delivery: TypeAlias = tuple[Sequence, StepOutput | EngineError]
-
-
-@dataclass(eq=False, slots=True)
-class _Answer:
-    """What belongs to a sequence beside its tokens, from admission to its end."""
-
-    detokenizer: Detokenizer
-    random: random.Random
-    submitted: float = field(default_factory=time.monotonic)
-    queue_seconds: float | None = None  # until it was first scheduled
 
 
 class NotReadError(Exception):
@@ -62,17 +43,19 @@ class EngineCore:
         scheduler: Scheduler,
         interventions: LoadedInterventions,
         eos_tokens: frozenset[int],
+        check_invariants: bool,
     ) -> None:
         self.scheduler = scheduler
         self.interventions = interventions
         self._runner = runner
         self._tokenizer = tokenizer.backend_tokenizer
-        self._vocabulary = Vocabulary(self._tokenizer)
-        self._eos_tokens = eos_tokens
+        self._postprocessor = Postprocessor(Vocabulary(self._tokenizer), eos_tokens)
+        self._check_invariants = check_invariants
+        self._vocab_size: int = model.config.get_text_config().vocab_size
         self._device = model.device
         self._slab_shape = SlabShape.of(model)
         self._slabs: dict[Sequence, Slab] = {}
-        self._answers: dict[Sequence, _Answer] = {}
+        self._answers: dict[Sequence, Answer] = {}
 
     def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
         """Queue sequences, all or none, with their interventions in slots and pinned.
@@ -106,12 +89,16 @@ class EngineCore:
         sequence.edits = tuple(
             SlottedEdit(slots[edit.digest], edit.settings) for edit in request.effective_edits
         )
+        answer = Answer(
+            sequence,
+            Detokenizer(self._tokenizer, request.sampling.stop),
+            Penalties(request, self._vocab_size, self._device)
+            if changes_logits(request.sampling)
+            else None,
+        )
         for digest in sequence.digests:
             self.interventions.pin(digest)
-        self._answers[sequence] = _Answer(
-            Detokenizer(self._tokenizer, request.sampling.stop),
-            random.Random(request.sampling.seed),
-        )
+        self._answers[sequence] = answer
         self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -123,6 +110,11 @@ class EngineCore:
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
+    def clear(self) -> None:
+        """Remove every sequence."""
+        for sequence in tuple(self._answers):
+            self.remove(sequence)
+
     @property
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
@@ -130,110 +122,40 @@ class EngineCore:
 
     def step(self) -> list[Delivery]:
         """Compute one step; the outputs of the sequences that it advanced."""
-        chunks = self.scheduler.schedule()
-        if not chunks:
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
             return []
         try:
-            self._begin(chunks)
-            batch = build_batch(chunks, self._slabs, self._device)
+            self._make_room(plan)
+            batch = build_batch(plan.chunks, self._slabs, self._device)
             logits = self._runner.run(batch, self.interventions.bank)
-            return self._postprocess(chunks, logits)
+            deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
         except Exception:
-            logger.exception("a step of %d sequences failed", len(chunks))
-            for chunk in chunks:
-                self.remove(chunk.sequence)
+            logger.exception("a step of %d sequences failed", len(plan.chunks))
             error = StepFailedError("the engine failed while computing this request")
-            return [(chunk.sequence, error) for chunk in chunks]
+            deliveries = [(chunk.sequence, error) for chunk in plan.chunks]
+        for sequence, output in deliveries:
+            if isinstance(output, EngineError) or output.finish_reason is not None:
+                self.remove(sequence)
+        if self._check_invariants:
+            self.check()
+        return deliveries
 
-    def _begin(self, chunks: list[Chunk]) -> None:
-        """Give sequences that are scheduled for the first time their room."""
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence not in self._slabs:
-                self._slabs[sequence] = Slab(self._slab_shape, sequence.max_length)
-                answer = self._answers[sequence]
-                answer.queue_seconds = time.monotonic() - answer.submitted
+    def _make_room(self, plan: Plan) -> None:
+        for sequence in plan.preempted:
+            self._slabs.pop(sequence, None)
+        for chunk in plan.chunks:
+            if chunk.sequence not in self._slabs:
+                self._slabs[chunk.sequence] = Slab(self._slab_shape)
+                self._answers[chunk.sequence].start()
+            self._slabs[chunk.sequence].reserve(chunk.end)
 
-    def _postprocess(self, chunks: list[Chunk], logits: Tensor) -> list[Delivery]:
-        for chunk in chunks:
-            chunk.sequence.computed += chunk.count
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        # Whether a chunk samples is asked before its sequence gets the next token.
-        tokens = sample(logits, [self._draw(sequence) for sequence in sequences])
-        rows = self._logprobs(sequences, tokens, logits)
-        return [
-            (sequence, self._outcome(sequence, token, row))
-            for sequence, token, row in zip(sequences, tokens, rows, strict=True)
-        ]
-
-    def _outcome(
-        self, sequence: Sequence, token: int | None, row: TokenLogprobs | None
-    ) -> StepOutput | EngineError:
-        """A sequence's share of the step. What fails here is this sequence's own."""
-        if token is None:
-            return self._give_up(sequence)
-        try:
-            return self._advance(sequence, token, row)
-        except Exception:
-            logger.exception("the text of a sequence failed")
-            self.remove(sequence)
-            return StepFailedError("the engine failed while computing this request")
-
-    def _give_up(self, sequence: Sequence) -> EngineError:
-        """End a sequence whose logits are not finite: another model than the one asked for."""
-        self.remove(sequence)
-        if not sequence.edits:
-            return StepFailedError("the model's output is not a number")
-        return InvalidRequestError(
-            "Steered like this, the model's output is not a number; choose weaker settings.",
-            "steering",
-            "steering_overflow",
-        )
-
-    def _draw(self, sequence: Sequence) -> Draw:
-        return Draw(sequence.request.sampling, self._answers[sequence].random.random())
-
-    def _logprobs(
-        self, sequences: list[Sequence], tokens: list[int | None], logits: Tensor
-    ) -> list[TokenLogprobs | None]:
-        """For the rows that ask for them and drew a token."""
-        wanted = {
-            row: (token, count)
-            for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
-            if token is not None and (count := sequence.request.sampling.logprobs) is not None
-        }
-        found: list[TokenLogprobs | None] = [None] * len(sequences)
-        if wanted:
-            drawn, counts = zip(*wanted.values(), strict=True)
-            values = logprobs(logits[list(wanted)], drawn, counts)
-            for row, token, value in zip(wanted, drawn, values, strict=True):
-                found[row] = self._token_logprobs(token, value)
-        return found
-
-    def _token_logprobs(self, token: int, row: RowLogprobs) -> TokenLogprobs:
-        return TokenLogprobs(
-            chosen=self._vocabulary.scored(token, row.sampled),
-            top=tuple(self._vocabulary.scored(other, value) for other, value in row.top),
-        )
-
-    def _advance(self, sequence: Sequence, token: int, row: TokenLogprobs | None) -> StepOutput:
-        """Append a token; end the sequence if it is the last."""
-        answer = self._answers[sequence]
-        sampling = sequence.request.sampling
-        sequence.tokens.append(token)
-        ended = token in self._eos_tokens and not sampling.ignore_eos
-        text = "" if ended else answer.detokenizer.push(token)
-        stopped = ended or answer.detokenizer.stopped
-        finished = stopped or len(sequence.tokens) == sequence.max_length
-        if finished:
-            text += answer.detokenizer.finish()
-            stopped = ended or answer.detokenizer.stopped
-            self.remove(sequence)
-        queue_seconds, answer.queue_seconds = answer.queue_seconds, None
-        return StepOutput(
-            token_ids=(token,),
-            text=text,
-            logprobs=() if row is None else (row,),
-            finish_reason=None if not finished else "stop" if stopped else "length",
-            queue_seconds=queue_seconds,
-        )
+    def check(self) -> None:
+        """Assert that nothing leaks: blocks, slabs, pins and slots belong to living sequences."""
+        scheduler = self.scheduler
+        scheduler.check()
+        sequences = {*scheduler.running, *scheduler.waiting}
+        assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"
+        assert self._slabs.keys() <= set(scheduler.running), "a slab that nobody uses"
+        pins = Counter(digest for sequence in sequences for digest in sequence.digests)
+        self.interventions.slots.check(pins)

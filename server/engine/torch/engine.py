@@ -10,20 +10,18 @@ from jinja2 import TemplateError
 
 from interventions.model import ModelDescription
 from server.engine.base import (
-    EngineDeadError,
-    EngineError,
     EngineStats,
     InvalidRequestError,
     Request,
-    ShuttingDownError,
     UnservableInterventionError,
 )
 from server.engine.torch.build import EngineOptions, build_core, context_length
-from server.engine.torch.core import Delivery, NotReadError
+from server.engine.torch.core import NotReadError
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel
-from server.engine.torch.scheduler import Sequence as EngineSequence
+from server.engine.torch.postprocess import Delivery
+from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.thread import EngineThread
 
 T = TypeVar("T")
@@ -119,8 +117,9 @@ class TorchEngine:
 
     async def close(self) -> None:
         """Stop after the current step; what still runs is lost with ShuttingDownError."""
-        self._fail_all(ShuttingDownError("the server is shutting down"))
         await asyncio.to_thread(self._thread.stop)
+        self._fail_all()
+        self._core.clear()  # its thread has ended
 
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
@@ -135,7 +134,7 @@ class TorchEngine:
 
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
-            raise EngineDeadError("the engine is not running")
+            raise self._thread.end
         for request in requests:
             self._check_lengths(request)
         named = {edit.digest for request in requests for edit in request.effective_edits}
@@ -162,8 +161,10 @@ class TorchEngine:
                 "context_length_exceeded",
             )
         vocabulary = self.model.vocab_size
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise InvalidRequestError(f"Token ids must be in 0..{vocabulary - 1}.", "prompt")
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for tokens, param in ((request.prompt, "prompt"), (biased, "logit_bias")):
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise InvalidRequestError(f"Token ids must be in 0..{vocabulary - 1}.", param)
 
     async def _admit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         sequences = [EngineSequence.of(request) for request in requests]
@@ -217,8 +218,7 @@ class TorchEngine:
         """On the engine thread, at its end."""
         assert self._loop is not None
         if not self._loop.is_closed():
-            error = EngineDeadError("the engine has stopped")
-            self._loop.call_soon_threadsafe(self._fail_all, error)
+            self._loop.call_soon_threadsafe(self._fail_all)
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         for sequence, output in deliveries:
@@ -227,10 +227,10 @@ class TorchEngine:
                 if generation.ended:
                     del self._generations[sequence]
 
-    def _fail_all(self, error: EngineError) -> None:
+    def _fail_all(self) -> None:
         while self._generations:
             _, generation = self._generations.popitem()
-            generation.deliver(error)
+            generation.deliver(self._thread.end)
 
 
 def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:

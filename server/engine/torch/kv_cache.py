@@ -1,39 +1,51 @@
 """Accounting of K/V memory in blocks. Where the values lie is the attention backend's business."""
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
 
 class BlockPool:
-    """A fixed number of blocks of `block_size` tokens each, held by owners."""
+    """A fixed number of blocks of `block_size` tokens each; each block has one owner or none."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
         self.blocks = blocks
         self.block_size = block_size
+        self.free = blocks  # blocks that nobody holds
         self._held: dict[Hashable, int] = {}
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody holds."""
-        return self.blocks - sum(self._held.values())
 
     @property
     def usage(self) -> float:
         """The share of blocks that is held, 0 to 1."""
         return 1 - self.free / self.blocks
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that all blocks hold together."""
+        return self.blocks * self.block_size
+
     def needed(self, tokens: int) -> int:
         """Blocks that so many tokens take."""
         return -(-tokens // self.block_size)
 
-    def reserve(self, owner: Hashable, tokens: int) -> bool:
-        """Hold room for `tokens` tokens in the name of `owner`; False if there is too little."""
-        assert owner not in self._held, f"{owner} holds blocks already"
-        needed = self.needed(tokens)
-        if needed > self.free:
+    def hold(self, owner: Hashable, tokens: int) -> bool:
+        """Make `owner` hold room for `tokens` tokens, with what it holds already.
+
+        False if there is too little; nothing has changed then.
+        """
+        held = self._held.get(owner, 0)
+        more = self.needed(tokens) - held
+        if more > self.free:
             return False
-        self._held[owner] = needed
+        if more > 0:
+            self._held[owner] = held + more
+            self.free -= more
         return True
 
     def release(self, owner: Hashable) -> None:
-        """Give back what `owner` holds, if anything."""
-        self._held.pop(owner, None)
+        """Take back what `owner` holds, if anything."""
+        self.free += self._held.pop(owner, 0)
+
+    def check(self, owners: Collection[Hashable]) -> None:
+        """Assert that every block is free or held by one of `owners`."""
+        assert 0 <= self.free <= self.blocks, f"{self.free} of {self.blocks} blocks are free"
+        assert self.free + sum(self._held.values()) == self.blocks, "blocks are lost or held twice"
+        assert self._held.keys() <= set(owners), "blocks are held for nobody"

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -18,8 +19,11 @@ from transformers import (
 )
 
 from interventions.model import ModelDescription
+from server.engine.torch.devices import is_offloaded, keep_rows_on_host
 from server.engine.torch.embedded import EMBEDDED_MODEL_ID, embedded_model_folder
 from steering.hooks import measure_site_widths
+
+DeviceMap: TypeAlias = Literal["none", "auto"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -48,12 +52,16 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     say: Callable[[str], None] = lambda _sentence: None,
+    *,
+    device_map: DeviceMap = "none",
 ) -> LoadedModel:
     """Load a model from "embedded", a folder or a Hugging Face id.
 
     Args:
         dtype: auto, float32, bfloat16 or float16.
+        device: where the whole model goes, unless `device_map` is "auto".
         say: is told, in a sentence, about each step that takes time.
+        device_map: "auto" has accelerate spread the layers over all GPUs.
 
     Raises:
         EmbeddedModelError: "embedded" was asked for and is not installed.
@@ -66,16 +74,34 @@ def load_model(
         config = AutoConfig.from_pretrained(source)
         refuse_unservable(config)
         torch_dtype = resolve_dtype(dtype, device, config)
-        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch_dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch_dtype,
+            attn_implementation=reference_attention(config),
+            device_map=device if device_map == "none" else device_map,
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"cannot load {model!r}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelLoadError(f"{model!r} has no fast tokenizer (tokenizer.json)")
     module: nn.Module = loaded
-    module.to(torch.device(device)).eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    if is_offloaded(loaded):
+        raise ModelLoadError(
+            f"{model!r} does not fit in the memory of the devices; what was left over would have "
+            "to be copied there for every token"
+        )
+    keep_rows_on_host(loaded)
     identity = EMBEDDED_MODEL_ID if embedded else Path(model).name.lower()
     return LoadedModel(loaded, tokenizer, describe(loaded, identity))
+
+
+def reference_attention(config: PreTrainedConfig) -> str:
+    """transformers' own attention that computes what the model's authors meant."""
+    soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "eager" if soft_capped else "sdpa"  # sdpa would leave the cap out, in silence
 
 
 def resolve_dtype(dtype: str, device: str, config: PreTrainedConfig) -> torch.dtype:
@@ -99,8 +125,6 @@ def refuse_unservable(config: PreTrainedConfig) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ())
     if others := sorted(layer_types - _SERVED_LAYER_TYPES):
         raise ModelLoadError(f"{name} has layers of type {', '.join(others)}, which are not served")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ModelLoadError(f"{name} soft-caps its attention logits, which is not served yet")
 
 
 def refuse_unservable_class(model: PreTrainedModel) -> None:

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from server.engine.base import SamplingSettings
+from server.engine.torch.penalties import Penalties, penalize
+
+# Rows whose log-probabilities are computed at once: prompts can have many, vocabularies are wide.
+_SCORED_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One row's settings and its uniform number in [0, 1)."""
+    """One row's settings, its uniform number in [0, 1), and what it changes in its logits."""
 
     settings: SamplingSettings
     uniform: float
+    penalties: Penalties | None = None
 
     @property
     def greedy(self) -> bool:
@@ -27,17 +32,18 @@ class Draw:
 
     @property
     def filtered(self) -> bool:
-        """Whether top-k or top-p removes tokens."""
-        return self.settings.top_k > 0 or self.settings.top_p < 1
+        """Whether top-k, top-p or min-p removes tokens."""
+        settings = self.settings
+        return settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """The next token of each row: (rows, vocabulary) float32 -> token ids.
 
-    None where the row's best logit is not a finite number, so that nothing can be drawn.
+    The best logit of each row must be a finite number.
     """
-    best, tokens = logits.max(dim=-1)  # NaN counts as the best
-    drawable = best.isfinite().tolist()
+    logits = _penalized(logits, draws)
+    tokens = logits.argmax(dim=-1)
     for filtered in (False, True):
         rows = [
             row for row, draw in enumerate(draws) if not draw.greedy and draw.filtered is filtered
@@ -46,9 +52,16 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
             draw_rows = _draw_filtered if filtered else _draw_unfiltered
             chosen = draw_rows(logits[rows], [draws[row] for row in rows])
             tokens[rows] = chosen
-    return [
-        token if finite else None for token, finite in zip(tokens.tolist(), drawable, strict=True)
-    ]
+    drawn: list[int] = tokens.tolist()
+    return drawn
+
+
+def _penalized(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    rows = {row: draw.penalties for row, draw in enumerate(draws) if draw.penalties is not None}
+    if not rows:
+        return logits
+    index = torch.tensor(list(rows), device=logits.device)
+    return logits.index_copy(0, index, penalize(logits[index], list(rows.values())))
 
 
 def _draw_unfiltered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -57,17 +70,21 @@ def _draw_unfiltered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _draw_filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
     scaled = logits / _temperatures(draws, logits.device)
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     vocabulary = logits.shape[-1]
-    top_k = torch.tensor(
-        [draw.settings.top_k or vocabulary for draw in draws], device=logits.device
-    )[:, None]
-    ordered[torch.arange(vocabulary, device=logits.device)[None, :] >= top_k] = -torch.inf
+    min_p = column([draw.settings.min_p for draw in draws])
+    top_k = column([draw.settings.top_k or vocabulary for draw in draws])
+    top_p = column([draw.settings.top_p for draw in draws])
+    # The first token is always kept, also by a min_p of 1 and a top_p that is 0 in float32.
+    dropped = ordered < ordered[:, :1] + min_p.log()
+    dropped |= torch.arange(vocabulary, device=logits.device) >= top_k
+    ordered[:, 1:][dropped[:, 1:]] = -torch.inf
     probabilities = torch.softmax(ordered, dim=-1)
-    top_p = torch.tensor([draw.settings.top_p for draw in draws], device=logits.device)[:, None]
     before = probabilities.cumsum(dim=-1) - probabilities
-    # The first token is always kept, also by a top_p that is 0 in float32.
     probabilities[:, 1:][before[:, 1:] >= top_p] = 0
     return order.gather(-1, _invert(probabilities, draws)[:, None])[:, 0]
 
@@ -103,6 +120,14 @@ def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
     Args:
         logits: (rows, vocabulary) float32.
     """
+    found = []
+    for first in range(0, len(tokens), _SCORED_ROWS):
+        some = slice(first, first + _SCORED_ROWS)
+        found += _logprobs(logits[some], tokens[some], counts[some])
+    return found
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[RowLogprobs]:
     log_probabilities = torch.log_softmax(logits, dim=-1)
     chosen = log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     values, indices = log_probabilities.topk(max(1, *counts), dim=-1)

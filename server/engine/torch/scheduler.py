@@ -4,49 +4,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from server.engine.base import QueueFullError, Request
+from server.engine.base import QueueFullError
 from server.engine.torch.kv_cache import BlockPool
-from steering.settings import SlottedEdit
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """An admitted request and how far it is."""
-
-    request: Request
-    tokens: list[int]  # the prompt, then what was generated
-    edits: tuple[SlottedEdit, ...] = ()  # from the admission on, which knows the slots
-    computed: int = 0  # how many of `tokens` have their K/V in the cache
-
-    @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.request_id
-
-    @classmethod
-    def of(cls, request: Request) -> "Sequence":
-        """A request at its beginning."""
-        return cls(request, list(request.prompt))
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The interventions that it pins, from its admission to its end."""
-        return tuple(edit.digest for edit in self.request.effective_edits)
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the prompt and the longest completion asked for."""
-        return self.prompt_length + self.request.sampling.max_tokens
-
-    @property
-    def pending(self) -> int:
-        """Tokens whose K/V is still to be computed: 1 while decoding, more while prefilling."""
-        return len(self.tokens) - self.computed
+from server.engine.torch.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +18,44 @@ class Chunk:
     count: int
 
     @property
+    def end(self) -> int:
+        """The place after its last token."""
+        return self.start + self.count
+
+    @property
+    def completes(self) -> bool:
+        """Whether it ends with the last token known."""
+        return self.end == len(self.sequence.tokens)
+
+    @property
     def samples(self) -> bool:
-        """Whether this chunk ends with the last token known, so that the next one is drawn."""
-        return self.start + self.count == len(self.sequence.tokens)
+        """Whether the next token is drawn after it."""
+        return self.completes and len(self.sequence.tokens) < self.sequence.max_length
+
+    @property
+    def scores(self) -> range:
+        """The places of those tokens after which the prompt's next token is to be scored."""
+        sequence = self.sequence
+        if sequence.request.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.start, sequence.scored), min(self.end, sequence.prompt_length - 1))
+
+    @property
+    def logits_places(self) -> range:
+        """The places of those tokens after which logits are needed."""
+        scores = self.scores
+        if not self.samples:
+            return scores
+        # Prompt tokens are scored before the first token is drawn, so the two join.
+        return range(scores.start if scores else self.end - 1, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the next step computes, and which sequences gave up their K/V for it."""
+
+    chunks: list[Chunk]
+    preempted: list[Sequence]
 
 
 @dataclass(slots=True)
@@ -68,16 +63,20 @@ class Scheduler:
     """First come, first served. Sequences that decode go first, so that a long prompt, computed
     in chunks, does not stall them.
 
-    A sequence is started only when the blocks for its longest completion are free, and holds
-    them to its end: once started it never has to be put back.
+    A sequence starts when the blocks for the tokens that it has are free, with one to spare for
+    each that runs already, and takes more as it grows. When none is left, the sequence that came
+    last is preempted: it gives up its blocks, waits in front, and is computed anew later. So the
+    oldest always goes on, and every sequence becomes the oldest.
     """
 
     pool: BlockPool
     max_batch_size: int  # sequences running at once
     max_batch_tokens: int  # tokens of one step
     max_waiting: int
+    # Both in order of arrival, and all that run came before all that wait.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
+    _arrivals: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < self.max_batch_size:
@@ -97,7 +96,10 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, for which `check_room` found room."""
+        """Queue a sequence, for which `check_room` found room and which the pool can hold."""
+        assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -108,8 +110,9 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's chunks; empty when there is nothing to do."""
+    def schedule(self) -> Plan:
+        """The next step's plan; without chunks when there is nothing to do."""
+        preempted = self._make_room()
         budget = self.max_batch_tokens
         chunks = []
         for sequence in self._candidates():
@@ -118,19 +121,49 @@ class Scheduler:
             budget -= count
             if budget == 0:
                 break
-        return chunks
+        return Plan(chunks, preempted)
+
+    def _make_room(self) -> list[Sequence]:
+        """Let every running sequence hold its tokens, the oldest first; who had to yield."""
+        preempted: list[Sequence] = []
+        for sequence in tuple(self.running):
+            # The youngest yield, so that the oldest always goes on.
+            while sequence in self.running and not self.pool.hold(sequence, len(sequence.tokens)):
+                preempted.append(self._preempt_youngest())
+        return preempted
+
+    def _preempt_youngest(self) -> Sequence:
+        sequence = self.running.pop()
+        self.pool.release(sequence)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        return sequence
 
     def _candidates(self) -> Iterator[Sequence]:
         """Sequences in the order in which they get a share of the step."""
         yield from sorted(self.running, key=lambda sequence: sequence.pending > 1)
-        while (sequence := self._admit()) is not None:
+        while (sequence := self._start_next()) is not None:
             yield sequence
 
-    def _admit(self) -> Sequence | None:
+    def _start_next(self) -> Sequence | None:
         """Start the first waiting sequence, if there is one and room for it."""
         if not self.waiting or len(self.running) == self.max_batch_size:
             return None
-        if not self.pool.reserve(self.waiting[0], self.waiting[0].max_length):
+        length = len(self.waiting[0].tokens)
+        # Without the spare blocks it might be preempted, and its work lost, a few steps later.
+        if self.pool.needed(length) + len(self.running) > self.pool.free:
             return None
-        self.running.append(self.waiting.popleft())
-        return self.running[-1]
+        sequence = self.waiting.popleft()
+        self.pool.hold(sequence, length)
+        self.running.append(sequence)
+        return sequence
+
+    def check(self) -> None:
+        """Assert that the books add up. Between two steps."""
+        self.pool.check(self.running)
+        assert len(self.running) <= self.max_batch_size, "more run than the batch holds"
+        arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
+        assert arrivals == sorted(set(arrivals)), "somebody was overtaken, or is here twice"
+        for sequence in self.running:
+            assert 0 <= sequence.computed < len(sequence.tokens), "a sequence has nothing to do"
+        assert not any(sequence.computed for sequence in self.waiting), "K/V without blocks"

@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.attention import Slab, SlabShape, use_slab_attention
+from server.engine.torch.attention import use_slab_attention
 from server.engine.torch.batch import build_batch
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
-from server.engine.torch.scheduler import Sequence as EngineSequence
+from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.slab import Slab, SlabShape
 from steering.affine import AffineMap
 from steering.bank import Bank
 from steering.reward import RewardHead
@@ -42,7 +43,7 @@ def check_attention(model: PreTrainedModel, runner: Runner) -> None:
         tokens = torch.tensor([sequence.tokens], device=model.device)
         expected = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     use_slab_attention(model)
-    slabs = {sequence: Slab(SlabShape.of(model), length)}
+    slabs = _slabs(model, [sequence], length)
     bank = Bank(1, model.device)
     start = 0
     try:
@@ -114,8 +115,7 @@ def _reaches(
     # batch changes by itself.
     stacks: list[tuple[SlottedEdit, ...]] = [(), *((edit,) for edit in edits), ()]
     sequences = [_sequence(prompt, stack) for stack in stacks]
-    shape = SlabShape.of(model)
-    slabs = {sequence: Slab(shape, _PROBE_TOKENS) for sequence in sequences}
+    slabs = _slabs(model, sequences, _PROBE_TOKENS)
     chunks = [Chunk(sequence, 0, _PROBE_TOKENS) for sequence in sequences]
     logits = runner.run(build_batch(chunks, slabs, model.device), bank)
     differences = (logits - logits[0]).abs().amax(dim=-1)
@@ -127,6 +127,16 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
     """Distinct tokens, spread over the vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     return tuple((place + 1) * (vocabulary // (length + 2)) % vocabulary for place in range(length))
+
+
+def _slabs(
+    model: PreTrainedModel, sequences: Sequence[EngineSequence], tokens: int
+) -> Mapping[EngineSequence, Slab]:
+    shape = SlabShape.of(model)
+    slabs = {sequence: Slab(shape) for sequence in sequences}
+    for slab in slabs.values():
+        slab.reserve(tokens)
+    return slabs
 
 
 def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> EngineSequence:

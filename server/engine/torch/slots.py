@@ -1,6 +1,7 @@
 """Which intervention holds which slot of the bank: pins, and LRU over the slots nobody pins."""
 
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 
 from server.engine.base import BankFullError
 
@@ -61,6 +62,13 @@ class SlotTable:
         """Free the slot of an intervention whose loading failed."""
         self._free.append(self._slots.pop(digest))
         del self._pins[digest]
+
+    def check(self, pins: Mapping[str, int]) -> None:
+        """Assert that the pins are those given, and that every slot is free or holds one digest."""
+        assert +self._pins == Counter(pins), "pins are lost, or held for nobody"
+        assert pins.keys() <= self._slots.keys(), "a pinned intervention has no slot"
+        slots = sorted((*self._free, *self._slots.values()))
+        assert slots == list(range(1, self.capacity + 1)), "slots are lost or held twice"
 
     def _evict(self) -> int:
         for digest in self._slots:

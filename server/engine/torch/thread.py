@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from server.engine.base import EngineDeadError
-from server.engine.torch.core import Delivery
+from server.engine.base import EngineDeadError, EngineError, ShuttingDownError
+from server.engine.torch.postprocess import Delivery
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,6 +50,13 @@ class EngineThread:
         """Whether the thread runs and takes calls."""
         return self._thread.is_alive() and not self._ended
 
+    @property
+    def end(self) -> EngineError:
+        """Why the thread takes no more calls, once it takes none."""
+        if self._stopping:
+            return ShuttingDownError("the server is shutting down")
+        return EngineDeadError("the engine has stopped")
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -58,7 +65,8 @@ class EngineThread:
         """Run a function between two steps.
 
         Returns:
-            Its result or exception; EngineDeadError if the thread has ended.
+            Its result or exception; if the thread has ended, ShuttingDownError where it was told
+            to and EngineDeadError where it was not.
         """
         future: Future[T] = Future()
 
@@ -66,7 +74,7 @@ class EngineThread:
             if not future.set_running_or_notify_cancel():
                 return
             if self._ended:
-                future.set_exception(EngineDeadError("the engine has stopped"))
+                future.set_exception(self.end)
                 return
             try:
                 future.set_result(function())

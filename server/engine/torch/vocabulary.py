@@ -6,7 +6,8 @@ from typing import Final
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.engine.base import ScoredToken
+from server.engine.base import ScoredToken, TokenLogprobs
+from server.engine.torch.sampler import RowLogprobs
 
 _BYTE_OF: Final = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 _BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece names single bytes
@@ -17,6 +18,11 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+
+    def logprobs(self, token: int, row: RowLogprobs) -> TokenLogprobs:
+        """A row's log-probabilities, with the tokens' texts."""
+        top = tuple(self.scored(other, value) for other, value in row.top)
+        return TokenLogprobs(self.scored(token, row.sampled), top)
 
     def scored(self, token: int, logprob: float) -> ScoredToken:
         """A token with its log-probability."""

@@ -1,0 +1,140 @@
+"""From a checked request to its answer, whole or streamed: the same for every endpoint."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from anyio import to_thread
+from pydantic import JsonValue
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.context import ServerContext
+from server.api.errors import ApiError, invalid, shutting_down
+from server.api.fields import GenerationFields
+from server.api.frames import Choice, Frame, Wording
+from server.api.generations import GenerationGroup, closing_on_error, unless_client_leaves
+from server.api.model_names import split_model
+from server.api.streaming import CompletionStream
+from server.config import Settings
+from server.engine.base import Edit, SamplingSettings, StepOutput
+from server.engine.base import Request as EngineRequest
+
+T = TypeVar("T")
+LONG_TEXT: Final = 10_000  # characters from which tokenizing is worth a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One choice: what it goes on from, how it is drawn, and how it is told."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingSettings
+    choice: Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request whose steering is applied, on its way to its answer."""
+
+    _http: Request
+    _settings: Settings
+    _wanted: GenerationFields
+    _frame: Frame
+    _edits: tuple[Edit, ...]
+    _group: GenerationGroup
+
+    async def answer(self, plans: Sequence[Plan], prompt_tokens: int) -> Response:
+        """Generate every choice; `prompt_tokens` counts each prompt once.
+
+        Raises:
+            EngineError: the engine refuses one, or lost one before the answer began.
+            ClientGoneError: nobody waits for the answer any more.
+        """
+        requests = [
+            EngineRequest(f"{self._frame.id}-{index}", plan.prompt, plan.sampling, self._edits)
+            for index, plan in enumerate(plans)
+        ]
+        choices = [plan.choice for plan in plans]
+        receive = self._http.receive
+        await unless_client_leaves(receive, self._group.submit(requests, prompt_tokens))
+        if self._wanted.stream:
+            return CompletionStream(
+                self._group,
+                self._frame,
+                choices,
+                include_usage=self._wanted.include_usage,
+                write_timeout=self._settings.write_timeout,
+            )
+        body = await unless_client_leaves(receive, self._collect(choices))
+        self._group.close()
+        return JSONResponse(body)
+
+    async def _collect(self, choices: Sequence[Choice]) -> dict[str, JsonValue]:
+        async def deliver(index: int, output: StepOutput) -> None:
+            choices[index].add(output)
+
+        await self._group.run(deliver)
+        return self._frame.answer((choice.body() for choice in choices), self._group.usage)
+
+
+@asynccontextmanager
+async def answering(
+    http: Request,
+    context: ServerContext,
+    wanted: GenerationFields,
+    wording: Wording,
+    arrived: float,
+) -> AsyncIterator[Exchange]:
+    """Apply a request's steering; should the block fail, everything is released.
+
+    Args:
+        arrived: when the request came, by time.perf_counter().
+
+    Raises:
+        ApiError: the model is not served, or the steering cannot be applied.
+    """
+    _, suffix = split_model(wanted.model, context.settings.served_names)
+    steering = context.steering.apply(suffix, wanted.steering, given=wanted.steering_given)
+    timeout = context.settings.request_timeout
+    group = GenerationGroup(context.engine, context.metrics, steering, arrived, timeout)
+    async with closing_on_error(group):
+        frame = Frame(
+            id=f"{wording.id_prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=wanted.model,
+            fingerprint=context.engine.model.fingerprint,
+            steering=steering.echo,
+            wording=wording,
+        )
+        yield Exchange(http, context.settings, wanted, frame, steering.edits, group)
+
+
+def check_request(wanted: GenerationFields, prompts: int, context: ServerContext) -> None:
+    """What the fields say together, and what the server allows now.
+
+    Raises:
+        ApiError: the first thing that is wrong.
+    """
+    if context.lifecycle.stopping:  # since the request's first bytes came
+        raise shutting_down()
+    if not context.engine.ready:
+        raise ApiError(503, "The model is not ready to serve.", code="not_ready")
+    if wanted.stream_options is not None and not wanted.stream:
+        raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    limit = context.settings.max_completions_per_request
+    if prompts * wanted.n > limit:
+        raise invalid(
+            f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n} are more than the "
+            f"{limit} completions that one request may ask for.",
+            "n" if prompts <= limit else "prompt",
+            "too_many_completions",
+        )
+
+
+async def off_the_loop_if_long(characters: int, tokenize: Callable[[], T]) -> T:
+    """Tokenize, in a thread where the text is so long that other requests would wait."""
+    return tokenize() if characters < LONG_TEXT else await to_thread.run_sync(tokenize)

@@ -1,0 +1,71 @@
+"""`POST /v1/chat/completions`: the assistant's next turn, steered as the request asks."""
+
+import time
+from functools import partial
+from typing import Final
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.answering import Plan, answering, check_request, off_the_loop_if_long
+from server.api.chat_choices import ChatChoice
+from server.api.chat_schemas import ChatRequest
+from server.api.context import Context
+from server.api.errors import invalid
+from server.api.frames import Wording
+from server.api.messages import Message
+from server.api.parsing import read_json_object, validate
+from server.engine.base import Engine, InvalidRequestError
+
+WORDING: Final = Wording("chatcmpl", "chat.completion", "chat.completion.chunk")
+TEMPLATE_LENGTH: Final = 20  # characters that a template puts around a message, about
+
+router = APIRouter()
+
+
+@router.post("/chat/completions", summary="Continue a conversation")
+async def create_chat_completion(request: Request, context: Context) -> Response:
+    """Answer a conversation, as JSON or as a stream of server-sent events.
+
+    The answer is a new turn of the assistant, as with OpenAI, even where the last message is
+    the assistant's own: that message is not continued.
+    """
+    arrived = time.perf_counter()
+    chat = validate(ChatRequest, await read_json_object(request))
+    check_request(chat, 1, context)
+    _check(chat)
+    async with answering(request, context, chat, WORDING, arrived) as exchange:
+        prompt = await _read_messages(chat.messages, context.engine)
+        room = context.engine.max_model_len - len(prompt)
+        plans = [
+            Plan(prompt, chat.sampling(index, room), ChatChoice(index, chat.logprobs))
+            for index in range(chat.n)
+        ]
+        try:
+            return await exchange.answer(plans, len(prompt))
+        except InvalidRequestError as error:
+            raise _in_chats_words(error, chat) from error
+
+
+def _check(chat: ChatRequest) -> None:
+    """What this endpoint's own fields say together."""
+    limits = {chat.max_tokens, chat.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise invalid(
+            "'max_tokens' and 'max_completion_tokens' are two names of one limit, and differ.",
+            "max_tokens",
+        )
+    if chat.top_logprobs is not None and not chat.logprobs:
+        raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
+
+
+async def _read_messages(messages: tuple[Message, ...], engine: Engine) -> tuple[int, ...]:
+    characters = sum(len(message["content"]) + TEMPLATE_LENGTH for message in messages)
+    tokenize = partial(engine.tokenize_chat, messages)
+    return tuple(await off_the_loop_if_long(characters, tokenize))
+
+
+def _in_chats_words(error: InvalidRequestError, chat: ChatRequest) -> InvalidRequestError:
+    """The engine's refusal, naming the field that a chat has instead."""
+    names = {"prompt": "messages", "max_tokens": chat.limit_field}
+    return InvalidRequestError(str(error), names.get(error.param, error.param), error.code)

@@ -1,0 +1,60 @@
+"""The fields of `POST /v1/chat/completions`, checked, and what they mean to the engine."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PlainValidator
+
+from server.api.fields import TOKENS, GenerationFields, only
+from server.api.messages import Message, parse_messages
+from server.engine.base import SamplingSettings
+
+
+class ChatRequest(GenerationFields):
+    """The body of `POST /v1/chat/completions`.
+
+    What OpenAI knows and we do not honour is accepted at the values that ask for nothing, or
+    where it cannot change the answer.
+    """
+
+    messages: Annotated[tuple[Message, ...], PlainValidator(parse_messages)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None  # its older name
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    tools: Annotated[object, only("tools", [])] = None
+    tool_choice: Annotated[object, only("tool_choice", "none")] = None
+    functions: Annotated[object, only("functions", [])] = None
+    function_call: Annotated[object, only("function_call", "none")] = None
+    response_format: Annotated[object, only("response_format", {"type": "text"})] = None
+    modalities: Annotated[object, only("modalities", ["text"])] = None
+    audio: Annotated[object, only("audio")] = None
+    moderation: Annotated[object, only("moderation")] = None
+    reasoning_effort: Annotated[object, only("reasoning_effort", "none")] = None
+    store: Annotated[bool, only("store", False)] = False
+    verbosity: Annotated[object, only("verbosity", "medium")] = None
+    web_search_options: Annotated[object, only("web_search_options")] = None
+
+    # How OpenAI runs, bills and files a request: the answer is the same.
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None  # there are no tools
+    prediction: dict[str, object] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, object] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def limit_field(self) -> str:
+        """The field that limits the answer's length."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def sampling(self, choice: int, room: int) -> SamplingSettings:
+        """How to sample one choice, whose prompt leaves `room` tokens of the context."""
+        limits = (self.max_completion_tokens, self.max_tokens)
+        return self.settings(
+            choice,
+            max_tokens=next((limit for limit in limits if limit is not None), max(room, 1)),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )

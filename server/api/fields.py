@@ -1,0 +1,159 @@
+"""The fields that all completions share, strictly checked, and what they mean to the engine."""
+
+import re
+from typing import Annotated, Final
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from server.api.parsing import UNSUPPORTED
+from server.engine.base import SamplingSettings
+
+MAX_STOPS: Final = 4
+MAX_STOP_LENGTH: Final = 1000
+MAX_BIASES: Final = 300
+LARGEST_BIAS: Final = 100
+SEEDS: Final = 2**63
+TOKENS: Final = 2**31  # more than any context, and what a tokenizer's ids fit in
+
+TOKEN_ID: Final = re.compile("0|[1-9][0-9]{0,9}")  # one spelling each, so that none comes twice
+
+
+def only(name: str, *neutral: object) -> AfterValidator:
+    """Accept a field that we do not implement only at the values that mean nothing."""
+
+    def check(value: object) -> object:
+        if value not in neutral:
+            message = "This server does not support '{name}'."
+            raise PydanticCustomError(UNSUPPORTED, message, {"name": name})
+        return value
+
+    return AfterValidator(check)
+
+
+def _parse_stops(value: object) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise ValueError(f"it must be a string or a list of at most {MAX_STOPS} strings")
+    strings = tuple(
+        stop for stop in stops if isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH
+    )
+    if len(strings) != len(stops):
+        raise ValueError(f"each stop is a string of 1 to {MAX_STOP_LENGTH} characters")
+    return strings
+
+
+def _parse_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object of token ids, as strings, with a number each")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"it has {len(value)} entries, more than {MAX_BIASES}")
+    if not all(TOKEN_ID.fullmatch(token) for token in value):
+        raise ValueError("its keys must be token ids, as strings of digits")
+    if not all(_is_bias(bias) for bias in value.values()):
+        raise ValueError(f"its values must be numbers from {-LARGEST_BIAS} to {LARGEST_BIAS}")
+    return tuple((int(token), float(bias)) for token, bias in value.items())
+
+
+def _is_bias(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST_BIAS <= value <= LARGEST_BIAS
+
+
+class Strict(BaseModel):
+    """An object of a request's body. As with OpenAI, null means that a field is not given."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: value for name, value in fields.items() if value is not None or cls._keeps(name)
+        }
+
+    @classmethod
+    def _keeps(cls, name: str) -> bool:
+        """Whether null is a value of the field, or wrong."""
+        field = cls.model_fields.get(name)
+        return field is None or field.is_required() or name == "steering"
+
+
+class StreamOptions(Strict):
+    """What a stream carries beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: Annotated[bool, only("stream_options.include_obfuscation", False)] = False
+
+
+class GenerationFields(Strict):
+    """What a completion and a chat completion are asked for in the same words.
+
+    `steering` is checked with the interventions at hand, in `server.api.steering`. There, null
+    asks for none, even where the server has a default.
+    """
+
+    model: str
+    steering: object = None
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=TOKENS)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_parse_logit_bias)] = ()
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stops)] = ()
+    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # OpenAI's abuse tracking: nothing that we could honour or break
+
+    @property
+    def steering_given(self) -> bool:
+        """Whether the request has the field `steering`; null is one."""
+        return "steering" in self.model_fields_set
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def settings(
+        self,
+        choice: int,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingSettings:
+        """How to sample one choice. Choice i draws by `seed + i`, so that choices differ."""
+        return SamplingSettings(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            seed=None if self.seed is None else (self.seed + choice) % SEEDS,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )

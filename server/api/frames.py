@@ -1,0 +1,87 @@
+"""What the answers of every endpoint that generates have in common: the object around choices."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from pydantic import JsonValue
+
+from server.api.generations import Usage
+from server.engine.base import StepOutput
+
+LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity; OpenAI's own stand-in
+
+
+class Choice(Protocol):
+    """One choice of an answer, in an endpoint's own shape."""
+
+    def add(self, output: StepOutput) -> None:
+        """Append what one step gave."""
+        ...
+
+    def body(self) -> dict[str, JsonValue]:
+        """The choice of a whole answer, from all that was added."""
+        ...
+
+    def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
+        """The choice in a stream's next chunks; none where the step has nothing for the client.
+
+        The last of them, and no other, has a `finish_reason` that is not null.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What an endpoint calls its objects."""
+
+    id_prefix: str
+    answer: str
+    chunk: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the answer and every chunk of one request have in common."""
+
+    id: str
+    created: int  # Unix seconds
+    model: str
+    fingerprint: str  # of the loaded model
+    steering: Sequence[JsonValue]
+    wording: Wording
+
+    def answer(self, choices: Iterable[JsonValue], usage: Usage) -> dict[str, JsonValue]:
+        """The whole answer."""
+        return self._body(self.wording.answer, choices) | self._ending(usage)
+
+    def chunk(self, choice: dict[str, JsonValue], *, usage_follows: bool) -> dict[str, JsonValue]:
+        """A stream's chunk. The one that ends a choice says what steered it."""
+        chunk = self._body(self.wording.chunk, [choice])
+        if usage_follows:
+            chunk["usage"] = None
+        if choice["finish_reason"] is not None:
+            chunk["steering"] = list(self.steering)
+        return chunk
+
+    def usage_chunk(self, usage: Usage) -> dict[str, JsonValue]:
+        """The chunk after the last choice, which counts tokens."""
+        return self._body(self.wording.chunk, []) | self._ending(usage)
+
+    def _body(self, name: str, choices: Iterable[JsonValue]) -> dict[str, JsonValue]:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"fp_{self.fingerprint[:12]}",
+            "choices": list(choices),
+        }
+
+    def _ending(self, usage: Usage) -> dict[str, JsonValue]:
+        return {"usage": dict(usage.body), "steering": list(self.steering)}
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,112 @@
+"""The messages of a conversation: from what a request says to what a chat template takes."""
+
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+from server.api.errors import ApiError, invalid
+from server.api.parsing import UNSUPPORTED
+
+MAX_MESSAGES: Final = 2048  # as many as OpenAI takes
+
+# What OpenAI now calls developer, templates call system.
+ROLES: Final[Mapping[str, str]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+# Fields of OpenAI's that a template cannot take. Clients send an answer's message back as it came,
+# with some of them empty.
+EMPTY_FIELDS: Final = frozenset(
+    {"name", "refusal", "annotations", "audio", "function_call", "tool_calls"}
+)
+PART_FIELDS: Final = frozenset({"type", "text", "prompt_cache_breakpoint"})  # the last: a hint
+
+Message: TypeAlias = Mapping[str, str]
+
+
+def parse_messages(value: object) -> tuple[Message, ...]:
+    """Each message's `role` and `content`, the content as one string.
+
+    Raises:
+        ApiError: a 400 that names the place.
+    """
+    if not isinstance(value, list):
+        raise invalid("'messages' must be a list of messages.", "messages", "invalid_type")
+    if not 0 < len(value) <= MAX_MESSAGES:
+        message = f"'messages' has {len(value)} messages; it takes 1 to {MAX_MESSAGES}."
+        raise invalid(message, "messages", "invalid_value")
+    return tuple(_parse_message(item, f"messages[{place}]") for place, item in enumerate(value))
+
+
+def _parse_message(value: object, param: str) -> Message:
+    if not isinstance(value, dict):
+        raise invalid(f"'{param}' must be an object.", param, "invalid_type")
+    # Its role first: that a tool's answer has other fields is not what is wrong with it.
+    role = _parse_role(_required(value, "role", param), f"{param}.role")
+    _check_known(value, EMPTY_FIELDS | {"role", "content"}, param)
+    for name in EMPTY_FIELDS & value.keys():
+        _check_empty(value[name], f"{param}.{name}")
+    content = _required(value, "content", param)
+    return {"role": role, "content": _parse_content(content, f"{param}.content")}
+
+
+def _parse_role(value: object, param: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"'{param}' must be a string.", param, "invalid_type")
+    if value not in ROLES:
+        message = f"'{param}' is '{value[:100]}'; this server supports {', '.join(ROLES)}."
+        raise invalid(message, param, UNSUPPORTED)
+    return ROLES[value]
+
+
+def _check_known(value: dict[str, object], known: frozenset[str], param: str) -> None:
+    for name in value:
+        if name not in known:
+            field = f"{param}.{name[:100]}"
+            message = f"Unrecognized request argument supplied: {field}."
+            raise invalid(message, field, "unknown_parameter")
+
+
+def _check_empty(value: object, param: str) -> None:
+    if value is not None and value != []:
+        raise invalid(f"This server does not support '{param}'.", param, UNSUPPORTED)
+
+
+def _parse_content(value: object, param: str) -> str:
+    """A string, or the texts of its parts with nothing put between them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        message = f"'{param}' must be a string or a list of text parts."
+        raise invalid(message, param, "invalid_type")
+    return "".join(_parse_part(part, f"{param}[{place}]") for place, part in enumerate(value))
+
+
+def _parse_part(value: object, param: str) -> str:
+    if not isinstance(value, dict):
+        message = f"'{param}' must be an object with 'type' and 'text'."
+        raise invalid(message, param, "invalid_type")
+    kind = _required(value, "type", param)
+    if kind != "text":
+        raise _no_text_part(kind, f"{param}.type")
+    _check_known(value, PART_FIELDS, param)
+    text = _required(value, "text", param)
+    if not isinstance(text, str):
+        raise invalid(f"'{param}.text' must be a string.", f"{param}.text", "invalid_type")
+    return text
+
+
+def _no_text_part(kind: object, param: str) -> ApiError:
+    if not isinstance(kind, str):
+        return invalid(f"'{param}' must be a string.", param, "invalid_type")
+    message = f"'{param}' is '{kind[:100]}'; this server supports text only."
+    return invalid(message, param, UNSUPPORTED)
+
+
+def _required(fields: dict[str, object], name: str, param: str) -> object:
+    if name not in fields:
+        field = f"{param}.{name}"
+        message = f"Missing required parameter: '{field}'."
+        raise invalid(message, field, "missing_required_parameter")
+    return fields[name]

@@ -1,0 +1,40 @@
+"""Where a model's parts are: on one device, or spread by accelerate over several."""
+
+import psutil
+import torch
+from accelerate.hooks import AlignDevicesHook
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether part of a model did not fit on the devices that it was spread over."""
+    places = set(getattr(model, "hf_device_map", {}).values())  # none on a single device
+    return "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def keep_rows_on_host(model: PreTrainedModel) -> None:
+    """Keep accelerate from moving the logits' rows to the first device: they index on the last."""
+    hook = getattr(model, "_hf_hook", None)  # none where one device holds the whole model
+    if isinstance(hook, AlignDevicesHook):
+        skipped = [hook.skip_keys] if isinstance(hook.skip_keys, str) else hook.skip_keys or []
+        hook.skip_keys = [*skipped, "logits_to_keep"]
+
+
+def layer_devices(model: PreTrainedModel, layers: int) -> tuple[torch.device, ...]:
+    """Where each layer's attention computes: attention modules carry their layer's number."""
+    devices: dict[int, torch.device] = {}
+    modules: nn.Module = model
+    for module in modules.modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int):
+            devices[layer] = next(module.parameters()).device
+    return tuple(devices[layer] for layer in range(layers))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU, that could be made free without swapping."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)

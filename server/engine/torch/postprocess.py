@@ -1,0 +1,137 @@
+"""From a step's logits to the next tokens, and to what each of its sequences puts out."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from server.engine.base import (
+    EngineError,
+    InvalidRequestError,
+    StepFailedError,
+    StepOutput,
+    TokenLogprobs,
+)
+from server.engine.torch.answer import Answer
+from server.engine.torch.batch import Row
+from server.engine.torch.sampler import logprobs, sample
+from server.engine.torch.scheduler import Chunk
+from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+Delivery: TypeAlias = tuple[EngineSequence, StepOutput | EngineError]
+
+
+class Postprocessor:
+    """Advances the sequences of a step. It frees nothing: whoever calls it does."""
+
+    def __init__(self, vocabulary: Vocabulary, eos_tokens: frozenset[int]) -> None:
+        self._vocabulary = vocabulary
+        self._eos_tokens = eos_tokens
+
+    def run(
+        self,
+        chunks: Sequence[Chunk],
+        rows: Sequence[Row],
+        logits: Tensor,
+        answers: Mapping[EngineSequence, Answer],
+    ) -> list[Delivery]:
+        """Score prompts, draw tokens, make text.
+
+        Args:
+            logits: (rows, vocabulary) float32, in the order of `rows`.
+
+        Returns:
+            The outputs of the sequences that have any; at most one each.
+        """
+        read = [chunk.sequence for chunk in chunks if chunk.completes and not chunk.samples]
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        finite = logits.amax(dim=-1).isfinite().tolist()  # NaN counts as the largest
+        lost = {row.sequence for row, whole in zip(rows, finite, strict=True) if not whole}
+        scored = [i for i, row in enumerate(rows) if not row.draws and row.sequence not in lost]
+        drawn = [i for i, row in enumerate(rows) if row.draws and row.sequence not in lost]
+        self._score([rows[i] for i in scored], logits, scored, answers)
+        return [
+            *((sequence, _not_a_number(sequence)) for sequence in lost),
+            *((sequence, answers[sequence].read()) for sequence in read if sequence not in lost),
+            *self._draw([rows[i].sequence for i in drawn], _select(logits, drawn), answers),
+        ]
+
+    def _score(
+        self,
+        rows: Sequence[Row],
+        logits: Tensor,
+        places: Sequence[int],
+        answers: Mapping[EngineSequence, Answer],
+    ) -> None:
+        """Give the prompts' next tokens their log-probabilities."""
+        tokens = [row.sequence.tokens[row.place + 1] for row in rows]
+        counts = [row.sequence.request.sampling.prompt_logprobs or 0 for row in rows]
+        values = logprobs(_select(logits, places), tokens, counts)
+        for row, token, value in zip(rows, tokens, values, strict=True):
+            answers[row.sequence].score(self._vocabulary.logprobs(token, value))
+
+    def _draw(
+        self,
+        sequences: Sequence[EngineSequence],
+        logits: Tensor,
+        answers: Mapping[EngineSequence, Answer],
+    ) -> list[Delivery]:
+        """Draw the sequences' next tokens from their rows of logits."""
+        if not sequences:
+            return []
+        tokens = sample(logits, [answers[sequence].draw() for sequence in sequences])
+        found = self._token_logprobs(sequences, tokens, logits)
+        return [
+            (sequence, self._append(answers[sequence], token, found.get(row)))
+            for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+        ]
+
+    def _append(
+        self, answer: Answer, token: int, found: TokenLogprobs | None
+    ) -> StepOutput | EngineError:
+        try:
+            return answer.append(token, found, self._eos_tokens)
+        except Exception:  # what fails in one sequence's text is not its neighbours' fault
+            logger.exception("the text of a sequence failed")
+            return StepFailedError("the engine failed while computing this request")
+
+    def _token_logprobs(
+        self, sequences: Sequence[EngineSequence], tokens: Sequence[int], logits: Tensor
+    ) -> dict[int, TokenLogprobs]:
+        """Row -> what its request wants to know of its token, for the rows that want it."""
+        wanted = {
+            row: count
+            for row, sequence in enumerate(sequences)
+            if (count := sequence.request.sampling.logprobs) is not None
+        }
+        rows = list(wanted)
+        drawn = [tokens[row] for row in rows]
+        values = logprobs(_select(logits, rows), drawn, list(wanted.values()))
+        return {
+            row: self._vocabulary.logprobs(token, value)
+            for row, token, value in zip(rows, drawn, values, strict=True)
+        }
+
+
+def _select(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, without a copy where they are all."""
+    if len(rows) == len(logits):
+        return logits
+    return logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
+
+
+def _not_a_number(sequence: EngineSequence) -> EngineError:
+    """Another model than the one asked for would answer; nobody gets that without being told."""
+    if not sequence.edits:
+        return StepFailedError("the model's output is not a number")
+    return InvalidRequestError(
+        "Steered like this, the model's output is not a number; choose weaker settings.",
+        "steering",
+        "steering_overflow",
+    )

@@ -1,0 +1,48 @@
+"""An admitted request, and how far it is."""
+
+from dataclasses import dataclass
+
+from server.engine.base import Request
+from steering.settings import SlottedEdit
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request's tokens and their state in the engine."""
+
+    request: Request
+    tokens: list[int]  # the prompt, then what was generated
+    edits: tuple[SlottedEdit, ...] = ()  # from the admission on, which knows the slots
+    arrival: int = -1  # its place in the order of arrival
+    computed: int = 0  # how many of `tokens` have their K/V in the cache
+    scored: int = 0  # prompt tokens after which the next one's log-probability is known
+
+    @classmethod
+    def of(cls, request: Request) -> "Sequence":
+        """A request at its beginning."""
+        return cls(request, list(request.prompt))
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The interventions that it pins, from its admission to its end."""
+        return tuple(edit.digest for edit in self.request.effective_edits)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the prompt and the longest completion asked for."""
+        return self.prompt_length + self.request.sampling.max_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose K/V is still to be computed: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.computed

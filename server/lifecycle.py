@@ -1,0 +1,101 @@
+"""The process: serving, draining after a signal, stopping when the engine dies."""
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import time
+from types import FrameType
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.api.context import ServerContext
+from server.stalled import StalledConnections
+
+# How long answers that the closed engine has ended may take to reach their readers.
+_LAST_WORDS_SECONDS: Final = 5
+_TICK_SECONDS: Final = 0.1
+
+logger = logging.getLogger("uvicorn.error")  # the one that uvicorn lets an operator see
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which drains in the time that it is given, and outlives no engine.
+
+    The first SIGTERM or SIGINT lets running and waiting requests go on for `shutdown_timeout`
+    seconds, then closes the engine, which ends them with an error. A second signal ends the process
+    at once. When the engine has died, the server stops by itself.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        context = app.state.context
+        assert isinstance(context, ServerContext)
+        settings = context.settings
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="info",
+            access_log=False,
+            # Closing the engine ends generations; this ends what still hangs then, uploads too.
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _LAST_WORDS_SECONDS,
+        )
+        super().__init__(config)
+        self.engine_died = False
+        self._engine = context.engine
+        self._lifecycle = context.lifecycle
+        self._drain_seconds = settings.shutdown_timeout
+        self._stalled = StalledConnections(settings.write_timeout)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, or until the engine dies."""
+        cutting = asyncio.create_task(self._cut_stalled())
+        try:
+            await super().serve(sockets)
+        finally:
+            cutting.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; end at once, with a shell's status for it, at the second."""
+        # Not uvicorn's own: that one raises the signal again at the end, so that a clean stop would
+        # look like a kill, and a second SIGTERM would change nothing.
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+        self._lifecycle.stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop serving; uvicorn asks ten times a second."""
+        if not self._engine.ready and not self._lifecycle.stopping:
+            logger.critical("The engine has died; the server stops, to be started anew.")
+            self.engine_died = True
+            self._drain_seconds = 0
+            self.config.timeout_graceful_shutdown = 1
+            return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new work, let the old come to its end, and end it when its time is over."""
+        self._lifecycle.stopping = True
+        drained = asyncio.Event()
+        closing = asyncio.create_task(self._close_engine(drained))
+        await super().shutdown(sockets)
+        drained.set()
+        await closing
+
+    async def _close_engine(self, drained: asyncio.Event) -> None:
+        try:
+            async with asyncio.timeout(self._drain_seconds):
+                await drained.wait()
+        except TimeoutError:
+            count = len(self.server_state.tasks)
+            logger.warning("%g s are over: ending %d request(s)", self._drain_seconds, count)
+        await self._engine.close()
+
+    async def _cut_stalled(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            self._stalled.cut(self.server_state.connections, time.monotonic())

@@ -1,0 +1,57 @@
+"""Connections whose reader takes nothing: cut off, whatever was being sent."""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class Connection(Protocol):
+    """What is needed of uvicorn's protocols, of which there are several."""
+
+    transport: asyncio.Transport
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsent:
+    size: int  # bytes waiting in the process
+    since: float
+
+
+class StalledConnections:
+    """Aborts connections that have had something to send, and could not, for `timeout` seconds.
+
+    A stream notices by itself that its reader stalls. But closing a connection waits for what was
+    written before, and a reader that takes nothing would keep it, and its memory, for ever; so
+    would the reader of an answer that was complete at once.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._unsent: dict[asyncio.Transport, _Unsent] = {}
+
+    def cut(self, connections: Iterable[Connection], now: float) -> None:
+        """Look at all connections, and abort those that have stalled; to be called often.
+
+        Args:
+            now: in seconds, by any clock that only goes forward.
+        """
+        unsent: dict[asyncio.Transport, _Unsent] = {}
+        for connection in connections:
+            transport = connection.transport
+            size = transport.get_write_buffer_size()
+            if size == 0:
+                continue
+            # Whatever is written makes it larger, whatever the reader takes makes it smaller.
+            before = self._unsent.get(transport)
+            if before is None or before.size != size:
+                before = _Unsent(size, now)
+            unsent[transport] = before
+        self._unsent = unsent
+        for transport, state in unsent.items():
+            if now - state.since > self._timeout:
+                logger.warning("Cutting off a client that has read nothing for %g s", self._timeout)
+                transport.abort()

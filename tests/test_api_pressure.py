@@ -1,0 +1,202 @@
+"""Under pressure: deadlines, clients that leave, steps that fail; what was held is freed."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from interventions.registry import Registry
+from server.engine.torch.engine import TorchEngine
+from tests.conftest import MakeClient, WriteArtifact
+from tests.serving import (
+    Connection,
+    Json,
+    build_app,
+    complete,
+    error_of,
+    events,
+    eventually,
+    metric,
+    push,
+    text_of,
+)
+
+ENDLESS: Json = {"max_tokens": 500, "ignore_eos": True}
+
+
+class Gate:
+    """Lets an engine compute so many steps, and then no more, until it is opened."""
+
+    def __init__(self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._core = engine._core
+        self._step: Callable[[], object] = engine._core.step
+        self._permits = threading.Semaphore(0)
+        self._open = threading.Event()
+        monkeypatch.setattr(engine._core, "step", self._gated_step)
+
+    def let(self, steps: int) -> None:
+        """Allow so many more."""
+        self._permits.release(steps)
+
+    def open(self) -> None:
+        """Allow all from now on."""
+        self._open.set()
+        self.let(1)
+
+    def _gated_step(self) -> object:
+        if self._core.has_work and not self._open.is_set():
+            assert self._permits.acquire(timeout=20)
+        return self._step()
+
+
+@pytest.fixture
+def gate(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The tiny engine's gate, closed at first."""
+    gate = Gate(tiny_engine, monkeypatch)
+    yield gate
+    gate.open()
+
+
+def idle(engine: TorchEngine) -> bool:
+    """Whether the engine holds nothing of any request."""
+    stats = engine.stats()
+    return (stats.running, stats.waiting, stats.kv_cache_usage) == (
+        0,
+        0,
+        0,
+    ) and engine._core.interventions.slots.pins == 0
+
+
+async def begin(engine: TorchEngine, gate: Gate, state: str) -> None:
+    """Have the request that was just sent wait, or run."""
+    await eventually(lambda: engine.stats().waiting == 1)
+    if state == "running":
+        gate.let(3)
+        await eventually(lambda: engine.stats().running == 1)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("state", ["waiting", "running"])
+async def test_a_client_that_leaves_is_gone_after_two_steps(
+    tiny_engine: TorchEngine, registry: Registry, gate: Gate, stream: bool, state: str
+) -> None:
+    connection = Connection({"model": "tiny", "prompt": "x", "stream": stream, **ENDLESS})
+    request = asyncio.create_task(connection.run(build_app(tiny_engine, registry)))
+    await begin(tiny_engine, gate, state)
+    connection.leave.set()
+    async with asyncio.timeout(10):
+        await request  # the application is done with it before the engine takes another step
+    assert not idle(tiny_engine)
+    gate.let(2)
+    await eventually(lambda: idle(tiny_engine))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("state", ["waiting", "running"])
+async def test_a_request_ends_at_its_deadline(
+    tiny_engine: TorchEngine,
+    make_client: MakeClient,
+    affine_artifact: WriteArtifact,
+    gate: Gate,
+    stream: bool,
+    state: str,
+) -> None:
+    client = make_client(request_timeout=0.6)
+    await push(client, affine_artifact("maps"))
+    fields = {**ENDLESS, "stream": stream, "steering": {"intervention": "maps"}}
+    request = asyncio.create_task(complete(client, **fields))
+    await begin(tiny_engine, gate, state)
+    assert_timed_out(await request, stream)
+    gate.let(2)
+    await eventually(lambda: idle(tiny_engine))
+    assert await metric(client, 'requests_total{endpoint="/v1/completions",outcome="server_error"}')
+
+
+async def test_a_request_ends_at_its_deadline_while_its_intervention_is_read(
+    tiny_engine: TorchEngine,
+    make_client: MakeClient,
+    affine_artifact: WriteArtifact,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = make_client(request_timeout=0.1)
+    await push(client, affine_artifact("maps"))
+    disk = threading.Event()
+    read = tiny_engine._source
+
+    def read_slowly(digest: str) -> object:
+        assert disk.wait(20)
+        return read(digest)
+
+    monkeypatch.setattr(tiny_engine, "_source", read_slowly)
+    response = await complete(client, **ENDLESS, steering={"intervention": "maps"})
+    assert_timed_out(response, stream=False)
+    disk.set()
+    await eventually(lambda: tiny_engine.stats().slots_used == 1)
+    await eventually(lambda: idle(tiny_engine))
+
+
+async def test_a_deadline_frees_the_engine_though_the_reader_stalls(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    stalled = asyncio.Event()
+
+    class Stalling(Connection):
+        async def _send(self, message: Message) -> None:
+            if message["type"] == "http.response.body":
+                stalled.set()
+                await asyncio.Event().wait()
+
+    app = build_app(tiny_engine, registry, request_timeout=0.2, write_timeout=30)
+    connection = Stalling({"model": "tiny", "prompt": "x", "stream": True, **ENDLESS, "n": 20})
+    request = asyncio.create_task(connection.run(app))
+    await stalled.wait()
+    await eventually(lambda: idle(tiny_engine))
+    assert not request.done()
+    request.cancel()
+    await asyncio.wait((request,))
+
+
+async def test_an_answer_that_is_complete_in_time_is_given(make_client: MakeClient) -> None:
+    assert await text_of(make_client(request_timeout=20))
+
+
+async def test_a_failing_step_is_told_to_each_of_its_requests(
+    tiny_engine: TorchEngine,
+    client: httpx.AsyncClient,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> object:
+        raise RuntimeError("a secret of the inside")
+
+    requests: list[Awaitable[httpx.Response]] = [
+        asyncio.create_task(complete(client, stream=stream, n=2)) for stream in (False, True)
+    ]
+    await eventually(lambda: tiny_engine.stats().waiting == 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(tiny_engine._core._runner, "run", fail)
+        gate.let(1)
+        plain, stream = await asyncio.gather(*requests)
+    assert plain.status_code == 500
+    assert error_of(plain)["code"] == "step_failed"
+    [only] = events(stream.text)
+    assert json.loads(only)["error"]["code"] == "step_failed"
+    assert "secret" not in plain.text + stream.text
+    gate.open()
+    assert await text_of(client)
+    assert idle(tiny_engine)
+
+
+def assert_timed_out(response: httpx.Response, stream: bool) -> None:
+    """An answer, or a stream's last event, that says that the request's time was over."""
+    if stream:
+        assert response.status_code == 200
+        error = json.loads(events(response.text)[-1])["error"]
+    else:
+        assert response.status_code == 504
+        error = error_of(response)
+    assert (error["type"], error["code"]) == ("server_error", "request_timeout")

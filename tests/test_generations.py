@@ -1,0 +1,84 @@
+"""One request's generations: its deadline, and whose timeout it was."""
+
+import time
+
+import pytest
+
+from interventions.registry import Registry
+from server.api.context import ServerContext
+from server.api.errors import ApiError
+from server.api.generations import GenerationGroup
+from server.engine.base import Request, SamplingSettings, StepOutput
+from server.engine.torch.engine import TorchEngine
+from tests.serving import Script, ScriptedGeneration, build_app
+
+LAST = StepOutput((1,), "one", finish_reason="stop")
+REQUEST = Request("x", (1,), SamplingSettings(5))
+
+
+@pytest.fixture
+def context(tiny_engine: TorchEngine, registry: Registry) -> ServerContext:
+    context = build_app(tiny_engine, registry).state.context
+    assert isinstance(context, ServerContext)
+    return context
+
+
+async def group_of(
+    context: ServerContext, generation: ScriptedGeneration, seconds: float
+) -> GenerationGroup:
+    """An admitted group of one scripted generation."""
+    steering = context.steering.apply(None, None, given=False)
+    group = GenerationGroup(context.engine, context.metrics, steering, time.perf_counter(), seconds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context.engine, "submit", Script([generation]).submit)
+        await group.submit([REQUEST], prompt_tokens=1)
+    return group
+
+
+async def nowhere(_: int, __: StepOutput) -> None:
+    """Deliver to nobody."""
+
+
+async def test_the_deadline_ends_a_generation(context: ServerContext) -> None:
+    generation = ScriptedGeneration(outputs=(StepOutput((1,), "one"),))
+    group = await group_of(context, generation, 0.05)
+    with pytest.raises(ApiError) as caught:
+        await group.run(nowhere)
+    error = caught.value
+    assert (error.status, error.code) == (504, "request_timeout")
+    assert error.body["error"]["type"] == "server_error"  # type: ignore[index,call-overload]
+    assert "0.05 s" in error.message
+    assert generation.cancelled
+
+
+async def test_a_deadline_that_passes_with_the_last_token_loses_nothing(
+    context: ServerContext,
+) -> None:
+    group = await group_of(context, ScriptedGeneration(outputs=(LAST,)), 0.05)
+
+    async def deliver(_: int, __: StepOutput) -> None:
+        time.sleep(0.1)  # noqa: ASYNC251 - the event loop finds both done at once
+
+    await group.run(deliver)
+    assert group.usage.completion_tokens == 1
+
+
+async def test_a_readers_timeout_is_not_the_deadline(context: ServerContext) -> None:
+    generation = ScriptedGeneration(outputs=(LAST,))
+    group = await group_of(context, generation, 30)
+
+    async def deliver(_: int, __: StepOutput) -> None:
+        raise TimeoutError("the reader's")
+
+    with pytest.raises(TimeoutError, match="the reader's"):
+        await group.run(deliver)
+    assert generation.cancelled
+
+
+async def test_a_deadline_that_passes_before_admission(context: ServerContext) -> None:
+    steering = context.steering.apply(None, None, given=False)
+    long_ago = time.perf_counter() - 10
+    group = GenerationGroup(context.engine, context.metrics, steering, long_ago, 5)
+    with pytest.raises(ApiError) as caught:
+        await group.submit([REQUEST], prompt_tokens=1)
+    assert caught.value.code == "request_timeout"

@@ -1,0 +1,204 @@
+"""The server's end: after a signal, at its deadline, and when the engine dies."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from interventions.registry import Registry
+from server.engine.torch.engine import TorchEngine
+from tests.live import LiveServer, live
+from tests.processes import steerserve
+from tests.serving import build_app, complete, error_of, eventually, text_of
+
+ENDLESS: dict[str, object] = {"max_tokens": 500, "ignore_eos": True}
+
+
+async def running(
+    client: httpx.AsyncClient, engine: TorchEngine, **fields: object
+) -> list[asyncio.Task[httpx.Response]]:
+    """A plain request and a stream, both being generated."""
+    tasks = [
+        asyncio.create_task(complete(client, **fields, stream=stream)) for stream in (False, True)
+    ]
+    await eventually(lambda: engine.stats().running == 2)
+    return tasks
+
+
+def slowly(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each step of the engine take a while."""
+    step = engine._core.step
+
+    def slow_step() -> object:
+        time.sleep(0.005)
+        return step()
+
+    monkeypatch.setattr(engine._core, "step", slow_step)
+
+
+async def stopped(server: LiveServer) -> None:
+    """Wait until the server has stopped by itself."""
+    async with asyncio.timeout(20):
+        await server.task
+
+
+async def test_after_a_signal_running_requests_are_finished_and_no_others_taken(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly(tiny_engine, monkeypatch)
+    app = build_app(tiny_engine, registry)
+    async with live(app) as server, httpx.AsyncClient(base_url=server.url) as client:
+        requests = await running(client, tiny_engine, max_tokens=60, ignore_eos=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(lambda: not server.server.servers[0].is_serving())
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/health")
+        plain, stream = await asyncio.gather(*requests)
+        assert plain.json()["usage"]["completion_tokens"] == 60
+        assert stream.text.endswith("data: [DONE]\n\n")
+        await stopped(server)
+    assert not server.server.engine_died
+
+
+@pytest.mark.parametrize("seconds", [0, 0.2])
+async def test_requests_that_take_longer_are_told_that_the_server_stops(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    slowly(tiny_engine, monkeypatch)
+    app = build_app(tiny_engine, registry, shutdown_timeout=seconds)
+    async with live(app) as server, httpx.AsyncClient(base_url=server.url) as client:
+        requests = await running(client, tiny_engine, **ENDLESS)
+        os.kill(os.getpid(), signal.SIGINT)
+        plain, stream = await asyncio.gather(*requests)
+        assert plain.status_code == 503
+        assert error_of(plain)["code"] == "shutting_down"
+        assert plain.headers["retry-after"]
+        *_, last, end = stream.text.split("\n\n")
+        assert '"code":"shutting_down"' in last
+        assert end == ""
+        await stopped(server)
+    assert not tiny_engine.ready
+
+
+async def test_a_server_that_stops_takes_no_new_request(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    app = build_app(tiny_engine, registry)
+    app.state.context.lifecycle.stopping = True
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        refused = [
+            await client.get("/ready"),
+            await complete(client),
+            await complete(client, stream=True),
+            await client.get("/v1/models"),
+            await client.delete("/v1/interventions/x"),
+        ]
+        for answer in refused:
+            assert answer.status_code == 503
+            assert error_of(answer)["code"] == "shutting_down"
+            assert answer.headers["retry-after"]
+        for path in ("/health", "/version", "/metrics"):
+            assert (await client.get(path)).status_code == 200
+        app.state.context.lifecycle.stopping = False
+        assert await text_of(client)
+
+
+async def test_a_second_signal_ends_the_process_at_once(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    slowly(tiny_engine, monkeypatch)
+    app = build_app(tiny_engine, registry, shutdown_timeout=0.2)
+    async with live(app) as server, httpx.AsyncClient(base_url=server.url) as client:
+        requests = await running(client, tiny_engine, **ENDLESS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.02)
+        assert ends == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(lambda: ends == [128 + signal.SIGTERM])
+        await asyncio.gather(*requests)
+
+
+async def test_a_server_whose_engine_dies_stops_whatever_it_was_doing(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly(tiny_engine, monkeypatch)
+    async with (
+        live(build_app(tiny_engine, registry)) as server,
+        httpx.AsyncClient(base_url=server.url) as client,
+    ):
+        requests = await running(client, tiny_engine, **ENDLESS)
+        # A request whose body never comes would hold the server for long.
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 9\r\n\r\n{"
+        )
+        await eventually(lambda: len(server.server.server_state.tasks) == 3)
+
+        def die() -> None:
+            raise SystemExit
+
+        monkeypatch.setattr(tiny_engine._core, "step", die)
+        plain, stream = await asyncio.gather(*requests)
+        assert plain.status_code == 503
+        assert error_of(plain)["code"] == "engine_dead"
+        assert '"code":"engine_dead"' in stream.text
+        await stopped(server)
+        writer.close()
+    assert server.server.engine_died
+
+
+def test_a_terminated_process_answers_and_exits_with_0(
+    tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    model = str(tiny_folders["llama"])
+    env = {"STEERSERVE_TEST_DEATH": str(tmp_path / "never")}
+    arguments = ("--model", model, "--shutdown-timeout", "0.3", "--check-invariants")
+    with (
+        steerserve(tmp_path, *arguments, module="tests.tiny_server", env=env) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        body = {"model": "tiny-llama", "prompt": "x", **ENDLESS}
+        plain, stream = (
+            pool.submit(httpx.post, f"{server.url}/v1/completions", json={**body, "stream": stream})
+            for stream in (False, True)
+        )
+        wait_for_running(server.url, 2)
+        server.process.terminate()
+        assert error_of(plain.result())["code"] == "shutting_down"
+        assert '"code":"shutting_down"' in stream.result().text
+        assert server.process.wait(20) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_process_whose_engine_dies_says_so_and_exits_with_1(
+    tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    death = tmp_path / "death"
+    env = {"STEERSERVE_TEST_DEATH": str(death)}
+    arguments = ("--model", str(tiny_folders["llama"]))
+    with steerserve(tmp_path, *arguments, module="tests.tiny_server", env=env) as server:
+        threading.Timer(0.3, death.touch).start()
+        body = {"model": "tiny-llama", "prompt": "x", **ENDLESS}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
+        assert error_of(answer)["code"] == "engine_dead"
+        assert server.process.wait(20) == 1
+    assert server.log.read_text().count("The engine has died; the server stops") == 1
+
+
+def wait_for_running(url: str, count: int) -> None:
+    for _ in range(200):
+        if f"steerserve_requests_running {count}.0" in httpx.get(f"{url}/metrics").text:
+            return
+        time.sleep(0.02)
+    raise TimeoutError

@@ -1,0 +1,141 @@
+"""Whatever arrives, is cancelled, fails or ends in whatever order, the scheduler's books add up."""
+
+from collections import deque
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from server.engine.base import QueueFullError, Request, SamplingSettings
+from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.scheduler import Scheduler
+from server.engine.torch.sequence import Sequence
+
+BLOCK_SIZE = 4
+
+
+class Scheduling(RuleBasedStateMachine):
+    """The scheduler as the engine drives it, beside a model of what must be true of it."""
+
+    @initialize(
+        blocks=st.integers(2, 8),
+        batch=st.integers(1, 5),
+        more_tokens=st.integers(0, 10),
+        waiting=st.integers(1, 8),
+    )
+    def begin(self, blocks: int, batch: int, more_tokens: int, waiting: int) -> None:
+        self.pool = BlockPool(blocks, BLOCK_SIZE)
+        self.scheduler = Scheduler(self.pool, batch, batch + more_tokens, waiting)
+        self.living: deque[Sequence] = deque()  # in order of arrival
+        self.finished: list[Sequence] = []
+        self.stored: dict[Sequence, int] = {}  # tokens whose K/V a sequence has
+
+    @rule(data=st.data(), scored=st.booleans())
+    def arrive(self, data: st.DataObject, scored: bool) -> None:
+        room = self.pool.tokens
+        # Mostly short prompts with long completions: those outgrow the pool together.
+        prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
+        longest = room - prompt
+        max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
+        sampling = SamplingSettings(max_tokens, prompt_logprobs=1 if scored else None)
+        sequence = Sequence.of(Request("test", (0,) * prompt, sampling))
+        queued = len(self.scheduler.waiting)
+        try:
+            self.scheduler.check_room(1)
+        except QueueFullError:
+            assert queued >= self.scheduler.max_waiting
+        else:
+            assert queued < max(self.scheduler.max_waiting, 1)
+            self.scheduler.add(sequence)
+            self.living.append(sequence)
+
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self._end(data.draw(st.sampled_from(list(self.living)), "which"))
+
+    @rule(data=st.data(), steps=st.integers(1, 12))
+    def run(self, data: st.DataObject, steps: int) -> None:
+        for _ in range(steps):
+            self._step(data)
+
+    def _step(self, data: st.DataObject) -> None:
+        oldest = self.living[0] if self.living else None
+        plan = self.scheduler.schedule()
+        for sequence in plan.preempted:
+            self.stored.pop(sequence)
+        assert bool(plan.chunks) == bool(self.living), "somebody waits while nothing is computed"
+        assert sum(chunk.count for chunk in plan.chunks) <= self.scheduler.max_batch_tokens
+        assert oldest not in plan.preempted
+        if oldest is not None and oldest.pending == 1:
+            assert oldest in [chunk.sequence for chunk in plan.chunks], "the oldest was passed over"
+        for chunk in plan.chunks:
+            assert chunk.count > 0
+            assert chunk.start == self.stored.get(chunk.sequence, 0), "K/V that nobody computed"
+            assert chunk.end <= len(chunk.sequence.tokens)
+            self.stored[chunk.sequence] = chunk.end
+        completed = [chunk.sequence for chunk in plan.chunks if chunk.completes]
+        drawing = {chunk.sequence for chunk in plan.chunks if chunk.samples}
+        for chunk in plan.chunks:
+            chunk.sequence.scored += len(chunk.scores)
+            chunk.sequence.computed += chunk.count
+        for sequence in completed:
+            if sequence in drawing:
+                sequence.tokens.append(0)
+                stops = len(sequence.tokens) == sequence.max_length
+                ended = stops or data.draw(st.integers(0, 29), "stops at 29") == 29
+            else:
+                ended = True
+            if ended:
+                self._assert_scored(sequence)
+                self._end(sequence)
+
+    def _assert_scored(self, sequence: Sequence) -> None:
+        wanted = sequence.request.sampling.prompt_logprobs is not None
+        assert sequence.scored == (sequence.prompt_length - 1 if wanted else 0)
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.living.remove(sequence)
+        self.stored.pop(sequence, None)
+
+    @invariant()
+    def the_books_add_up(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check()
+        assert {*self.scheduler.running, *self.scheduler.waiting} == set(self.living)
+        held = sum(
+            self.pool.needed(max(self.stored.get(sequence, 0), 1))
+            for sequence in self.scheduler.running
+        )
+        assert held <= self.pool.blocks - self.pool.free, "K/V without a block"
+
+    def teardown(self) -> None:
+        """Nobody starves: what is left comes to an end, in as many steps as it has tokens."""
+        if not hasattr(self, "scheduler"):
+            return
+        work = sum(sequence.max_length for sequence in self.living)
+        # A preempted sequence's tokens are computed again; each preemption lets another go on.
+        for _ in range(work * (len(self.living) + 1)):
+            if not self.living:
+                break
+            self._advance()
+        assert not self.living, "somebody starves"
+        assert self.pool.free == self.pool.blocks
+
+    def _advance(self) -> None:
+        plan = self.scheduler.schedule()
+        for chunk in plan.chunks:
+            sequence, samples, completes = chunk.sequence, chunk.samples, chunk.completes
+            sequence.computed += chunk.count
+            if samples:
+                sequence.tokens.append(0)
+            if completes and len(sequence.tokens) == sequence.max_length:
+                self.scheduler.remove(sequence)
+                self.living.remove(sequence)
+
+
+TestScheduling = pytest.mark.timeout(120)(Scheduling.TestCase)
+TestScheduling.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
