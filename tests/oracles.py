@@ -1,5 +1,6 @@
 """Slow references, obviously right: what every fast path of the project is held to."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeAlias
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from server.engine.base import SamplingSettings
 from steering.affine import AffineMap
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
@@ -55,6 +57,34 @@ def reward(h: Tensor, head: RewardHead, settings: RewardSettings) -> Tensor:
             (gradient,) = torch.autograd.grad(reward_of(point, head), point)
         h = h + settings.eta * gradient
     return h
+
+
+def sampling_probabilities(
+    logits: Sequence[float], prompt: Sequence[int], completion: Sequence[int], how: SamplingSettings
+) -> list[float]:
+    """Each token's probability of being drawn next, a token at a time, in the documented order."""
+    values = list(logits)
+    for token, bias in how.logit_bias:
+        values[token] += bias
+    for token in {*prompt, *completion}:
+        value = values[token]
+        penalty = how.repetition_penalty
+        values[token] = value / penalty if value > 0 else value * penalty
+    for token in set(completion):
+        values[token] -= how.presence_penalty + how.frequency_penalty * completion.count(token)
+    best_first = sorted(range(len(values)), key=lambda token: -values[token])
+    if how.temperature == 0:
+        return [float(token == best_first[0]) for token in range(len(values))]
+    weights = [math.exp((value - max(values)) / how.temperature) for value in values]
+    kept = [token for token in best_first if weights[token] >= how.min_p]
+    kept = kept[: how.top_k or None]
+    total, before, nucleus = sum(weights[token] for token in kept), 0.0, []
+    for token in kept:
+        if before / total < how.top_p:
+            nucleus.append(token)
+        before += weights[token]
+    total = sum(weights[token] for token in nucleus)
+    return [weights[token] / total * (token in nucleus) for token in range(len(values))]
 
 
 class Oracle:

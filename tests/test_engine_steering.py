@@ -1,119 +1,31 @@
 """The five promises about numbers (DESIGN, section 3): alone, then interleaved, then compared."""
 
 import asyncio
-from collections.abc import Mapping
-from functools import cache
 
 import pytest
-import torch
 from torch import Tensor
 
-from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions, build_core
-from server.engine.torch.engine import TorchEngine
-from server.engine.torch.interventions import Parameters
 from server.engine.torch.sequence import Sequence
 from steering.bank import Bank
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.oracles import Oracle
-from tests.tiny import FAMILIES, family_sites, head_width, random_head, random_maps, tiny_model
-
-NEW_TOKENS = 16
-GREEDY = SamplingSettings(NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=3)
-ATTENTION = {
-    "gpt2": "transformer.h.1.attn",
-    "opt": "model.decoder.layers.1.self_attn",
-    "opt-350m": "model.decoder.layers.1.self_attn",
-}
-
-
-@cache
-def interventions_of(family: str = "llama") -> Mapping[str, Parameters]:
-    """By digest, at the family's default sites, and before its head."""
-    sites, width = family_sites(family), head_width(family)
-    attention = ATTENTION.get(family, "model.layers.1.self_attn")
-    return {
-        "a": random_maps(1, sites=sites),
-        "b": random_maps(2, sites=sites[1:]),
-        "supported": random_maps(3, sites=sites, support=True),
-        "attention": random_maps(4, sites=(attention,)),
-        "r": random_head(5, width),
-        "wide": random_head(6, width, units=40),
-    }
-
-
-PROMPTS = (
-    b"hello world, how are you?",
-    b"x",
-    b"The quick brown fox jumps over the lazy dog, then it sleeps. " * 2,
-    b"What is this, and why",
+from tests.steered import (
+    GREEDY,
+    NEW_TOKENS,
+    PROMPTS,
+    STACKS,
+    assert_equal_to_oracle,
+    expected_of,
+    generate,
+    interventions_of,
+    logprobs_of,
+    tokens_of,
 )
-STACKS: Mapping[str, tuple[Edit, ...]] = {
-    "base": (),
-    "a": (Edit("a", AffineSettings(1.0)),),
-    "a at another strength": (Edit("a", AffineSettings(0.4)),),
-    "a at a negative strength": (Edit("a", AffineSettings(-0.5)),),
-    "b": (Edit("b", AffineSettings(0.8)),),
-    "a on the prompt": (Edit("a", AffineSettings(0.9, "prompt")),),
-    "a on what is generated": (Edit("a", AffineSettings(0.9, "generated")),),
-    "a support": (Edit("supported", AffineSettings(1.0)),),
-    "a tuple's first place": (Edit("attention", AffineSettings(1.0)),),
-    "r": (Edit("r", RewardSettings(0.5, 5)),),
-    "r with other settings": (Edit("r", RewardSettings(0.2, 2, 0.5)),),
-    "r, its direction only": (Edit("r", RewardSettings(0.5, 0)),),
-    "wide": (Edit("wide", RewardSettings(0.4, 3)),),
-    "a then b": (Edit("a", AffineSettings(0.5)), Edit("b", AffineSettings(0.5))),
-    "b then a": (Edit("b", AffineSettings(0.5)), Edit("a", AffineSettings(0.5))),
-    "a and r": (Edit("a", AffineSettings(0.6)), Edit("r", RewardSettings(0.5, 5))),
-    "four": (
-        Edit("r", RewardSettings(0.3, 1)),
-        Edit("b", AffineSettings(0.3, "generated")),
-        Edit("wide", RewardSettings(0.3, 2)),
-        Edit("supported", AffineSettings(0.7)),
-    ),
-}
-
-
-async def generate(
-    engine: TorchEngine,
-    prompt: list[int] | bytes,
-    edits: tuple[Edit, ...] = (),
-    delay: float = 0,
-) -> list[StepOutput]:
-    await asyncio.sleep(delay)
-    (generation,) = await engine.submit([Request("test", tuple(prompt), GREEDY, edits)])
-    return [output async for output in generation]
-
-
-def tokens_of(outputs: list[StepOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-def logprobs_of(outputs: list[StepOutput]) -> list[float]:
-    return [token.chosen.logprob for output in outputs for token in output.logprobs]
-
-
-def expected_of(
-    oracle: Oracle, family: str, prompt: list[int] | bytes, edits: tuple[Edit, ...]
-) -> tuple[list[int], list[torch.Tensor]]:
-    stack = [(interventions_of(family)[edit.digest], edit.settings) for edit in edits]
-    return oracle.greedy(prompt, NEW_TOKENS, stack)
-
-
-def assert_equal_to_oracle(
-    outputs: list[StepOutput], expected: list[int], logits: list[torch.Tensor]
-) -> None:
-    """Equal greedy tokens up to the first near tie, and equal log-probabilities."""
-    for place, (token, logprob, best, row) in enumerate(
-        zip(tokens_of(outputs), logprobs_of(outputs), expected, logits, strict=True)
-    ):
-        top = row.topk(2).values
-        if top[0] - top[1] <= 1e-4:
-            return
-        assert token == best, f"token {place}"
-        assert logprob == pytest.approx(float(row.log_softmax(-1)[best]), abs=1e-3)
+from tests.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

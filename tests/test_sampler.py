@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
-from server.engine.base import SamplingSettings
+from server.engine.base import Request, SamplingSettings
+from server.engine.torch.penalties import Penalties, changes_logits
 from server.engine.torch.sampler import Draw, logprobs, sample
+from tests.oracles import sampling_probabilities
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])
 
@@ -46,6 +48,61 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
         assert shares(top_p=tiny) == [0, 1, 0, 0]
     kept = torch.tensor([-torch.inf, 3.0, 2.0, -torch.inf]).softmax(-1).tolist()
     assert shares(top_p=0.65) == pytest.approx(kept, abs=2e-3)
+
+
+CASES = (
+    SamplingSettings(1),
+    SamplingSettings(1, temperature=0),
+    SamplingSettings(1, temperature=0.7, top_p=0.8),
+    SamplingSettings(1, top_k=3, top_p=0.9),
+    SamplingSettings(1, min_p=0.2),
+    SamplingSettings(1, min_p=1.0),
+    SamplingSettings(1, temperature=1.5, min_p=0.1, top_k=4, top_p=0.7),
+    SamplingSettings(1, temperature=0, repetition_penalty=3.0),
+    SamplingSettings(1, repetition_penalty=1.3),
+    SamplingSettings(1, repetition_penalty=0.5, presence_penalty=-1.0),
+    SamplingSettings(1, presence_penalty=1.5),
+    SamplingSettings(1, frequency_penalty=0.7, presence_penalty=0.3),
+    SamplingSettings(1, temperature=0, frequency_penalty=2.0),
+    SamplingSettings(1, logit_bias=((2, 4.0), (0, -100.0))),
+    SamplingSettings(1, temperature=0, logit_bias=((5, 100.0),)),
+    SamplingSettings(
+        *(1, 0.9, 0.95, 6, 0.05, 1.1, 0.2, 0.4),
+        logit_bias=((1, 1.0), (3, -1.0)),
+    ),
+)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["each alone", "all in one batch"])
+def test_every_combination_draws_as_the_oracle_says(together: bool) -> None:
+    """Uniform numbers that cover [0, 1) evenly meet each token as often as it is probable."""
+    random = torch.Generator().manual_seed(0)
+    prompt, completion = (0, 1, 1, 6), (2, 3, 3, 3, 6)
+    grid = 400
+    groups = [CASES] if together else [(case,) for case in CASES]
+    for cases in groups:
+        logits = 2 * torch.randn(len(cases), 8, generator=random)
+        draws = [
+            Draw(case, (place + 0.5) / grid, penalties_of(case, prompt, completion))
+            for case in cases
+            for place in range(grid)
+        ]
+        drawn = torch.tensor(sample(logits.repeat_interleave(grid, dim=0), draws))
+        for row, case in enumerate(cases):
+            found = drawn[row * grid : (row + 1) * grid].bincount(minlength=8) / grid
+            expected = sampling_probabilities(logits[row].tolist(), prompt, completion, case)
+            assert found.tolist() == pytest.approx(expected, abs=1.5 / grid), case
+
+
+def penalties_of(
+    case: SamplingSettings, prompt: tuple[int, ...], completion: tuple[int, ...]
+) -> Penalties | None:
+    if not changes_logits(case):
+        return None
+    penalties = Penalties(Request("test", prompt, case), 8, torch.device("cpu"))
+    for token in completion:
+        penalties.push(token)
+    return penalties
 
 
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:

@@ -1,0 +1,119 @@
+"""Requests with all kinds of steering on the tiny models, and what the oracle says of each."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import pytest
+import torch
+
+from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.interventions import Parameters
+from steering.settings import AffineSettings, RewardSettings
+from tests.oracles import Oracle, Stack
+from tests.tiny import family_sites, head_width, random_head, random_maps
+
+NEW_TOKENS = 16
+GREEDY = SamplingSettings(NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=3)
+ATTENTION = {
+    "gpt2": "transformer.h.1.attn",
+    "opt": "model.decoder.layers.1.self_attn",
+    "opt-350m": "model.decoder.layers.1.self_attn",
+}
+
+
+@cache
+def interventions_of(family: str = "llama") -> Mapping[str, Parameters]:
+    """By digest, at the family's default sites, and before its head."""
+    sites, width = family_sites(family), head_width(family)
+    attention = ATTENTION.get(family, "model.layers.1.self_attn")
+    return {
+        "a": random_maps(1, sites=sites),
+        "b": random_maps(2, sites=sites[1:]),
+        "supported": random_maps(3, sites=sites, support=True),
+        "attention": random_maps(4, sites=(attention,)),
+        "r": random_head(5, width),
+        "wide": random_head(6, width, units=40),
+    }
+
+
+PROMPTS = (
+    b"hello world, how are you?",
+    b"x",
+    b"The quick brown fox jumps over the lazy dog, then it sleeps. " * 2,
+    b"What is this, and why",
+)
+STACKS: Mapping[str, tuple[Edit, ...]] = {
+    "base": (),
+    "a": (Edit("a", AffineSettings(1.0)),),
+    "a at another strength": (Edit("a", AffineSettings(0.4)),),
+    "a at a negative strength": (Edit("a", AffineSettings(-0.5)),),
+    "b": (Edit("b", AffineSettings(0.8)),),
+    "a on the prompt": (Edit("a", AffineSettings(0.9, "prompt")),),
+    "a on what is generated": (Edit("a", AffineSettings(0.9, "generated")),),
+    "a support": (Edit("supported", AffineSettings(1.0)),),
+    "a tuple's first place": (Edit("attention", AffineSettings(1.0)),),
+    "r": (Edit("r", RewardSettings(0.5, 5)),),
+    "r with other settings": (Edit("r", RewardSettings(0.2, 2, 0.5)),),
+    "r, its direction only": (Edit("r", RewardSettings(0.5, 0)),),
+    "wide": (Edit("wide", RewardSettings(0.4, 3)),),
+    "a then b": (Edit("a", AffineSettings(0.5)), Edit("b", AffineSettings(0.5))),
+    "b then a": (Edit("b", AffineSettings(0.5)), Edit("a", AffineSettings(0.5))),
+    "a and r": (Edit("a", AffineSettings(0.6)), Edit("r", RewardSettings(0.5, 5))),
+    "four": (
+        Edit("r", RewardSettings(0.3, 1)),
+        Edit("b", AffineSettings(0.3, "generated")),
+        Edit("wide", RewardSettings(0.3, 2)),
+        Edit("supported", AffineSettings(0.7)),
+    ),
+}
+
+
+async def generate(
+    engine: TorchEngine,
+    prompt: list[int] | bytes,
+    edits: tuple[Edit, ...] = (),
+    delay: float = 0,
+    sampling: SamplingSettings = GREEDY,
+) -> list[StepOutput]:
+    await asyncio.sleep(delay)
+    (generation,) = await engine.submit([Request("test", tuple(prompt), sampling, edits)])
+    return [output async for output in generation]
+
+
+def tokens_of(outputs: list[StepOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def logprobs_of(outputs: list[StepOutput]) -> list[float]:
+    return [token.chosen.logprob for output in outputs for token in output.logprobs]
+
+
+def stack_of(family: str, edits: Sequence[Edit]) -> Stack:
+    """The edits as the oracle takes them."""
+    return [(interventions_of(family)[edit.digest], edit.settings) for edit in edits]
+
+
+def expected_of(
+    oracle: Oracle,
+    family: str,
+    prompt: list[int] | bytes,
+    edits: tuple[Edit, ...],
+    new_tokens: int = NEW_TOKENS,
+) -> tuple[list[int], list[torch.Tensor]]:
+    return oracle.greedy(prompt, new_tokens, stack_of(family, edits))
+
+
+def assert_equal_to_oracle(
+    outputs: list[StepOutput], expected: list[int], logits: list[torch.Tensor]
+) -> None:
+    """Equal greedy tokens up to the first near tie, and equal log-probabilities."""
+    for place, (token, logprob, best, row) in enumerate(
+        zip(tokens_of(outputs), logprobs_of(outputs), expected, logits, strict=True)
+    ):
+        top = row.topk(2).values
+        if top[0] - top[1] <= 1e-4:
+            return
+        assert token == best, f"token {place}"
+        assert logprob == pytest.approx(float(row.log_softmax(-1)[best]), abs=1e-3)
