@@ -1,5 +1,6 @@
 """Fixtures: a tiny random model, served by the real engine, behind the real application."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +57,19 @@ class WriteArtifact(Protocol):
     ) -> Path: ...
 
 
+async def close_checked(engine: TorchEngine) -> None:
+    """Close an engine whose books must add up, whatever a test has done to it."""
+    core = engine._core
+    if engine.ready:
+        await asyncio.wrap_future(engine._thread.call(core.check))
+    await engine.close()
+    core.check()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
+    assert core.interventions.slots.pins == 0
+    assert not core._slabs
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """A folder with a tiny random model of each family, and the Llama with a chat template."""
@@ -89,7 +103,7 @@ async def start_engine(load_tiny: LoadTiny) -> AsyncIterator[StartEngine]:
 
     yield start
     for engine in engines:
-        await engine.close()
+        await close_checked(engine)
 
 
 @pytest.fixture
@@ -104,7 +118,7 @@ async def tiny_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[
     engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS)
     await engine.start()
     yield engine
-    await engine.close()
+    await close_checked(engine)
 
 
 @pytest.fixture

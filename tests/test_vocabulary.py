@@ -1,0 +1,58 @@
+"""Tokens by themselves, in each of the usual kinds of vocabularies."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from server.engine.torch.vocabulary import Vocabulary
+from tests.tiny import tiny_tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's and Gemma's: blanks as \u2581, bytes as <0x..>."""
+    words = ["\u2581the", "cat", "<0xC3>", "<0xA9>", "\u2581"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("token", "text", "data"),
+    [
+        (0, " the", b" the"),  # also where it is the first of a text
+        (1, "cat", b"cat"),
+        (2, "<0xC3>", b"\xc3"),
+        (3, "<0xA9>", b"\xa9"),
+        (4, " ", b" "),
+    ],
+)
+def test_tokens_of_sentencepiece(token: int, text: str, data: bytes) -> None:
+    scored = Vocabulary(sentencepiece()).scored(token, -0.5)
+    assert (scored.text, scored.bytes, scored.logprob) == (text, data, -0.5)
+
+
+def test_every_token_of_a_byte_level_vocabulary_is_its_byte() -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    vocabulary = Vocabulary(tokenizer)
+    found = [vocabulary.scored(token, 0) for token in range(256)]
+    assert {token.bytes for token in found} == {bytes([byte]) for byte in range(256)}
+    assert len({token.text for token in found}) == 256, "tokens cannot be told apart"
+    for token in found:
+        if token.bytes.isascii():
+            assert token.text == token.bytes.decode()
+
+
+def test_the_bytes_of_tokens_join_to_the_text() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("na\u00efve \u4f60\u597d")["input_ids"]
+    vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+    joined = b"".join(vocabulary.scored(token, 0).bytes for token in ids)
+    assert joined.decode() == "na\u00efve \u4f60\u597d"
+
+
+def test_a_special_token_is_its_name() -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    scored = Vocabulary(tokenizer).scored(tokenizer.token_to_id("<eos>"), 0)
+    assert (scored.text, scored.bytes) == ("<eos>", b"<eos>")
