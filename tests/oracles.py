@@ -96,15 +96,22 @@ class Oracle:
         assert isinstance(lm_head, nn.Module)
         self._lm_head = lm_head
 
-    def logits(self, tokens: Sequence[int], prompt_length: int, stack: Stack = ()) -> Tensor:
-        """(tokens, vocabulary) float32: the edited model's logits after every token."""
+    def logits(
+        self, tokens: Sequence[int], prompt_length: int, stack: Stack = (), last: int = 0
+    ) -> Tensor:
+        """(tokens, vocabulary) float32: the edited model's logits after every token.
+
+        With `last`, only after so many at the end.
+        """
         with ExitStack() as hooks, torch.no_grad():
             for site in dict.fromkeys(site for site in _sites(stack)):
                 module = self._model.get_submodule(site)
                 hook = _edit_site(site, stack, prompt_length)
                 hooks.callback(module.register_forward_hook(hook).remove)
             hooks.callback(self._lm_head.register_forward_pre_hook(_edit_rows(stack)).remove)
-            output = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+            output = self._model(
+                input_ids=torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=last
+            )
         logits: Tensor = output.logits[0].float()
         return logits
 
@@ -115,9 +122,9 @@ class Oracle:
         tokens = list(prompt)
         chosen_from = []
         for _ in range(new_tokens):
-            last = self.logits(tokens, len(prompt), stack)[-1]
-            chosen_from.append(last)
-            tokens.append(int(last.argmax()))
+            [row] = self.logits(tokens, len(prompt), stack, last=1)
+            chosen_from.append(row)
+            tokens.append(int(row.argmax()))
         return tokens[len(prompt) :], chosen_from
 
 

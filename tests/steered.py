@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
+from server.engine.torch.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings, RewardSettings
 from tests.oracles import Oracle, Stack
 from tests.tiny import family_sites, head_width, random_head, random_maps
@@ -117,3 +119,18 @@ def assert_equal_to_oracle(
             return
         assert token == best, f"token {place}"
         assert logprob == pytest.approx(float(row.log_softmax(-1)[best]), abs=1e-3)
+
+
+def preemptions(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> list[EngineSequence]:
+    """Who has yielded, from now on; each with the tokens that it had."""
+    scheduler = engine._core.scheduler
+    yielded: list[EngineSequence] = []
+    preempt = scheduler._preempt_youngest.__func__  # type: ignore[attr-defined]
+
+    def recording(self: object) -> EngineSequence:
+        sequence: EngineSequence = preempt(self)
+        yielded.append(replace(sequence, tokens=list(sequence.tokens)))
+        return sequence
+
+    monkeypatch.setattr(type(scheduler), "_preempt_youngest", recording)
+    return yielded

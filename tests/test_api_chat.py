@@ -12,7 +12,7 @@ from interventions.registry import Registry
 from server.api.errors import ApiError
 from server.engine.base import SamplingSettings, StepFailedError, StepOutput
 from server.engine.torch.engine import TorchEngine
-from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
+from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact, close_checked
 from tests.serving import (
     Connection,
     Json,
@@ -43,7 +43,7 @@ async def chat_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[
     )
     await engine.start()
     yield engine
-    await engine.close()
+    await close_checked(engine)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import pytest
 
 from server.engine.base import Edit, InvalidRequestError, Request, SamplingSettings
 from server.engine.torch.build import EngineOptions
-from server.engine.torch.engine import TorchEngine
-from server.engine.torch.sequence import Sequence
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import StartEngine
 from tests.oracles import Oracle
@@ -20,6 +18,7 @@ from tests.steered import (
     expected_of,
     generate,
     interventions_of,
+    preemptions,
     tokens_of,
 )
 from tests.tiny import tiny_model
@@ -37,21 +36,6 @@ CASES = [
     ((PROMPTS[0], PROMPTS[1], PROMPTS[3])[number % 3], edits)
     for number, edits in enumerate(STACKS.values())
 ]
-
-
-def preemptions(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> list[Sequence]:
-    """Who has yielded, from now on; each with the tokens that it had."""
-    scheduler = engine._core.scheduler
-    yielded: list[Sequence] = []
-    preempt = scheduler._preempt_youngest.__func__  # type: ignore[attr-defined]
-
-    def recording(self: object) -> Sequence:
-        sequence: Sequence = preempt(self)
-        yielded.append(replace(sequence, tokens=list(sequence.tokens)))
-        return sequence
-
-    monkeypatch.setattr(type(scheduler), "_preempt_youngest", recording)
-    return yielded
 
 
 async def test_results_are_the_oracles_after_preemptions(

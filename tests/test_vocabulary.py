@@ -54,5 +54,7 @@ def test_the_bytes_of_tokens_join_to_the_text() -> None:
 
 def test_a_special_token_is_its_name() -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
-    scored = Vocabulary(tokenizer).scored(tokenizer.token_to_id("<eos>"), 0)
+    eos = tokenizer.token_to_id("<eos>")
+    assert eos is not None
+    scored = Vocabulary(tokenizer).scored(eos, 0)
     assert (scored.text, scored.bytes) == ("<eos>", b"<eos>")

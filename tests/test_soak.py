@@ -1,0 +1,253 @@
+"""2,000 short mixed requests over real sockets, a third of whose clients leave at some moment."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import JsonValue
+
+from interventions.registry import Registry
+from server.engine.torch.build import EngineOptions
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.vocabulary import Vocabulary
+from steering.settings import AffineSettings, RewardSettings
+from tests.conftest import LoadTiny, WriteArtifact, close_checked
+from tests.live import live
+from tests.oracles import Oracle, Stack
+from tests.serving import build_app, eventually
+from tests.steered import preemptions
+from tests.tiny import random_head, random_maps, tiny_model, tiny_tokenizer
+
+REQUESTS = 2_000
+CLIENTS = 32
+LEAVING = 0.3
+COMPARED = 12  # tokens of an answer that are compared; hardly any has more
+LONG = 120
+# Few blocks, which a few long answers outgrow, and slots for all but one intervention: requests
+# yield to each other, wait for each other's slots, and meet a full queue.
+OPTIONS = EngineOptions(
+    kv_cache_gb=24 * 16 * 256 / 1e9,
+    max_batch_size=24,
+    max_batch_tokens=32,
+    max_waiting=16,
+    max_loaded_interventions=3,
+    check_invariants=True,
+)
+PROMPTS = ("x", "How are you today?", "The quick brown fox jumps over the lazy dog")
+MAPS, MORE, HEAD, OTHER = random_maps(1), random_maps(2), random_head(3), random_head(4)
+STEERING: dict[str, tuple[JsonValue, Stack]] = {
+    "none": (None, ()),
+    "maps": ({"intervention": "maps"}, [(MAPS, AffineSettings(1.0))]),
+    "weaker": (
+        {"intervention": "maps", "strength": 0.4, "positions": "generated"},
+        [(MAPS, AffineSettings(0.4, "generated"))],
+    ),
+    "more": (
+        {"intervention": "more", "positions": "prompt"},
+        [(MORE, AffineSettings(1.0, "prompt"))],
+    ),
+    "head": ({"intervention": "head"}, [(HEAD, RewardSettings(0.5, 5))]),
+    "stack": (
+        [{"intervention": "other", "iterations": 2}, {"intervention": "maps", "strength": 0.5}],
+        [(OTHER, RewardSettings(0.5, 2)), (MAPS, AffineSettings(0.5))],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, and when its client leaves."""
+
+    chat: bool
+    prompt: str
+    steering: str
+    tokens: int
+    n: int
+    stream: bool
+    leaves_after: float | None  # seconds
+
+    @cached_property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    @cached_property
+    def body(self) -> dict[str, JsonValue]:
+        asked: dict[str, JsonValue] = (
+            {"messages": [{"role": "user", "content": self.prompt}], "logprobs": True}
+            if self.chat
+            else {"prompt": self.prompt, "logprobs": 0}
+        )
+        return {
+            "model": "tiny",
+            "max_tokens": self.tokens,
+            "temperature": 0,
+            "n": self.n,
+            "stream": self.stream,
+            "ignore_eos": True,
+            "steering": STEERING[self.steering][0],
+            **asked,
+        }
+
+    @staticmethod
+    def random(source: random.Random) -> "Job":
+        leaves = source.random() < LEAVING
+        return Job(
+            chat=source.random() < 0.4,
+            prompt=source.choice(PROMPTS),
+            steering=source.choice(list(STEERING)),
+            tokens=LONG if source.random() < 0.03 else source.randint(1, COMPARED),
+            n=source.choice([1, 1, 1, 2]),
+            stream=source.random() < 0.5,
+            leaves_after=source.choice([0, 0.005, 0.02, 0.1, 0.3]) if leaves else None,
+        )
+
+
+@dataclass
+class Expected:
+    """The oracle's greedy tokens, made once for each prompt and steering."""
+
+    engine: TorchEngine
+    oracle: Oracle = field(default_factory=lambda: Oracle(tiny_model("llama")))
+    vocabulary: Vocabulary = field(
+        default_factory=lambda: Vocabulary(tiny_tokenizer().backend_tokenizer)
+    )
+    made: dict[tuple[bool, str, str], list[str]] = field(default_factory=dict)
+
+    def tokens(self, job: Job) -> list[str]:
+        """The texts of the longest answer's tokens, up to the first near tie."""
+        key = (job.chat, job.prompt, job.steering)
+        if key not in self.made:
+            prompt = (
+                self.engine.tokenize_chat([{"role": "user", "content": job.prompt}])
+                if job.chat
+                else self.engine.tokenize(job.prompt)
+            )
+            tokens, logits = self.oracle.greedy(prompt, COMPARED, STEERING[job.steering][1])
+            gaps = [float(-row.topk(2).values.diff()) for row in logits]
+            clear = next((place for place, gap in enumerate(gaps) if gap < 1e-3), COMPARED)
+            self.made[key] = [self.vocabulary.scored(token, 0).text for token in tokens[:clear]]
+        return self.made[key]
+
+
+@pytest.fixture
+async def engine(
+    load_tiny: LoadTiny,
+    registry: Registry,
+    affine_artifact: WriteArtifact,
+    reward_artifact: WriteArtifact,
+) -> AsyncIterator[TorchEngine]:
+    for name, seed in (("maps", 1), ("more", 2)):
+        registry.add(affine_artifact(name, seed), name)
+    registry.add(reward_artifact("head", 3), "head")
+    registry.add(reward_artifact("other", 4), "other")
+    engine = TorchEngine(
+        load_tiny("llama-chat"), lambda digest: registry.load(digest).parameters, OPTIONS
+    )
+    await engine.start()
+    yield engine
+    await close_checked(engine)
+
+
+async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
+    engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yielded = preemptions(engine, monkeypatch)
+    source = random.Random(20261122)
+    jobs = [Job.random(source) for _ in range(REQUESTS)]
+    expected = Expected(engine)
+    outcomes: Counter[str] = Counter()
+    # Before the clock of anybody who leaves starts.
+    for job in jobs:
+        expected.tokens(job)
+    queue = iter(jobs)
+    async with live(build_app(engine, registry)) as server:
+
+        async def client() -> None:
+            limits = httpx.Limits(max_keepalive_connections=1)
+            async with httpx.AsyncClient(
+                base_url=server.url, limits=limits, timeout=60
+            ) as connection:
+                for job in queue:
+                    outcomes[await run(connection, job, expected)] += 1
+
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(CLIENTS):
+                clients.create_task(client())
+        await eventually(lambda: idle(engine))
+    assert outcomes.total() == REQUESTS
+    assert outcomes["left"] > 0.2 * REQUESTS
+    assert outcomes["refused, then completed"] > 0, "nobody met a full queue or bank"
+    assert yielded, "nobody was preempted"
+    assert not registry._pins, "artifacts are held for nobody"
+
+
+def idle(engine: TorchEngine) -> bool:
+    stats = engine.stats()
+    return (
+        (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
+        and engine._core.interventions.slots.pins == 0
+        and not engine._generations
+    )
+
+
+async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> str:
+    """Send a request until it is taken; compare its answer, or leave in the middle."""
+    outcome = "completed"
+    while True:
+        try:
+            async with asyncio.timeout(job.leaves_after):
+                answers = await ask(connection, job)
+        except TimeoutError:
+            return "left"
+        if answers is not None:
+            break
+        outcome = "refused, then completed"
+        await asyncio.sleep(0.03)
+    assert len(answers) == job.n
+    for tokens in answers:
+        clear = expected.tokens(job)[: job.tokens]
+        assert len(tokens) == job.tokens
+        assert tokens[: len(clear)] == clear, job
+    return outcome
+
+
+async def ask(connection: httpx.AsyncClient, job: Job) -> list[list[str]] | None:
+    """The tokens of each choice; None where the server is too busy."""
+    answers: list[list[str]] = [[] for _ in range(job.n)]
+    async with connection.stream("POST", job.path, json=job.body) as response:
+        if response.status_code in (429, 503):
+            assert response.headers["retry-after"]
+            return None
+        assert response.status_code == 200, await response.aread()
+        if not job.stream:
+            take(json.loads(await response.aread()), job, answers)
+            return answers
+        last = ""
+        async for line in response.aiter_lines():
+            if line:
+                last = line.removeprefix("data: ")
+                if last != "[DONE]":
+                    take(json.loads(last), job, answers)
+        assert last == "[DONE]"
+    return answers
+
+
+def take(body: Any, job: Job, answers: list[list[str]]) -> None:
+    """Add the tokens of an answer's or a chunk's choices."""
+    assert "error" not in body, body
+    for choice in body["choices"]:
+        logprobs = choice["logprobs"]
+        if logprobs is not None:
+            tokens = (
+                [token["token"] for token in logprobs["content"]]
+                if job.chat
+                else logprobs["tokens"]
+            )
+            answers[choice["index"]] += tokens
