@@ -13,6 +13,7 @@ from server.api.errors import ApiError
 from server.engine.base import SamplingSettings, StepFailedError, StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact, close_checked
+from tests.live import live
 from tests.serving import (
     Connection,
     Json,
@@ -27,7 +28,6 @@ from tests.serving import (
     eventually,
     logprobs_of,
     push,
-    serve,
     text_of,
 )
 
@@ -91,8 +91,8 @@ async def test_the_openai_client_chats_and_steers(
 ) -> None:
     entry = registry.add(affine_artifact("maps"))
     async with (
-        serve(build_app(chat_engine, registry)) as url,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as openai,
+        live(build_app(chat_engine, registry)) as server,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as openai,
     ):
         base = await openai.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, seed=1
@@ -304,8 +304,8 @@ async def test_an_answer_may_be_sent_back_as_the_client_got_it(
     chat_engine: TorchEngine, registry: Registry
 ) -> None:
     async with (
-        serve(build_app(chat_engine, registry)) as url,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as openai,
+        live(build_app(chat_engine, registry)) as server,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as openai,
     ):
         first = await openai.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=4

@@ -11,6 +11,7 @@ from server.engine.base import Edit, QueueFullError, Request, SamplingSettings, 
 from server.engine.torch.engine import TorchEngine
 from steering.settings import AffineSettings
 from tests.conftest import WriteArtifact
+from tests.live import live
 from tests.serving import (
     Connection,
     Json,
@@ -24,7 +25,6 @@ from tests.serving import (
     logprobs_of,
     metric,
     push,
-    serve,
     text_of,
 )
 
@@ -48,8 +48,8 @@ async def test_the_openai_client_steers(
 ) -> None:
     entry = registry.add(affine_artifact("maps"))
     async with (
-        serve(build_app(tiny_engine, registry, api_key="k")) as url,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as openai,
+        live(build_app(tiny_engine, registry, api_key="k")) as server,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as openai,
     ):
         base = await openai.completions.create(
             model="tiny", prompt="Hello", max_tokens=8, temperature=0

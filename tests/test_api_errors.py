@@ -21,7 +21,8 @@ from server.engine.base import (
 )
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import MakeClient
-from tests.serving import Json, Script, build_app, complete, error_of, serve, text_of
+from tests.live import live
+from tests.serving import Json, Script, build_app, complete, error_of, text_of
 
 WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"prompt": None}, "prompt"),
@@ -186,7 +187,7 @@ async def test_a_large_body_is_answered_over_a_real_socket(
 ) -> None:
     """The client must get to read the answer although the server will not read its body."""
     app = build_app(tiny_engine, registry, max_body_bytes=2000)
-    async with serve(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with live(app) as server, httpx.AsyncClient(base_url=server.url) as client:
         response = await complete(client, prompt="x" * 20_000_000)
         assert response.status_code == 413
         assert error_of(response)["code"] == "request_too_large"
@@ -195,8 +196,8 @@ async def test_a_large_body_is_answered_over_a_real_socket(
 
 async def test_a_body_that_stalls(tiny_engine: TorchEngine, registry: Registry) -> None:
     app = build_app(tiny_engine, registry, body_timeout=0.2)
-    async with serve(app) as url:
-        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+    async with live(app) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Type: application/json\r\n"
             b'Content-Length: 100\r\n\r\n{"model": '
@@ -275,8 +276,8 @@ async def test_the_openai_client_understands_our_errors(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
     async with (
-        serve(build_app(tiny_engine, registry)) as url,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai,
+        live(build_app(tiny_engine, registry)) as server,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai,
     ):
         with pytest.raises(BadRequestError) as caught:
             await openai.completions.create(model="tiny", prompt="x", temperature=5)

@@ -19,6 +19,7 @@ from server.engine.base import (
 )
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
+from tests.live import live
 from tests.serving import (
     Connection,
     Script,
@@ -32,7 +33,6 @@ from tests.serving import (
     logprobs_of,
     metric,
     push,
-    serve,
     text_of,
 )
 
@@ -67,8 +67,8 @@ async def test_tokens_are_sent_as_they_come(
     script = Script([ScriptedGeneration(outputs=(FIRST,))])
     monkeypatch.setattr(tiny_engine, "submit", script.submit)
     async with (
-        serve(build_app(tiny_engine, registry)) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        live(build_app(tiny_engine, registry)) as server,
+        httpx.AsyncClient(base_url=server.url) as client,
         client.stream(
             "POST", "/v1/completions", json={"model": "tiny", "prompt": "x", "stream": True}
         ) as response,
@@ -249,8 +249,8 @@ async def test_a_closed_socket_frees_the_engine(
         "stream": True,
     }
     async with (
-        serve(build_app(tiny_engine, registry)) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        live(build_app(tiny_engine, registry)) as server,
+        httpx.AsyncClient(base_url=server.url) as client,
     ):
         async with client.stream("POST", "/v1/completions", json=body) as response:
             async for _ in response.aiter_bytes():

@@ -15,7 +15,8 @@ from interventions.registry import Registry
 from server.cli.registry import app
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
-from tests.serving import build_app, serve
+from tests.live import live
+from tests.serving import build_app
 from tests.tiny import manifest_of, random_maps
 
 
@@ -30,8 +31,8 @@ async def server(
 ) -> AsyncIterator[None]:
     """A server that the commands find by their environment."""
     application = build_app(tiny_engine, registry, api_key="api", admin_key="admin")
-    async with serve(application) as url:
-        monkeypatch.setenv("STEERSERVE_URL", url)
+    async with live(application) as server:
+        monkeypatch.setenv("STEERSERVE_URL", server.url)
         monkeypatch.setenv("STEERSERVE_ADMIN_KEY", "admin")
         monkeypatch.setenv("STEERSERVE_API_KEY", "api")
         monkeypatch.setenv("COLUMNS", "200")
