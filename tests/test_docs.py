@@ -65,7 +65,8 @@ def test_the_readmes_output_is_of_the_bundled_artifacts() -> None:
 
 @pytest.mark.parametrize("body", re.findall(r"-d '(\{.*?\})'", README, re.DOTALL))
 def test_every_body_in_the_readme_is_json(body: str) -> None:
-    assert json.loads(body)["prompt"]
+    fields = json.loads(body)
+    assert fields.get("prompt") or fields["messages"]
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:

@@ -186,20 +186,21 @@ def test_bad_steering_is_an_error_that_names_the_field(
 
 def test_the_requests_of_the_readme_are_steered_as_it_says(server: ServerProcess) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    bodies = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", readme, re.DOTALL)]
-    asked = [body["steering"] for body in bodies if "steering" in body]
-    assert [steering["intervention"] for steering in asked] == [
-        *["detox-lineas"] * 2,
-        "detox-argre",
+    calls = re.findall(r"http://[^/]+(/v1/\S+) .*?-d '(\{.*?\})'", readme, re.DOTALL)
+    requests = [(path, json.loads(body)) for path, body in calls]
+    assert [(path, body["steering"]["intervention"]) for path, body in requests] == [
+        *[("/v1/completions", "detox-lineas")] * 2,
+        ("/v1/completions", "detox-argre"),
+        ("/v1/chat/completions", "detox-lineas"),
     ]
-    assert len({steering.get("strength") for steering in asked}) == 3
-    texts = set()
-    for body in bodies:
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    choices = []
+    for path, body in requests:
+        answer = httpx.post(f"{server.url}{path}", json=body, timeout=60).json()
         applied = [item["intervention"] for item in answer["steering"]]
-        assert applied == ([body["steering"]["intervention"]] if "steering" in body else [])
-        texts.add(answer["choices"][0]["text"])
-    assert len(texts) == len(bodies), "each of them shows another text"
+        assert applied == [body["steering"]["intervention"]]
+        choices.append(answer["choices"][0])
+    texts = {choice.get("text") or choice["message"]["content"] for choice in choices}
+    assert len(texts) == len(requests), "each of them shows another text"
 
 
 @pytest.mark.parametrize("name", ["detox-lineas", "detox-argre"])
