@@ -18,7 +18,7 @@ from steering.fit.activations import (
     site_token_means,
 )
 from steering.fit.lineas import LineasSettings, OptimizerName, distributional_loss, fit_lineas
-from tests.tiny import SITES, WIDTH, tiny_model
+from tests.tiny import FAMILIES, SITES, WIDTH, family_sites, tiny_model
 
 
 def _sentences(count: int, seed: int, low: int = 1, high: int = 64) -> list[TokenIds]:
@@ -109,6 +109,21 @@ def test_a_mean_is_over_a_sentences_own_tokens() -> None:
     model(input_ids=torch.tensor([sentences[3]]))
     handle.remove()
     torch.testing.assert_close(together[SITES[1]][3], seen[0][0].mean(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_familys_default_sites_are_read_and_edited_in_batches(family: str) -> None:
+    """Padded and together as well as each alone, also where a block folds its tokens (OPT)."""
+    model, sites, sentences = tiny_model(family), family_sites(family), _sentences(4, 3)
+    together = collect_token_means(model, sites, sentences, batch_size=4)
+    for row, sentence in enumerate(sentences):
+        alone = collect_token_means(model, sites, [sentence], batch_size=1)
+        for site in sites:
+            assert together[site].shape == (4, WIDTH)
+            torch.testing.assert_close(together[site][row], alone[site][0], rtol=1e-4, atol=1e-4)
+    settings = LineasSettings(steps=2, samples=4)
+    maps, _ = fit_lineas(model, sites, sentences, _sentences(4, 4), settings)
+    assert set(maps) == set(sites)
 
 
 def test_the_model_is_left_as_it_was() -> None:
