@@ -3,9 +3,11 @@
 import random
 import time
 
+import torch
+
 from server.engine.base import FinishReason, StepOutput, TokenLogprobs
 from server.engine.torch.detokenizer import Detokenizer
-from server.engine.torch.penalties import Penalties
+from server.engine.torch.penalties import Penalties, changes_logits
 from server.engine.torch.sampler import Draw
 from server.engine.torch.sequence import Sequence
 
@@ -13,12 +15,10 @@ from server.engine.torch.sequence import Sequence
 class Answer:
     """What belongs to a sequence beside its tokens. A preemption leaves it as it is."""
 
-    def __init__(
-        self, sequence: Sequence, detokenizer: Detokenizer, penalties: Penalties | None
-    ) -> None:
+    def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
         self._sequence = sequence
         self._detokenizer = detokenizer
-        self._penalties = penalties
+        self._penalties: Penalties | None = None  # made when the first token is drawn, if at all
         self._random = random.Random(sequence.request.sampling.seed)
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._submitted: float | None = time.monotonic()  # until it is first scheduled
@@ -30,9 +30,12 @@ class Answer:
             self._queue_seconds = time.monotonic() - self._submitted
             self._submitted = None
 
-    def draw(self) -> Draw:
+    def draw(self, vocabulary: int, device: torch.device) -> Draw:
         """How to draw the next token. Every draw takes one number of the request's own."""
-        return Draw(self._sequence.request.sampling, self._random.random(), self._penalties)
+        request = self._sequence.request
+        if self._penalties is None and changes_logits(request.sampling):
+            self._penalties = Penalties(request, vocabulary, device)
+        return Draw(request.sampling, self._random.random(), self._penalties)
 
     def score(self, logprobs: TokenLogprobs) -> None:
         """Keep the log-probabilities of the prompt's next token."""

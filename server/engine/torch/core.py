@@ -12,7 +12,6 @@ from server.engine.torch.answer import Answer
 from server.engine.torch.batch import build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
-from server.engine.torch.penalties import Penalties, changes_logits
 from server.engine.torch.postprocess import Delivery, Postprocessor
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Plan, Scheduler
@@ -51,7 +50,6 @@ class EngineCore:
         self._tokenizer = tokenizer.backend_tokenizer
         self._postprocessor = Postprocessor(Vocabulary(self._tokenizer), eos_tokens)
         self._check_invariants = check_invariants
-        self._vocab_size: int = model.config.get_text_config().vocab_size
         self._device = model.device
         self._slab_shape = SlabShape.of(model)
         self._slabs: dict[Sequence, Slab] = {}
@@ -89,16 +87,10 @@ class EngineCore:
         sequence.edits = tuple(
             SlottedEdit(slots[edit.digest], edit.settings) for edit in request.effective_edits
         )
-        answer = Answer(
-            sequence,
-            Detokenizer(self._tokenizer, request.sampling.stop),
-            Penalties(request, self._vocab_size, self._device)
-            if changes_logits(request.sampling)
-            else None,
-        )
         for digest in sequence.digests:
             self.interventions.pin(digest)
-        self._answers[sequence] = answer
+        detokenizer = Detokenizer(self._tokenizer, request.sampling.stop)
+        self._answers[sequence] = Answer(sequence, detokenizer)
         self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -85,7 +85,9 @@ class Postprocessor:
         """Draw the sequences' next tokens from their rows of logits."""
         if not sequences:
             return []
-        tokens = sample(logits, [answers[sequence].draw() for sequence in sequences])
+        vocabulary, device = logits.shape[-1], logits.device
+        draws = [answers[sequence].draw(vocabulary, device) for sequence in sequences]
+        tokens = sample(logits, draws)
         found = self._token_logprobs(sequences, tokens, logits)
         return [
             (sequence, self._append(answers[sequence], token, found.get(row)))
