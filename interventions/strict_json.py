@@ -1,6 +1,7 @@
 """JSON from strangers: no duplicate keys, no NaN or Infinity, no nesting without end."""
 
 import json
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -8,16 +9,19 @@ class StrictJSONError(ValueError):
     """The text is not JSON that we accept; the message completes "it ..."."""
 
 
-def parse_json(text: str) -> object:
+def parse_json(text: str, max_members: int | None = None) -> object:
     """Parse one JSON document into dicts, lists, strings, numbers, booleans and None.
+
+    Args:
+        max_members: of any one object; None for no limit.
 
     Raises:
         StrictJSONError: the text is not JSON, repeats a key, states NaN or Infinity, holds text
-            that is no Unicode, or nests too deeply.
+            that is no Unicode, nests too deeply, or has an object with too many members.
     """
     try:
         value: object = json.loads(
-            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse
+            text, object_pairs_hook=_object_hook(max_members), parse_constant=_refuse
         )
         # What strict UTF-8 cannot say (a lone surrogate, escaped or not) would fail later, and
         # less clearly.
@@ -37,13 +41,20 @@ def parse_json(text: str) -> object:
         raise StrictJSONError("holds a number that is too long") from error
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields: dict[str, object] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise StrictJSONError(f"repeats the key {key[:100]!r}")
-        fields[key] = value
-    return fields
+def _object_hook(
+    max_members: int | None,
+) -> Callable[[list[tuple[str, object]]], dict[str, object]]:
+    def hook(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if max_members is not None and len(pairs) > max_members:
+            raise StrictJSONError(f"has an object with more than {max_members} members")
+        fields: dict[str, object] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise StrictJSONError(f"repeats the key {key[:100]!r}")
+            fields[key] = value
+        return fields
+
+    return hook
 
 
 def _refuse(constant: str) -> NoReturn:

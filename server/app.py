@@ -47,7 +47,7 @@ def create_app(engine: Engine, registry: Registry, metrics: Metrics, settings: S
     app.include_router(_v1())
     app.include_router(system.router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, settings=settings)
+    app.add_middleware(BodyLimitMiddleware, settings=settings, lifecycle=context.lifecycle)
     app.add_middleware(RequestCountMiddleware, metrics=metrics)  # outermost: it sees every answer
     return app
 

@@ -71,7 +71,10 @@ class Settings(BaseSettings):
     max_artifact_bytes: int = Field(default=256 * MIB, ge=1024)
     max_completions_per_request: int = Field(default=128, ge=1, description="prompts times n")
     body_timeout: float = Field(
-        default=30.0, gt=0, description="seconds without a byte of the body"
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds without a byte of the body, or without a request",
     )
     write_timeout: float = Field(
         default=60.0, gt=0, allow_inf_nan=False, description="seconds a reader may stall"
@@ -97,7 +100,7 @@ class Settings(BaseSettings):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="None takes a quarter of the free memory",
+        description="None takes a quarter of a CPU's free memory, 80 % of a GPU's",
     )
     check_invariants: bool = Field(
         default=False, description="check the engine's bookkeeping after every step"

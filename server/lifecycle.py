@@ -7,12 +7,14 @@ import os
 import socket
 import time
 from types import FrameType
-from typing import Final
+from typing import Final, TypeGuard
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.context import ServerContext
+from server.idle import IdleConnections
 from server.stalled import StalledConnections
 
 # How long answers that the closed engine has ended may take to reach their readers.
@@ -27,7 +29,8 @@ class Server(uvicorn.Server):
 
     The first SIGTERM or SIGINT lets running and waiting requests go on for `shutdown_timeout`
     seconds, then closes the engine, which ends them with an error. A second signal ends the process
-    at once. When the engine has died, the server stops by itself.
+    at once. When the engine has died, the server stops by itself; when it is stuck in a step, the
+    process ends as soon as everybody has been told.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -38,6 +41,9 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
+            # The only one that bounds a request's head, which comes before any key is asked for.
+            http="h11",
+            ws="none",
             log_level="info",
             access_log=False,
             # Closing the engine ends generations; this ends what still hangs then, uploads too.
@@ -49,14 +55,15 @@ class Server(uvicorn.Server):
         self._lifecycle = context.lifecycle
         self._drain_seconds = settings.shutdown_timeout
         self._stalled = StalledConnections(settings.write_timeout)
+        self._idle = IdleConnections(settings.body_timeout)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal, or until the engine dies."""
-        cutting = asyncio.create_task(self._cut_stalled())
+        watching = asyncio.create_task(self._watch_connections())
         try:
             await super().serve(sockets)
         finally:
-            cutting.cancel()
+            watching.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; end at once, with a shell's status for it, at the second."""
@@ -64,8 +71,7 @@ class Server(uvicorn.Server):
         # look like a kill, and a second SIGTERM would change nothing.
         if self.should_exit:
             os._exit(128 + sig)
-        self.should_exit = True
-        self._lifecycle.stopping = True
+        self.should_exit = True  # uvicorn looks at it with every tick, then calls `shutdown`
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop serving; uvicorn asks ten times a second."""
@@ -79,23 +85,36 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new work, let the old come to its end, and end it when its time is over."""
-        self._lifecycle.stopping = True
+        self._lifecycle.stop()
         drained = asyncio.Event()
         closing = asyncio.create_task(self._close_engine(drained))
         await super().shutdown(sockets)
         drained.set()
-        await closing
+        ended = await closing
+        if self._engine.died and not self.engine_died:
+            self.engine_died = True
+            logger.critical("The engine has died while the server was stopping.")
+        if not ended:
+            logger.critical("The engine is stuck: the process ends without it.")
+            os._exit(1)
 
-    async def _close_engine(self, drained: asyncio.Event) -> None:
+    async def _close_engine(self, drained: asyncio.Event) -> bool:
         try:
             async with asyncio.timeout(self._drain_seconds):
                 await drained.wait()
         except TimeoutError:
             count = len(self.server_state.tasks)
             logger.warning("%g s are over: ending %d request(s)", self._drain_seconds, count)
-        await self._engine.close()
+        return await self._engine.close()
 
-    async def _cut_stalled(self) -> None:
+    async def _watch_connections(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            self._stalled.cut(self.server_state.connections, time.monotonic())
+            connections = [each for each in self.server_state.connections if _is_http(each)]
+            now = time.monotonic()
+            self._stalled.cut(connections, now)
+            self._idle.close(connections, now)
+
+
+def _is_http(connection: asyncio.BaseProtocol) -> TypeGuard[H11Protocol]:
+    return isinstance(connection, H11Protocol)

@@ -24,9 +24,8 @@ class _Unsent:
 class StalledConnections:
     """Aborts connections that have had something to send, and could not, for `timeout` seconds.
 
-    A stream notices by itself that its reader stalls. But closing a connection waits for what was
-    written before, and a reader that takes nothing would keep it, and its memory, for ever; so
-    would the reader of an answer that was complete at once.
+    A stream waits for its reader, however slow, and closing a connection waits for what was written
+    before: a reader that takes nothing would keep it, and all it holds, for ever.
     """
 
     def __init__(self, timeout: float) -> None:

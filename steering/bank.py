@@ -80,6 +80,8 @@ class Bank:
         self._sites: dict[str, _SiteStack] = {}
         self._heads: dict[int, RewardHead] = {}
 
+    # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
+    @torch.inference_mode()
     def put(self, slot: int, parameters: AffineParameters | RewardHead) -> None:
         """Fill a slot, replacing what it held."""
         if not 1 <= slot <= self.slots:
@@ -91,6 +93,7 @@ class Bank:
         else:
             self._heads[slot] = parameters.to(self._device)
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self._heads.pop(slot, None)

@@ -68,7 +68,9 @@ def apply_reward(
         (n, d) float32.
     """
     gap = (head.positive_reward - reward(head, h))[:, None]
-    h = torch.where(gap > 0, h + direction_scale * gap * head.direction, h)
+    # A reward that is not a number must show, and not leave the row as it is.
+    stays = (gap <= 0) | (direction_scale == 0)
+    h = torch.where(stays, h, h + direction_scale * gap * head.direction)
     for step in range(max_iterations):
         active_units = (h @ head.w1.T + head.b1 > 0).to(h.dtype)
         gradient = (active_units * head.w2) @ head.w1

@@ -201,6 +201,7 @@ async def test_logprobs_token_by_token(
         ({}, None),
         ({"logprobs": False}, None),
         ({"logprobs": None, "top_logprobs": None}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
         ({"logprobs": True}, 0),
         ({"logprobs": True, "top_logprobs": 20}, 20),
     ],
@@ -383,7 +384,6 @@ WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     ({"top_logprobs": 1}, "top_logprobs"),
-    ({"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 1}, "logprobs"),
     ({"n": 129}, "n"),
@@ -614,3 +614,28 @@ async def test_text_that_lags_behind_its_tokens(
 async def test_the_other_endpoint_takes_no_messages(chat_client: httpx.AsyncClient) -> None:
     error = error_of(await complete(chat_client, messages=[user()]))
     assert (error["param"], error["code"]) == ("messages", "unknown_parameter")
+
+
+async def test_a_conversation_as_lm_evaluation_harness_sends_it(
+    chat_client: httpx.AsyncClient,
+) -> None:
+    messages = [{"role": "user", "content": "Hello", "type": "text"}]
+    stop = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+    response = await chat(chat_client, messages=messages, stop=stop, seed=1234, temperature=0)
+    assert response.status_code == 200, response.text
+
+
+async def test_a_template_that_fails_is_the_requests_error(
+    chat_client: httpx.AsyncClient, chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = chat_engine._loaded.tokenizer
+    for template in (
+        "{{ 1 // 0 }}",
+        "{{ raise_exception(messages[0].content) }}",
+        "{{ '{a}'.format(b=1) }}",
+    ):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        response = await chat(chat_client, messages=[{"role": "user", "content": "x" * 3000}])
+        error = error_of(response)
+        assert (response.status_code, error["param"]) == (400, "messages")
+        assert len(str(error["message"])) < 500

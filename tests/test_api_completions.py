@@ -413,11 +413,6 @@ async def test_too_many_completions(client: httpx.AsyncClient) -> None:
         assert (error["code"], error["param"]) == ("too_many_completions", param)
 
 
-async def test_a_long_text_is_tokenized(client: httpx.AsyncClient) -> None:
-    response = await complete(client, prompt="x" * 20_000)
-    assert "20006 tokens (20000 in the prompt" in str(error_of(response)["message"])
-
-
 async def test_a_token_id_that_the_model_does_not_have(client: httpx.AsyncClient) -> None:
     response = await complete(client, prompt=[[1, 2], [3, 259]])
     assert response.status_code == 400
@@ -519,3 +514,14 @@ async def test_many_mixed_streams_each_get_what_they_get_alone(
 
 def _ended() -> ScriptedGeneration:
     return ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))
+
+
+async def test_a_large_request_does_not_stop_the_streams_of_others(
+    client: httpx.AsyncClient,
+) -> None:
+    """Neither what has thousands of prompts nor what has thousands of members is taken apart."""
+    many_prompts = await complete(client, prompt=[[1]] * 300_000)
+    assert error_of(many_prompts)["param"] == "prompt"
+    for field in ("stream_options", "logit_bias", "steering"):
+        many_members = await complete(client, **{field: {str(n): 1 for n in range(100_000)}})
+        assert "more than 1000 members" in str(error_of(many_members)["message"])

@@ -62,7 +62,7 @@ WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"stop": ""}, "stop"),
     ({"stop": 5}, "stop"),
     ({"stop": ["a", 5]}, "stop"),
-    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ["a"] * 33}, "stop"),
     ({"stop": "x" * 1001}, "stop"),
     ({"seed": 1.5}, "seed"),
     ({"seed": 2**63}, "seed"),
@@ -305,9 +305,9 @@ async def test_a_full_queue_refuses_for_real(
 
 
 async def test_thousands_of_unknown_fields_are_refused_at_once(client: httpx.AsyncClient) -> None:
-    response = await complete(client, **{f"field{number}": 1 for number in range(1000)})
+    response = await complete(client, **{f"field{number}": 1 for number in range(1001)})
     assert response.status_code == 400
-    assert "more than 100 fields" in str(error_of(response)["message"])
+    assert "more than 1000 members" in str(error_of(response)["message"])
 
 
 @pytest.mark.parametrize("where", ["manifest", "dtype"])

@@ -119,3 +119,14 @@ def test_a_stack_of_rewards_is_done_in_float32_and_cast_back_once(bank: Bank) ->
 def test_the_identity_cannot_be_replaced(bank: Bank, slot: int) -> None:
     with pytest.raises(IndexError, match=r"outside 1\.\.4"):
         bank.put(slot, random_maps(1))
+
+
+def test_slots_can_be_filled_after_an_edit_on_another_device(bank: Bank) -> None:
+    """What an edit moves there, in the mode that the model runs in, stays changeable."""
+    route = build_route(one_token_each(affine_edit(1), affine_edit(2)), CPU)
+    with torch.inference_mode():
+        edited = bank.edit_site(SITE, torch.zeros(1, 2, WIDTH, device="meta"), route)
+    assert edited.device.type == "meta"
+    bank.put(1, random_maps(5, support=True))
+    bank.put(3, random_head(6))
+    bank.clear(2)

@@ -107,3 +107,48 @@ def test_words_and_characters_of_several_bytes_with_byte_fallback() -> None:
 @pytest.mark.parametrize("token", [EOS, EOS + 1])
 def test_special_tokens_give_no_text(token: int) -> None:
     assert Detokenizer(TOKENIZER, ()).push(token) == ""
+
+
+@given(st.lists(st.sampled_from([1, 2, 3]), min_size=1), st.lists(st.sampled_from([1, 2, 3])))
+def test_a_completion_goes_on_from_its_prompt(prompt: list[int], completion: list[int]) -> None:
+    """Also where the decoder would strip the blank that a text begins with."""
+    tokenizer = byte_fallback_tokenizer()
+    detokenizer = Detokenizer(tokenizer, (), prompt)
+    text = "".join([*map(detokenizer.push, completion), detokenizer.finish()])
+    whole = tokenizer.decode([*prompt, *completion])
+    # What a decoder strips at the beginning of the whole is nobody's.
+    assert whole.endswith(text)
+    assert whole.lstrip() == (tokenizer.decode(prompt) + text).lstrip()
+
+
+def test_a_character_that_the_prompt_began_is_whole_in_the_completion() -> None:
+    euro = [BYTES[byte] for byte in "€".encode()]
+    detokenizer = Detokenizer(TOKENIZER, (), [BYTES[ord("a")], *euro[:2]])
+    pieces = [detokenizer.push(token) for token in (euro[2], BYTES[ord("b")])]
+    assert pieces == ["€", "b"]
+
+
+def test_the_prompt_is_no_part_of_a_stop_string() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ("ab",), [BYTES[ord("a")]])
+    assert detokenizer.push(BYTES[ord("b")]) == "b"
+    assert not detokenizer.stopped
+
+
+@pytest.mark.parametrize("token", [TOKENIZER.token_to_id("<eos>"), BYTES[0xFF], BYTES[0xE2]])
+def test_what_gives_no_text_does_not_cost_more_and_more(
+    token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detokenizer = Detokenizer(TOKENIZER, ())
+    longest = 0
+    decode = detokenizer._decode
+
+    def measured(tokens: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(tokens))
+        return decode(tokens)
+
+    monkeypatch.setattr(detokenizer, "_decode", measured)
+    for _ in range(200):
+        detokenizer.push(token)
+    assert longest < 32
+    assert detokenizer.push(BYTES[ord("a")]).endswith("a")

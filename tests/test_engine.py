@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -23,11 +24,12 @@ from server.engine.base import (
     UnservableInterventionError,
 )
 from server.engine.torch.build import EngineOptions
+from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
-from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
+from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine, close_checked
 from tests.tiny import EOS, random_head, random_maps, tiny_tokenizer
 
 PROMPT = tuple(b"hello world")
@@ -316,7 +318,7 @@ async def test_an_intervention_at_a_site_that_the_model_lacks_is_refused(
 ) -> None:
     engine = await start_engine(INTERVENTIONS)
     for _ in range(2):
-        with pytest.raises(UnservableInterventionError, match="no module"):
+        with pytest.raises(UnservableInterventionError, match="no site"):
             await submit(engine, request(ENDLESS, PROMPT, affine("a"), affine(digest)))
     await eventually(lambda: idle(engine))
 
@@ -407,3 +409,75 @@ async def test_text_and_tokens(start_engine: StartEngine) -> None:
     tokens = engine.tokenize("héllo")
     assert tiny_tokenizer().decode(tokens) == "héllo"
     assert engine.max_model_len == 512
+
+
+async def test_an_intervention_of_another_width_is_refused(start_engine: StartEngine) -> None:
+    wrong: Mapping[str, Parameters] = {
+        "narrow maps": random_maps(1, width=7),
+        "narrow head": random_head(2, width=7),
+        "good": random_maps(3),
+    }
+    engine = await start_engine(wrong)
+    for digest, settings in (
+        ("narrow maps", AffineSettings(1.0)),
+        ("narrow head", RewardSettings(0.5, 1)),
+    ):
+        with pytest.raises(UnservableInterventionError, match="7 numbers"):
+            await submit(engine, request(ENDLESS, PROMPT, Edit(digest, settings)))
+    sampling = SamplingSettings(2, 0, ignore_eos=True)
+    assert len(await finish(await submit(engine, request(sampling, PROMPT, affine("good"))))) == 2
+
+
+async def test_a_slow_read_delays_nobody_else_and_does_not_let_the_queue_grow(
+    load_tiny: LoadTiny,
+) -> None:
+    go_on = threading.Event()
+
+    def source(digest: str) -> Parameters:
+        if digest == "a":
+            assert go_on.wait(20)
+        return INTERVENTIONS[digest]
+
+    engine = TorchEngine(load_tiny(), source, replace(TINY_OPTIONS, max_waiting=3))
+    await engine.start()
+    sampling = SamplingSettings(2, 0, ignore_eos=True)
+    slow = [
+        asyncio.create_task(submit(engine, request(sampling, PROMPT, affine("a"))))
+        for _ in range(2)
+    ]
+    await asyncio.sleep(0)
+    assert len(await finish(await submit(engine, request(sampling, PROMPT, affine("b"))))) == 2
+    with pytest.raises(QueueFullError, match="being admitted"):
+        await engine.submit([request(sampling)] * 2)
+    assert not any(task.done() for task in slow)
+    go_on.set()
+    for task in slow:
+        assert len(await finish(await task)) == 2
+    await close_checked(engine)
+
+
+async def test_an_admission_that_fails_half_way_leaves_nothing_behind(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    made = []
+
+    def failing(*arguments: object) -> Detokenizer:
+        made.append(arguments)
+        if len(made) == 2:
+            raise MemoryError
+        return Detokenizer(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("server.engine.torch.core.Detokenizer", failing)
+    with pytest.raises(MemoryError):
+        await engine.submit([request(ENDLESS, PROMPT, affine("a"))] * 3)
+    assert len(made) == 2
+    assert idle(engine)
+
+
+async def test_outputs_that_were_read_are_not_waited_for_again(start_engine: StartEngine) -> None:
+    engine = await start_engine({})
+    generation = await submit(engine, request(SamplingSettings(3, 0, ignore_eos=True)))
+    assert len(await finish(generation)) == 3
+    async with asyncio.timeout(5):
+        assert await finish(generation) == []

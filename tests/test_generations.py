@@ -1,5 +1,6 @@
-"""One request's generations: its deadline, and whose timeout it was."""
+"""One request's generations, and its deadline."""
 
+import asyncio
 import time
 
 import pytest
@@ -63,16 +64,13 @@ async def test_a_deadline_that_passes_with_the_last_token_loses_nothing(
     assert group.usage.completion_tokens == 1
 
 
-async def test_a_readers_timeout_is_not_the_deadline(context: ServerContext) -> None:
-    generation = ScriptedGeneration(outputs=(LAST,))
-    group = await group_of(context, generation, 30)
-
-    async def deliver(_: int, __: StepOutput) -> None:
-        raise TimeoutError("the reader's")
-
-    with pytest.raises(TimeoutError, match="the reader's"):
-        await group.run(deliver)
-    assert generation.cancelled
+async def test_the_deadline_ends_what_comes_before_admission(context: ServerContext) -> None:
+    steering = context.steering.apply(None, None, given=False)
+    group = GenerationGroup(context.engine, context.metrics, steering, time.perf_counter(), 0.05)
+    assert await group.in_time(asyncio.sleep(0, "read")) == "read"
+    with pytest.raises(ApiError) as caught:
+        await group.in_time(asyncio.Event().wait())
+    assert caught.value.code == "request_timeout"
 
 
 async def test_a_deadline_that_passes_before_admission(context: ServerContext) -> None:

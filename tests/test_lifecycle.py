@@ -1,22 +1,27 @@
 """The server's end: after a signal, at its deadline, and when the engine dies."""
 
 import asyncio
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from interventions.registry import Registry
+from server.engine.torch import engine as torch_engine
 from server.engine.torch.engine import TorchEngine
+from tests.conftest import TINY_OPTIONS, LoadTiny
 from tests.live import LiveServer, live
 from tests.processes import steerserve
-from tests.serving import build_app, complete, error_of, eventually, text_of
+from tests.serving import Connection, build_app, complete, error_of, eventually
 
 ENDLESS: dict[str, object] = {"max_tokens": 500, "ignore_eos": True}
 
@@ -41,6 +46,32 @@ def slowly(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         return step()
 
     monkeypatch.setattr(engine._core, "step", slow_step)
+
+
+@dataclass
+class Hook:
+    """Stands before an engine's steps: once it is set, the next one with work to do never ends."""
+
+    set: threading.Event = field(default_factory=threading.Event)
+    caught: threading.Event = field(default_factory=threading.Event)
+    free: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def hook(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
+    """The tiny engine's; not set at first. A step that hangs does so for the whole test."""
+    hook, core, step = Hook(), tiny_engine._core, tiny_engine._core.step
+
+    def hanging_step() -> object:
+        if hook.set.is_set() and core.has_work:
+            hook.caught.set()
+            assert hook.free.wait(20)
+        return step()
+
+    monkeypatch.setattr(core, "step", hanging_step)
+    monkeypatch.setattr(torch_engine, "LAST_STEP_SECONDS", 0.3)
+    yield hook
+    hook.free.set()
 
 
 async def stopped(server: LiveServer) -> None:
@@ -91,7 +122,7 @@ async def test_a_server_that_stops_takes_no_new_request(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
     app = build_app(tiny_engine, registry)
-    app.state.context.lifecycle.stopping = True
+    app.state.context.lifecycle.stop()
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
         refused = [
@@ -107,8 +138,86 @@ async def test_a_server_that_stops_takes_no_new_request(
             assert answer.headers["retry-after"]
         for path in ("/health", "/version", "/metrics"):
             assert (await client.get(path)).status_code == 200
-        app.state.context.lifecycle.stopping = False
-        assert await text_of(client)
+
+
+async def test_a_server_whose_engine_hangs_tells_everybody_and_ends_the_process(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    hook: Hook,
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    app = build_app(tiny_engine, registry, shutdown_timeout=0.1)
+    async with live(app) as server, httpx.AsyncClient(base_url=server.url) as client:
+        requests = await running(client, tiny_engine, **ENDLESS)
+        hook.set.set()
+        await eventually(hook.caught.is_set)
+        # This one is not even queued: the engine thread takes no calls.
+        requests.append(asyncio.create_task(complete(client)))
+        await eventually(lambda: len(server.server.server_state.tasks) == 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for answer in await asyncio.gather(*requests):
+            assert '"code":"shutting_down"' in answer.text
+        await stopped(server)
+    assert ends == [1]
+    assert "the engine is stuck in a step" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert not tiny_engine.ready
+    assert tiny_engine._core.has_work  # what the thread may still use was left alone
+
+
+async def test_a_body_that_is_still_coming_is_not_waited_for(
+    tiny_engine: TorchEngine, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"x" * 500
+    bodies = {
+        b"/v1/completions": (b"application/json", b'{"model": '),
+        b"/v1/chat/completions": (b"application/json", b""),
+        b"/v1/interventions": (b"multipart/form-data; boundary=b", form),
+    }
+    async with live(build_app(tiny_engine, registry)) as server:
+        connections = []
+        for path, (media_type, part) in bodies.items():
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(
+                b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nContent-Length: 9999\r\n\r\n%b"
+                % (path, media_type, part)
+            )
+            connections.append((reader, writer))
+        await eventually(lambda: len(server.server.server_state.tasks) == len(bodies))
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(3):
+            for reader, writer in connections:
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503 ")
+                assert b"\r\nconnection: close" in head.lower()
+                assert json.loads(body)["error"]["code"] == "shutting_down"
+                writer.close()
+            await server.task
+    assert "Traceback" not in caplog.text
+    assert not list(registry.entries())
+
+
+async def test_a_body_that_comes_without_a_pause_is_not_waited_for(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    app = build_app(tiny_engine, registry)
+
+    class Endless(Connection):
+        async def _receive(self) -> Message:
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+    connection = Endless({})
+    request = asyncio.create_task(connection.run(app))
+    await asyncio.sleep(0.05)
+    app.state.context.lifecycle.stop()
+    async with asyncio.timeout(3):
+        await request
+    assert connection.sent[0]["status"] == 503
 
 
 async def test_a_second_signal_ends_the_process_at_once(
@@ -158,6 +267,49 @@ async def test_a_server_whose_engine_dies_stops_whatever_it_was_doing(
     assert server.server.engine_died
 
 
+async def test_an_engine_that_dies_while_the_server_stops_is_told_of(
+    load_tiny: LoadTiny,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Started and closed by the application, as `steerserve serve` has it.
+    engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS)
+    slowly(engine, monkeypatch)
+    async with (
+        live(build_app(engine, registry)) as server,
+        httpx.AsyncClient(base_url=server.url) as client,
+    ):
+        requests = await running(client, engine, **ENDLESS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(lambda: not server.server.servers[0].is_serving())
+
+        def die() -> None:
+            raise SystemExit
+
+        monkeypatch.setattr(engine._core, "step", die)
+        plain, stream = await asyncio.gather(*requests)
+        assert error_of(plain)["code"] == "engine_dead"
+        assert '"code":"engine_dead"' in stream.text
+        await stopped(server)
+    assert server.server.engine_died
+    assert "The engine has died while the server was stopping" in caplog.text
+
+
+async def test_the_head_of_a_request_is_bounded(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    async with live(build_app(tiny_engine, registry)) as server:
+        # Whatever else is installed: other parsers take heads of any size.
+        assert server.server.config.http == "h11"
+        assert server.server.config.ws == "none"
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 200_000)
+        async with asyncio.timeout(10):
+            assert (await reader.read(12)) == b"HTTP/1.1 400"
+        writer.close()
+
+
 def test_a_terminated_process_answers_and_exits_with_0(
     tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:
@@ -194,6 +346,28 @@ def test_a_process_whose_engine_dies_says_so_and_exits_with_1(
         assert error_of(answer)["code"] == "engine_dead"
         assert server.process.wait(20) == 1
     assert server.log.read_text().count("The engine has died; the server stops") == 1
+
+
+def test_a_process_whose_engine_hangs_answers_and_exits_with_1(
+    tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    death = tmp_path / "death"
+    env = {"STEERSERVE_TEST_DEATH": str(death)}
+    arguments = ("--model", str(tiny_folders["llama"]), "--shutdown-timeout", "0.3")
+    with (
+        steerserve(tmp_path, *arguments, module="tests.tiny_server", env=env) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        body = {"model": "tiny-llama", "prompt": "x", **ENDLESS}
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=20)
+        wait_for_running(server.url, 1)
+        death.write_text("a step that never ends")
+        server.process.terminate()
+        assert error_of(answer.result())["code"] == "shutting_down"
+        assert server.process.wait(20) == 1
+    log = server.log.read_text()
+    assert "The engine is stuck" in log
+    assert "Traceback" not in log
 
 
 def wait_for_running(url: str, count: int) -> None:

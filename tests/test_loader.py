@@ -1,9 +1,11 @@
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     LlamaConfig,
@@ -82,3 +84,45 @@ def test_dtype_auto_takes_bfloat16_only_where_the_cpu_accelerates_it(
     assert resolve_dtype("float16", "cpu", config) is torch.float16
     with pytest.raises(ModelLoadError, match="int8"):
         resolve_dtype("int8", "cpu", config)
+
+
+def _copy_of(folder: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    return copy
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_a_model_that_lacks_weights_is_refused(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """transformers would make them up."""
+    folder = _copy_of(tiny_folders["llama"], tmp_path)
+    _rewrite(folder, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(ModelLoadError, match=r"lacks 1 .*layers\.1\.self_attn\.q_proj"):
+        load_model(str(folder), "float32")
+
+
+def test_weights_of_another_shape_are_refused(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = _copy_of(tiny_folders["llama"], tmp_path)
+    _rewrite(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
+    with pytest.raises(ModelLoadError, match="cannot load"):
+        load_model(str(folder), "float32")
+
+
+def test_a_file_that_was_cut_off_is_refused(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = _copy_of(tiny_folders["llama"], tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelLoadError, match="cannot load"):
+        load_model(str(folder), "float32")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,3 +75,15 @@ def test_refinement_runs_where_the_gap_is_closed_and_the_directional_step_does_n
 )
 def test_which_settings_do_nothing(settings: RewardSettings, nothing: bool) -> None:
     assert settings.does_nothing is nothing
+
+
+def test_a_reward_that_is_not_a_number_shows() -> None:
+    """It must not leave the row as it is: that would be the base model, in silence."""
+    head = replace(random_head(0), w1=torch.full((24, WIDTH), 3e38))
+    h = torch.linspace(-1, 1, WIDTH)[None]
+    assert not reward(head, h).isfinite().all()
+    ones = torch.ones(1, 1)
+    refined = apply_reward(h, head, 0 * ones, ones.long(), ones, max_iterations=1)
+    assert not refined.isfinite().all()
+    untouched = apply_reward(h, head, 0 * ones, 0 * ones.long(), 0 * ones, max_iterations=0)
+    assert torch.equal(untouched, h)

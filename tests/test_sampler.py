@@ -1,4 +1,5 @@
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -94,12 +95,56 @@ def test_every_combination_draws_as_the_oracle_says(together: bool) -> None:
             assert found.tolist() == pytest.approx(expected, abs=1.5 / grid), case
 
 
+WIDE_CASES = (
+    SamplingSettings(1, top_p=0.9),
+    SamplingSettings(1, top_p=0.999),
+    SamplingSettings(1, min_p=0.05),
+    SamplingSettings(1, min_p=1e-4, top_p=0.9),
+    SamplingSettings(1, min_p=1e-9, top_p=0.7),
+    SamplingSettings(1, top_k=1500, top_p=0.9),
+    SamplingSettings(1, top_k=1023),
+    SamplingSettings(1, top_k=1024),
+    SamplingSettings(1, top_k=1025),
+    SamplingSettings(1, top_k=40, top_p=0.95, temperature=0.6),
+)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 8.0])
+def test_a_wide_vocabulary_is_drawn_from_as_the_oracle_says(spread: float) -> None:
+    """Whether what the filters keep is among the best tokens that are looked at first, or not."""
+    vocabulary = 3000
+    random = torch.Generator().manual_seed(3)
+    logits = spread * torch.randn(len(WIDE_CASES), vocabulary, generator=random)
+    uniforms = [0.0, 0.1, 0.37, 0.5, 0.83, 0.97, 0.999999]
+    draws = [Draw(case, uniform) for case in WIDE_CASES for uniform in uniforms]
+    drawn = iter(sample(logits.repeat_interleave(len(uniforms), dim=0), draws))
+    for row, case in enumerate(WIDE_CASES):
+        expected = sampling_probabilities(logits[row].tolist(), (), (), case)
+        best_first = sorted(range(vocabulary), key=lambda token: -logits[row][token])
+        cumulative = list(accumulate(expected[token] for token in best_first))
+        for uniform in uniforms:
+            token = next(drawn)
+            end = cumulative[best_first.index(token)]
+            assert end - expected[token] - 1e-4 <= uniform <= end + 1e-4, case
+            assert expected[token] > 0 or spread == 0.01, case
+
+
+def test_the_best_logits_may_be_as_large_as_floats_are() -> None:
+    logits = torch.tensor([[3e38, -3e38, 1.0, 0.0]])
+    for settings in (
+        SamplingSettings(1, temperature=0.5),
+        SamplingSettings(1, temperature=0.5, top_p=0.9),
+        SamplingSettings(1, repetition_penalty=0.01, logit_bias=((0, 100.0),)),
+    ):
+        assert sample(logits, [Draw(settings, 0.5, penalties_of(settings, (0, 1), ()))]) == [0]
+
+
 def penalties_of(
     case: SamplingSettings, prompt: tuple[int, ...], completion: tuple[int, ...]
 ) -> Penalties | None:
     if not changes_logits(case):
         return None
-    penalties = Penalties(Request("test", prompt, case), 8, torch.device("cpu"))
+    penalties = Penalties(Request("test", prompt, case))
     for token in completion:
         penalties.push(token)
     return penalties

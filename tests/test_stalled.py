@@ -80,31 +80,66 @@ def test_connections_are_told_apart_and_forgotten() -> None:
     assert not gone.aborted
 
 
+def connect(port: int, buffer: int) -> socket.socket:
+    """A socket whose reader has so much room."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    reader.connect(("127.0.0.1", port))
+    return reader
+
+
+def ask(reader: socket.socket, **fields: object) -> None:
+    """Send a request for many long answers."""
+    wanted = {"model": "tiny", "prompt": "x", "ignore_eos": True, "logprobs": 5, "n": 16, **fields}
+    body = json.dumps(wanted).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    reader.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
 async def test_a_socket_that_is_never_read_is_closed_and_all_it_held_is_freed(
     tiny_engine: TorchEngine, registry: Registry, stream: bool
 ) -> None:
-    body = json.dumps(
-        {
-            "model": "tiny",
-            "prompt": "x",
-            "max_tokens": 400 if stream else 20,
-            "ignore_eos": True,
-            "logprobs": 5,
-            "n": 16,
-            "stream": stream,
-        }
-    ).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     async with live(build_app(tiny_engine, registry, write_timeout=0.3)) as server:
-        with socket.socket() as reader:
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            reader.connect(("127.0.0.1", server.port))
-            reader.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        with connect(server.port, 2048) as reader:
+            ask(reader, max_tokens=400 if stream else 20, stream=stream)
             state = server.server.server_state
             await eventually(lambda: state.total_requests == (0 if stream else 1))
             await eventually(lambda: len(state.connections) == 1)
             await eventually(lambda: not state.connections)
-            assert not state.tasks
+            await eventually(lambda: not state.tasks)
             await eventually(lambda: tiny_engine.stats().kv_cache_usage == 0)
             assert tiny_engine.stats().running == 0
+
+
+async def test_a_reader_that_is_slow_but_steady_gets_the_whole_stream(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    """What waits in the process takes longer than the limit to be read; some of it always is."""
+    limit, pause = 0.4, 0.02
+    answer = bytearray()
+    async with live(build_app(tiny_engine, registry, write_timeout=limit)) as server:
+        with connect(server.port, 8192) as reader:
+            ask(reader, max_tokens=20, stream=True)
+            reader.setblocking(False)
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(20):
+                while not answer.endswith(b"0\r\n\r\n"):
+                    part = await loop.sock_recv(reader, 2048)
+                    assert part, "the stream was cut off"
+                    answer += part
+                    await asyncio.sleep(pause)
+    assert b"data: [DONE]\n\n" in answer
+    assert len(answer) / 2048 * pause > 2 * limit
+
+
+async def test_a_deadline_frees_the_engine_though_the_reader_stalls(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    app = build_app(tiny_engine, registry, request_timeout=0.4, write_timeout=2)
+    async with live(app) as server:
+        with connect(server.port, 2048) as reader:
+            ask(reader, max_tokens=400, stream=True)
+            await eventually(lambda: tiny_engine.stats().running > 0)
+            await eventually(lambda: tiny_engine.stats().kv_cache_usage == 0)
+            assert server.server.server_state.connections

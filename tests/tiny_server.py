@@ -1,10 +1,12 @@
-"""`steerserve` with an engine that is slow, and dies in its next step once a file is there.
+"""`steerserve` with an engine that is slow, and dies or hangs in a step once a file is there.
 
-A process of its own for tests/test_lifecycle.py: STEERSERVE_TEST_DEATH names the file.
+A process of its own for tests/test_lifecycle.py: STEERSERVE_TEST_DEATH names the file. An empty one
+is death; in any other the step never ends.
 """
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -21,11 +23,16 @@ def run() -> None:
 
     def slow_step(core: EngineCore) -> object:
         if death.exists():
+            if death.stat().st_size:
+                threading.Event().wait()
             sys.exit("the engine thread dies, as the test wants")
         time.sleep(STEP_SECONDS)
         return step(core)
 
-    with mock.patch.object(EngineCore, "step", slow_step):
+    with (
+        mock.patch.object(EngineCore, "step", slow_step),
+        mock.patch("server.engine.torch.engine.LAST_STEP_SECONDS", 0.3),
+    ):
         main()
 
 

@@ -1,5 +1,6 @@
 """From a checked request to its answer, whole or streamed: the same for every endpoint."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -7,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from anyio import to_thread
 from pydantic import JsonValue
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,10 +16,10 @@ from server.api.context import ServerContext
 from server.api.errors import ApiError, invalid, shutting_down
 from server.api.fields import GenerationFields
 from server.api.frames import Choice, Frame, Wording
-from server.api.generations import GenerationGroup, closing_on_error, unless_client_leaves
+from server.api.generations import GenerationGroup, closing_on_error
 from server.api.model_names import split_model
 from server.api.streaming import CompletionStream
-from server.config import Settings
+from server.api.waiting import unless_client_leaves
 from server.engine.base import Edit, SamplingSettings, StepOutput
 from server.engine.base import Request as EngineRequest
 
@@ -41,11 +41,26 @@ class Exchange:
     """A request whose steering is applied, on its way to its answer."""
 
     _http: Request
-    _settings: Settings
+    _context: ServerContext
     _wanted: GenerationFields
     _frame: Frame
     _edits: tuple[Edit, ...]
     _group: GenerationGroup
+
+    async def read_prompt(self, characters: int, read: Callable[[], T]) -> T:
+        """Have token ids made; in a thread where that takes so long that others would wait.
+
+        Raises:
+            InvalidRequestError: the engine cannot take the prompt.
+            ApiError: the deadline has passed.
+            ClientGoneError: nobody waits for the answer any more.
+        """
+        if characters < LONG_TEXT:
+            return read()
+        # Cancelled in the queue it is never begun; once begun it keeps its thread to its end.
+        loop = asyncio.get_running_loop()
+        reading = loop.run_in_executor(self._context.prompt_threads, read)
+        return await unless_client_leaves(self._http.receive, self._group.in_time(reading))
 
     async def answer(self, plans: Sequence[Plan], prompt_tokens: int) -> Response:
         """Generate every choice; `prompt_tokens` counts each prompt once.
@@ -67,7 +82,6 @@ class Exchange:
                 self._frame,
                 choices,
                 include_usage=self._wanted.include_usage,
-                write_timeout=self._settings.write_timeout,
             )
         body = await unless_client_leaves(receive, self._collect(choices))
         self._group.close()
@@ -110,7 +124,7 @@ async def answering(
             steering=steering.echo,
             wording=wording,
         )
-        yield Exchange(http, context.settings, wanted, frame, steering.edits, group)
+        yield Exchange(http, context, wanted, frame, steering.edits, group)
 
 
 def check_request(wanted: GenerationFields, prompts: int, context: ServerContext) -> None:
@@ -133,8 +147,3 @@ def check_request(wanted: GenerationFields, prompts: int, context: ServerContext
             "n" if prompts <= limit else "prompt",
             "too_many_completions",
         )
-
-
-async def off_the_loop_if_long(characters: int, tokenize: Callable[[], T]) -> T:
-    """Tokenize, in a thread where the text is so long that other requests would wait."""
-    return tokenize() if characters < LONG_TEXT else await to_thread.run_sync(tokenize)

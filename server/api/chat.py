@@ -7,14 +7,14 @@ from typing import Final
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answering import Plan, answering, check_request, off_the_loop_if_long
+from server.api.answering import Exchange, Plan, answering, check_request
 from server.api.chat_choices import ChatChoice
 from server.api.chat_schemas import ChatRequest
 from server.api.context import Context
 from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.messages import Message
-from server.api.parsing import read_json_object, validate
+from server.api.parsing import read_request
 from server.engine.base import Engine, InvalidRequestError
 
 WORDING: Final = Wording("chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -31,11 +31,11 @@ async def create_chat_completion(request: Request, context: Context) -> Response
     the assistant's own: that message is not continued.
     """
     arrived = time.perf_counter()
-    chat = validate(ChatRequest, await read_json_object(request))
+    chat = await read_request(ChatRequest, request)
     check_request(chat, 1, context)
     _check(chat)
     async with answering(request, context, chat, WORDING, arrived) as exchange:
-        prompt = await _read_messages(chat.messages, context.engine)
+        prompt = await _read_messages(chat.messages, context.engine, exchange)
         room = context.engine.max_model_len - len(prompt)
         plans = [
             Plan(prompt, chat.sampling(index, room), ChatChoice(index, chat.logprobs))
@@ -55,14 +55,16 @@ def _check(chat: ChatRequest) -> None:
             "'max_tokens' and 'max_completion_tokens' are two names of one limit, and differ.",
             "max_tokens",
         )
-    if chat.top_logprobs is not None and not chat.logprobs:
+    if chat.top_logprobs and not chat.logprobs:
         raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
 
 
-async def _read_messages(messages: tuple[Message, ...], engine: Engine) -> tuple[int, ...]:
+async def _read_messages(
+    messages: tuple[Message, ...], engine: Engine, exchange: Exchange
+) -> tuple[int, ...]:
     characters = sum(len(message["content"]) + TEMPLATE_LENGTH for message in messages)
     tokenize = partial(engine.tokenize_chat, messages)
-    return tuple(await off_the_loop_if_long(characters, tokenize))
+    return tuple(await exchange.read_prompt(characters, tokenize))
 
 
 def _in_chats_words(error: InvalidRequestError, chat: ChatRequest) -> InvalidRequestError:

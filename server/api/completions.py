@@ -7,12 +7,12 @@ from typing import Final
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answering import Plan, answering, check_request, off_the_loop_if_long
+from server.api.answering import Exchange, Plan, answering, check_request
 from server.api.choices import CompletionChoice, PromptEcho
 from server.api.context import Context
 from server.api.errors import invalid
 from server.api.frames import Wording
-from server.api.parsing import read_json_object, validate
+from server.api.parsing import read_request
 from server.api.schemas import CompletionRequest, Prompt
 from server.engine.base import Engine
 
@@ -31,11 +31,11 @@ class _ReadPrompt:
 async def create_completion(request: Request, context: Context) -> Response:
     """Complete a prompt or several, as JSON or as a stream of server-sent events."""
     arrived = time.perf_counter()
-    completion = validate(CompletionRequest, await read_json_object(request))
+    completion = await read_request(CompletionRequest, request)
     check_request(completion, len(completion.prompt), context)
     _check(completion)
     async with answering(request, context, completion, WORDING, arrived) as exchange:
-        prompts = await _read_prompts(completion, context.engine)
+        prompts = await _read_prompts(completion, context.engine, exchange)
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
             Plan(
@@ -65,13 +65,15 @@ def _check(completion: CompletionRequest) -> None:
         )
 
 
-async def _read_prompts(completion: CompletionRequest, engine: Engine) -> list[_ReadPrompt]:
+async def _read_prompts(
+    completion: CompletionRequest, engine: Engine, exchange: Exchange
+) -> list[_ReadPrompt]:
     def read() -> list[_ReadPrompt]:
         return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
 
     # A token is about as much work to turn into text as a character into tokens.
     counted = completion.prompt if completion.echo else filter(_is_text, completion.prompt)
-    return await off_the_loop_if_long(sum(map(len, counted)), read)
+    return await exchange.read_prompt(sum(map(len, counted)), read)
 
 
 def _is_text(prompt: Prompt) -> bool:

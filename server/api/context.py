@@ -1,8 +1,10 @@
 """What the routes work with: one typed object on the application's state."""
 
+import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 from fastapi import Depends, Request
 
@@ -13,12 +15,31 @@ from server.config import Settings
 from server.engine.base import Engine
 from server.metrics import Metrics
 
+PROMPT_THREADS: Final = 4
 
-@dataclass(slots=True)
+
 class Lifecycle:
-    """How far the server's life has come. What runs it sets this; the routes read it."""
+    """How far the server's life has come. What runs it stops it; the routes look at it."""
 
-    stopping: bool = False  # no new request is taken
+    def __init__(self) -> None:
+        self._stopped = asyncio.Event()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no new request is taken."""
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Take no new request from now on."""
+        self._stopped.set()
+
+    async def until_stopping(self) -> None:
+        """Wait until no new request is taken."""
+        await self._stopped.wait()
+
+
+def _prompt_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +52,8 @@ class ServerContext:
     settings: Settings
     steering: SteeringResolver
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    # Long prompts are read here: in the pool that all share, they would keep everything waiting.
+    prompt_threads: ThreadPoolExecutor = field(default_factory=_prompt_threads)
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 

@@ -115,8 +115,8 @@ def from_registry(error: UnknownInterventionError, param: str | None = None) -> 
 def shutting_down() -> ApiError:
     """A 503: this server is stopping; another one, or the next one, may answer."""
     message = "The server is shutting down; try again later."
-    retry = {"Retry-After": RETRY_SECONDS}
-    return ApiError(503, message, code="shutting_down", headers=retry)
+    headers = {"Retry-After": RETRY_SECONDS, "Connection": "close"}
+    return ApiError(503, message, code="shutting_down", headers=headers)
 
 
 def timed_out(seconds: float) -> ApiError:

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from server.api.parsing import UNSUPPORTED
 from server.engine.base import SamplingSettings
 
-MAX_STOPS: Final = 4
+MAX_STOPS: Final = 32  # OpenAI takes 4; lm-evaluation-harness sends as many as a task has
 MAX_STOP_LENGTH: Final = 1000
 MAX_BIASES: Final = 300
 LARGEST_BIAS: Final = 100

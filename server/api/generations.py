@@ -2,15 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from starlette.types import Receive
-
-from server.api.errors import ClientGoneError, timed_out
+from server.api.errors import timed_out
 from server.api.steering import AppliedSteering
+from server.api.waiting import gather_or_cancel
 from server.engine.base import Engine, Generation, Request, StepOutput
 from server.metrics import Metrics
 
@@ -58,13 +57,22 @@ class GenerationGroup:
         self._timeout = timeout
         self._prompt_tokens = 0
         self._generations: list[Generation] = []
-        self._unfinished = 0
+        self._finished = 0
         self._generated_tokens = 0
 
     @property
     def usage(self) -> Usage:
         """The tokens so far."""
         return Usage(self._prompt_tokens, self._generated_tokens)
+
+    async def in_time(self, work: Awaitable[T]) -> T:
+        """Do what must come before the generations, while the deadline has not passed.
+
+        Raises:
+            ApiError: the deadline has passed.
+        """
+        async with self._deadline():
+            return await work
 
     async def submit(self, requests: Sequence[Request], prompt_tokens: int) -> None:
         """Admit all requests, or none.
@@ -75,9 +83,7 @@ class GenerationGroup:
             EngineError: the engine refuses one.
             ApiError: the deadline has passed.
         """
-        self._unfinished += len(requests)
-        async with self._deadline():
-            self._generations.extend(await self._engine.submit(requests))
+        self._generations.extend(await self.in_time(self._engine.submit(requests)))
         self._prompt_tokens = prompt_tokens
         self._metrics.admitted(prompt_tokens)
 
@@ -115,20 +121,22 @@ class GenerationGroup:
                 self._metrics.queued(output.queue_seconds)
             last = self._measure(output, last)
             await deliver(index, output)
-        self._unfinished -= 1
+        self._finished += 1
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
         """Cancel the block when the request's time is over."""
         left = self._arrived + self._timeout - time.perf_counter()
         try:
-            async with asyncio.timeout(left) as deadline:
+            async with asyncio.timeout(left):
                 yield
         except TimeoutError:
-            if not deadline.expired():
-                raise  # the reader's: `deliver` did not get rid of an output
-            if self._unfinished:
+            if not self._complete:
                 raise timed_out(self._timeout) from None
+
+    @property
+    def _complete(self) -> bool:
+        return bool(self._generations) and self._finished == len(self._generations)
 
     def _measure(self, output: StepOutput, last: float | None) -> float | None:
         """Count an output's tokens; returns when the choice's last token came."""
@@ -156,40 +164,3 @@ async def closing_on_error(group: GenerationGroup) -> AsyncIterator[GenerationGr
     except BaseException:
         group.close()
         raise
-
-
-async def gather_or_cancel(work: Sequence[Coroutine[object, object, None]]) -> None:
-    """Run all at once. The first exception cancels the others and is raised, as itself."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        await _cancel(tasks)
-
-
-async def unless_client_leaves(receive: Receive, work: Coroutine[object, object, T]) -> T:
-    """Do the work while the client waits for it; the request's body must have been read.
-
-    Raises:
-        ClientGoneError: the client closed the connection first; the work was cancelled.
-    """
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            raise ClientGoneError("The client closed the connection.")
-        return worker.result()
-    finally:
-        await _cancel((worker, watcher))
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancel(tasks: Sequence[asyncio.Future[T] | asyncio.Future[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

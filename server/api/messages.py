@@ -44,7 +44,9 @@ def _parse_message(value: object, param: str) -> Message:
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
     # Its role first: that a tool's answer has other fields is not what is wrong with it.
     role = _parse_role(_required(value, "role", param), f"{param}.role")
-    _check_known(value, EMPTY_FIELDS | {"role", "content"}, param)
+    _check_known(value, EMPTY_FIELDS | {"role", "content", "type"}, param)
+    if value.get("type") not in (None, "text"):  # lm-evaluation-harness marks each as text
+        raise _no_text_part(value["type"], f"{param}.type")
     for name in EMPTY_FIELDS & value.keys():
         _check_empty(value[name], f"{param}.{name}")
     content = _required(value, "content", param)
@@ -69,7 +71,7 @@ def _check_known(value: dict[str, object], known: frozenset[str], param: str) ->
 
 
 def _check_empty(value: object, param: str) -> None:
-    if value is not None and value != []:
+    if value not in (None, "", [], {}):
         raise invalid(f"This server does not support '{param}'.", param, UNSUPPORTED)
 
 

@@ -8,6 +8,7 @@ from server.api.fields import TOKENS, GenerationFields, only
 from server.engine.base import SamplingSettings
 
 DEFAULT_MAX_TOKENS: Final = 16
+MAX_PROMPTS: Final = 2048  # as many as OpenAI takes; the operator's limit is on prompts times n
 
 Prompt: TypeAlias = str | tuple[int, ...]
 
@@ -20,6 +21,8 @@ def _parse_prompts(value: object) -> tuple[Prompt, ...]:
         raise ValueError("it must be a string, a list of token ids, or a list of either")
     if all(type(item) is int for item in value):
         return (_parse_token_ids(value),)
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"it has {len(value)} prompts, more than {MAX_PROMPTS}")
     if all(isinstance(item, str) for item in value):
         return tuple(value)
     if all(isinstance(item, list) for item in value):

@@ -1,9 +1,9 @@
 """A completion as server-sent events, and everything that may end it early."""
 
-import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 from pydantic import JsonValue
@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError, ClientGoneError, from_engine, internal_error
 from server.api.frames import Choice, Frame
-from server.api.generations import GenerationGroup, unless_client_leaves
+from server.api.generations import GenerationGroup
 from server.api.observe import outcome_of, set_outcome
+from server.api.waiting import unless_client_leaves
 from server.engine.base import EngineError, StepOutput
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -26,7 +27,8 @@ class CompletionStream(Response):
     """Streams a group's choices as they are generated, and closes the group whatever happens.
 
     An error after the first byte is an event of its own, after which the stream ends without
-    `[DONE]`. A client that goes away, or reads nothing for `write_timeout` seconds, ends it too.
+    `[DONE]`. A client that goes away ends it too; one that reads nothing is made to go away by
+    whatever runs the server, which sees how much it reads.
     """
 
     media_type = "text/event-stream"
@@ -38,7 +40,6 @@ class CompletionStream(Response):
         choices: Sequence[Choice],
         *,
         include_usage: bool,
-        write_timeout: float,
     ) -> None:
         # A proxy that buffers or caches would hold the tokens back.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -47,13 +48,12 @@ class CompletionStream(Response):
         self._frame = frame
         self._choices = choices
         self._include_usage = include_usage
-        self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to the end, to an error, or until the client is gone."""
         try:
             await unless_client_leaves(receive, self._stream(send))
-        except (ClientGoneError, TimeoutError, OSError):
+        except (ClientGoneError, OSError):
             return  # nobody reads any more; the answer stays incomplete
         except ApiError as error:
             await self._fail(error, scope, send)
@@ -72,26 +72,24 @@ class CompletionStream(Response):
         async def deliver(index: int, output: StepOutput) -> None:
             for choice in self._choices[index].deltas(output):
                 chunk = self._frame.chunk(choice, usage_follows=self._include_usage)
-                await self._send(_event(chunk), send)
+                await _send(_event(chunk), send)
 
         await self._group.run(deliver)
         if self._include_usage:
-            await self._send(_event(self._frame.usage_chunk(self._group.usage)), send)
-        await self._send(DONE, send, last=True)
+            await _send(_event(self._frame.usage_chunk(self._group.usage)), send)
+        await _send(DONE, send, last=True)
 
     async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
         set_outcome(Request(scope), outcome_of(error.status))
-        try:
-            await self._send(_event(error.body), send, last=True)
-        except (TimeoutError, OSError):
-            return
+        with suppress(OSError):
+            await _send(_event(error.body), send, last=True)
 
-    async def _send(self, body: bytes, send: Send, *, last: bool = False) -> None:
-        message = {"type": "http.response.body", "body": body, "more_body": not last}
-        async with asyncio.timeout(self._write_timeout):
-            await send(message)
+
+async def _send(body: bytes, send: Send, *, last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": not last})
 
 
 def _event(body: Mapping[str, JsonValue]) -> bytes:
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Escaped, as some clients take U+2028, U+2029 and U+0085 for ends of lines.
+    text = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"

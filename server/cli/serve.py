@@ -71,7 +71,9 @@ def serve(
     ] = None,
     kv_cache_gb: Annotated[
         float | None,
-        typer.Option(help="Memory for keys and values; a quarter of the free if unset."),
+        typer.Option(
+            help="Memory for keys and values; if unset, 25 % of what is free (80 % on a GPU)."
+        ),
     ] = None,
     max_batch_size: Annotated[
         int | None, typer.Option(help="Requests running at once; 64.")

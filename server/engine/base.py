@@ -170,8 +170,18 @@ class Engine(Protocol):
         """Whether the model is loaded and the engine alive."""
         ...
 
+    @property
+    def died(self) -> bool:
+        """Whether the engine has ended without being told to. It stays so after `close`."""
+        ...
+
     def tokenize(self, text: str) -> list[int]:
-        """The prompt's token ids, with the special tokens that the tokenizer adds."""
+        """The prompt's token ids, with the special tokens that the tokenizer adds.
+
+        Raises:
+            InvalidRequestError: the text has more characters than `max_model_len` tokens can
+                hold; known without tokenizing it.
+        """
         ...
 
     def detokenize(self, tokens: Sequence[int]) -> str:
@@ -211,6 +221,11 @@ class Engine(Protocol):
         """Start generating, after a self-test; returns when the engine is ready."""
         ...
 
-    async def close(self) -> None:
-        """Stop; what still runs is lost with ShuttingDownError."""
+    async def close(self) -> bool:
+        """Stop; what still runs is lost with ShuttingDownError, at once. May be called again.
+
+        Returns:
+            Whether the engine has come to its end. False: it is stuck in a step, and only the
+            end of the process will end it.
+        """
         ...

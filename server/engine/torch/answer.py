@@ -3,8 +3,6 @@
 import random
 import time
 
-import torch
-
 from server.engine.base import FinishReason, StepOutput, TokenLogprobs
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.penalties import Penalties, changes_logits
@@ -18,7 +16,8 @@ class Answer:
     def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
         self._sequence = sequence
         self._detokenizer = detokenizer
-        self._penalties: Penalties | None = None  # made when the first token is drawn, if at all
+        request = sequence.request
+        self._penalties = Penalties(request) if changes_logits(request.sampling) else None
         self._random = random.Random(sequence.request.sampling.seed)
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._submitted: float | None = time.monotonic()  # until it is first scheduled
@@ -30,12 +29,9 @@ class Answer:
             self._queue_seconds = time.monotonic() - self._submitted
             self._submitted = None
 
-    def draw(self, vocabulary: int, device: torch.device) -> Draw:
+    def draw(self) -> Draw:
         """How to draw the next token. Every draw takes one number of the request's own."""
-        request = self._sequence.request
-        if self._penalties is None and changes_logits(request.sampling):
-            self._penalties = Penalties(request, vocabulary, device)
-        return Draw(request.sampling, self._random.random(), self._penalties)
+        return Draw(self._sequence.request.sampling, self._random.random(), self._penalties)
 
     def score(self, logprobs: TokenLogprobs) -> None:
         """Keep the log-probabilities of the prompt's next token."""

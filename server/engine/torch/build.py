@@ -48,6 +48,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     check_lm_head(model, runner, loaded.description.head_width)
     interventions = LoadedInterventions(
         options.max_loaded_interventions,
+        loaded.description,
         hooks,
         model.device,
         probe=partial(dead_sites, model, runner, widths=loaded.description.site_widths),

@@ -78,19 +78,24 @@ class EngineCore:
             for digest in sorted(digests, key=missing.__contains__):
                 slots[digest] = self.interventions.hold(digest, parameters)
                 held.callback(self.interventions.unpin, digest)
-            for sequence in sequences:
-                self._queue(sequence, slots)
+            # All that may fail comes before the first is queued.
+            answers = [Answer(sequence, self._detokenizer(sequence)) for sequence in sequences]
+            for sequence, answer in zip(sequences, answers, strict=True):
+                self._queue(sequence, answer, slots)
 
-    def _queue(self, sequence: Sequence, slots: Mapping[str, int]) -> None:
-        """Queue a sequence whose interventions are held in `slots`; it gets pins of its own."""
+    def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         request = sequence.request
+        return Detokenizer(self._tokenizer, request.sampling.stop, request.prompt)
+
+    def _queue(self, sequence: Sequence, answer: Answer, slots: Mapping[str, int]) -> None:
+        """Queue a sequence whose interventions are held in `slots`; it gets pins of its own."""
         sequence.edits = tuple(
-            SlottedEdit(slots[edit.digest], edit.settings) for edit in request.effective_edits
+            SlottedEdit(slots[edit.digest], edit.settings)
+            for edit in sequence.request.effective_edits
         )
         for digest in sequence.digests:
             self.interventions.pin(digest)
-        detokenizer = Detokenizer(self._tokenizer, request.sampling.stop)
-        self._answers[sequence] = Answer(sequence, detokenizer)
+        self._answers[sequence] = answer
         self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:

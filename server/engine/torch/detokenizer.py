@@ -4,16 +4,26 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+# Tokens of the prompt that the first text may depend on: some decoders strip a first blank.
+_CONTEXT = 6
+# Tokens after which text is given even if it ends in the middle of a character: none is so long.
+_PENDING = 8
+
 
 class Detokenizer:
     """Turns token ids into text as they come; holds back what may yet be a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._tokens: list[int] = []
+        self._tokens = list(prompt[-_CONTEXT:])
         self._context = 0  # the first token that the next text may depend on
-        self._shown = 0  # tokens whose text was given
+        self._shown = len(self._tokens)  # tokens whose text was given
+        # A character that the prompt began is whole in the completion that ends it.
+        while self._shown and self._decode(self._tokens[: self._shown]).endswith("\ufffd"):
+            self._shown -= 1
         self._held = ""
         self.stopped = False  # a stop string was found; nothing more will come
 
@@ -21,7 +31,8 @@ class Detokenizer:
         """The text that is certain after one more token."""
         self._tokens.append(token)
         text = self._new_text()
-        if not text or text.endswith("\ufffd"):  # a character that may not be complete yet
+        incomplete = not text or text.endswith("\ufffd")  # a character, it may be
+        if incomplete and len(self._tokens) - self._shown < _PENDING:
             return ""
         self._context, self._shown = self._shown, len(self._tokens)
         return self._release(text)

@@ -1,19 +1,18 @@
 """The torch engine as the API sees it: one thread computes, asyncio receives once a step."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
-
-from jinja2 import TemplateError
+from typing import Final, TypeVar
 
 from interventions.model import ModelDescription
 from server.engine.base import (
     EngineStats,
     InvalidRequestError,
+    QueueFullError,
     Request,
-    UnservableInterventionError,
 )
 from server.engine.torch.build import EngineOptions, build_core, context_length
 from server.engine.torch.core import NotReadError
@@ -21,10 +20,15 @@ from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel
 from server.engine.torch.postprocess import Delivery
+from server.engine.torch.reads import SharedReads
 from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.text_bound import bound_of
 from server.engine.torch.thread import EngineThread
 
 T = TypeVar("T")
+LAST_STEP_SECONDS: Final = 5.0  # how long the step that is computed at the end may still take
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -42,13 +46,16 @@ class TorchEngine:
     ) -> None:
         self._loaded = loaded
         self._tokenizer = loaded.tokenizer.backend_tokenizer
-        self._source = source
         self._core = build_core(loaded, options)
         self._max_model_len = context_length(loaded, options, self._core.scheduler.pool)
-        self._thread = EngineThread(self._core, self._hand_over, self._hand_over_death)
+        self._text_bound = bound_of(self._tokenizer, self._max_model_len)
+        self._thread = EngineThread(self._core, self._hand_over, self._hand_over_end)
+        self._thread_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._admissions: set[asyncio.Task[list[TorchGeneration]]] = set()
         self._generations: dict[EngineSequence, TorchGeneration] = {}
-        self._reading = asyncio.Lock()
+        self._reads = SharedReads(source)
+        self._admitting = 0  # requests that are on their way to the scheduler's queue
 
     @property
     def model(self) -> ModelDescription:
@@ -65,8 +72,14 @@ class TorchEngine:
         """Whether the engine thread runs."""
         return self._thread.alive
 
+    @property
+    def died(self) -> bool:
+        """Whether the engine thread has ended by itself."""
+        return self._thread.died
+
     def tokenize(self, text: str) -> list[int]:
-        """The prompt's token ids, with the special tokens that the tokenizer adds."""
+        """The prompt's token ids; see server.engine.base.Engine.tokenize."""
+        self._check_characters(text, "prompt")
         # Unlike `encode`, it lets other threads run while it works.
         (encoding,) = self._tokenizer.encode_batch([text])
         ids: list[int] = encoding.ids
@@ -91,12 +104,12 @@ class TorchEngine:
             text = tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError) as error:
+            # The template has written the special tokens that the model wants.
+            (encoding,) = self._tokenizer.encode_batch([str(text)], add_special_tokens=False)
+        except Exception as error:  # a template is a program of the model's authors
             raise InvalidRequestError(
-                f"The model's chat template refuses these messages: {error}", "messages"
+                f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
             ) from error
-        # The template has written the special tokens that the model wants.
-        (encoding,) = self._tokenizer.encode_batch([str(text)], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
@@ -115,26 +128,40 @@ class TorchEngine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def close(self) -> None:
-        """Stop after the current step; what still runs is lost with ShuttingDownError."""
-        await asyncio.to_thread(self._thread.stop)
+    async def close(self) -> bool:
+        """Stop after the current step; see server.engine.base.Engine.close."""
+        self._thread.stop()
+        # Now: their clients must hear of it however long the step takes.
+        for admission in tuple(self._admissions):
+            admission.cancel()
         self._fail_all()
+        if not await self._thread_ends():
+            logger.critical("the engine is stuck in a step, for over %g s now", LAST_STEP_SECONDS)
+            return False
         self._core.clear()  # its thread has ended
+        return True
 
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
         # Shielded: a client that leaves in the middle of an admission must not leave it running.
-        admission = asyncio.ensure_future(self._admit(requests))
+        admission = asyncio.create_task(self._admit(requests))
+        self._admissions.add(admission)
+        admission.add_done_callback(self._admissions.discard)
         try:
             return await asyncio.shield(admission)
         except asyncio.CancelledError:
+            if admission.cancelled():  # by `close`
+                raise self._thread.end from None
             admission.add_done_callback(_cancel_admitted)
             raise
 
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
             raise self._thread.end
+        # What waits for an intervention to be read is not in the scheduler's queue yet.
+        if self._admitting and self._admitting + len(requests) > self._core.scheduler.max_waiting:
+            raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         for request in requests:
             self._check_lengths(request)
         named = {edit.digest for request in requests for edit in request.effective_edits}
@@ -144,6 +171,18 @@ class TorchEngine:
                 f"{len(named)} interventions at once are more than the {slots} that this server "
                 "can hold.",
                 "steering",
+            )
+
+    def _check_characters(self, text: str, param: str) -> None:
+        """Refuse a text that cannot fit, without the work of tokenizing it."""
+        limit, bound = self._max_model_len, self._text_bound
+        if bound is not None and bound.exceeded_by(text):
+            raise InvalidRequestError(
+                f"This model's maximum context length is {limit} tokens. However, your prompt has "
+                f"{len(text)} characters, and {limit} tokens cannot hold more than "
+                f"{bound.characters}. Please reduce your prompt.",
+                param,
+                "context_length_exceeded",
             )
 
     def _check_lengths(self, request: Request) -> None:
@@ -171,39 +210,30 @@ class TorchEngine:
         # Known before the engine is, so that no output can come too early.
         generations = [TorchGeneration(partial(self._cancel, each)) for each in sequences]
         self._generations.update(zip(sequences, generations, strict=True))
+        self._admitting += len(sequences)
         try:
             await self._queue(sequences)
         except BaseException:
             for sequence in sequences:
                 self._generations.pop(sequence, None)
             raise
+        finally:
+            self._admitting -= len(sequences)
         return generations
 
     async def _queue(self, sequences: Sequence[EngineSequence]) -> None:
         """Have the engine thread take the sequences, reading what it has not loaded."""
         parameters: dict[str, Parameters] = {}
-        admit = partial(self._core.admit, sequences, parameters)
-        with suppress(NotReadError):
-            return await self._on_thread(admit)
-        async with self._reading:  # so that requests for the same intervention read it once
-            while True:
-                try:
-                    return await self._on_thread(admit)
-                except NotReadError as not_read:
-                    # Kept for the next attempt: what was loaded may be evicted in between.
-                    for digest in not_read.digests:
-                        parameters[digest] = await self._read(digest)
+        while True:
+            try:
+                return await self._on_thread(partial(self._core.admit, sequences, parameters))
+            except NotReadError as not_read:
+                # Kept for the next attempt: what was loaded may be evicted in between.
+                for digest in not_read.digests:
+                    parameters[digest] = await self._reads.read(digest)
 
     async def _on_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._thread.call(function))
-
-    async def _read(self, digest: str) -> Parameters:
-        try:
-            return await asyncio.to_thread(self._source, digest)
-        except (OSError, ValueError) as error:
-            raise UnservableInterventionError(
-                f"The intervention cannot be read: {error}"
-            ) from error
 
     def _cancel(self, sequence: EngineSequence) -> None:
         self._generations.pop(sequence, None)
@@ -214,11 +244,11 @@ class TorchEngine:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._deliver, deliveries)
 
-    def _hand_over_death(self) -> None:
-        """On the engine thread, at its end."""
+    def _hand_over_end(self) -> None:
+        """On the engine thread, as the last thing that it does."""
         assert self._loop is not None
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._fail_all)
+            self._loop.call_soon_threadsafe(self._end)
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         for sequence, output in deliveries:
@@ -226,6 +256,18 @@ class TorchEngine:
                 generation.deliver(output)
                 if generation.ended:
                     del self._generations[sequence]
+
+    def _end(self) -> None:
+        self._thread_ended.set()
+        self._fail_all()
+
+    async def _thread_ends(self) -> bool:
+        if self._loop is None:  # it was never started
+            return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_STEP_SECONDS):
+                await self._thread_ended.wait()
+        return self._thread_ended.is_set()
 
     def _fail_all(self) -> None:
         while self._generations:

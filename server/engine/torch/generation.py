@@ -22,7 +22,7 @@ class TorchGeneration:
 
     async def __aiter__(self) -> AsyncIterator[StepOutput]:
         """Yield outputs until one carries a finish reason; raise EngineError if it is lost."""
-        while True:
+        while not (self.ended and self._outputs.empty()):
             output = await self._outputs.get()
             if isinstance(output, EngineError):
                 raise output

@@ -5,11 +5,12 @@ from typing import TypeAlias
 
 import torch
 
+from interventions.model import ModelDescription
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.slots import SlotTable
 from steering.affine import AffineParameters
 from steering.bank import Bank
-from steering.hooks import SteeringHooks, UnknownSiteError
+from steering.hooks import SteeringHooks
 from steering.reward import RewardHead
 
 Parameters: TypeAlias = AffineParameters | RewardHead
@@ -25,10 +26,12 @@ class LoadedInterventions:
     def __init__(
         self,
         capacity: int,
+        model: ModelDescription,
         hooks: SteeringHooks,
         device: torch.device,
         probe: Callable[[frozenset[str]], frozenset[str]],
     ) -> None:
+        self._model = model
         self.bank = Bank(capacity, device)
         self.slots = SlotTable(capacity)
         self._hooks = hooks
@@ -61,9 +64,10 @@ class LoadedInterventions:
 
         Raises:
             BankFullError: every slot is pinned.
-            UnservableInterventionError: the model lacks one of its sites, or an edit there does
-                not reach the logits.
+            UnservableInterventionError: it does not fit the model, or an edit at one of its sites
+                does not reach the logits.
         """
+        self._check_fit(parameters)
         if isinstance(parameters, Mapping):
             self._hook(frozenset(parameters))
         slot = self.slots.take(digest)
@@ -74,14 +78,22 @@ class LoadedInterventions:
             raise
         return slot
 
+    def _check_fit(self, parameters: Parameters) -> None:
+        # The registry's artifacts were checked against the model before; nothing else was.
+        if isinstance(parameters, Mapping):
+            widths = self._model.site_widths
+            for site, site_map in parameters.items():
+                if site not in widths:
+                    raise UnservableInterventionError(f"The model has no site {site!r}.")
+                _check_width(site, site_map.weight.numel(), widths[site])
+        else:
+            _check_width("lm_head", parameters.direction.numel(), self._model.head_width)
+
     def _hook(self, sites: frozenset[str]) -> None:
         # Probed and not hooked: a probe that failed has shown nothing, and must be made again.
         new = sites - self._probed_sites
-        try:
-            for site in sorted(new):
-                self._hooks.install(site)
-        except UnknownSiteError as error:
-            raise UnservableInterventionError(str(error)) from error
+        for site in sorted(new):
+            self._hooks.install(site)
         if new:
             self._dead_sites |= self._probe(new)
             self._probed_sites |= new
@@ -89,3 +101,10 @@ class LoadedInterventions:
             raise UnservableInterventionError(
                 f"An edit at {', '.join(dead)} does not reach the logits of this model."
             )
+
+
+def _check_width(site: str, width: int, expected: int) -> None:
+    if width != expected:
+        raise UnservableInterventionError(
+            f"The intervention edits {width} numbers at {site}, where the model has {expected}."
+        )

@@ -2,12 +2,13 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -74,15 +75,10 @@ def load_model(
         config = AutoConfig.from_pretrained(source)
         refuse_unservable(config)
         torch_dtype = resolve_dtype(dtype, device, config)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=torch_dtype,
-            attn_implementation=reference_attention(config),
-            device_map=device if device_map == "none" else device_map,
-        )
+        place = device if device_map == "none" else device_map
+        loaded = _load_weights(source, config, torch_dtype, place)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"cannot load {model!r}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelLoadError(f"{model!r} has no fast tokenizer (tokenizer.json)")
@@ -96,6 +92,26 @@ def load_model(
     keep_rows_on_host(loaded)
     identity = EMBEDDED_MODEL_ID if embedded else Path(model).name.lower()
     return LoadedModel(loaded, tokenizer, describe(loaded, identity))
+
+
+def _load_weights(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype, device_map: str
+) -> PreTrainedModel:
+    """Raises ModelLoadError where weights are missing: transformers makes them up at random."""
+    loaded: PreTrainedModel
+    found: dict[str, Collection[str]]
+    loaded, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        source,
+        config=config,
+        dtype=dtype,
+        attn_implementation=reference_attention(config),
+        device_map=device_map,
+        output_loading_info=True,
+    )
+    if missing := sorted(found["missing_keys"]):
+        names = ", ".join(missing[:5])
+        raise ModelLoadError(f"{source!r} lacks {len(missing)} of the model's weights: {names}")
+    return loaded
 
 
 def reference_attention(config: PreTrainedConfig) -> str:

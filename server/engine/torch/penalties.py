@@ -1,6 +1,7 @@
 """What a request changes in its logits before it draws: logit bias and penalties."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,47 +20,66 @@ def changes_logits(settings: SamplingSettings) -> bool:
 
 
 class Penalties:
-    """One request's bias and penalties, and the tokens that they depend on."""
+    """The tokens whose logits one request changes, and how: parallel lists, a place a token."""
 
-    def __init__(self, request: Request, vocabulary: int, device: torch.device) -> None:
-        settings = request.sampling
-        self.settings = settings
-        self.bias = torch.zeros(vocabulary, device=device)
-        for token, bias in settings.logit_bias:
-            self.bias[token] = bias
-        # Of the completion's tokens, how often; of the prompt's and the completion's, whether.
-        self.counts = torch.zeros(vocabulary, device=device)
-        self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.seen[torch.tensor(request.prompt, device=device)] = True
+    def __init__(self, request: Request) -> None:
+        self._settings = request.sampling
+        self._places: dict[int, int] = {}
+        self._counts: list[int] = []  # in the completion
+        self.tokens: list[int] = []
+        self.bias: list[float] = []
+        self.repetition: list[float] = []  # divides positive logits, multiplies negative ones
+        self.subtracted: list[float] = []
+        for token, bias in request.sampling.logit_bias:
+            self.bias[self._place(token)] += bias
+        for token in request.prompt:
+            self.repetition[self._place(token)] = self._settings.repetition_penalty
 
     def push(self, token: int) -> None:
         """The completion has one more token."""
-        self.counts[token] += 1
-        self.seen[token] = True
+        settings, place = self._settings, self._place(token)
+        self._counts[place] += 1
+        self.repetition[place] = settings.repetition_penalty
+        self.subtracted[place] = (
+            settings.presence_penalty + settings.frequency_penalty * self._counts[place]
+        )
+
+    def _place(self, token: int) -> int:
+        if token not in self._places:
+            self._places[token] = len(self.tokens)
+            self.tokens.append(token)
+            self._counts.append(0)
+            self.bias.append(0.0)
+            self.repetition.append(1.0)
+            self.subtracted.append(0.0)
+        return self._places[token]
 
 
-def penalize(logits: Tensor, rows: Sequence[Penalties]) -> Tensor:
-    """The logits to draw from, each row with its own settings.
+def penalize(logits: Tensor, rows: Sequence[Penalties | None]) -> Tensor:
+    """The logits to draw from, each row with its own changes, in float32's range.
 
     Presence and frequency penalties are OpenAI's, over the completion; the repetition penalty is
     that of CTRL (Keskar et al. 2019, section 4.1), over prompt and completion.
 
     Args:
         logits: (rows, vocabulary) float32.
-
-    Returns:
-        The same shape, newly made.
+        rows: None where a row's logits stay as they are.
     """
+    changed = {row: penalties for row, penalties in enumerate(rows) if penalties is not None}
+    if not changed:
+        return logits
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+    def joined(parts: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor(list(chain.from_iterable(parts)), device=logits.device)
 
-    settings = [row.settings for row in rows]
-    logits = logits + torch.stack([row.bias for row in rows])
-    repetition = column([each.repetition_penalty for each in settings])
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(torch.stack([row.seen for row in rows]), repeated, logits)
-    counts = torch.stack([row.counts for row in rows])
-    logits -= column([each.frequency_penalty for each in settings]) * counts
-    logits -= column([each.presence_penalty for each in settings]) * (counts > 0)
-    return logits
+    every = list(changed.values())
+    place = (
+        joined([[row] * len(penalties.tokens) for row, penalties in changed.items()]),
+        joined([penalties.tokens for penalties in every]),
+    )
+    repetition = joined([penalties.repetition for penalties in every])
+    values = logits[place] + joined([penalties.bias for penalties in every])
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= joined([penalties.subtracted for penalties in every])
+    largest = torch.finfo(logits.dtype).max
+    return logits.index_put(place, values.clamp(-largest, largest))

@@ -12,11 +12,10 @@ from server.engine.base import (
     InvalidRequestError,
     StepFailedError,
     StepOutput,
-    TokenLogprobs,
 )
 from server.engine.torch.answer import Answer
 from server.engine.torch.batch import Row
-from server.engine.torch.sampler import logprobs, sample
+from server.engine.torch.sampler import RowLogprobs, logprobs, sample
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.vocabulary import Vocabulary
@@ -52,29 +51,33 @@ class Postprocessor:
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
         finite = logits.amax(dim=-1).isfinite().tolist()  # NaN counts as the largest
-        lost = {row.sequence for row, whole in zip(rows, finite, strict=True) if not whole}
+        lost = {
+            row.sequence: _not_a_number(row.sequence)
+            for row, whole in zip(rows, finite, strict=True)
+            if not whole
+        }
         scored = [i for i, row in enumerate(rows) if not row.draws and row.sequence not in lost]
+        lost |= self._score([rows[i] for i in scored], _select(logits, scored), answers)
         drawn = [i for i, row in enumerate(rows) if row.draws and row.sequence not in lost]
-        self._score([rows[i] for i in scored], logits, scored, answers)
         return [
-            *((sequence, _not_a_number(sequence)) for sequence in lost),
+            *lost.items(),
             *((sequence, answers[sequence].read()) for sequence in read if sequence not in lost),
             *self._draw([rows[i].sequence for i in drawn], _select(logits, drawn), answers),
         ]
 
     def _score(
-        self,
-        rows: Sequence[Row],
-        logits: Tensor,
-        places: Sequence[int],
-        answers: Mapping[EngineSequence, Answer],
-    ) -> None:
-        """Give the prompts' next tokens their log-probabilities."""
+        self, rows: Sequence[Row], logits: Tensor, answers: Mapping[EngineSequence, Answer]
+    ) -> dict[EngineSequence, EngineError]:
+        """Give the prompts' next tokens their log-probabilities; the sequences that failed."""
         tokens = [row.sequence.tokens[row.place + 1] for row in rows]
         counts = [row.sequence.request.sampling.prompt_logprobs or 0 for row in rows]
-        values = logprobs(_select(logits, places), tokens, counts)
-        for row, token, value in zip(rows, tokens, values, strict=True):
-            answers[row.sequence].score(self._vocabulary.logprobs(token, value))
+        lost: dict[EngineSequence, EngineError] = {}
+        for row, token, value in zip(rows, tokens, logprobs(logits, tokens, counts), strict=True):
+            try:
+                answers[row.sequence].score(self._vocabulary.logprobs(token, value))
+            except Exception:
+                lost[row.sequence] = _text_failed()
+        return lost
 
     def _draw(
         self,
@@ -85,40 +88,36 @@ class Postprocessor:
         """Draw the sequences' next tokens from their rows of logits."""
         if not sequences:
             return []
-        vocabulary, device = logits.shape[-1], logits.device
-        draws = [answers[sequence].draw(vocabulary, device) for sequence in sequences]
-        tokens = sample(logits, draws)
-        found = self._token_logprobs(sequences, tokens, logits)
+        tokens = sample(logits, [answers[sequence].draw() for sequence in sequences])
+        found = _wanted_logprobs(sequences, tokens, logits)
         return [
             (sequence, self._append(answers[sequence], token, found.get(row)))
             for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
         ]
 
     def _append(
-        self, answer: Answer, token: int, found: TokenLogprobs | None
+        self, answer: Answer, token: int, row: RowLogprobs | None
     ) -> StepOutput | EngineError:
         try:
+            found = None if row is None else self._vocabulary.logprobs(token, row)
             return answer.append(token, found, self._eos_tokens)
-        except Exception:  # what fails in one sequence's text is not its neighbours' fault
-            logger.exception("the text of a sequence failed")
-            return StepFailedError("the engine failed while computing this request")
+        except Exception:
+            return _text_failed()
 
-    def _token_logprobs(
-        self, sequences: Sequence[EngineSequence], tokens: Sequence[int], logits: Tensor
-    ) -> dict[int, TokenLogprobs]:
-        """Row -> what its request wants to know of its token, for the rows that want it."""
-        wanted = {
-            row: count
-            for row, sequence in enumerate(sequences)
-            if (count := sequence.request.sampling.logprobs) is not None
-        }
-        rows = list(wanted)
-        drawn = [tokens[row] for row in rows]
-        values = logprobs(_select(logits, rows), drawn, list(wanted.values()))
-        return {
-            row: self._vocabulary.logprobs(token, value)
-            for row, token, value in zip(rows, drawn, values, strict=True)
-        }
+
+def _wanted_logprobs(
+    sequences: Sequence[EngineSequence], tokens: Sequence[int], logits: Tensor
+) -> dict[int, RowLogprobs]:
+    """By row, for the rows whose request wants them."""
+    wanted = {
+        row: count
+        for row, sequence in enumerate(sequences)
+        if (count := sequence.request.sampling.logprobs) is not None
+    }
+    rows = list(wanted)
+    drawn = [tokens[row] for row in rows]
+    values = logprobs(_select(logits, rows), drawn, list(wanted.values()))
+    return dict(zip(rows, values, strict=True))
 
 
 def _select(logits: Tensor, rows: Sequence[int]) -> Tensor:
@@ -126,6 +125,12 @@ def _select(logits: Tensor, rows: Sequence[int]) -> Tensor:
     if len(rows) == len(logits):
         return logits
     return logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
+
+
+def _text_failed() -> EngineError:
+    """What fails in one sequence's text, while it is handled, is not its neighbours' fault."""
+    logger.exception("the text of a sequence failed")
+    return StepFailedError("the engine failed while computing this request")
 
 
 def _not_a_number(sequence: EngineSequence) -> EngineError:

@@ -15,6 +15,10 @@ from server.engine.torch.penalties import Penalties, penalize
 
 # Rows whose log-probabilities are computed at once: prompts can have many, vocabularies are wide.
 _SCORED_ROWS = 64
+# Tokens among which top-k, top-p and min-p are tried first. The same for all rows: how equal
+# logits are ordered may depend on it.
+_BEST = 1024
+_ALL = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,51 +46,76 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
 
     The best logit of each row must be a finite number.
     """
-    logits = _penalized(logits, draws)
+    logits = penalize(logits, [draw.penalties for draw in draws])
     tokens = logits.argmax(dim=-1)
-    for filtered in (False, True):
+    for filtered, draw_rows in ((False, _draw_unfiltered), (True, _draw_filtered)):
         rows = [
             row for row, draw in enumerate(draws) if not draw.greedy and draw.filtered is filtered
         ]
         if rows:
-            draw_rows = _draw_filtered if filtered else _draw_unfiltered
-            chosen = draw_rows(logits[rows], [draws[row] for row in rows])
-            tokens[rows] = chosen
+            tokens[rows] = draw_rows(logits[rows], [draws[row] for row in rows])
     drawn: list[int] = tokens.tolist()
     return drawn
 
 
-def _penalized(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    rows = {row: draw.penalties for row, draw in enumerate(draws) if draw.penalties is not None}
-    if not rows:
-        return logits
-    index = torch.tensor(list(rows), device=logits.device)
-    return logits.index_copy(0, index, penalize(logits[index], list(rows.values())))
-
-
 def _draw_unfiltered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    probabilities = torch.softmax(logits / _temperatures(draws, logits.device), dim=-1)
-    return _invert(probabilities, draws)
+    return _invert(torch.softmax(_scaled(logits, draws), dim=-1), draws)
 
 
 def _draw_filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
+    """Draw from the best tokens only, where they are sure to hold all that the filters keep.
 
-    scaled = logits / _temperatures(draws, logits.device)
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    vocabulary = logits.shape[-1]
+    Sorting a whole vocabulary costs several times what finding its best tokens does.
+    """
+    scaled = _scaled(logits, draws)
+    best = min(_BEST, scaled.shape[-1])
+    ordered, order = scaled.topk(best, dim=-1)
+    weights, sure = _filter(ordered, scaled.logsumexp(dim=-1, keepdim=True), draws)
+    tokens = order.gather(-1, _invert(weights, draws)[:, None])[:, 0]
+    rest = [row for row, found in enumerate(sure.tolist()) if not found]
+    if rest and best < scaled.shape[-1]:
+        ordered, order = scaled[rest].sort(dim=-1, descending=True, stable=True)
+        few = [draws[row] for row in rest]
+        weights, _ = _filter(ordered, ordered.logsumexp(dim=-1, keepdim=True), few)
+        tokens[rest] = order.gather(-1, _invert(weights, few)[:, None])[:, 0]
+    return tokens
+
+
+def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """The weights that min-p, then top-k, then top-p leave of each row's best tokens.
+
+    Args:
+        ordered: (rows, k) float32, the k largest of each row's logits by temperature, best first.
+        total: (rows, 1) float32, the logarithm of the summed exponentials of the whole row.
+
+    Returns:
+        (rows, k) float32 weights, 0 where dropped; (rows,) bool, whether the filters drop all
+        that is not among the k.
+    """
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=ordered.device)[:, None]
+
+    size = ordered.shape[-1]
     min_p = column([draw.settings.min_p for draw in draws])
-    top_k = column([draw.settings.top_k or vocabulary for draw in draws])
+    top_k = column([draw.settings.top_k or _ALL for draw in draws])
     top_p = column([draw.settings.top_p for draw in draws])
-    # The first token is always kept, also by a min_p of 1 and a top_p that is 0 in float32.
-    dropped = ordered < ordered[:, :1] + min_p.log()
-    dropped |= torch.arange(vocabulary, device=logits.device) >= top_k
-    ordered[:, 1:][dropped[:, 1:]] = -torch.inf
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities[:, 1:][before[:, 1:] >= top_p] = 0
-    return order.gather(-1, _invert(probabilities, draws)[:, None])[:, 0]
+    kept = ordered >= ordered[:, :1] + min_p.log()
+    kept &= torch.arange(size, device=ordered.device) < top_k
+    kept[:, 0] = True  # also by a min_p of 1
+    # What is kept is a beginning of the row: if it ends within the k, its sum is top-p's whole;
+    # if nothing but top-p drops any, the row's is.
+    ends = ~kept[:, -1:]
+    only_top_p = (min_p == 0) & (top_k == _ALL)
+    whole = torch.where(
+        ends, ordered.masked_fill(~kept, -torch.inf).logsumexp(dim=-1, keepdim=True), total
+    )
+    weights = torch.where(kept, (ordered - whole).exp(), 0.0)
+    before = weights.cumsum(dim=-1) - weights
+    nucleus = before < top_p
+    nucleus[:, 0] = True  # also by a top_p that is 0 in float32
+    sure = ends | (only_top_p & ~nucleus[:, -1:])
+    return torch.where(nucleus, weights, 0.0), sure[:, 0]
 
 
 def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -100,10 +129,12 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
     return index.clamp(max=weights.shape[-1] - 1)
 
 
-def _temperatures(draws: Sequence[Draw], device: torch.device) -> Tensor:
+def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits by temperature, the best of each row at 0 so that nothing overflows."""
     # Below float32's normal range a division overflows; such a temperature is greedy in effect.
     temperatures = [max(draw.settings.temperature, 1e-5) for draw in draws]
-    return torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
+    column = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
+    return (logits - logits.amax(dim=-1, keepdim=True)) / column
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from server.engine.torch.devices import layer_devices
 
 # Tokens by which a slab grows: the copy is then a small part of what attention reads meanwhile.
-_GROWTH = 128
+_GROWTH = 64
 
 
 @dataclass(frozen=True, slots=True)

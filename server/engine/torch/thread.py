@@ -32,23 +32,29 @@ class Steps(Protocol):
 
 
 class EngineThread:
-    """Owns the core while it runs. `deliver` and `died` are called on the engine thread."""
+    """Owns the core while it runs. `deliver` and `ended` are called on the engine thread."""
 
     def __init__(
-        self, core: Steps, deliver: Callable[[list[Delivery]], None], died: Callable[[], None]
+        self, core: Steps, deliver: Callable[[list[Delivery]], None], ended: Callable[[], None]
     ) -> None:
         self._core = core
         self._deliver = deliver
-        self._died = died
+        self._tell_end = ended
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._died = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs and takes calls."""
-        return self._thread.is_alive() and not self._ended
+        return self._thread.is_alive() and not self._stopping and not self._ended
+
+    @property
+    def died(self) -> bool:
+        """Whether an exception has ended the thread."""
+        return self._died
 
     @property
     def end(self) -> EngineError:
@@ -87,11 +93,12 @@ class EngineThread:
         return future
 
     def stop(self) -> None:
-        """End the thread after the step that it is in, and wait for it."""
+        """Take no more calls, and end after the step that is computed now.
+
+        Does not wait for that step: it may be long, or never end.
+        """
         self._stopping = True
-        if self._thread.is_alive():
-            self._inbox.put(lambda: None)
-            self._thread.join()
+        self._inbox.put(lambda: None)  # wakes the thread where it has no work
 
     def _run(self) -> None:
         try:
@@ -101,11 +108,12 @@ class EngineThread:
                 if outputs:
                     self._deliver(outputs)
         except BaseException:
+            self._died = True
             logger.critical("the engine thread died", exc_info=True)
         finally:
             self._ended = True
             self._drain()
-            self._died()
+            self._tell_end()
 
     def _receive(self) -> None:
         """Run what waits in the inbox; wait for something if there is no work."""

@@ -1,0 +1,67 @@
+"""Connections that ask for nothing: closed, so that they cannot pile up."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Cycle(Protocol):
+    """A request and its answer, as uvicorn's protocol for h11 keeps them."""
+
+    @property
+    def response_complete(self) -> bool:
+        """Whether all of the answer was written."""
+        ...
+
+
+class Connection(Protocol):
+    """What is needed of that protocol; it has no cycle before the first request's head is read."""
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The socket's other side."""
+        ...
+
+    @property
+    def cycle(self) -> Cycle | None:
+        """The request that is answered, or else the last one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    after: Cycle | None  # the last request
+    since: float
+
+
+class IdleConnections:
+    """Closes connections that for `timeout` seconds have sent no request, or only part of its head.
+
+    Uvicorn does so by itself only after an answer, and only while not a byte comes.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._idle: Mapping[Connection, _Idle] = {}
+
+    def close(self, connections: Iterable[Connection], now: float) -> None:
+        """Look at all connections, and close those that were idle too long; to be called often.
+
+        Args:
+            now: in seconds, by any clock that only goes forward.
+        """
+        idle: dict[Connection, _Idle] = {}
+        for connection in connections:
+            cycle = connection.cycle
+            answering = cycle is not None and not cycle.response_complete
+            if answering or connection.transport.get_write_buffer_size():
+                continue
+            before = self._idle.get(connection)
+            # One whole request may have come and gone in between.
+            if before is None or before.after is not cycle:
+                before = _Idle(cycle, now)
+            idle[connection] = before
+            if now - before.since > self._timeout:
+                connection.transport.close()
+        self._idle = idle

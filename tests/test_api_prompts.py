@@ -1,0 +1,154 @@
+"""Prompts that take long to read, and prompts that are too long to be read at all."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from interventions.registry import Registry
+from server.api import answering
+from server.api.context import PROMPT_THREADS
+from server.engine.torch.engine import TorchEngine
+from tests.conftest import MakeClient
+from tests.live import live
+from tests.serving import Connection, build_app, complete, error_of, eventually, text_of
+
+LONG = "x" * answering.LONG_TEXT
+MORE_THAN_THE_SHARED_THREADS = 45
+
+
+class SlowTokenizer:
+    """Takes as long as it is told to, for any text, whose one token it gives."""
+
+    def __init__(self) -> None:
+        self._release = threading.Event()
+        self._lock = threading.Lock()
+        self.begun = 0
+        self.running = 0
+
+    def tokenize(self, _: str) -> list[int]:
+        with self._lock:
+            self.begun += 1
+            self.running += 1
+        assert self._release.wait(20)
+        with self._lock:
+            self.running -= 1
+        return [65]
+
+    def finish(self) -> None:
+        """Take no time from now on."""
+        self._release.set()
+
+
+@pytest.fixture
+def slow(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowTokenizer]:
+    """The tiny engine's tokenizer."""
+    slow = SlowTokenizer()
+    monkeypatch.setattr(tiny_engine, "tokenize", slow.tokenize)
+    yield slow
+    slow.finish()
+
+
+@pytest.mark.parametrize("long", [True, False])
+async def test_a_long_prompt_is_read_off_the_event_loop(
+    client: httpx.AsyncClient,
+    tiny_engine: TorchEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    long: bool,
+) -> None:
+    threads = set()
+    tokenize = tiny_engine.tokenize
+
+    def watched(text: str) -> list[int]:
+        threads.add(threading.current_thread())
+        return tokenize(text)
+
+    monkeypatch.setattr(tiny_engine, "tokenize", watched)
+    monkeypatch.setattr(answering, "LONG_TEXT", 300 if long else 301)
+    text = "0123456789" * 30
+    assert await text_of(client, prompt=text) == await text_of(client, prompt=tokenize(text))
+    assert (threads == {threading.main_thread()}) is not long
+
+
+async def test_reading_ends_at_the_deadline(make_client: MakeClient, slow: SlowTokenizer) -> None:
+    response = await complete(make_client(request_timeout=0.1), prompt=LONG)
+    assert response.status_code == 504
+    assert error_of(response)["code"] == "request_timeout"
+    assert slow.running == 1
+
+
+async def test_reading_ends_when_the_client_leaves(
+    tiny_engine: TorchEngine, registry: Registry, slow: SlowTokenizer
+) -> None:
+    """The threads that are busy still count: clients that come and go do not multiply them."""
+    app = build_app(tiny_engine, registry)
+    connections = [Connection({"model": "tiny", "prompt": LONG}) for _ in range(12)]
+    requests = [asyncio.create_task(connection.run(app)) for connection in connections]
+    await eventually(lambda: slow.running == PROMPT_THREADS)
+    for connection in connections:
+        connection.leave.set()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*requests)
+    assert slow.running == PROMPT_THREADS
+    slow.finish()
+    await eventually(lambda: slow.running == 0)
+    assert slow.begun == PROMPT_THREADS  # nobody waited for the rest
+
+
+async def test_slow_prompts_keep_nothing_else_waiting(
+    client: httpx.AsyncClient, slow: SlowTokenizer
+) -> None:
+    requests = [
+        asyncio.create_task(complete(client, prompt=LONG, max_tokens=1))
+        for _ in range(MORE_THAN_THE_SHARED_THREADS)
+    ]
+    await eventually(lambda: slow.running == PROMPT_THREADS)
+    async with asyncio.timeout(5):
+        assert (await client.get("/metrics")).status_code == 200
+        assert await text_of(client, prompt=[65])
+    slow.finish()
+    assert {response.status_code for response in await asyncio.gather(*requests)} == {200}
+
+
+async def test_a_text_that_cannot_fit_is_refused_unread(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = tiny_engine._text_bound
+    assert bound is not None
+    fits = await complete(client, prompt="x" * bound.characters)
+    assert "(2560 in the prompt" in str(error_of(fits)["message"])
+    encode = tiny_engine._tokenizer.encode_batch
+
+    class ShortTexts:
+        def encode_batch(self, texts: list[str]) -> object:
+            assert texts == ["short"]
+            return encode(texts)
+
+    monkeypatch.setattr(tiny_engine, "_tokenizer", ShortTexts())
+    for length in (bound.characters + 1, 1_000_000):
+        response = await complete(client, prompt=["short", "x" * length])
+        assert response.status_code == 400
+        error = error_of(response)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        message = str(error["message"])
+        assert message.startswith("This model's maximum context length is 512 tokens. However, ")
+        assert f"{length} characters" in message
+
+
+async def test_the_deadline_counts_from_the_requests_first_bytes(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "x"}).encode()
+    async with live(build_app(tiny_engine, registry, request_timeout=0.2)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+        writer.write(b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+        await asyncio.sleep(0.3)
+        writer.write(body)
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 504 ")
