@@ -116,19 +116,18 @@ async def test_slow_prompts_keep_nothing_else_waiting(
 async def test_a_text_that_cannot_fit_is_refused_unread(
     client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bound = tiny_engine._text_bound
-    assert bound is not None
-    fits = await complete(client, prompt="x" * bound.characters)
+    bound = tiny_engine._prompts.max_characters
+    fits = await complete(client, prompt="x" * bound)
     assert "(2560 in the prompt" in str(error_of(fits)["message"])
-    encode = tiny_engine._tokenizer.encode_batch
+    encode = tiny_engine._prompts._tokenizer.encode_batch
 
     class ShortTexts:
-        def encode_batch(self, texts: list[str]) -> object:
+        def encode_batch(self, texts: list[str], **options: bool) -> object:
             assert texts == ["short"]
-            return encode(texts)
+            return encode(texts, **options)
 
-    monkeypatch.setattr(tiny_engine, "_tokenizer", ShortTexts())
-    for length in (bound.characters + 1, 1_000_000):
+    monkeypatch.setattr(tiny_engine._prompts, "_tokenizer", ShortTexts())
+    for length in (bound + 1, 1_000_000):
         response = await complete(client, prompt=["short", "x" * length])
         assert response.status_code == 400
         error = error_of(response)

@@ -20,9 +20,9 @@ from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel
 from server.engine.torch.postprocess import Delivery
+from server.engine.torch.prompts import Prompts
 from server.engine.torch.reads import SharedReads
 from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.text_bound import bound_of
 from server.engine.torch.thread import EngineThread
 
 T = TypeVar("T")
@@ -45,10 +45,9 @@ class TorchEngine:
         options: EngineOptions,
     ) -> None:
         self._loaded = loaded
-        self._tokenizer = loaded.tokenizer.backend_tokenizer
         self._core = build_core(loaded, options)
         self._max_model_len = context_length(loaded, options, self._core.scheduler.pool)
-        self._text_bound = bound_of(self._tokenizer, self._max_model_len)
+        self._prompts = Prompts(loaded.tokenizer, self._max_model_len)
         self._thread = EngineThread(self._core, self._hand_over, self._hand_over_end)
         self._thread_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -79,39 +78,15 @@ class TorchEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """The prompt's token ids; see server.engine.base.Engine.tokenize."""
-        self._check_characters(text, "prompt")
-        # Unlike `encode`, it lets other threads run while it works.
-        (encoding,) = self._tokenizer.encode_batch([text])
-        ids: list[int] = encoding.ids
-        return ids
+        return self._prompts.tokenize(text)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The tokens' text, special tokens included."""
-        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)
-        return str(text)
+        return self._prompts.detokenize(tokens)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
-        tokenizer = self._loaded.tokenizer
-        if tokenizer.chat_template is None:
-            raise InvalidRequestError(
-                "This model has no chat template; use /v1/completions.",
-                "messages",
-                "no_chat_template",
-            )
-        conversation = [dict(message) for message in messages]
-        try:
-            text = tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-            # The template has written the special tokens that the model wants.
-            (encoding,) = self._tokenizer.encode_batch([str(text)], add_special_tokens=False)
-        except Exception as error:  # a template is a program of the model's authors
-            raise InvalidRequestError(
-                f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
-            ) from error
-        ids: list[int] = encoding.ids
-        return ids
+        return self._prompts.tokenize_chat(messages)
 
     def stats(self) -> EngineStats:
         """Gauges for the metrics page."""
@@ -171,18 +146,6 @@ class TorchEngine:
                 f"{len(named)} interventions at once are more than the {slots} that this server "
                 "can hold.",
                 "steering",
-            )
-
-    def _check_characters(self, text: str, param: str) -> None:
-        """Refuse a text that cannot fit, without the work of tokenizing it."""
-        limit, bound = self._max_model_len, self._text_bound
-        if bound is not None and bound.exceeded_by(text):
-            raise InvalidRequestError(
-                f"This model's maximum context length is {limit} tokens. However, your prompt has "
-                f"{len(text)} characters, and {limit} tokens cannot hold more than "
-                f"{bound.characters}. Please reduce your prompt.",
-                param,
-                "context_length_exceeded",
             )
 
     def _check_lengths(self, request: Request) -> None:
