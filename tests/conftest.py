@@ -1,6 +1,5 @@
 """Fixtures: a tiny random model, served by the real engine, behind the real application."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
 from server.metrics import Metrics
+from tests.engines import close_checked
 from tests.tiny import CHAT_TEMPLATE, FAMILIES, manifest_of, random_head, random_maps, save_tiny
 
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
@@ -55,19 +55,6 @@ class WriteArtifact(Protocol):
         seed: int = 0,
         limits: dict[str, tuple[float, float]] | None = None,
     ) -> Path: ...
-
-
-async def close_checked(engine: TorchEngine) -> None:
-    """Close an engine whose books must add up, whatever a test has done to it."""
-    core = engine._core
-    if engine.ready:
-        await asyncio.wrap_future(engine._thread.call(core.check))
-    await engine.close()
-    core.check()
-    stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
-    assert core.interventions.slots.pins == 0
-    assert not core._slabs
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from interventions.registry import Registry
 from server.api.errors import ApiError
 from server.engine.base import SamplingSettings, StepFailedError, StepOutput
 from server.engine.torch.engine import TorchEngine
-from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact, close_checked
+from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
+from tests.engines import close_checked
 from tests.live import live
 from tests.serving import (
     Connection,

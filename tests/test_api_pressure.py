@@ -11,6 +11,7 @@ import pytest
 from interventions.registry import Registry
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import MakeClient, WriteArtifact
+from tests.engines import idle
 from tests.serving import (
     Connection,
     Json,
@@ -58,16 +59,6 @@ def gate(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     gate = Gate(tiny_engine, monkeypatch)
     yield gate
     gate.open()
-
-
-def idle(engine: TorchEngine) -> bool:
-    """Whether the engine holds nothing of any request."""
-    stats = engine.stats()
-    return (stats.running, stats.waiting, stats.kv_cache_usage) == (
-        0,
-        0,
-        0,
-    ) and engine._core.interventions.slots.pins == 0
 
 
 async def begin(engine: TorchEngine, gate: Gate, state: str) -> None:

@@ -77,6 +77,7 @@ async def test_reading_ends_at_the_deadline(make_client: MakeClient, slow: SlowT
     response = await complete(make_client(request_timeout=0.1), prompt=LONG)
     assert response.status_code == 504
     assert error_of(response)["code"] == "request_timeout"
+    assert response.headers["x-should-retry"] == "false"  # the openai client reads it
     assert slow.running == 1
 
 

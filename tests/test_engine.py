@@ -29,7 +29,9 @@ from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
-from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine, close_checked
+from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
+from tests.engines import close_checked, idle
+from tests.serving import eventually
 from tests.tiny import EOS, random_head, random_maps, tiny_tokenizer
 
 PROMPT = tuple(b"hello world")
@@ -61,23 +63,6 @@ async def submit(engine: TorchEngine, one: Request) -> TorchGeneration:
 
 async def finish(generation: TorchGeneration) -> list[StepOutput]:
     return [output async for output in generation]
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - what is polled is another thread's
-            await asyncio.sleep(0.005)
-
-
-def idle(engine: TorchEngine) -> bool:
-    """Nothing runs, waits or holds memory."""
-    stats = engine.stats()
-    return (
-        (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
-        and engine._core.interventions.slots.pins == 0
-        and not engine._core._slabs
-        and not engine._generations
-    )
 
 
 async def test_a_finished_request_frees_everything(start_engine: StartEngine) -> None:

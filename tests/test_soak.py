@@ -18,7 +18,8 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.vocabulary import Vocabulary
 from steering.settings import AffineSettings, RewardSettings
-from tests.conftest import LoadTiny, WriteArtifact, close_checked
+from tests.conftest import LoadTiny, WriteArtifact
+from tests.engines import close_checked, idle
 from tests.live import live
 from tests.oracles import Oracle, Stack
 from tests.serving import build_app, eventually
@@ -186,15 +187,6 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
     assert outcomes["refused, then completed"] > 0, "nobody met a full queue or bank"
     assert yielded, "nobody was preempted"
     assert not registry._pins, "artifacts are held for nobody"
-
-
-def idle(engine: TorchEngine) -> bool:
-    stats = engine.stats()
-    return (
-        (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
-        and engine._core.interventions.slots.pins == 0
-        and not engine._generations
-    )
 
 
 async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> str:

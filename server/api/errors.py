@@ -122,7 +122,9 @@ def shutting_down() -> ApiError:
 def timed_out(seconds: float) -> ApiError:
     """A 504: the answer was not complete in the time that the operator gives a request."""
     message = f"The request was not complete {seconds:g} s after its arrival; it was cancelled."
-    return ApiError(504, message, code="request_timeout")
+    # OpenAI's clients retry a 504 unless they are told not to; it would only time out again.
+    stop = {"X-Should-Retry": "false"}
+    return ApiError(504, message, code="request_timeout", headers=stop)
 
 
 def internal_error() -> ApiError:
