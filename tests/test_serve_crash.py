@@ -64,4 +64,5 @@ def test_a_killed_server_opens_again_with_the_old_state_or_the_new(
                 upload.start()
                 time.sleep(rng.uniform(0, 0.4))
                 server.process.kill()
+                server.process.wait()
                 upload.join()
