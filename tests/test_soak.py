@@ -29,15 +29,16 @@ from tests.tiny import random_head, random_maps, tiny_model, tiny_tokenizer
 REQUESTS = 2_000
 CLIENTS = 32
 LEAVING = 0.3
+PHASE = 100  # requests that choose between the same two ways of steering, or none
 COMPARED = 12  # tokens of an answer that are compared; hardly any has more
 LONG = 120
 # Few blocks, which a few long answers outgrow, and slots for all but one intervention: requests
-# yield to each other, wait for each other's slots, and meet a full queue.
+# yield to each other, interventions evict each other, and the queue is full at times.
 OPTIONS = EngineOptions(
     kv_cache_gb=24 * 16 * 256 / 1e9,
     max_batch_size=24,
     max_batch_tokens=32,
-    max_waiting=16,
+    max_waiting=24,
     max_loaded_interventions=3,
     check_invariants=True,
 )
@@ -97,12 +98,14 @@ class Job:
         }
 
     @staticmethod
-    def random(source: random.Random) -> "Job":
+    def random(source: random.Random, number: int) -> "Job":
         leaves = source.random() < LEAVING
+        names = list(STEERING)
+        phase = number // PHASE % len(names)
         return Job(
             chat=source.random() < 0.4,
             prompt=source.choice(PROMPTS),
-            steering=source.choice(list(STEERING)),
+            steering=source.choice(["none", names[phase - 1], names[phase]]),
             tokens=LONG if source.random() < 0.03 else source.randint(1, COMPARED),
             n=source.choice([1, 1, 1, 2]),
             stream=source.random() < 0.5,
@@ -161,7 +164,7 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
 ) -> None:
     yielded = preemptions(engine, monkeypatch)
     source = random.Random(20261122)
-    jobs = [Job.random(source) for _ in range(REQUESTS)]
+    jobs = [Job.random(source, number) for number in range(REQUESTS)]
     expected = Expected(engine)
     outcomes: Counter[str] = Counter()
     # Before the clock of anybody who leaves starts.
@@ -201,7 +204,7 @@ async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> st
         if answers is not None:
             break
         outcome = "refused, then completed"
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.1)
     assert len(answers) == job.n
     for tokens in answers:
         clear = expected.tokens(job)[: job.tokens]
