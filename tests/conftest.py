@@ -13,12 +13,14 @@ from interventions.artifact import write_artifact
 from interventions.registry import Registry
 from server.app import create_app
 from server.config import Settings
+from server.engine.base import StepOutput
 from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
 from server.metrics import Metrics
 from tests.engines import close_checked
+from tests.serving import Script, ScriptedGeneration, build_app
 from tests.tiny import CHAT_TEMPLATE, FAMILIES, manifest_of, random_head, random_maps, save_tiny
 
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
@@ -168,3 +170,31 @@ async def make_client(tiny_engine: TorchEngine, registry: Registry) -> AsyncIter
 def client(make_client: MakeClient) -> httpx.AsyncClient:
     """A client of an application with the default settings; the model is called "tiny"."""
     return make_client()
+
+
+@pytest.fixture
+async def chat_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[TorchEngine]:
+    """The tiny Llama with a chat template."""
+    engine = TorchEngine(
+        load_tiny("llama-chat"), lambda digest: registry.load(digest).parameters, TINY_OPTIONS
+    )
+    await engine.start()
+    yield engine
+    await close_checked(engine)
+
+
+@pytest.fixture
+async def chat_client(
+    chat_engine: TorchEngine, registry: Registry
+) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=build_app(chat_engine, registry))
+    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        yield client
+
+
+@pytest.fixture
+def script(chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """What the engine was asked for, once."""
+    script = Script([ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))])
+    monkeypatch.setattr(chat_engine, "submit", script.submit)
+    return script

@@ -18,6 +18,7 @@ from server.engine.base import (
     EngineError,
     Generation,
     Request,
+    SamplingSettings,
     ScoredToken,
     StepOutput,
     TokenLogprobs,
@@ -25,6 +26,36 @@ from server.engine.base import (
 from server.metrics import Metrics
 
 Json = dict[str, object]
+
+# Every sampling field that both endpoints share, and what it means to the engine.
+SAMPLING_FIELDS: Json = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 2,
+    "frequency_penalty": -2.0,
+    "logit_bias": {"5": -100, "0": 0.5, "258": 100},
+    "seed": 3,
+    "stop": ["a", "b"],
+    "ignore_eos": True,
+    "max_tokens": 9,
+}
+SAMPLING = SamplingSettings(
+    max_tokens=9,
+    temperature=0.5,
+    top_p=0.9,
+    top_k=7,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    presence_penalty=2.0,
+    frequency_penalty=-2.0,
+    logit_bias=((5, -100.0), (0, 0.5), (258, 100.0)),
+    seed=3,
+    stop=("a", "b"),
+    ignore_eos=True,
+)
 
 
 def build_app(engine: Engine, registry: Registry, **settings: object) -> FastAPI:
@@ -60,6 +91,11 @@ async def text_of(client: httpx.AsyncClient, **fields: object) -> str:
     assert response.status_code == 200, response.text
     text: str = response.json()["choices"][0]["text"]
     return text
+
+
+def user(content: object = "Hello", **fields: object) -> Json:
+    """A user's message."""
+    return {"role": "user", "content": content, **fields}
 
 
 async def chat(client: httpx.AsyncClient, **fields: object) -> httpx.Response:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -10,12 +9,13 @@ from openai import AsyncOpenAI
 
 from interventions.registry import Registry
 from server.api.errors import ApiError
-from server.engine.base import SamplingSettings, StepFailedError, StepOutput
+from server.engine.base import StepFailedError, StepOutput
 from server.engine.torch.engine import TorchEngine
-from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
-from tests.engines import close_checked
+from tests.conftest import WriteArtifact
 from tests.live import live
 from tests.serving import (
+    SAMPLING,
+    SAMPLING_FIELDS,
     Connection,
     Json,
     Script,
@@ -30,42 +30,10 @@ from tests.serving import (
     logprobs_of,
     push,
     text_of,
+    user,
 )
 
 RENDERED = "<user>Hello<assistant>"  # by the tiny template
-DONE = ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))
-
-
-@pytest.fixture
-async def chat_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[TorchEngine]:
-    """The tiny Llama with a chat template."""
-    engine = TorchEngine(
-        load_tiny("llama-chat"), lambda digest: registry.load(digest).parameters, TINY_OPTIONS
-    )
-    await engine.start()
-    yield engine
-    await close_checked(engine)
-
-
-@pytest.fixture
-async def chat_client(
-    chat_engine: TorchEngine, registry: Registry
-) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=build_app(chat_engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
-        yield client
-
-
-@pytest.fixture
-def script(chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """What the engine was asked for, once."""
-    script = Script([DONE])
-    monkeypatch.setattr(chat_engine, "submit", script.submit)
-    return script
-
-
-def user(content: object = "Hello", **fields: object) -> Json:
-    return {"role": "user", "content": content, **fields}
 
 
 async def test_the_answer_has_openais_shape(chat_client: httpx.AsyncClient) -> None:
@@ -240,144 +208,9 @@ async def test_no_limit_fills_the_context(chat_client: httpx.AsyncClient) -> Non
 
 
 async def test_sampling_reaches_the_engine(chat_client: httpx.AsyncClient, script: Script) -> None:
-    fields: dict[str, object] = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 7,
-        "min_p": 0.1,
-        "repetition_penalty": 1.1,
-        "presence_penalty": 0.5,
-        "frequency_penalty": -0.5,
-        "logit_bias": {"5": -100},
-        "seed": 3,
-        "stop": ["a", "b"],
-        "ignore_eos": True,
-        "max_tokens": 9,
-    }
-    assert (await chat(chat_client, **fields)).status_code == 200
+    assert (await chat(chat_client, **SAMPLING_FIELDS)).status_code == 200
     [request] = script.submitted
-    assert request.sampling == SamplingSettings(
-        max_tokens=9,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.1,
-        repetition_penalty=1.1,
-        presence_penalty=0.5,
-        frequency_penalty=-0.5,
-        logit_bias=((5, -100.0),),
-        seed=3,
-        stop=("a", "b"),
-        ignore_eos=True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("messages", "rendered"),
-    [
-        ([{"role": "system", "content": "s"}, user("u")], "<system>s<user>u<assistant>"),
-        ([{"role": "developer", "content": "d"}, user("u")], "<system>d<user>u<assistant>"),
-        (
-            [user("u"), {"role": "assistant", "content": "a"}, user("v")],
-            "<user>u<assistant>a<user>v<assistant>",
-        ),
-        # A new turn, as with OpenAI; nothing is continued.
-        ([user("u"), {"role": "assistant", "content": "a"}], "<user>u<assistant>a<assistant>"),
-        (
-            [user([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}])],
-            "<user>one two<assistant>",
-        ),
-        ([user("")], "<user><assistant>"),
-        ([user("h\u00e9", name=None)], "<user>h\u00e9<assistant>"),
-    ],
-)
-async def test_what_the_template_is_given(
-    chat_client: httpx.AsyncClient,
-    chat_engine: TorchEngine,
-    script: Script,
-    messages: list[Json],
-    rendered: str,
-) -> None:
-    assert (await chat(chat_client, messages=messages)).status_code == 200
-    assert script.submitted[0].prompt == tuple(chat_engine.tokenize(rendered))
-
-
-async def test_an_answer_may_be_sent_back_as_the_client_got_it(
-    chat_engine: TorchEngine, registry: Registry
-) -> None:
-    async with (
-        live(build_app(chat_engine, registry)) as server,
-        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as openai,
-    ):
-        first = await openai.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
-        )
-        answer = first.choices[0].message.model_dump()
-        assert answer["tool_calls"] is None  # the client sends fields that it made up
-        second = await openai.chat.completions.create(
-            model="tiny",
-            messages=[user(), answer, user()],  # type: ignore[list-item]
-            max_tokens=4,
-        )
-    assert second.usage is not None
-    assert second.usage.prompt_tokens > len(RENDERED)
-
-
-WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
-    (None, "messages"),
-    ("Hello", "messages"),
-    ({"role": "user", "content": "a"}, "messages"),
-    ([], "messages"),
-    ([user()] * 2049, "messages"),
-    (["Hello"], "messages[0]"),
-    ([user(), None], "messages[1]"),
-    ([{"content": "a"}], "messages[0].role"),
-    ([{"role": None, "content": "a"}], "messages[0].role"),
-    ([{"role": "User", "content": "a"}], "messages[0].role"),
-    ([{"role": "tool", "content": "a", "tool_call_id": "1"}], "messages[0].role"),
-    ([user(), {"role": "function", "name": "f", "content": "a"}], "messages[1].role"),
-    ([{"role": "user"}], "messages[0].content"),
-    ([user(None)], "messages[0].content"),
-    ([user(5)], "messages[0].content"),
-    ([user([])], "messages[0].content"),
-    ([user({"type": "text", "text": "a"})], "messages[0].content"),
-    ([user(), {"role": "assistant", "content": None}], "messages[1].content"),
-    ([user(), {"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[1].tool_calls"),
-    ([user(audio={"id": "1"})], "messages[0].audio"),
-    ([user(refusal="no")], "messages[0].refusal"),
-    ([user(name="Ann")], "messages[0].name"),
-    ([user(weight=1)], "messages[0].weight"),
-    ([user(weight=None)], "messages[0].weight"),
-    ([user(["a"])], "messages[0].content[0]"),
-    ([user([{"text": "a"}])], "messages[0].content[0].type"),
-    ([user([{"type": 5, "text": "a"}])], "messages[0].content[0].type"),
-    ([user([{"type": "text"}])], "messages[0].content[0].text"),
-    ([user([{"type": "text", "text": None}])], "messages[0].content[0].text"),
-    ([user([{"type": "text", "text": "a", "x": 1}])], "messages[0].content[0].x"),
-    (
-        [user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}])],
-        "messages[0].content[1].type",
-    ),
-    ([user([{"type": "input_audio", "input_audio": {}}])], "messages[0].content[0].type"),
-    ([{"role": "assistant", "content": "a"}], "messages"),  # the template refuses it
-)
-
-
-async def test_a_wrong_message_is_named(chat_client: httpx.AsyncClient) -> None:
-    for messages, param in WRONG_MESSAGES:
-        response = await chat(chat_client, messages=messages)
-        error = error_of(response)
-        assert (response.status_code, error["param"]) == (400, param), messages
-        assert error["type"] == "invalid_request_error"
-        assert len(str(error["message"])) < 300
-    response = await chat_client.post("/v1/chat/completions", json={"model": "tiny"})
-    error = error_of(response)
-    assert (error["param"], error["code"]) == ("messages", "missing_required_parameter")
-
-
-async def test_what_the_template_says_is_passed_on(chat_client: httpx.AsyncClient) -> None:
-    response = await chat(chat_client, messages=[{"role": "assistant", "content": "a"}])
-    assert "Users speak first." in str(error_of(response)["message"])
+    assert request.sampling == SAMPLING
 
 
 WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
@@ -465,13 +298,6 @@ async def test_a_field_that_asks_for_nothing_changes_nothing(
     assert (await chat(chat_client, **HARMLESS)).json()["choices"] == plain
     nothing = dict.fromkeys(set(HARMLESS) | {"seed", "top_p", "logprobs", "stream_options"})
     assert (await chat(chat_client, **nothing)).json()["choices"] == plain
-
-
-async def test_a_model_without_a_template(client: httpx.AsyncClient) -> None:
-    response = await chat(client)
-    error = error_of(response)
-    assert (response.status_code, error["param"]) == (400, "messages")
-    assert error["code"] == "no_chat_template"
 
 
 async def test_a_conversation_that_is_too_long(chat_client: httpx.AsyncClient) -> None:
@@ -615,28 +441,3 @@ async def test_text_that_lags_behind_its_tokens(
 async def test_the_other_endpoint_takes_no_messages(chat_client: httpx.AsyncClient) -> None:
     error = error_of(await complete(chat_client, messages=[user()]))
     assert (error["param"], error["code"]) == ("messages", "unknown_parameter")
-
-
-async def test_a_conversation_as_lm_evaluation_harness_sends_it(
-    chat_client: httpx.AsyncClient,
-) -> None:
-    messages = [{"role": "user", "content": "Hello", "type": "text"}]
-    stop = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
-    response = await chat(chat_client, messages=messages, stop=stop, seed=1234, temperature=0)
-    assert response.status_code == 200, response.text
-
-
-async def test_a_template_that_fails_is_the_requests_error(
-    chat_client: httpx.AsyncClient, chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = chat_engine._loaded.tokenizer
-    for template in (
-        "{{ 1 // 0 }}",
-        "{{ raise_exception(messages[0].content) }}",
-        "{{ '{a}'.format(b=1) }}",
-    ):
-        monkeypatch.setattr(tokenizer, "chat_template", template)
-        response = await chat(chat_client, messages=[{"role": "user", "content": "x" * 3000}])
-        error = error_of(response)
-        assert (response.status_code, error["param"]) == (400, "messages")
-        assert len(str(error["message"])) < 500

@@ -13,6 +13,8 @@ from steering.settings import AffineSettings
 from tests.conftest import WriteArtifact
 from tests.live import live
 from tests.serving import (
+    SAMPLING,
+    SAMPLING_FIELDS,
     Connection,
     Json,
     Script,
@@ -170,31 +172,10 @@ async def test_sampling_reaches_the_engine(
 ) -> None:
     script = Script([_ended(), _ended()])
     monkeypatch.setattr(tiny_engine, "submit", script.submit)
-    biases = {"5": -100, "0": 0.5, "258": 100.0}
-    fields: dict[str, object] = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 7,
-        "min_p": 0.1,
-        "repetition_penalty": 1.1,
-        "presence_penalty": 2,
-        "frequency_penalty": -2.0,
-        "logit_bias": biases,
-    }
-    assert (await complete(client, **fields)).status_code == 200
+    assert (await complete(client, **SAMPLING_FIELDS)).status_code == 200
     assert (await complete(client)).status_code == 200
     chosen, default = (request.sampling for request in script.submitted)
-    assert chosen == SamplingSettings(
-        max_tokens=6,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.1,
-        repetition_penalty=1.1,
-        presence_penalty=2.0,
-        frequency_penalty=-2.0,
-        logit_bias=((5, -100.0), (0, 0.5), (258, 100.0)),
-    )
+    assert chosen == SAMPLING
     assert default == SamplingSettings(max_tokens=6, temperature=0)
 
 

@@ -231,7 +231,7 @@ async def test_two_requests_load_an_intervention_once(load_tiny: LoadTiny) -> No
         *(submit(engine, request(sampling, PROMPT, affine("a"))) for _ in range(4))
     )
     await asyncio.gather(*map(finish, generations))
-    await engine.close()
+    await close_checked(engine)
     assert loads == ["a"]
 
 
@@ -294,7 +294,7 @@ async def test_settings_that_do_nothing_are_never_loaded(load_tiny: LoadTiny) ->
     sampling = SamplingSettings(2, 0, ignore_eos=True)
     assert len(await finish(await submit(engine, request(sampling, PROMPT, *nothing)))) == 2
     assert engine.stats().slots_used == 0
-    await engine.close()
+    await close_checked(engine)
 
 
 @pytest.mark.parametrize("digest", ["elsewhere", "dead"])
@@ -317,7 +317,7 @@ async def test_an_intervention_that_cannot_be_read_is_refused(load_tiny: LoadTin
     with pytest.raises(UnservableInterventionError, match="the disk is gone"):
         await submit(engine, request(ENDLESS, PROMPT, affine("a")))
     assert engine.ready
-    await engine.close()
+    await close_checked(engine)
 
 
 async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
