@@ -187,13 +187,14 @@ class TorchEngine:
     async def _queue(self, sequences: Sequence[EngineSequence]) -> None:
         """Have the engine thread take the sequences, reading what it has not loaded."""
         parameters: dict[str, Parameters] = {}
-        while True:
-            try:
-                return await self._on_thread(partial(self._core.admit, sequences, parameters))
-            except NotReadError as not_read:
-                # Kept for the next attempt: what was loaded may be evicted in between.
-                for digest in not_read.digests:
-                    parameters[digest] = await self._reads.read(digest)
+        with self._reads.kept({digest for each in sequences for digest in each.digests}):
+            while True:
+                try:
+                    return await self._on_thread(partial(self._core.admit, sequences, parameters))
+                except NotReadError as not_read:
+                    # Kept for the next attempt: what was loaded may be evicted in between.
+                    for digest in not_read.digests:
+                        parameters[digest] = await self._reads.read(digest)
 
     async def _on_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._thread.call(function))

@@ -1,7 +1,9 @@
 """Reading interventions' parameters, off the engine thread and off the event loop."""
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.interventions import Parameters
@@ -14,20 +16,34 @@ class SharedReads:
         """`source` is called in a thread, with a digest."""
         self._source = source
         self._reads: dict[str, asyncio.Task[Parameters]] = {}
+        self._wanted: Counter[str] = Counter()
+
+    @contextmanager
+    def kept(self, digests: Set[str]) -> Iterator[None]:
+        """Within the block, what has been read of these interventions is not read again."""
+        self._wanted.update(digests)
+        try:
+            yield
+        finally:
+            self._wanted.subtract(digests)
+            for digest in digests:
+                if not self._wanted[digest]:
+                    del self._wanted[digest]
+                    self._reads.pop(digest, None)
 
     async def read(self, digest: str) -> Parameters:
-        """An intervention's parameters.
+        """An intervention's parameters; within a block that keeps it.
 
         Raises:
             UnservableInterventionError: they cannot be read.
         """
         if digest not in self._reads:
             self._reads[digest] = asyncio.create_task(asyncio.to_thread(self._source, digest))
-            self._reads[digest].add_done_callback(lambda _: self._reads.pop(digest))
         try:
             # Whoever stops waiting leaves the read to the others.
             return await asyncio.shield(self._reads[digest])
         except (OSError, ValueError) as error:
+            self._reads.pop(digest, None)  # the next one may try again
             raise UnservableInterventionError(
                 f"The intervention cannot be read: {error}"
             ) from error
