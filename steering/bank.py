@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steering.affine import AffineMap, AffineParameters, apply_affine
+from steering.dose import DoseMeter
 from steering.reward import RewardHead, apply_reward
 from steering.route import AffineLayer, Route
 
@@ -66,6 +67,10 @@ class _SiteStack:
         )
         return torch.where(self.present[slots], edited, z)
 
+    def acts(self, layer: AffineLayer) -> Tensor:
+        """Which of the tokens have a map here: (tokens,) bool."""
+        return self.present[layer.slots][:, 0]
+
 
 class Bank:
     """Parameters of up to `slots` interventions besides the identity in slot 0.
@@ -105,7 +110,9 @@ class Bank:
             self._sites[site] = _SiteStack(self.slots + 1, width, self._device)
         return self._sites[site]
 
-    def edit_site(self, site: str, output: Tensor, route: Route) -> Tensor:
+    def edit_site(
+        self, site: str, output: Tensor, route: Route, meter: DoseMeter | None = None
+    ) -> Tensor:
         """Apply the step's affine edits at one site.
 
         Args:
@@ -122,7 +129,10 @@ class Bank:
         z = output.reshape(-1, output.shape[-1]).float()
         for layer in route.on(output.device).affine:
             if stack.filled & layer.used:
-                z = stack.edit(z, layer)
+                edited = stack.edit(z, layer)
+                if meter is not None:
+                    meter.affine(layer.depth, z, edited, stack.acts(layer))
+                z = edited
         return z.to(output.dtype).view_as(output)
 
     def _head(self, slot: int, device: torch.device) -> RewardHead:
@@ -131,7 +141,7 @@ class Bank:
             head = self._heads[slot] = head.to(device)
         return head
 
-    def edit_rows(self, hidden: Tensor, route: Route) -> Tensor:
+    def edit_rows(self, hidden: Tensor, route: Route, meter: DoseMeter | None = None) -> Tensor:
         """Apply the step's reward edits before `lm_head`.
 
         Args:
@@ -142,13 +152,16 @@ class Bank:
         """
         h = hidden.reshape(-1, hidden.shape[-1]).float()
         for group in route.on(hidden.device).reward:
+            rows = h[group.rows]
             edited = apply_reward(
-                h[group.rows],
+                rows,
                 head=self._head(group.slot, hidden.device),
                 eta=group.eta,
                 iterations=group.iterations,
                 direction_scale=group.direction_scale,
                 max_iterations=group.max_iterations,
             )
+            if meter is not None:
+                meter.reward(group.depth, rows, edited, group.rows)
             h = h.index_copy(0, group.rows, edited)
         return h.to(hidden.dtype).view_as(hidden)

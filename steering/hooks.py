@@ -1,12 +1,13 @@
 """Hooks into a model: installed once, they read the current step's route and index the bank."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from steering.bank import Bank
+from steering.dose import DoseMeter
 from steering.route import Route
 
 
@@ -22,6 +23,7 @@ class SteeringHooks:
         self._hooked: set[str] = set()
         self._bank: Bank | None = None
         self._route: Route | None = None
+        self._meter: DoseMeter | None = None
         lm_head.register_forward_pre_hook(self._before_lm_head)
 
     @property
@@ -45,30 +47,39 @@ class SteeringHooks:
         self._hooked.add(site)
 
     @contextmanager
-    def routed(self, bank: Bank, route: Route) -> Iterator[None]:
-        """Within the context, the model's forward pass is edited as `route` says."""
-        self._bank, self._route = bank, route
+    def routed(self, bank: Bank, route: Route, meter: DoseMeter | None = None) -> Iterator[None]:
+        """Within the context, the model's forward pass is edited as `route` says.
+
+        A meter, if one is given, learns how large the edits were.
+        """
+        self._bank, self._route, self._meter = bank, route, meter
         try:
             yield
         finally:
-            self._bank = self._route = None
+            self._bank = self._route = self._meter = None
 
     def _site_hook(self, site: str) -> Callable[[nn.Module, object, object], object]:
         def hook(_module: nn.Module, _args: object, output: object) -> object:
             if self._bank is None or self._route is None or not self._route.affine:
                 return None
-            if isinstance(output, tuple):
-                return (self._bank.edit_site(site, output[0], self._route), *output[1:])
-            if not isinstance(output, Tensor):
+            activations = output[0] if isinstance(output, tuple) else output
+            if not isinstance(activations, Tensor):
                 raise TypeError(f"the output of {site} is a {type(output).__name__}, not a tensor")
-            return self._bank.edit_site(site, output, self._route)
+            with self._timed():
+                edited = self._bank.edit_site(site, activations, self._route, self._meter)
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         return hook
 
     def _before_lm_head(self, _module: nn.Module, args: tuple[Tensor, ...]) -> object:
         if self._bank is None or self._route is None or not self._route.reward:
             return None
-        return (self._bank.edit_rows(args[0], self._route), *args[1:])
+        with self._timed():
+            edited = self._bank.edit_rows(args[0], self._route, self._meter)
+        return (edited, *args[1:])
+
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._meter is None else self._meter.editing()
 
 
 def measure_site_widths(model: nn.Module, vocab_size: int) -> Mapping[str, int]:

@@ -28,6 +28,7 @@ class Span:
 class AffineLayer:
     """The k-th affine edit of every token's stack. Slot 0 is the identity."""
 
+    depth: int  # k, from 0
     slots: Tensor  # (tokens,) int64
     strength: Tensor  # (tokens, 1) float32
     used: frozenset[int]  # the slots in `slots` but 0, known on the host
@@ -41,6 +42,7 @@ class AffineLayer:
 class RewardGroup:
     """The rows that one head edits at one place of their stacks."""
 
+    depth: int  # the place, among the stack's reward edits, from 0
     slot: int
     rows: Tensor  # (n,) int64
     eta: Tensor  # (n, 1) float32
@@ -151,6 +153,7 @@ def _affine_layer(
             strength[place] = [settings.strength] * len(edited)
         first += span.count
     return AffineLayer(
+        depth=depth,
         slots=torch.tensor(slots, device=device),
         strength=torch.tensor(strength, dtype=torch.float32, device=device)[:, None],
         used=frozenset(slots) - {0},
@@ -170,14 +173,15 @@ def _reward_groups(
             by_slot.setdefault(slot, []).extend((row, settings) for row in span.rows)
     for slot, rows in by_slot.items():
         if rows:
-            yield _reward_group(slot, rows, device)
+            yield _reward_group(depth, slot, rows, device)
 
 
 def _reward_group(
-    slot: int, rows: Sequence[tuple[int, RewardSettings]], device: torch.device
+    depth: int, slot: int, rows: Sequence[tuple[int, RewardSettings]], device: torch.device
 ) -> RewardGroup:
     iterations = [settings.iterations for _, settings in rows]
     return RewardGroup(
+        depth=depth,
         slot=slot,
         rows=torch.tensor([row for row, _ in rows], device=device),
         eta=_column([settings.eta for _, settings in rows], device),

@@ -68,8 +68,8 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
     slabs = {}
     for prompt in PROMPTS[:2]:
         sequence = Sequence(Request("test", tuple(prompt), GREEDY), list(prompt), edits)
-        slabs[sequence] = Slab(shape)
-        slabs[sequence].reserve(len(prompt))
+        slabs[sequence] = (Slab(shape),)
+        slabs[sequence][0].reserve(len(prompt))
     chunks = [Chunk(sequence, 0, sequence.prompt_length) for sequence in slabs]
     logits = Runner(loaded.model, hooks).run(build_batch(chunks, slabs, torch.device("cpu")), bank)
     assert (logits.shape, logits.device.type) == ((2, VOCABULARY), "meta")

@@ -10,6 +10,7 @@ from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.sequence import Sequence
 from steering.bank import Bank
+from steering.dose import DoseMeter
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.oracles import Oracle
@@ -51,9 +52,9 @@ async def test_any_mix_in_one_batch_equals_the_oracle(
     batches: list[int] = []
     run = engine._core._runner.run
 
-    def counting(batch: Batch, bank: Bank) -> Tensor:
+    def counting(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
         batches.append(len(batch.attention.segments))
-        return run(batch, bank)
+        return run(batch, bank, meter)
 
     monkeypatch.setattr(engine._core._runner, "run", counting)
     oracle = Oracle(tiny_model(family))

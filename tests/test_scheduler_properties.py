@@ -7,10 +7,11 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.base import QueueFullError, Request, SamplingSettings
+from server.engine.base import Edit, GaveWayError, QueueFullError, Request, SamplingSettings
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.scheduler import Scheduler
 from server.engine.torch.sequence import Sequence
+from steering.settings import AffineSettings
 
 BLOCK_SIZE = 4
 
@@ -28,18 +29,14 @@ class Scheduling(RuleBasedStateMachine):
         self.pool = BlockPool(blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(self.pool, batch, batch + more_tokens, waiting)
         self.living: deque[Sequence] = deque()  # in order of arrival
+        self.background: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.stored: dict[Sequence, int] = {}  # tokens whose K/V a sequence has
 
-    @rule(data=st.data(), scored=st.booleans())
-    def arrive(self, data: st.DataObject, scored: bool) -> None:
-        room = self.pool.tokens
-        # Mostly short prompts with long completions: those outgrow the pool together.
-        prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
-        longest = room - prompt
-        max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
-        sampling = SamplingSettings(max_tokens, prompt_logprobs=1 if scored else None)
-        sequence = Sequence.of(Request("test", (0,) * prompt, sampling))
+    @rule(data=st.data(), scored=st.booleans(), compared=st.integers(0, 4).map(lambda n: n == 4))
+    def arrive(self, data: st.DataObject, scored: bool, compared: bool) -> None:
+        lanes = 2 if compared and self.scheduler.max_batch_size > 1 else 1
+        sequence = self._draw_sequence(data, scored, lanes)
         queued = len(self.scheduler.waiting)
         try:
             self.scheduler.check_room(1)
@@ -50,10 +47,33 @@ class Scheduling(RuleBasedStateMachine):
             self.scheduler.add(sequence)
             self.living.append(sequence)
 
-    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def arrive_in_background(self, data: st.DataObject) -> None:
+        sequence = self._draw_sequence(data, scored=False, lanes=1, background=True)
+        try:
+            self.scheduler.check_background(sequence)
+        except GaveWayError:
+            return
+        assert not self.scheduler.waiting
+        self.scheduler.add(sequence)
+        self.background.append(sequence)
+
+    def _draw_sequence(
+        self, data: st.DataObject, scored: bool, lanes: int, background: bool = False
+    ) -> Sequence:
+        room = self.pool.tokens // lanes
+        # Mostly short prompts with long completions: those outgrow the pool together.
+        prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
+        longest = room - prompt
+        max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
+        sampling = SamplingSettings(max_tokens, prompt_logprobs=1 if scored else None)
+        edits = (Edit("a", AffineSettings(1.0)),) if lanes == 2 else ()
+        return Sequence.of(Request("test", (0,) * prompt, sampling, edits, lanes == 2, background))
+
+    @precondition(lambda self: self.living or self.background)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self._end(data.draw(st.sampled_from(list(self.living)), "which"))
+        self._end(data.draw(st.sampled_from([*self.living, *self.background]), "which"))
 
     @rule(data=st.data(), steps=st.integers(1, 12))
     def run(self, data: st.DataObject, steps: int) -> None:
@@ -62,11 +82,20 @@ class Scheduling(RuleBasedStateMachine):
 
     def _step(self, data: st.DataObject) -> None:
         oldest = self.living[0] if self.living else None
+        alone = {*self.background} if not self.living else set()
         plan = self.scheduler.schedule()
         for sequence in plan.preempted:
             self.stored.pop(sequence)
-        assert bool(plan.chunks) == bool(self.living), "somebody waits while nothing is computed"
-        assert sum(chunk.count for chunk in plan.chunks) <= self.scheduler.max_batch_tokens
+        for sequence in plan.dropped:
+            self.background.remove(sequence)
+            self.stored.pop(sequence, None)
+        somebody = bool(self.living or self.background)
+        assert bool(plan.chunks) == somebody, "somebody waits while nothing is computed"
+        assert not alone or self.background, "all background gave way to nobody"
+        assert not (plan.preempted and self.background), "a request yielded before background"
+        assert not (self.scheduler.waiting and self.background), "background is in somebody's way"
+        tokens = sum(chunk.count * chunk.sequence.lanes for chunk in plan.chunks)
+        assert tokens <= self.scheduler.max_batch_tokens
         assert oldest not in plan.preempted
         if oldest is not None and oldest.pending == 1:
             assert oldest in [chunk.sequence for chunk in plan.chunks], "the oldest was passed over"
@@ -97,7 +126,7 @@ class Scheduling(RuleBasedStateMachine):
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
-        self.living.remove(sequence)
+        (self.background if sequence.request.background else self.living).remove(sequence)
         self.stored.pop(sequence, None)
 
     @invariant()
@@ -106,9 +135,10 @@ class Scheduling(RuleBasedStateMachine):
             return
         self.scheduler.check()
         assert {*self.scheduler.running, *self.scheduler.waiting} == set(self.living)
+        assert self.scheduler.background == self.background
         held = sum(
-            self.pool.needed(max(self.stored.get(sequence, 0), 1))
-            for sequence in self.scheduler.running
+            self.pool.needed(max(self.stored.get(sequence, 0), 1) * sequence.lanes)
+            for sequence in (*self.scheduler.running, *self.background)
         )
         assert held <= self.pool.blocks - self.pool.free, "K/V without a block"
 
@@ -116,6 +146,8 @@ class Scheduling(RuleBasedStateMachine):
         """Nobody starves: what is left comes to an end, in as many steps as it has tokens."""
         if not hasattr(self, "scheduler"):
             return
+        for sequence in tuple(self.background):
+            self._end(sequence)
         work = sum(sequence.max_length for sequence in self.living)
         # A preempted sequence's tokens are computed again; each preemption lets another go on.
         for _ in range(work * (len(self.living) + 1)):

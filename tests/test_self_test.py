@@ -119,7 +119,7 @@ def test_an_installation_that_fails_leaves_its_slot_free(
 def test_rewards_that_do_not_reach_the_logits_are_noticed(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bank, "edit_rows", lambda _bank, hidden, _route: hidden)
+    monkeypatch.setattr(Bank, "edit_rows", lambda _bank, hidden, _route, _meter: hidden)
     with pytest.raises(ModelLoadError, match="before lm_head"):
         build_core(load_tiny(), TINY_OPTIONS)
 

@@ -46,6 +46,10 @@ class ShuttingDownError(EngineError):
     """The server is stopping, and did not wait for this request any longer."""
 
 
+class GaveWayError(EngineError):
+    """Background work was ended, or never begun, because requests want its room."""
+
+
 class StepFailedError(EngineError):
     """The step that this request was part of raised; the request is lost, the engine goes on."""
 
@@ -89,6 +93,10 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingSettings
     edits: tuple[Edit, ...] = ()
+    # Told beside every token: how far the edits moved the distribution that it was drawn from.
+    with_divergence: bool = False
+    # Nobody waits for it: it runs where there is room, and is ended with GaveWayError where not.
+    background: bool = False
 
     @property
     def effective_edits(self) -> tuple[Edit, ...]:
@@ -128,6 +136,13 @@ class StepOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
+    # Of each token, if asked for: the Kullback-Leibler divergence in nats of the base model's
+    # distribution from the steered one, both after the same tokens, before bias, penalties and
+    # filters.
+    divergences: tuple[float, ...] = ()
+    # Of each effective edit, in some steps only: norm of the edit / norm of what it edited, a mean
+    # over this step's tokens and the edit's sites; None where it acted on none of these tokens.
+    doses: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +153,12 @@ class EngineStats:
     waiting: int
     kv_cache_usage: float  # 0 to 1
     slots_used: int
+    preemptions: int = 0  # since the start: sequences that yielded their K/V
+    prefix_cache_queries: int = 0  # since the start, in tokens of prompts
+    prefix_cache_hits: int = 0
+    # Since the start, of those steered steps that are measured, where that can be told.
+    measured_step_seconds: float = 0.0
+    measured_edit_seconds: float = 0.0
 
 
 class Generation(Protocol):
@@ -209,6 +230,7 @@ class Engine(Protocol):
             QueueFullError: the waiting queue has no room for them.
             BankFullError: no slot can be freed for one of their interventions.
             UnservableInterventionError: an edit does not reach this engine's logits.
+            GaveWayError: there is no room for background work now.
             EngineDeadError: the engine thread has ended.
         """
         ...

@@ -19,11 +19,17 @@ class Row:
 
     sequence: EngineSequence
     place: int  # of the token that it follows
+    base: bool = False  # what the base model says at the same place; nothing is drawn from it
 
     @property
     def draws(self) -> bool:
-        """Whether the next token is drawn from it; if not, it scores a prompt's next token."""
-        return self.place == len(self.sequence.tokens) - 1
+        """Whether the next token is drawn from it."""
+        return not self.base and self.place == len(self.sequence.tokens) - 1
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores a prompt's next token."""
+        return not self.base and not self.draws
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,34 +42,46 @@ class Batch:
     logits_rows: Tensor  # (rows,) int64 on the CPU: which of the packed tokens they follow
     attention: AttentionStep
     route: Route
+    spans: Sequence[Span]  # of each lane's tokens, one after the other
+    places: Mapping[EngineSequence, int]  # where in `spans` a sequence's first lane is
 
 
 def build_batch(
-    chunks: Sequence[Chunk], slabs: Mapping[EngineSequence, Slab], device: torch.device
+    chunks: Sequence[Chunk], slabs: Mapping[EngineSequence, Sequence[Slab]], device: torch.device
 ) -> Batch:
-    """The step's tensors; the rows are those of each chunk's `logits_places`, in order."""
+    """The step's tensors, of each chunk as often as its sequence has lanes.
+
+    The first lane is edited, and has the rows of the chunk's `logits_places`. A second is the base
+    model's, and has a row where the next token is drawn.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     rows: list[Row] = []
     packed: list[int] = []  # where the rows' tokens are in `tokens`
     spans: list[Span] = []
+    segments: list[Segment] = []
+    places: dict[EngineSequence, int] = {}
     for chunk in chunks:
-        sequence, places = chunk.sequence, chunk.logits_places
-        offset = len(tokens) - chunk.start
-        packed += [offset + place for place in places]
-        rows += [Row(sequence, place) for place in places]
-        tokens += sequence.tokens[chunk.start : chunk.end]
-        positions += range(chunk.start, chunk.end)
-        spans.append(
-            Span(
-                start=chunk.start,
-                count=chunk.count,
-                prompt_length=sequence.prompt_length,
-                rows=range(len(rows) - len(places), len(rows)),
-                edits=sequence.edits,
+        sequence = chunk.sequence
+        places[sequence] = len(spans)
+        for lane, slab in enumerate(slabs[sequence]):
+            base = lane > 0
+            wanted = chunk.draws if base else chunk.logits_places
+            offset = len(tokens) - chunk.start
+            packed += [offset + place for place in wanted]
+            rows += [Row(sequence, place, base) for place in wanted]
+            tokens += sequence.tokens[chunk.start : chunk.end]
+            positions += range(chunk.start, chunk.end)
+            segments.append(Segment(slab, chunk.start, chunk.count))
+            spans.append(
+                Span(
+                    start=chunk.start,
+                    count=chunk.count,
+                    prompt_length=sequence.prompt_length,
+                    rows=range(len(rows) - len(wanted), len(rows)),
+                    edits=() if base else sequence.edits,
+                )
             )
-        )
-    segments = [Segment(slabs[chunk.sequence], chunk.start, chunk.count) for chunk in chunks]
     return Batch(
         input_ids=torch.tensor([tokens], device=device),
         position_ids=torch.tensor([positions], device=device),
@@ -72,4 +90,6 @@ def build_batch(
         logits_rows=torch.tensor(packed, dtype=torch.int64),
         attention=AttentionStep(segments),
         route=build_route(spans, device),
+        spans=spans,
+        places=places,
     )

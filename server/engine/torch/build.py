@@ -32,6 +32,7 @@ class EngineOptions:
     kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
     max_loaded_interventions: int = 64
     check_invariants: bool = False  # after every step; a debugging aid
+    dose_interval: int = 16  # edits are measured in one of so many steered steps; 0 for never
 
 
 def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
@@ -67,6 +68,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         interventions,
         _eos_tokens(loaded),
         options.check_invariants,
+        options.dose_interval,
     )
 
 

@@ -1,15 +1,17 @@
 """The engine's inside: a step is schedule, run, postprocess. No thread, no asyncio."""
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from server.engine.base import EngineError, StepFailedError
+from server.engine.base import EngineError, GaveWayError, StepFailedError
 from server.engine.torch.answer import Answer
-from server.engine.torch.batch import build_batch
+from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.postprocess import Delivery, Postprocessor
@@ -18,6 +20,7 @@ from server.engine.torch.scheduler import Plan, Scheduler
 from server.engine.torch.sequence import Sequence
 from server.engine.torch.slab import Slab, SlabShape
 from server.engine.torch.vocabulary import Vocabulary
+from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ class EngineCore:
         interventions: LoadedInterventions,
         eos_tokens: frozenset[int],
         check_invariants: bool,
+        dose_interval: int,
     ) -> None:
         self.scheduler = scheduler
         self.interventions = interventions
@@ -50,9 +54,13 @@ class EngineCore:
         self._tokenizer = tokenizer.backend_tokenizer
         self._postprocessor = Postprocessor(Vocabulary(self._tokenizer), eos_tokens)
         self._check_invariants = check_invariants
+        self._dose_interval = dose_interval
+        self._steered_steps = 0
+        self.measured_seconds = 0.0  # that the measured steps took
+        self.edit_seconds = 0.0  # that the edits took of it
         self._device = model.device
         self._slab_shape = SlabShape.of(model)
-        self._slabs: dict[Sequence, Slab] = {}
+        self._slabs: dict[Sequence, tuple[Slab, ...]] = {}  # of each lane
         self._answers: dict[Sequence, Answer] = {}
 
     def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
@@ -63,11 +71,15 @@ class EngineCore:
 
         Raises:
             NotReadError: `parameters` lacks some; nothing was done.
+            GaveWayError: there is no room for the background work among them.
             QueueFullError: the waiting queue has no room for them.
             BankFullError: a slot cannot be freed.
             UnservableInterventionError: an edit does not reach the logits.
         """
-        self.scheduler.check_room(len(sequences))
+        background = [sequence for sequence in sequences if sequence.request.background]
+        if background:
+            self.scheduler.check_background(*background)
+        self.scheduler.check_room(len(sequences) - len(background))
         digests = {digest for sequence in sequences for digest in sequence.digests}
         missing = self.interventions.missing(digests)
         if unread := missing - parameters.keys():
@@ -115,22 +127,20 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        scheduler = self.scheduler
+        return bool(scheduler.running or scheduler.waiting or scheduler.background)
 
     def step(self) -> list[Delivery]:
         """Compute one step; the outputs of the sequences that it advanced."""
         plan = self.scheduler.schedule()
-        if not plan.chunks:
-            return []
-        try:
-            self._make_room(plan)
-            batch = build_batch(plan.chunks, self._slabs, self._device)
-            logits = self._runner.run(batch, self.interventions.bank)
-            deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
-        except Exception:
-            logger.exception("a step of %d sequences failed", len(plan.chunks))
-            error = StepFailedError("the engine failed while computing this request")
-            deliveries = [(chunk.sequence, error) for chunk in plan.chunks]
+        deliveries: list[Delivery] = [(sequence, _gave_way()) for sequence in plan.dropped]
+        if plan.chunks:
+            try:
+                deliveries += self._compute(plan)
+            except Exception:
+                logger.exception("a step of %d sequences failed", len(plan.chunks))
+                error = StepFailedError("the engine failed while computing this request")
+                deliveries += [(chunk.sequence, error) for chunk in plan.chunks]
         for sequence, output in deliveries:
             if isinstance(output, EngineError) or output.finish_reason is not None:
                 self.remove(sequence)
@@ -138,21 +148,62 @@ class EngineCore:
             self.check()
         return deliveries
 
+    def _compute(self, plan: Plan) -> list[Delivery]:
+        self._make_room(plan)
+        batch = build_batch(plan.chunks, self._slabs, self._device)
+        meter = self._meter(batch)
+        began = time.perf_counter()
+        logits = self._runner.run(batch, self.interventions.bank, meter)
+        deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
+        if meter is None:
+            return deliveries
+        if self._device.type == "cpu":  # what a GPU does goes on while it is asked for more
+            self.measured_seconds += time.perf_counter() - began - meter.own_seconds
+            self.edit_seconds += meter.edit_seconds
+        return _with_doses(deliveries, batch, meter)
+
     def _make_room(self, plan: Plan) -> None:
-        for sequence in plan.preempted:
+        for sequence in (*plan.preempted, *plan.dropped):
             self._slabs.pop(sequence, None)
         for chunk in plan.chunks:
-            if chunk.sequence not in self._slabs:
-                self._slabs[chunk.sequence] = Slab(self._slab_shape)
-                self._answers[chunk.sequence].start()
-            self._slabs[chunk.sequence].reserve(chunk.end)
+            sequence = chunk.sequence
+            if sequence not in self._slabs:
+                self._slabs[sequence] = tuple(Slab(self._slab_shape) for _ in range(sequence.lanes))
+                self._answers[sequence].start()
+            for slab in self._slabs[sequence]:
+                slab.reserve(chunk.end)
+
+    def _meter(self, batch: Batch) -> DoseMeter | None:
+        """What measures this step's edits; in one of so many steered steps only, as it costs."""
+        if not self._dose_interval or not (batch.route.affine or batch.route.reward):
+            return None
+        self._steered_steps += 1
+        if (self._steered_steps - 1) % self._dose_interval:
+            return None
+        return DoseMeter(batch.input_ids.numel(), len(batch.rows))
 
     def check(self) -> None:
         """Assert that nothing leaks: blocks, slabs, pins and slots belong to living sequences."""
         scheduler = self.scheduler
         scheduler.check()
-        sequences = {*scheduler.running, *scheduler.waiting}
+        running = {*scheduler.running, *scheduler.background}
+        sequences = {*running, *scheduler.waiting}
         assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"
-        assert self._slabs.keys() <= set(scheduler.running), "a slab that nobody uses"
+        assert self._slabs.keys() <= running, "a slab that nobody uses"
         pins = Counter(digest for sequence in sequences for digest in sequence.digests)
         self.interventions.slots.check(pins)
+
+
+def _gave_way() -> GaveWayError:
+    return GaveWayError("background work was ended, as requests want its room")
+
+
+def _with_doses(deliveries: Iterable[Delivery], batch: Batch, meter: DoseMeter) -> list[Delivery]:
+    """The outputs of a measured step, each with what its own edits did."""
+    doses = meter.read(batch.spans)
+    return [
+        (sequence, output)
+        if isinstance(output, EngineError)
+        else (sequence, replace(output, doses=doses[batch.places[sequence]]))
+        for sequence, output in deliveries
+    ]

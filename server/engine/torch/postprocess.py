@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from server.engine.base import (
     EngineError,
@@ -21,6 +22,8 @@ from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+
+_FARTHEST: Final = 9999.0  # JSON has no infinity
 
 Delivery: TypeAlias = tuple[EngineSequence, StepOutput | EngineError]
 
@@ -52,17 +55,18 @@ class Postprocessor:
             chunk.sequence.computed += chunk.count
         finite = logits.amax(dim=-1).isfinite().tolist()  # NaN counts as the largest
         lost = {
-            row.sequence: _not_a_number(row.sequence)
+            row.sequence: _not_a_number(row)
             for row, whole in zip(rows, finite, strict=True)
             if not whole
         }
-        scored = [i for i, row in enumerate(rows) if not row.draws and row.sequence not in lost]
+        scored = [i for i, row in enumerate(rows) if row.scores and row.sequence not in lost]
         lost |= self._score([rows[i] for i in scored], _select(logits, scored), answers)
         drawn = [i for i, row in enumerate(rows) if row.draws and row.sequence not in lost]
+        moved = _divergences(rows, drawn, logits)
         return [
             *lost.items(),
             *((sequence, answers[sequence].read()) for sequence in read if sequence not in lost),
-            *self._draw([rows[i].sequence for i in drawn], _select(logits, drawn), answers),
+            *self._draw([rows[i].sequence for i in drawn], _select(logits, drawn), answers, moved),
         ]
 
     def _score(
@@ -84,6 +88,7 @@ class Postprocessor:
         sequences: Sequence[EngineSequence],
         logits: Tensor,
         answers: Mapping[EngineSequence, Answer],
+        divergences: Mapping[EngineSequence, float],
     ) -> list[Delivery]:
         """Draw the sequences' next tokens from their rows of logits."""
         if not sequences:
@@ -91,16 +96,19 @@ class Postprocessor:
         tokens = sample(logits, [answers[sequence].draw() for sequence in sequences])
         found = _wanted_logprobs(sequences, tokens, logits)
         return [
-            (sequence, self._append(answers[sequence], token, found.get(row)))
+            (
+                sequence,
+                self._append(answers[sequence], token, found.get(row), divergences.get(sequence)),
+            )
             for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
         ]
 
     def _append(
-        self, answer: Answer, token: int, row: RowLogprobs | None
+        self, answer: Answer, token: int, row: RowLogprobs | None, divergence: float | None
     ) -> StepOutput | EngineError:
         try:
             found = None if row is None else self._vocabulary.logprobs(token, row)
-            return answer.append(token, found, self._eos_tokens)
+            return answer.append(token, found, self._eos_tokens, divergence)
         except Exception:
             return _text_failed()
 
@@ -120,6 +128,26 @@ def _wanted_logprobs(
     return dict(zip(rows, values, strict=True))
 
 
+def _divergences(
+    rows: Sequence[Row], drawn: Sequence[int], logits: Tensor
+) -> dict[EngineSequence, float]:
+    """How far steering has moved the distributions that tokens are drawn from, where it is asked.
+
+    The Kullback-Leibler divergence of the base model's distribution from the steered one, in nats.
+    """
+    bases = {row.sequence: i for i, row in enumerate(rows) if row.base}
+    places = {rows[i].sequence: i for i in drawn if rows[i].sequence in bases}
+    found = {rows[i].sequence: 0.0 for i in drawn if rows[i].sequence.request.with_divergence}
+    if places:
+        steered = _select(logits, list(places.values())).log_softmax(dim=-1)
+        base = _select(logits, [bases[sequence] for sequence in places]).log_softmax(dim=-1)
+        terms = kl_div(base, steered, reduction="none", log_target=True)
+        # A token that is impossible to both adds nothing; one that is to the base alone, a lot.
+        values = terms.nan_to_num(nan=0.0).sum(dim=-1).clamp(0.0, _FARTHEST)
+        found |= zip(places, values.tolist(), strict=True)
+    return found
+
+
 def _select(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows, without a copy where they are all."""
     if len(rows) == len(logits):
@@ -133,9 +161,9 @@ def _text_failed() -> EngineError:
     return StepFailedError("the engine failed while computing this request")
 
 
-def _not_a_number(sequence: EngineSequence) -> EngineError:
+def _not_a_number(row: Row) -> EngineError:
     """Another model than the one asked for would answer; nobody gets that without being told."""
-    if not sequence.edits:
+    if row.base or not row.sequence.edits:
         return StepFailedError("the model's output is not a number")
     return InvalidRequestError(
         "Steered like this, the model's output is not a number; choose weaker settings.",

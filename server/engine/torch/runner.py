@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from server.engine.torch.batch import Batch
 from steering.bank import Bank
+from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks
 
 
@@ -17,9 +18,12 @@ class Runner:
         self._hooks = hooks
 
     @torch.inference_mode()
-    def run(self, batch: Batch, bank: Bank) -> Tensor:
-        """The logits of the batch's rows: (rows, vocabulary) float32."""
-        with self._hooks.routed(bank, batch.route):
+    def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
+        """The logits of the batch's rows: (rows, vocabulary) float32.
+
+        A meter, if one is given, learns how large the edits were.
+        """
+        with self._hooks.routed(bank, batch.route, meter):
             output = self._model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from server.engine.base import QueueFullError
+from server.engine.base import GaveWayError, QueueFullError
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.sequence import Sequence
 
@@ -33,6 +33,11 @@ class Chunk:
         return self.completes and len(self.sequence.tokens) < self.sequence.max_length
 
     @property
+    def draws(self) -> range:
+        """The place of the token after which the next one is drawn, if one is."""
+        return range(self.end - 1, self.end) if self.samples else range(0)
+
+    @property
     def scores(self) -> range:
         """The places of those tokens after which the prompt's next token is to be scored."""
         sequence = self.sequence
@@ -56,6 +61,7 @@ class Plan:
 
     chunks: list[Chunk]
     preempted: list[Sequence]
+    dropped: list[Sequence]  # background work that was ended
 
 
 @dataclass(slots=True)
@@ -67,15 +73,20 @@ class Scheduler:
     each that runs already, and takes more as it grows. When none is left, the sequence that came
     last is preempted: it gives up its blocks, waits in front, and is computed anew later. So the
     oldest always goes on, and every sequence becomes the oldest.
+
+    Background work starts at once or not at all, takes what is left of each step, and is ended
+    as soon as anything else wants its room.
     """
 
     pool: BlockPool
-    max_batch_size: int  # sequences running at once
+    max_batch_size: int  # lanes of the sequences running at once
     max_batch_tokens: int  # tokens of one step
     max_waiting: int
     # Both in order of arrival, and all that run came before all that wait.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
+    background: list[Sequence] = field(default_factory=list)  # runs too, in order of arrival
+    preemptions: int = 0  # since the start
     _arrivals: int = 0
 
     def __post_init__(self) -> None:
@@ -95,75 +106,113 @@ class Scheduler:
                 f"{len(self.waiting)} requests are waiting already; try again later"
             )
 
+    def check_background(self, *sequences: Sequence) -> None:
+        """Raise GaveWayError unless background work can start now, beside all there is."""
+        if self.waiting or not self._has_room(*sequences):
+            raise GaveWayError("there is no room for background work now")
+
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, for which `check_room` found room and which the pool can hold."""
-        assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
+        """Queue a sequence, for which `check_room` found room and which the pool can hold.
+
+        Background work, for which `check_background` found room, is not queued but runs.
+        """
+        assert sequence.max_length * sequence.lanes <= self.pool.tokens, "it would wait for ever"
+        assert sequence.lanes <= self.max_batch_size, "it would wait for ever"
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        self.waiting.append(sequence)
+        if sequence.request.background:
+            self.pool.hold(sequence, sequence.held)
+            self.background.append(sequence)
+        else:
+            self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, finished or not, and free its blocks."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self.pool.release(sequence)
-        elif sequence in self.waiting:
+        if sequence in self.waiting:
             self.waiting.remove(sequence)
+            return
+        for running in (self.running, self.background):
+            if sequence in running:
+                running.remove(sequence)
+                self.pool.release(sequence)
 
     def schedule(self) -> Plan:
         """The next step's plan; without chunks when there is nothing to do."""
-        preempted = self._make_room()
+        plan = Plan([], [], [])
+        self._make_room(plan)
         budget = self.max_batch_tokens
-        chunks = []
-        for sequence in self._candidates():
-            count = min(sequence.pending, budget)
-            chunks.append(Chunk(sequence, sequence.computed, count))
-            budget -= count
-            if budget == 0:
+        for sequence in self._candidates(plan):
+            count = min(sequence.pending, budget // sequence.lanes)
+            if count == 0:
                 break
-        return Plan(chunks, preempted)
+            plan.chunks.append(Chunk(sequence, sequence.computed, count))
+            budget -= count * sequence.lanes
+        return plan
 
-    def _make_room(self) -> list[Sequence]:
-        """Let every running sequence hold its tokens, the oldest first; who had to yield."""
-        preempted: list[Sequence] = []
+    def _make_room(self, plan: Plan) -> None:
+        """Let every running sequence hold its tokens, the oldest first."""
         for sequence in tuple(self.running):
             # The youngest yield, so that the oldest always goes on.
-            while sequence in self.running and not self.pool.hold(sequence, len(sequence.tokens)):
-                preempted.append(self._preempt_youngest())
-        return preempted
+            while sequence in self.running and not self.pool.hold(sequence, sequence.held):
+                if self.background:
+                    plan.dropped.append(self._drop_youngest())
+                else:
+                    plan.preempted.append(self._preempt_youngest())
+        for sequence in tuple(self.background):
+            if not self.pool.hold(sequence, sequence.held):
+                self.remove(sequence)
+                plan.dropped.append(sequence)
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self.running.pop()
         self.pool.release(sequence)
         sequence.computed = 0
         self.waiting.appendleft(sequence)
+        self.preemptions += 1
         return sequence
 
-    def _candidates(self) -> Iterator[Sequence]:
+    def _drop_youngest(self) -> Sequence:
+        sequence = self.background.pop()
+        self.pool.release(sequence)
+        return sequence
+
+    def _candidates(self, plan: Plan) -> Iterator[Sequence]:
         """Sequences in the order in which they get a share of the step."""
         yield from sorted(self.running, key=lambda sequence: sequence.pending > 1)
-        while (sequence := self._start_next()) is not None:
+        while (sequence := self._start_next(plan)) is not None:
             yield sequence
+        yield from tuple(self.background)
 
-    def _start_next(self) -> Sequence | None:
+    def _start_next(self, plan: Plan) -> Sequence | None:
         """Start the first waiting sequence, if there is one and room for it."""
-        if not self.waiting or len(self.running) == self.max_batch_size:
+        if not self.waiting:
             return None
-        length = len(self.waiting[0].tokens)
-        # Without the spare blocks it might be preempted, and its work lost, a few steps later.
-        if self.pool.needed(length) + len(self.running) > self.pool.free:
-            return None
+        while not self._has_room(self.waiting[0]):
+            if not self.background:
+                return None
+            plan.dropped.append(self._drop_youngest())
         sequence = self.waiting.popleft()
-        self.pool.hold(sequence, length)
+        self.pool.hold(sequence, sequence.held)
         self.running.append(sequence)
         return sequence
 
+    def _has_room(self, *sequences: Sequence) -> bool:
+        """Whether sequences can start beside all that run."""
+        running = [*self.running, *self.background]
+        if sum(each.lanes for each in (*running, *sequences)) > self.max_batch_size:
+            return False
+        # Without the spare blocks one might be preempted, and its work lost, a few steps later.
+        needed = sum(self.pool.needed(sequence.held) for sequence in sequences)
+        return needed + len(running) <= self.pool.free
+
     def check(self) -> None:
         """Assert that the books add up. Between two steps."""
-        self.pool.check(self.running)
-        assert len(self.running) <= self.max_batch_size, "more run than the batch holds"
+        running = [*self.running, *self.background]
+        self.pool.check(running)
+        lanes = sum(sequence.lanes for sequence in running)
+        assert lanes <= self.max_batch_size, "more run than the batch holds"
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         assert arrivals == sorted(set(arrivals)), "somebody was overtaken, or is here twice"
-        for sequence in self.running:
+        for sequence in running:
             assert 0 <= sequence.computed < len(sequence.tokens), "a sequence has nothing to do"
         assert not any(sequence.computed for sequence in self.waiting), "K/V without blocks"

@@ -131,10 +131,10 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
 
 def _slabs(
     model: PreTrainedModel, sequences: Sequence[EngineSequence], tokens: int
-) -> Mapping[EngineSequence, Slab]:
+) -> Mapping[EngineSequence, tuple[Slab]]:
     shape = SlabShape.of(model)
-    slabs = {sequence: Slab(shape) for sequence in sequences}
-    for slab in slabs.values():
+    slabs = {sequence: (Slab(shape),) for sequence in sequences}
+    for (slab,) in slabs.values():
         slab.reserve(tokens)
     return slabs
 

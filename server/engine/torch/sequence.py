@@ -6,6 +6,14 @@ from server.engine.base import Request
 from steering.settings import SlottedEdit
 
 
+def lanes_of(request: Request) -> int:
+    """How often the model runs on a request's tokens, with K/V of its own each time.
+
+    Once as steered, and once more as the base model where the divergence of the two is wanted.
+    """
+    return 2 if request.with_divergence and request.effective_edits else 1
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A request's tokens and their state in the engine."""
@@ -13,6 +21,7 @@ class Sequence:
     request: Request
     tokens: list[int]  # the prompt, then what was generated
     edits: tuple[SlottedEdit, ...] = ()  # from the admission on, which knows the slots
+    lanes: int = 1  # see `lanes_of`
     arrival: int = -1  # its place in the order of arrival
     computed: int = 0  # how many of `tokens` have their K/V in the cache
     scored: int = 0  # prompt tokens after which the next one's log-probability is known
@@ -20,7 +29,7 @@ class Sequence:
     @classmethod
     def of(cls, request: Request) -> "Sequence":
         """A request at its beginning."""
-        return cls(request, list(request.prompt))
+        return cls(request, list(request.prompt), lanes=lanes_of(request))
 
     @property
     def id(self) -> str:
@@ -41,6 +50,11 @@ class Sequence:
     def max_length(self) -> int:
         """Tokens of the prompt and the longest completion asked for."""
         return self.prompt_length + self.request.sampling.max_tokens
+
+    @property
+    def held(self) -> int:
+        """Tokens that need a place in the K/V cache, those of all lanes together."""
+        return len(self.tokens) * self.lanes
 
     @property
     def pending(self) -> int:

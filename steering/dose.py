@@ -1,0 +1,127 @@
+"""How large a step's edits are beside what they edit: the dose, ‖edit‖ / ‖activation‖.
+
+And how long they take, where that can be told.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from steering.route import Span
+from steering.settings import AffineSettings, RewardSettings
+
+# The kind of an edit, and its place among those of its kind in a stack.
+_Place: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
+
+
+@dataclass(slots=True, eq=False)
+class _Sums:
+    """Of each token, or of each row of logits: its doses added up, and how many they were."""
+
+    doses: Tensor  # (n,) float32
+    edits: Tensor  # (n,) float32
+
+
+class DoseMeter:
+    """Learns in one forward pass how large the edits were, without waiting for the device."""
+
+    def __init__(self, tokens: int, rows: int) -> None:
+        """`tokens` and `rows` of logits are those of the whole step."""
+        self._tokens = tokens
+        self._rows = rows
+        self._sums: dict[_Place, _Sums] = {}
+        # Of the edits without what measuring them took. Only true of a device that computes at
+        # once, as a CPU does.
+        self.edit_seconds = 0.0
+        self.own_seconds = 0.0
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """The block edits; what is measured in it is not counted among its time."""
+        own, began = self.own_seconds, time.perf_counter()
+        yield
+        self.edit_seconds += time.perf_counter() - began - (self.own_seconds - own)
+
+    def affine(self, depth: int, before: Tensor, after: Tensor, acts: Tensor) -> None:
+        """Take in one site's edits at one place of the stacks.
+
+        Args:
+            before, after: (tokens, d) float32.
+            acts: (tokens,) bool, which of the tokens have a map there.
+        """
+        with self._measuring():
+            sums = self._at((AffineSettings, depth), self._tokens, before.device)
+            sums.doses += torch.where(acts, _doses(before, after), 0)
+            sums.edits += acts
+
+    def reward(self, depth: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
+        """Take in one head's edits at one place of the stacks.
+
+        Args:
+            before, after: (n, d) float32.
+            rows: (n,) int64, which of the step's rows they are.
+        """
+        with self._measuring():
+            sums = self._at((RewardSettings, depth), self._rows, before.device)
+            sums.doses[rows] += _doses(before, after)
+            sums.edits[rows] += 1
+
+    def read(self, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
+        """Each span's doses, one for each of its edits; this waits for the device.
+
+        A dose is the mean over the span's edited tokens (or rows) and the edit's sites, and None
+        where the edit acted on none of them.
+        """
+        sums = {
+            place: (each.doses.tolist(), each.edits.tolist()) for place, each in self._sums.items()
+        }
+        found = []
+        first = 0
+        for span in spans:
+            found.append(_doses_of(span, range(first, first + span.count), sums))
+            first += span.count
+        return found
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.own_seconds += time.perf_counter() - began
+
+    def _at(self, place: _Place, size: int, device: torch.device) -> _Sums:
+        sums = self._sums.get(place)
+        if sums is None:
+            sums = _Sums(torch.zeros(size, device=device), torch.zeros(size, device=device))
+        elif sums.doses.device != device:  # a model may be spread over several
+            sums = _Sums(sums.doses.to(device), sums.edits.to(device))
+        self._sums[place] = sums
+        return sums
+
+
+def _doses(before: Tensor, after: Tensor) -> Tensor:
+    """(n, d) float32 twice -> (n,) float32."""
+    # A vector of zeros has no dose; any number would be as arbitrary as this very large one.
+    norm = before.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    doses: Tensor = (after - before).norm(dim=-1) / norm
+    return doses
+
+
+def _doses_of(
+    span: Span, tokens: range, sums: Mapping[_Place, tuple[Sequence[float], Sequence[float]]]
+) -> tuple[float | None, ...]:
+    doses: list[float | None] = []
+    seen: Counter[type[AffineSettings] | type[RewardSettings]] = Counter()
+    for edit in span.edits:
+        kind = type(edit.settings)
+        totals, counts = sums.get((kind, seen[kind]), ((), ()))
+        seen[kind] += 1
+        places = tokens if kind is AffineSettings else span.rows
+        edits = sum(counts[place] for place in places) if counts else 0
+        doses.append(sum(totals[place] for place in places) / edits if edits else None)
+    return tuple(doses)

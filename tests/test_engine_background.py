@@ -1,0 +1,84 @@
+"""Background work takes what nobody else wants, and is ended when somebody does."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from server.engine.base import GaveWayError, Generation, Request, StepOutput
+from server.engine.torch.build import EngineOptions
+from server.engine.torch.engine import TorchEngine
+from tests.conftest import StartEngine
+from tests.engines import idle
+from tests.serving import eventually
+from tests.steered import GREEDY, PROMPTS, generate, tokens_of
+
+LONG = replace(GREEDY, max_tokens=150)
+BLOCK = 16 * 256  # bytes of sixteen tokens of the tiny Llama
+OPTIONS = EngineOptions(
+    kv_cache_gb=48 * BLOCK / 1e9, max_batch_size=4, max_batch_tokens=32, check_invariants=True
+)
+
+
+async def submit(engine: TorchEngine, prompt: bytes = PROMPTS[0]) -> Generation:
+    (generation,) = await engine.submit([Request("test", tuple(prompt), LONG, background=True)])
+    return generation
+
+
+async def read(generation: Generation) -> list[StepOutput]:
+    return [output async for output in generation]
+
+
+async def test_it_gives_what_a_request_gives(start_engine: StartEngine) -> None:
+    engine = await start_engine({}, options=OPTIONS)
+    expected = tokens_of(await generate(engine, PROMPTS[0], sampling=LONG))
+    background = await submit(engine)
+    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+    beside = generate(engine, PROMPTS[3], sampling=LONG)
+    found, _ = await asyncio.gather(read(background), beside)
+    assert tokens_of(found) == expected
+    await eventually(lambda: idle(engine))
+
+
+async def test_it_is_ended_for_a_request_that_wants_its_place(start_engine: StartEngine) -> None:
+    engine = await start_engine({}, options=OPTIONS)
+    background = [await submit(engine) for _ in range(3)]
+    answers = [generate(engine, PROMPTS[0], sampling=LONG) for _ in range(4)]
+    results = await asyncio.gather(
+        *(read(each) for each in background), *answers, return_exceptions=True
+    )
+    assert all(isinstance(result, GaveWayError) for result in results[:3])
+    assert all(isinstance(result, list) for result in results[3:])
+    assert engine.stats().preemptions == 0
+    await eventually(lambda: idle(engine))
+
+
+async def test_it_is_ended_for_a_request_that_grows(start_engine: StartEngine) -> None:
+    # Two of them can begin, and one can end.
+    options = replace(OPTIONS, kv_cache_gb=15 * BLOCK / 1e9)
+    engine = await start_engine({}, options=options)
+    background = await submit(engine)
+    grown, gave_way = await asyncio.gather(
+        generate(engine, PROMPTS[0], sampling=LONG), read(background), return_exceptions=True
+    )
+    assert isinstance(gave_way, GaveWayError)
+    assert isinstance(grown, list)
+    assert len(tokens_of(grown)) == LONG.max_tokens
+    assert engine.stats().preemptions == 0
+
+
+async def test_it_is_not_begun_without_room(start_engine: StartEngine) -> None:
+    engine = await start_engine({}, options=OPTIONS)
+    requests = [Request("test", tuple(PROMPTS[0]), LONG) for _ in range(4)]
+    generations = await engine.submit(requests)
+    with pytest.raises(GaveWayError):
+        await submit(engine)
+    await asyncio.gather(*map(read, generations))
+    assert len(tokens_of(await read(await submit(engine)))) == LONG.max_tokens
+
+
+async def test_who_leaves_takes_it_along(start_engine: StartEngine) -> None:
+    engine = await start_engine({}, options=OPTIONS)
+    background = await submit(engine)
+    background.cancel()
+    await eventually(lambda: idle(engine))
