@@ -1,7 +1,7 @@
 """The application: its parts put together."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
 
@@ -14,16 +14,30 @@ from server.api.errors import ApiError, install_error_handlers
 from server.api.limits import BodyLimitMiddleware
 from server.api.observe import RequestCountMiddleware
 from server.api.steering import SteeringResolver
+from server.baselines import BaselineSampler
 from server.config import ConfigurationError, Settings
 from server.engine.base import Engine
 from server.metrics import Metrics
+from server.records import RecordSink
+from server.toxicity.queue import ScoringQueue
 
 
-def create_app(engine: Engine, registry: Registry, metrics: Metrics, settings: Settings) -> FastAPI:
+def create_app(
+    engine: Engine,
+    registry: Registry,
+    metrics: Metrics,
+    scoring: ScoringQueue | None,
+    settings: Settings,
+    sinks: Sequence[RecordSink] = (),
+) -> FastAPI:
     """The HTTP service on an engine and a registry.
 
-    The application starts the engine if it is not started, and closes it if it started it; the
-    registry stays the caller's.
+    The application starts the engine if it is not started, and closes it if it started it; it
+    starts and closes the queue. Registry, scorer and sinks stay the caller's.
+
+    Args:
+        scoring: scores what is generated; None where no scores are wanted.
+        sinks: are told of every request at its end.
 
     Raises:
         ConfigurationError: the default steering is not one.
@@ -34,7 +48,10 @@ def create_app(engine: Engine, registry: Registry, metrics: Metrics, settings: S
         )
     except ApiError as error:
         raise ConfigurationError(error.message) from error
-    context = ServerContext(engine, registry, metrics, settings, steering)
+    baselines = BaselineSampler(
+        engine, scoring, metrics, settings.baseline_sample_rate, settings.request_timeout
+    )
+    context = ServerContext(engine, registry, metrics, settings, steering, scoring, baselines)
     app = FastAPI(
         title="steerserve",
         description="An OpenAI-compatible server that steers a language model, per request.",
@@ -48,7 +65,9 @@ def create_app(engine: Engine, registry: Registry, metrics: Metrics, settings: S
     app.include_router(system.router)
     install_error_handlers(app)
     app.add_middleware(BodyLimitMiddleware, settings=settings, lifecycle=context.lifecycle)
-    app.add_middleware(RequestCountMiddleware, metrics=metrics)  # outermost: it sees every answer
+    app.add_middleware(
+        RequestCountMiddleware, metrics=metrics, sinks=sinks
+    )  # outermost: it sees every answer
     return app
 
 
@@ -64,14 +83,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context = app.state.context
     assert isinstance(context, ServerContext)
     check_default_steering(context)
-    if context.engine.ready:
+    async with AsyncExitStack() as stack:
+        if context.scoring is not None:
+            context.scoring.start()
+            stack.push_async_callback(context.scoring.close)
+        if not context.engine.ready:
+            await context.engine.start()
+            stack.push_async_callback(context.engine.close)
+        stack.push_async_callback(context.baselines.close)
         yield
-        return
-    await context.engine.start()
-    try:
-        yield
-    finally:
-        await context.engine.close()
 
 
 def check_default_steering(context: ServerContext) -> None:

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from server.toxicity.scorer import parse_spec
+
 MIB = 1024 * 1024
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 
@@ -92,6 +94,23 @@ class Settings(BaseSettings):
         description="seconds running and waiting requests may go on after SIGTERM",
     )
 
+    toxicity_scorer: str = Field(default="embedded", min_length=1)
+    toxicity_queue_size: int = Field(
+        default=1024, ge=1, description="completions that may wait for their score"
+    )
+    baseline_sample_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of steered requests whose unsteered answer is generated and scored",
+    )
+    dose_interval: int = Field(
+        default=16, ge=0, description="edits are measured in every such step; 0 for never"
+    )
+    log_format: Literal["text", "json"] = "text"
+    log_content: bool = Field(default=False, description="log prompts and completions too")
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+
     max_model_len: int | None = Field(default=None, ge=2, description="None takes the model's own")
     max_waiting: int = Field(default=256, ge=1)
     max_batch_size: int = Field(default=64, ge=1)
@@ -126,6 +145,12 @@ class Settings(BaseSettings):
                 '{"intervention": "detox-lineas", "strength": 0.8}, or a list of them'
             ) from error
 
+    @field_validator("toxicity_scorer")
+    @classmethod
+    def _check_scorer(cls, value: str) -> str:
+        parse_spec(value)
+        return value
+
     @field_validator("api_key", "admin_key")
     @classmethod
     def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
@@ -139,6 +164,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "the steering policy `locked` needs a default steering: without one every "
                 "request would be refused"
+            )
+        if self.baseline_sample_rate and self.toxicity_scorer == "none":
+            raise ValueError(
+                "the baseline sample rate needs a toxicity scorer: unsteered answers are generated "
+                "to be scored"
             )
         if self.max_batch_tokens < self.max_batch_size:
             raise ValueError(

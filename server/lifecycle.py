@@ -46,6 +46,7 @@ class Server(uvicorn.Server):
             ws="none",
             log_level="info",
             access_log=False,
+            log_config=None,  # whoever starts the process has set logging up
             # Closing the engine ends generations; this ends what still hangs then, uploads too.
             timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _LAST_WORDS_SECONDS,
         )

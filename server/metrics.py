@@ -1,16 +1,25 @@
 """Every Prometheus metric of the server, in one registry of its own."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from interventions.registry import Registry
 from server.engine.base import Engine
 
+Arm: TypeAlias = Literal["served", "baseline"]
+BaselineOutcome: TypeAlias = Literal["completed", "dropped"]
+
+PREFIX: Final = "steerserve_"
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
 MAX_INTERVENTION_LABELS: Final = 100
 OTHER: Final = "other"
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+NONE: Final = "none"  # what the base model wrote by itself
+TOXIC_FROM: Final = (0.5, 0.8)  # scores from which a completion counts as toxic
 
 # From a GPU's sub-millisecond decode step to a CPU's second under load.
 TOKEN_SECONDS: Final = (
@@ -26,7 +35,10 @@ REQUEST_SECONDS: Final = (
     *(15.0, 20.0, 30.0, 45.0, 60.0, 120.0, 240.0, 480.0, 960.0),
 )
 QUEUE_SECONDS: Final = (0.0001, 0.0005, 0.001, *FIRST_TOKEN_SECONDS[1:])
+SCORING_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKEN_COUNTS: Final = tuple(float(2**power) for power in range(18))
+SCORES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+DOSES: Final = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 
 class Metrics:
@@ -35,21 +47,23 @@ class Metrics:
     All but `render` is called on the event loop.
     """
 
-    def __init__(self, engine: Engine, interventions: Registry) -> None:
-        """Both are only read, when the page is rendered."""
+    def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
+        """The engine and the registry are only read, when the page is rendered.
+
+        Args:
+            model: what clients call the model.
+        """
         registry = CollectorRegistry()
         self._registry = registry
-        self._engine = engine
         self._interventions = interventions
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"steerserve_{name}", text, buckets=buckets, registry=registry)
+        def histogram(
+            name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
+        ) -> Histogram:
+            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=registry)
 
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(f"steerserve_{name}", text, labels, registry=registry)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"steerserve_{name}", text, registry=registry)
+            return Counter(PREFIX + name, text, labels, registry=registry)
 
         self._first_token = histogram(
             "time_to_first_token_seconds",
@@ -81,16 +95,54 @@ class Metrics:
             "requests", "HTTP requests by route and outcome.", ("endpoint", "outcome")
         )
         self._prompt = counter("prompt_tokens", "Prompt tokens of admitted requests.")
-        self._generation = counter("generation_tokens", "Tokens generated.")
+        self._generation = counter("generation_tokens", "Tokens generated for clients.")
         self._steered = counter(
             "steered_tokens", "Tokens generated under steering.", ("kind", "intervention")
         )
-        self._running = gauge("requests_running", "Completions being generated.")
-        self._waiting = gauge("requests_waiting", "Completions that wait for their first step.")
-        self._cache_usage = gauge("kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.")
-        self._slots = gauge("intervention_slots_used", "Interventions loaded in the bank.")
-        self._stored = gauge("interventions_stored", "Names in the registry.")
-        self._labels: set[str] = set()
+        self._dose = histogram(
+            "steering_dose",
+            "Size of an edit relative to the activation, ‖edit‖ / ‖activation‖, sampled.",
+            DOSES,
+            ("intervention",),
+        )
+        self._toxicity = histogram(
+            "completion_toxicity",
+            "Toxicity of a finished completion, 0 to 1.",
+            SCORES,
+            ("intervention", "arm"),
+        )
+        self._toxic = counter(
+            "toxic_completions",
+            "Finished completions whose toxicity reaches the threshold.",
+            ("intervention", "arm", "threshold"),
+        )
+        self._scoring = histogram(
+            "toxicity_scoring_seconds",
+            "From a completion's end to its toxicity score.",
+            SCORING_SECONDS,
+        )
+        self._dropped = counter("toxicity_dropped", "Completions that were not scored.")
+        self._baselines = counter(
+            "baselines", "Unsteered answers generated beside steered ones.", ("outcome",)
+        )
+        self._depth = Gauge(
+            PREFIX + "toxicity_queue_depth",
+            "Completions that wait for their toxicity score.",
+            registry=registry,
+        )
+        self._labels: set[str] = {NONE}
+        registry.register(_State(engine, interventions, model))
+        for outcome in ("completed", "dropped"):
+            self._baselines.labels(outcome)
+
+    def watch_toxicity_queue(self, depth: Callable[[], int]) -> None:
+        """Ask for the queue's depth at every scrape."""
+        self._depth.set_function(depth)
+
+    def expect(self, endpoint: str, outcomes: Sequence[str]) -> None:
+        """Show a route's counters from the start: a rate cannot see a series' first value."""
+        for outcome in outcomes:
+            self._requests.labels(endpoint, outcome)
 
     def first_token(self, seconds: float) -> None:
         """A completion's first token came, `seconds` after the request."""
@@ -108,11 +160,15 @@ class Metrics:
         """All completions of a request were admitted."""
         self._prompt.inc(prompt_tokens)
 
-    def generated(self, tokens: int, kind: str | None, intervention: str | None) -> None:
-        """Tokens were generated; `kind` and `intervention` are None where nothing was edited."""
+    def generated(self, tokens: int, kind: str | None, intervention: str) -> None:
+        """Tokens were generated; `kind` is None where nothing was edited."""
         self._generation.inc(tokens)
-        if kind is not None and intervention is not None:
+        if kind is not None:
             self._steered.labels(kind, self._bounded(intervention)).inc(tokens)
+
+    def dosed(self, intervention: str, ratio: float) -> None:
+        """One intervention's edits in a sampled step: ‖edit‖ / ‖activation‖, a mean."""
+        self._dose.labels(self._bounded(intervention)).observe(ratio)
 
     def finished(self, seconds: float, prompt_tokens: int, generated_tokens: int) -> None:
         """A generating request ended well, `seconds` after it came."""
@@ -124,19 +180,95 @@ class Metrics:
         """An HTTP request ended. `endpoint` is a route's template, never the client's path."""
         self._requests.labels(endpoint, outcome).inc()
 
+    def scored(self, intervention: str, arm: Arm, score: float, seconds: float) -> None:
+        """A completion has its toxicity score, 0 to 1, `seconds` after its end."""
+        label = self._bounded(intervention)
+        self._toxicity.labels(label, arm).observe(score)
+        for threshold in TOXIC_FROM:
+            if score >= threshold:
+                self._toxic.labels(label, arm, threshold).inc()
+        self._scoring.observe(seconds)
+
+    def not_scored(self) -> None:
+        """A completion was not scored: the queue was full, or the scorer failed."""
+        self._dropped.inc()
+
+    def baseline(self, outcome: BaselineOutcome) -> None:
+        """The unsteered answer beside a steered one was generated, or given up."""
+        self._baselines.labels(outcome).inc()
+
     def render(self) -> bytes:
         """The metrics page, with the gauges as they are now."""
-        stats = self._engine.stats()
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
-        self._cache_usage.set(stats.kv_cache_usage)
-        self._slots.set(stats.slots_used)
-        self._stored.set(len(self._interventions.entries()))
+        self._show(NONE, None)
+        for entry in self._interventions.entries():
+            # Half of the labels are for what is asked for, stacks among it, whatever is stored.
+            if entry.name in self._labels or len(self._labels) < MAX_INTERVENTION_LABELS // 2:
+                self._show(entry.name, entry.manifest.kind)
         return generate_latest(self._registry)
+
+    def _show(self, intervention: str, kind: str | None) -> None:
+        """Show an intervention's series from the first scrape on; see `expect`."""
+        label = self._bounded(intervention)
+        arms: Sequence[Arm] = ("served",) if kind is None else ("served", "baseline")
+        if kind is not None:
+            self._steered.labels(kind, label)
+            self._dose.labels(label)
+        for arm in arms:
+            self._toxicity.labels(label, arm)
+            for threshold in TOXIC_FROM:
+                self._toxic.labels(label, arm, threshold)
 
     def _bounded(self, intervention: str) -> str:
         """The label, or `other` once there are too many: each costs memory for good."""
-        if intervention not in self._labels and len(self._labels) >= MAX_INTERVENTION_LABELS:
+        if intervention not in self._labels and len(self._labels) > MAX_INTERVENTION_LABELS:
             return OTHER
         self._labels.add(intervention)
         return intervention
+
+
+class _State(Collector):
+    """What the engine and the registry say of themselves, asked at every scrape."""
+
+    def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
+        self._engine = engine
+        self._interventions = interventions
+        self._model = model
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: without it, the engine would be asked when this is registered."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        gauges = (
+            ("engine_up", "1 while the engine serves.", self._engine.ready),
+            ("requests_running", "Completions being generated.", stats.running),
+            ("requests_waiting", "Completions that wait for their first step.", stats.waiting),
+            ("kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", stats.kv_cache_usage),
+            ("intervention_slots_used", "Interventions loaded in the bank.", stats.slots_used),
+            ("interventions_stored", "Names in the registry.", len(self._interventions.entries())),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(PREFIX + name, text, value)
+        counters = (
+            ("preemptions", "Times that a completion yielded its KV cache.", stats.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found.", stats.prefix_cache_hits),
+            (
+                "steering_step_seconds",
+                "Time of steered steps, sampled; on a CPU only.",
+                stats.measured_step_seconds,
+            ),
+            (
+                "steering_edit_seconds",
+                "What the edits took of steering_step_seconds.",
+                stats.measured_edit_seconds,
+            ),
+        )
+        for name, text, value in counters:
+            yield CounterMetricFamily(PREFIX + name, text, value)
+        info = GaugeMetricFamily(
+            PREFIX + "model_info", "The model that is served.", labels=["model"]
+        )
+        info.add_metric([self._model], 1)
+        yield info

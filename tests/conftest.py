@@ -156,7 +156,8 @@ async def make_client(tiny_engine: TorchEngine, registry: Registry) -> AsyncIter
 
     def make(**settings: JsonValue) -> httpx.AsyncClient:
         given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
-        app = create_app(tiny_engine, registry, Metrics(tiny_engine, registry), given)
+        metrics = Metrics(tiny_engine, registry, "tiny")
+        app = create_app(tiny_engine, registry, metrics, None, given)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://tiny"))
         return clients[-1]

@@ -61,7 +61,7 @@ SAMPLING = SamplingSettings(
 def build_app(engine: Engine, registry: Registry, **settings: object) -> FastAPI:
     """An application that serves "tiny"."""
     given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
-    return create_app(engine, registry, Metrics(engine, registry), given)
+    return create_app(engine, registry, Metrics(engine, registry, "tiny"), None, given)
 
 
 async def push(client: httpx.AsyncClient, path: Path, name: str | None = None) -> Json:

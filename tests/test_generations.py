@@ -11,9 +11,11 @@ from server.api.errors import ApiError
 from server.api.generations import GenerationGroup
 from server.engine.base import Request, SamplingSettings, StepOutput
 from server.engine.torch.engine import TorchEngine
+from server.records import GenerationRecord
 from tests.serving import Script, ScriptedGeneration, build_app
 
 LAST = StepOutput((1,), "one", finish_reason="stop")
+RECORD = GenerationRecord("text_completion", "cmpl-x", "tiny", "tiny")
 REQUEST = Request("x", (1,), SamplingSettings(5))
 
 
@@ -29,7 +31,9 @@ async def group_of(
 ) -> GenerationGroup:
     """An admitted group of one scripted generation."""
     steering = context.steering.apply(None, None, given=False)
-    group = GenerationGroup(context.engine, context.metrics, steering, time.perf_counter(), seconds)
+    group = GenerationGroup(
+        context.engine, context.metrics, steering, time.perf_counter(), seconds, RECORD
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(context.engine, "submit", Script([generation]).submit)
         await group.submit([REQUEST], prompt_tokens=1)
@@ -66,7 +70,9 @@ async def test_a_deadline_that_passes_with_the_last_token_loses_nothing(
 
 async def test_the_deadline_ends_what_comes_before_admission(context: ServerContext) -> None:
     steering = context.steering.apply(None, None, given=False)
-    group = GenerationGroup(context.engine, context.metrics, steering, time.perf_counter(), 0.05)
+    group = GenerationGroup(
+        context.engine, context.metrics, steering, time.perf_counter(), 0.05, RECORD
+    )
     assert await group.in_time(asyncio.sleep(0, "read")) == "read"
     with pytest.raises(ApiError) as caught:
         await group.in_time(asyncio.Event().wait())
@@ -76,7 +82,7 @@ async def test_the_deadline_ends_what_comes_before_admission(context: ServerCont
 async def test_a_deadline_that_passes_before_admission(context: ServerContext) -> None:
     steering = context.steering.apply(None, None, given=False)
     long_ago = time.perf_counter() - 10
-    group = GenerationGroup(context.engine, context.metrics, steering, long_ago, 5)
+    group = GenerationGroup(context.engine, context.metrics, steering, long_ago, 5, RECORD)
     with pytest.raises(ApiError) as caught:
         await group.submit([REQUEST], prompt_tokens=1)
     assert caught.value.code == "request_timeout"

@@ -1,13 +1,27 @@
 """The metrics page: exact counts, bounded labels."""
 
+import asyncio
+
 import httpx
 import pytest
 
 from interventions.registry import Registry
+from server.engine.base import QueueFullError
 from server.engine.torch.engine import TorchEngine
 from server.metrics import MAX_INTERVENTION_LABELS, Metrics
+from server.records import OUTCOMES
 from tests.conftest import WriteArtifact
-from tests.serving import Json, complete, metric, push
+from tests.engines import idle
+from tests.serving import (
+    Connection,
+    Json,
+    Script,
+    build_app,
+    complete,
+    eventually,
+    metric,
+    push,
+)
 
 
 async def test_counts_are_exact(client: httpx.AsyncClient) -> None:
@@ -38,6 +52,56 @@ async def test_counts_are_exact(client: httpx.AsyncClient) -> None:
         'requests_total{endpoint="/v1/completions",outcome="success"}': len(requests),
     }
     assert {name: await metric(client, name) for name in expected} == expected
+
+
+async def test_after_errors_and_clients_that_leave_the_counts_add_up_and_the_gauges_are_zero(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = build_app(tiny_engine, registry)
+    endless: Json = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
+    leaving = [Connection({**endless, "stream": stream}) for stream in (True, True, False)]
+    running = [asyncio.create_task(connection.run(app)) for connection in leaving]
+    await eventually(lambda: tiny_engine.stats().running == len(leaving))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        assert await metric(client, "requests_running") == len(leaving)
+        assert await metric(client, "kv_cache_usage_ratio") > 0
+        for connection in leaving:
+            connection.leave.set()
+        await asyncio.gather(*running)
+        assert (await complete(client, max_tokens=7, ignore_eos=True)).status_code == 200
+        assert (await complete(client, max_tokens=100_000)).status_code == 400
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny_engine._core._runner, "run", _fail)
+            assert (await complete(client)).status_code == 500
+            patch.setattr(tiny_engine, "submit", Script([QueueFullError("full")]).submit)
+            assert (await complete(client)).status_code == 429
+        await eventually(lambda: idle(tiny_engine))
+        outcomes = {
+            outcome: await metric(
+                client, f'requests_total{{endpoint="/v1/completions",outcome="{outcome}"}}'
+            )
+            for outcome in OUTCOMES
+        }
+        assert outcomes == {
+            "success": 1,
+            "client_error": 1,
+            "rejected": 1,
+            "unavailable": 0,
+            "server_error": 1,
+            "cancelled": 3,
+        }
+        begun = await metric(client, "time_to_first_token_seconds_count")
+        tokens = await metric(client, "generation_tokens_total")
+        assert begun == 1 + len(leaving)
+        assert await metric(client, "inter_token_latency_seconds_count") == tokens - begun
+        assert await metric(client, "request_duration_seconds_count") == 1
+        for gauge in ("requests_running", "requests_waiting", "kv_cache_usage_ratio"):
+            assert await metric(client, gauge) == 0
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("the step fails, as the test wants")
 
 
 async def test_times_are_seconds_and_add_up(client: httpx.AsyncClient) -> None:
@@ -119,7 +183,7 @@ async def test_the_page_is_prometheus_text(client: httpx.AsyncClient) -> None:
 
 
 async def test_intervention_labels_are_capped(tiny_engine: TorchEngine, registry: Registry) -> None:
-    metrics = Metrics(tiny_engine, registry)
+    metrics = Metrics(tiny_engine, registry, "tiny")
     for number in range(MAX_INTERVENTION_LABELS + 10):
         for _ in range(2):
             metrics.generated(1, "affine", f"name-{number}")
@@ -129,8 +193,53 @@ async def test_intervention_labels_are_capped(tiny_engine: TorchEngine, registry
     assert 'steered_tokens_total{intervention="name-0",kind="affine"} 2.0' in page
 
 
+async def test_what_is_stored_is_shown_from_the_start_but_not_without_end(
+    tiny_engine: TorchEngine, registry: Registry, affine_artifact: WriteArtifact
+) -> None:
+    """A rate over a counter cannot see its first value, so the series is there before."""
+    path = affine_artifact("maps")
+    for number in range(MAX_INTERVENTION_LABELS):
+        registry.add(path, f"name-{number:03}")
+    metrics = Metrics(tiny_engine, registry, "tiny")
+    page = metrics.render().decode()
+    for sample in (
+        'steered_tokens_total{intervention="name-000",kind="affine"} 0.0',
+        'steering_dose_count{intervention="name-000"} 0.0',
+        'completion_toxicity_count{arm="baseline",intervention="name-000"} 0.0',
+        'toxic_completions_total{arm="served",intervention="none",threshold="0.5"} 0.0',
+        'baselines_total{outcome="dropped"} 0.0',
+        'model_info{model="tiny"} 1.0',
+        "engine_up 1.0",
+        "preemptions_total 0.0",
+        "prefix_cache_queries_total 0.0",
+    ):
+        assert f"steerserve_{sample}" in page
+    # What is asked for later has room, stacks among it.
+    assert page.count("steerserve_steered_tokens_total{") < MAX_INTERVENTION_LABELS
+    metrics.generated(1, "affine", "name-090+name-091")
+    page = metrics.render().decode()
+    assert 'intervention="name-090+name-091",kind="affine"} 1.0' in page
+    assert 'intervention="other"' not in page
+
+
+async def test_a_dose_has_the_name_of_its_own_edit(
+    client: httpx.AsyncClient, affine_artifact: WriteArtifact, reward_artifact: WriteArtifact
+) -> None:
+    await push(client, affine_artifact("maps"))
+    await push(client, reward_artifact("head"))
+    maps, head = {"intervention": "maps"}, {"intervention": "head"}
+    # One in sixteen steered steps is measured, the first one among them.
+    await complete(client, steering=[maps, head], max_tokens=33, ignore_eos=True)
+    assert await metric(client, 'steering_dose_count{intervention="maps"}') == 3
+    assert await metric(client, 'steering_dose_count{intervention="head"}') == 3
+    await complete(client, steering=[{**maps, "strength": 0}, head], max_tokens=16)
+    assert await metric(client, 'steering_dose_count{intervention="maps"}') == 3
+    assert await metric(client, 'steering_dose_count{intervention="head"}') == 4
+    assert 0.01 < await metric(client, 'steering_dose_sum{intervention="maps"}') / 3 < 10
+
+
 async def test_two_applications_count_apart(tiny_engine: TorchEngine, registry: Registry) -> None:
-    first, second = Metrics(tiny_engine, registry), Metrics(tiny_engine, registry)
+    first, second = Metrics(tiny_engine, registry, "tiny"), Metrics(tiny_engine, registry, "tiny")
     first.answered("/x", "success")
     assert b'endpoint="/x"' in first.render()
     assert b'endpoint="/x"' not in second.render()

@@ -191,6 +191,7 @@ def test_the_requests_of_the_readme_are_steered_as_it_says(server: ServerProcess
     assert [(path, body["steering"]["intervention"]) for path, body in requests] == [
         *[("/v1/completions", "detox-lineas")] * 2,
         ("/v1/completions", "detox-argre"),
+        ("/v1/completions", "detox-lineas"),
         ("/v1/chat/completions", "detox-lineas"),
     ]
     choices = []
@@ -198,9 +199,14 @@ def test_the_requests_of_the_readme_are_steered_as_it_says(server: ServerProcess
         answer = httpx.post(f"{server.url}{path}", json=body, timeout=60).json()
         applied = [item["intervention"] for item in answer["steering"]]
         assert applied == [body["steering"]["intervention"]]
-        choices.append(answer["choices"][0])
+        if body.get("compare"):
+            (base,) = answer["comparison"]["toxicity"]
+            (served,) = answer["toxicity"]
+            assert served < 0.5 < base
+        else:
+            choices.append(answer["choices"][0])
     texts = {choice.get("text") or choice["message"]["content"] for choice in choices}
-    assert len(texts) == len(requests), "each of them shows another text"
+    assert len(texts) == len(choices) == 4, "each of them shows another text"
 
 
 @pytest.mark.parametrize("name", ["detox-lineas", "detox-argre"])

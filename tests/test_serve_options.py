@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import typer
 from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from server.__main__ import app
+from server.cli import launch
 from server.cli import serve as command
 from server.config import Settings
 from server.engine.torch.build import EngineOptions
@@ -38,17 +38,24 @@ OTHERS: dict[str, object] = {
     "max_batch_tokens": 8,
     "kv_cache_gb": 0.5,
     "check_invariants": True,
+    "toxicity_scorer": "hf:judge",
+    "baseline_sample_rate": 0.25,
+    "log_format": "json",
+    "log_content": True,
+    "otlp_endpoint": "http://collector:4318",
 }
 KEYS = ("api_key", "admin_key")
 
 
-def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ended_well", [True, False])
+def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch, ended_well: bool) -> None:
     served: list[Settings] = []
 
-    def keep(settings: Settings, _: Console) -> None:
+    def keep(settings: Settings, _: Console) -> bool:
         served.append(settings)
+        return ended_well
 
-    monkeypatch.setattr(command, "_serve", keep)
+    monkeypatch.setattr(command, "launch", keep)
     arguments = [
         *("--model", "other/model", "--engine", "torch", "--dtype", "float32"),
         *("--device-map", "auto", "--threads", "3", "--served-model-name", "a", "b"),
@@ -57,10 +64,12 @@ def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--default-steering", '{"intervention": "x"}', "--steering-policy", "required"),
         *("--request-timeout", "1.5", "--write-timeout", "2.5", "--shutdown-timeout", "0"),
         *("--max-model-len", "5", "--max-waiting", "6", "--max-batch-size", "7"),
+        *("--toxicity-scorer", "hf:judge", "--baseline-sample-rate", "0.25"),
+        *("--log-format", "json", "--log-content", "--otlp-endpoint", "http://collector:4318"),
         *("--max-batch-tokens", "8", "--kv-cache-gb", "0.5", "--check-invariants"),
     ]
     shown = CliRunner().invoke(app, ["serve", *arguments])
-    assert shown.exit_code == 0, shown.output
+    assert shown.exit_code == (0 if ended_well else 1), shown.output
     [settings] = served
     assert {name: getattr(settings, name) for name in OTHERS} == OTHERS
     assert [getattr(settings, key).get_secret_value() for key in KEYS] == ["k", "l"]
@@ -86,23 +95,20 @@ def test_the_settings_get_to_model_and_engine(
     def run(server: Server) -> None:
         server.engine_died = died
 
-    monkeypatch.setattr(command, "load_model", load)
-    monkeypatch.setattr(command, "TorchEngine", start)
+    monkeypatch.setattr(launch, "configure_logging", lambda _: None)
+    monkeypatch.setattr(launch, "load_model", load)
+    monkeypatch.setattr(launch, "TorchEngine", start)
     monkeypatch.setattr(Server, "run", run)
     settings = Settings(
         model="tiny",
+        toxicity_scorer="none",
         registry=tmp_path,
         device_map="auto",
         check_invariants=True,
         max_batch_size=3,
         kv_cache_gb=0.01,
     )
-    if died:
-        with pytest.raises(typer.Exit) as caught:
-            command._serve(settings, Console(quiet=True))
-        assert caught.value.exit_code == 1
-    else:
-        command._serve(settings, Console(quiet=True))
+    assert launch.launch(settings, Console(quiet=True)) is not died
     assert device_maps == ["auto"]
     [options] = engines
     assert (options.check_invariants, options.max_batch_size) == (True, 3)

@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -12,16 +11,19 @@ from pydantic import JsonValue
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from server.api.assessment import Assessment, check_compared, check_wanted
 from server.api.context import ServerContext
 from server.api.errors import ApiError, invalid, shutting_down
 from server.api.fields import GenerationFields
 from server.api.frames import Choice, Frame, Wording
 from server.api.generations import GenerationGroup, closing_on_error
 from server.api.model_names import split_model
+from server.api.observe import record_of
 from server.api.streaming import CompletionStream
 from server.api.waiting import unless_client_leaves
 from server.engine.base import Edit, SamplingSettings, StepOutput
 from server.engine.base import Request as EngineRequest
+from server.records import GenerationRecord, MessageRecord
 
 T = TypeVar("T")
 LONG_TEXT: Final = 10_000  # characters from which tokenizing is worth a thread
@@ -46,6 +48,8 @@ class Exchange:
     _frame: Frame
     _edits: tuple[Edit, ...]
     _group: GenerationGroup
+    _assessment: Assessment
+    _record: GenerationRecord
 
     async def read_prompt(self, characters: int, read: Callable[[], T]) -> T:
         """Have token ids made; in a thread where that takes so long that others would wait.
@@ -62,37 +66,67 @@ class Exchange:
         reading = loop.run_in_executor(self._context.prompt_threads, read)
         return await unless_client_leaves(self._http.receive, self._group.in_time(reading))
 
+    def note_prompts(self, messages: Iterable[tuple[str, str]]) -> None:
+        """Keep what was asked, roles and texts, for the log; only where the operator wants it."""
+        if self._context.settings.log_content:
+            self._record.prompts = [MessageRecord(role, text) for role, text in messages]
+
     async def answer(self, plans: Sequence[Plan], prompt_tokens: int) -> Response:
         """Generate every choice; `prompt_tokens` counts each prompt once.
 
         Raises:
             EngineError: the engine refuses one, or lost one before the answer began.
+            ApiError: the deadline has passed, or a score that was asked for cannot be had.
             ClientGoneError: nobody waits for the answer any more.
         """
-        requests = [
-            EngineRequest(f"{self._frame.id}-{index}", plan.prompt, plan.sampling, self._edits)
-            for index, plan in enumerate(plans)
-        ]
+        self._record.choices = len(plans)
+        self._record.sampling = plans[0].sampling
+        compare, receive = self._wanted.compare, self._http.receive
+        requests = [self._request(index, plan, self._edits) for index, plan in enumerate(plans)]
+        compared = [self._request(index, plan, ()) for index, plan in enumerate(plans) if compare]
+        submission = self._group.submit(requests, prompt_tokens, compared)
+        await unless_client_leaves(receive, submission)
         choices = [plan.choice for plan in plans]
-        receive = self._http.receive
-        await unless_client_leaves(receive, self._group.submit(requests, prompt_tokens))
+        base_choices = [choice.anew() for choice in choices if compare]
         if self._wanted.stream:
             return CompletionStream(
                 self._group,
                 self._frame,
                 choices,
+                base_choices,
                 include_usage=self._wanted.include_usage,
+                conclude=lambda: self._conclude(base_choices),
             )
-        body = await unless_client_leaves(receive, self._collect(choices))
+        body = await unless_client_leaves(receive, self._collect(choices, base_choices))
         self._group.close()
         return JSONResponse(body)
 
-    async def _collect(self, choices: Sequence[Choice]) -> dict[str, JsonValue]:
-        async def deliver(index: int, output: StepOutput) -> None:
-            choices[index].add(output)
+    def _request(self, index: int, plan: Plan, edits: tuple[Edit, ...]) -> EngineRequest:
+        return EngineRequest(
+            f"{self._frame.id}-{index}",
+            plan.prompt,
+            plan.sampling,
+            edits,
+            with_divergence=self._wanted.compare and bool(edits),
+        )
+
+    async def _collect(
+        self, choices: Sequence[Choice], base_choices: Sequence[Choice]
+    ) -> dict[str, JsonValue]:
+        gathered = [*choices, *base_choices]
+
+        async def deliver(place: int, output: StepOutput) -> None:
+            gathered[place].add(output)
 
         await self._group.run(deliver)
-        return self._frame.answer((choice.body() for choice in choices), self._group.usage)
+        further = await self._conclude(base_choices)
+        bodies = [choice.body() for choice in choices]
+        return self._frame.answer(bodies, self._group.usage, further)
+
+    async def _conclude(self, base_choices: Sequence[Choice]) -> Mapping[str, JsonValue]:
+        if self._context.settings.log_content:
+            self._record.completions = [progress.text for progress in self._group.served]
+        return await self._group.in_time(self._assessment.conclude(self._group, base_choices))
 
 
 @asynccontextmanager
@@ -113,18 +147,29 @@ async def answering(
     """
     _, suffix = split_model(wanted.model, context.settings.served_names)
     steering = context.steering.apply(suffix, wanted.steering, given=wanted.steering_given)
+    whole = record_of(http)
+    record = whole.generation = GenerationRecord(
+        wording.operation,
+        response_id=f"{wording.id_prefix}-{whole.request_id}",
+        model=wanted.model,
+        served_model=context.settings.served_names[0],
+        stream=wanted.stream,
+        interventions=steering.interventions,
+    )
     timeout = context.settings.request_timeout
-    group = GenerationGroup(context.engine, context.metrics, steering, arrived, timeout)
+    group = GenerationGroup(context.engine, context.metrics, steering, arrived, timeout, record)
     async with closing_on_error(group):
+        check_compared(wanted, steering)
         frame = Frame(
-            id=f"{wording.id_prefix}-{uuid.uuid4().hex}",
+            id=record.response_id,
             created=int(time.time()),
             model=wanted.model,
             fingerprint=context.engine.model.fingerprint,
             steering=steering.echo,
             wording=wording,
         )
-        yield Exchange(http, context, wanted, frame, steering.edits, group)
+        assessment = Assessment(context, wanted, steering)
+        yield Exchange(http, context, wanted, frame, steering.edits, group, assessment, record)
 
 
 def check_request(wanted: GenerationFields, prompts: int, context: ServerContext) -> None:
@@ -139,10 +184,12 @@ def check_request(wanted: GenerationFields, prompts: int, context: ServerContext
         raise ApiError(503, "The model is not ready to serve.", code="not_ready")
     if wanted.stream_options is not None and not wanted.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    check_wanted(wanted, context)
     limit = context.settings.max_completions_per_request
-    if prompts * wanted.n > limit:
+    if prompts * wanted.n * (1 + wanted.compare) > limit:
+        twice = ", and as many to compare with," if wanted.compare else ""
         raise invalid(
-            f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n} are more than the "
+            f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n}{twice} are more than the "
             f"{limit} completions that one request may ask for.",
             "n" if prompts <= limit else "prompt",
             "too_many_completions",

@@ -17,7 +17,7 @@ from server.api.messages import Message
 from server.api.parsing import read_request
 from server.engine.base import Engine, InvalidRequestError
 
-WORDING: Final = Wording("chatcmpl", "chat.completion", "chat.completion.chunk")
+WORDING: Final = Wording("chat", "chatcmpl", "chat.completion", "chat.completion.chunk")
 TEMPLATE_LENGTH: Final = 20  # characters that a template puts around a message, about
 
 router = APIRouter()
@@ -36,6 +36,7 @@ async def create_chat_completion(request: Request, context: Context) -> Response
     _check(chat)
     async with answering(request, context, chat, WORDING, arrived) as exchange:
         prompt = await _read_messages(chat.messages, context.engine, exchange)
+        exchange.note_prompts((message["role"], message["content"]) for message in chat.messages)
         room = context.engine.max_model_len - len(prompt)
         plans = [
             Plan(prompt, chat.sampling(index, room), ChatChoice(index, chat.logprobs))

@@ -20,6 +20,10 @@ class ChatChoice:
     _finish_reason: FinishReason | None = None
     _opened: bool = False  # a chunk has said who speaks
 
+    def anew(self) -> "ChatChoice":
+        """An empty one, told in the same way."""
+        return ChatChoice(self.index, self.with_logprobs)
+
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
         self._texts.append(output.text)

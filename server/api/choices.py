@@ -38,6 +38,10 @@ class CompletionChoice:
     _finish_reason: FinishReason | None = None
     _offset: int = 0  # characters of the tokens that were listed
 
+    def anew(self) -> "CompletionChoice":
+        """An empty one, told in the same way."""
+        return CompletionChoice(self.index, self.with_logprobs, self.echo)
+
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
         text, tokens = self._take(output)

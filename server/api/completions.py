@@ -16,7 +16,7 @@ from server.api.parsing import read_request
 from server.api.schemas import CompletionRequest, Prompt
 from server.engine.base import Engine
 
-WORDING: Final = Wording("cmpl", "text_completion", "text_completion")
+WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
 
 router = APIRouter()
 
@@ -36,6 +36,9 @@ async def create_completion(request: Request, context: Context) -> Response:
     _check(completion)
     async with answering(request, context, completion, WORDING, arrived) as exchange:
         prompts = await _read_prompts(completion, context.engine, exchange)
+        exchange.note_prompts(
+            ("user", _text(prompt, context.engine)) for prompt in completion.prompt
+        )
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
             Plan(
@@ -84,5 +87,8 @@ def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> _ReadPrompt:
     tokens = tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
     if not echo:
         return _ReadPrompt(tokens, None)
-    text = prompt if isinstance(prompt, str) else engine.detokenize(tokens)
-    return _ReadPrompt(tokens, PromptEcho(text, engine.detokenize(tokens[:1])))
+    return _ReadPrompt(tokens, PromptEcho(_text(prompt, engine), engine.detokenize(tokens[:1])))
+
+
+def _text(prompt: Prompt, engine: Engine) -> str:
+    return prompt if isinstance(prompt, str) else engine.detokenize(prompt)

@@ -11,9 +11,11 @@ from fastapi import Depends, Request
 from interventions.registry import Registry
 from server.api.errors import shutting_down
 from server.api.steering import SteeringResolver
+from server.baselines import BaselineSampler
 from server.config import Settings
 from server.engine.base import Engine
 from server.metrics import Metrics
+from server.toxicity.queue import ScoringQueue
 
 PROMPT_THREADS: Final = 4
 
@@ -51,6 +53,8 @@ class ServerContext:
     metrics: Metrics
     settings: Settings
     steering: SteeringResolver
+    scoring: ScoringQueue | None  # None: the operator wants no scores
+    baselines: BaselineSampler
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     # Long prompts are read here: in the pool that all share, they would keep everything waiting.
     prompt_threads: ThreadPoolExecutor = field(default_factory=_prompt_threads)

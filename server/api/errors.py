@@ -144,19 +144,24 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unexpected)
 
 
-async def _handle_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+def _answer(request: Request, error: ApiError) -> Response:
+    request.state.error_code = error.code  # for the request's record
     return error.response
 
 
-async def _handle_engine_error(_: Request, error: Exception) -> Response:
+async def _handle_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _answer(request, error)
+
+
+async def _handle_engine_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, EngineError)
-    return from_engine(error).response
+    return _answer(request, from_engine(error))
 
 
-async def _handle_registry_error(_: Request, error: Exception) -> Response:
+async def _handle_registry_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, UnknownInterventionError)
-    return from_registry(error).response
+    return _answer(request, from_registry(error))
 
 
 async def _handle_http_exception(request: Request, error: Exception) -> Response:
@@ -166,27 +171,28 @@ async def _handle_http_exception(request: Request, error: Exception) -> Response
         405: f"Not allowed method: {request.method} {request.url.path}.",
     }
     codes = {404: "unknown_url", 405: "method_not_allowed"}
-    return ApiError(
+    told = ApiError(
         error.status_code,
         messages.get(error.status_code, str(error.detail)),
         code=codes.get(error.status_code),
         headers=error.headers,
-    ).response
+    )
+    return _answer(request, told)
 
 
-async def _handle_validation_error(_: Request, error: Exception) -> Response:
+async def _handle_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:]) or None
-    return invalid(f"{param}: {first['msg']}", param).response
+    return _answer(request, invalid(f"{param}: {first['msg']}", param))
 
 
 async def _handle_client_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _handle_unexpected(_: Request, __: Exception) -> Response:
-    return internal_error().response
+async def _handle_unexpected(request: Request, _: Exception) -> Response:
+    return _answer(request, internal_error())
 
 
 def _error_type(status: int) -> str:

@@ -120,6 +120,9 @@ class GenerationFields(Strict):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # Ours: the answer's toxicity, and the base model's answer beside it.
+    toxicity: bool = False
+    compare: bool = False
     user: str | None = None  # OpenAI's abuse tracking: nothing that we could honour or break
 
     @property

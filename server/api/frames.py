@@ -1,6 +1,6 @@
 """What the answers of every endpoint that generates have in common: the object around choices."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -8,12 +8,17 @@ from pydantic import JsonValue
 
 from server.api.generations import Usage
 from server.engine.base import StepOutput
+from server.records import Operation
 
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
 class Choice(Protocol):
     """One choice of an answer, in an endpoint's own shape."""
+
+    def anew(self) -> "Choice":
+        """An empty one, told in the same way."""
+        ...
 
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
@@ -35,6 +40,7 @@ class Choice(Protocol):
 class Wording:
     """What an endpoint calls its objects."""
 
+    operation: Operation  # as OpenTelemetry calls it
     id_prefix: str
     answer: str
     chunk: str
@@ -51,9 +57,12 @@ class Frame:
     steering: Sequence[JsonValue]
     wording: Wording
 
-    def answer(self, choices: Iterable[JsonValue], usage: Usage) -> dict[str, JsonValue]:
-        """The whole answer."""
-        return self._body(self.wording.answer, choices) | self._ending(usage)
+    def answer(
+        self, choices: Iterable[JsonValue], usage: Usage, further: Mapping[str, JsonValue]
+    ) -> dict[str, JsonValue]:
+        """The whole answer; `further` fields are what is told beside its choices."""
+        body = self._body(self.wording.answer, choices)
+        return body | {"usage": dict(usage.body)} | self._ending(further)
 
     def chunk(self, choice: dict[str, JsonValue], *, usage_follows: bool) -> dict[str, JsonValue]:
         """A stream's chunk. The one that ends a choice says what steered it."""
@@ -64,9 +73,14 @@ class Frame:
             chunk["steering"] = list(self.steering)
         return chunk
 
-    def usage_chunk(self, usage: Usage) -> dict[str, JsonValue]:
-        """The chunk after the last choice, which counts tokens."""
-        return self._body(self.wording.chunk, []) | self._ending(usage)
+    def closing_chunk(
+        self, usage: Usage | None, further: Mapping[str, JsonValue]
+    ) -> dict[str, JsonValue]:
+        """The chunk after the last choice, with the tokens' count if it is asked for."""
+        body = self._body(self.wording.chunk, [])
+        if usage is not None:
+            body["usage"] = dict(usage.body)
+        return body | self._ending(further)
 
     def _body(self, name: str, choices: Iterable[JsonValue]) -> dict[str, JsonValue]:
         return {
@@ -78,8 +92,8 @@ class Frame:
             "choices": list(choices),
         }
 
-    def _ending(self, usage: Usage) -> dict[str, JsonValue]:
-        return {"usage": dict(usage.body), "steering": list(self.steering)}
+    def _ending(self, further: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+        return {"steering": list(self.steering), **further}
 
 
 def finite(logprob: float) -> float:

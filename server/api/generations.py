@@ -2,16 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from server.api.errors import timed_out
+from server.api.progress import Progress
 from server.api.steering import AppliedSteering
 from server.api.waiting import gather_or_cancel
 from server.engine.base import Engine, Generation, Request, StepOutput
-from server.metrics import Metrics
+from server.metrics import NONE, Metrics
+from server.records import GenerationRecord
 
 T = TypeVar("T")
 Deliver: TypeAlias = Callable[[int, StepOutput], Awaitable[None]]
@@ -39,7 +41,8 @@ class GenerationGroup:
 
     Args:
         arrived: when the request did, by time.perf_counter().
-        timeout: seconds from then to the last token.
+        timeout: seconds from then to the end of the answer.
+        record: is told how far the generations came, at their end.
     """
 
     def __init__(
@@ -49,61 +52,86 @@ class GenerationGroup:
         steering: AppliedSteering,
         arrived: float,
         timeout: float,
+        record: GenerationRecord,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._steering = steering
         self._arrived = arrived
         self._timeout = timeout
+        self._record = record
         self._prompt_tokens = 0
         self._generations: list[Generation] = []
-        self._finished = 0
-        self._generated_tokens = 0
+        self.served: list[Progress] = []
+        self.compared: list[Progress] = []  # the base model's, where they are asked for
 
     @property
     def usage(self) -> Usage:
-        """The tokens so far."""
-        return Usage(self._prompt_tokens, self._generated_tokens)
+        """The tokens so far of what is served."""
+        return self._usage(self.served)
+
+    @property
+    def compared_usage(self) -> Usage:
+        """The tokens so far of the base model's answers."""
+        return self._usage(self.compared)
 
     async def in_time(self, work: Awaitable[T]) -> T:
-        """Do what must come before the generations, while the deadline has not passed.
+        """Do what comes before or after the generations, while the deadline has not passed.
 
         Raises:
             ApiError: the deadline has passed.
         """
-        async with self._deadline():
-            return await work
+        try:
+            async with self._deadline():
+                return await work
+        except TimeoutError:
+            raise timed_out(self._timeout) from None
 
-    async def submit(self, requests: Sequence[Request], prompt_tokens: int) -> None:
+    async def submit(
+        self, requests: Sequence[Request], prompt_tokens: int, compared: Sequence[Request] = ()
+    ) -> None:
         """Admit all requests, or none.
 
-        `prompt_tokens` counts each prompt once, however many choices it has.
+        Args:
+            prompt_tokens: counts each prompt once, however many choices it has.
+            compared: what the base model is asked beside them.
 
         Raises:
             EngineError: the engine refuses one.
             ApiError: the deadline has passed.
         """
-        self._generations.extend(await self.in_time(self._engine.submit(requests)))
+        generations = await self.in_time(self._engine.submit([*requests, *compared]))
+        self._generations.extend(generations)
+        self.served = [Progress(request) for request in requests]
+        self.compared = [Progress(request) for request in compared]
         self._prompt_tokens = prompt_tokens
-        self._metrics.admitted(prompt_tokens)
+        self._metrics.admitted(prompt_tokens * (2 if compared else 1))
 
     async def run(self, deliver: Deliver) -> None:
-        """Hand over every output with its choice's index, until all choices have finished.
+        """Hand over every output with its place, until all generations have finished.
+
+        Places are those of the requests, then of what they are compared with.
 
         Raises:
-            EngineError: a choice was lost; the others are not waited for.
+            EngineError: one was lost; the others are not waited for.
             ApiError: the deadline has passed.
         """
         pumps = [
-            self._pump(index, generation, deliver)
-            for index, generation in enumerate(self._generations)
+            self._pump(place, generation, progress, deliver)
+            for place, (generation, progress) in enumerate(
+                zip(self._generations, self._progress, strict=True)
+            )
         ]
         try:
             async with self._deadline():
                 await gather_or_cancel(pumps)
+        except TimeoutError:
+            if not all(progress.finish_reason for progress in self._progress):
+                raise timed_out(self._timeout) from None
         finally:
             # Now: a reader may take long over what is still to be said.
             self.close()
+            self._tell()
         usage = self.usage
         seconds = time.perf_counter() - self._arrived
         self._metrics.finished(seconds, usage.prompt_tokens, usage.completion_tokens)
@@ -114,46 +142,62 @@ class GenerationGroup:
             generation.cancel()
         self._steering.release()
 
-    async def _pump(self, index: int, generation: Generation, deliver: Deliver) -> None:
-        last: float | None = None
-        async for output in generation:
-            if output.queue_seconds is not None:
-                self._metrics.queued(output.queue_seconds)
-            last = self._measure(output, last)
-            await deliver(index, output)
-        self._finished += 1
-
-    @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        """Cancel the block when the request's time is over."""
-        left = self._arrived + self._timeout - time.perf_counter()
-        try:
-            async with asyncio.timeout(left):
-                yield
-        except TimeoutError:
-            if not self._complete:
-                raise timed_out(self._timeout) from None
-
     @property
-    def _complete(self) -> bool:
-        return bool(self._generations) and self._finished == len(self._generations)
+    def _progress(self) -> list[Progress]:
+        return [*self.served, *self.compared]
 
-    def _measure(self, output: StepOutput, last: float | None) -> float | None:
-        """Count an output's tokens; returns when the choice's last token came."""
+    def _usage(self, progress: Iterable[Progress]) -> Usage:
+        return Usage(self._prompt_tokens, sum(each.tokens for each in progress))
+
+    def _deadline(self) -> asyncio.Timeout:
+        """Raises TimeoutError out of its block when the request's time is over."""
+        return asyncio.timeout(self._arrived + self._timeout - time.perf_counter())
+
+    async def _pump(
+        self, place: int, generation: Generation, progress: Progress, deliver: Deliver
+    ) -> None:
+        async for output in generation:
+            self._measure(output, progress)
+            progress.add(output)
+            await deliver(place, output)
+
+    def _measure(self, output: StepOutput, progress: Progress) -> None:
+        """Count an output's tokens, and the time since the one before."""
+        metrics, steering = self._metrics, self._steering
+        if output.queue_seconds is not None:
+            metrics.queued(output.queue_seconds)
+        steered = bool(progress.request.edits)
+        if steered:
+            for label, dose in zip(steering.labels, output.doses, strict=False):
+                if dose is not None:
+                    metrics.dosed(label, dose)
         tokens = len(output.token_ids)
         if tokens == 0:
-            return last
+            return
         now = time.perf_counter()
-        self._generated_tokens += tokens
-        self._metrics.generated(tokens, self._steering.kind, self._steering.label)
-        if last is None:
-            self._metrics.first_token(now - self._arrived)
+        kind, label = (steering.kind, steering.label) if steered else (None, NONE)
+        metrics.generated(tokens, kind, label)
+        if progress.last_token is None:
+            progress.first_token_seconds = now - self._arrived
+            metrics.first_token(progress.first_token_seconds)
             further, step = tokens - 1, 0.0
         else:
-            further, step = tokens, (now - last) / tokens
+            further, step = tokens, (now - progress.last_token) / tokens
         for _ in range(further):
-            self._metrics.next_token(step)
-        return now
+            metrics.next_token(step)
+        progress.last_token = now
+
+    def _tell(self) -> None:
+        record, served = self._record, self.served
+        record.prompt_tokens = self._prompt_tokens
+        record.completion_tokens = self.usage.completion_tokens
+        record.finish_reasons = [progress.finish_reason for progress in served]
+        record.queue_seconds = _least(progress.queue_seconds for progress in served)
+        record.first_token_seconds = _least(progress.first_token_seconds for progress in served)
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 @asynccontextmanager

@@ -1,68 +1,136 @@
-"""Counts every HTTP request by its route and its outcome, in plain ASGI."""
+"""Sees every HTTP request: numbers it, counts it and tells of it at its end, in plain ASGI."""
 
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from starlette.requests import Request
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import CLIENT_CLOSED_REQUEST
+from server.api.errors import CLIENT_CLOSED_REQUEST, internal_error
 from server.metrics import Metrics
+from server.records import OUTCOMES, UNMATCHED, Outcome, RecordSink, RequestRecord
 
-SUCCESS: Final = "success"
-CLIENT_ERROR: Final = "client_error"
-REJECTED: Final = "rejected"  # the queue is full
-UNAVAILABLE: Final = "unavailable"
-SERVER_ERROR: Final = "server_error"
-CANCELLED: Final = "cancelled"
-UNMATCHED: Final = "unmatched"
+REQUEST_ID_HEADER: Final = "x-request-id"  # the one that OpenAI's clients show
+GENERATING_ENDPOINTS: Final = ("/v1/completions", "/v1/chat/completions")
+
+_METHODS: Final = frozenset(
+    {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
+)
+_OTHER_METHOD: Final = "_OTHER"  # as OpenTelemetry calls what a client has made up
+_LONGEST_TRACE_HEADER: Final = 512  # what W3C asks that at least be passed on
+
+logger = logging.getLogger(__name__)
 
 
 class RequestCountMiddleware:
-    """Feeds `requests_total`."""
+    """Gives every request an id and a record, feeds `requests_total`, and hands the record on."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, sinks: Sequence[RecordSink] = ()) -> None:
         self._app = app
         self._metrics = metrics
+        self._sinks = tuple(sinks)
+        for endpoint in GENERATING_ENDPOINTS:
+            metrics.expect(endpoint, OUTCOMES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
-        complete = False
-
-        async def watch(message: Message) -> None:
-            nonlocal status, complete
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-            if message["type"] == "http.response.body":
-                complete = not message.get("more_body", False)
-
+        began = time.perf_counter()
+        record = _new_record(scope)
+        scope.setdefault("state", {})["record"] = record
+        answer = _Answer(send, record)
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, receive, answer.send)
+        except Exception:
+            # Whoever catches it further out would answer without the id.
+            if not answer.begun:
+                await internal_error().response(scope, receive, answer.send)
+            raise
         finally:
-            # An answer that began well and was never completed lost its reader on the way.
-            outcome = outcome_of(status) if complete or status >= 500 else CANCELLED
-            self._metrics.answered(_endpoint(scope), scope.get("state", {}).get("outcome", outcome))
+            record.seconds = time.perf_counter() - began
+            self._end(scope, record, complete=answer.complete)
+
+    def _end(self, scope: Scope, record: RequestRecord, *, complete: bool) -> None:
+        state = scope["state"]
+        record.endpoint = _endpoint(scope)
+        # An answer that began well and was never completed lost its reader on the way.
+        whole = complete or record.status >= 500
+        record.outcome = state.get("outcome", outcome_of(record.status) if whole else "cancelled")
+        record.error_code = state.get("error_code")  # left there by what makes envelopes
+        self._metrics.answered(record.endpoint, record.outcome)
+        for sink in self._sinks:
+            try:
+                sink.record(record)
+            except Exception:
+                logger.exception("A sink of request records failed")
 
 
-def set_outcome(request: Request, outcome: str) -> None:
+@dataclass(slots=True)
+class _Answer:
+    """An answer on its way to the client, and how far it has come."""
+
+    _send: Send
+    _record: RequestRecord
+    begun: bool = False
+    complete: bool = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self._record.status = message["status"]
+            name, value = REQUEST_ID_HEADER.encode(), self._record.request_id.encode()
+            message = {**message, "headers": [*message.get("headers", ()), (name, value)]}
+        await self._send(message)
+        if message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
+
+
+def record_of(request: HTTPConnection) -> RequestRecord:
+    """The request's record, for its route to fill in."""
+    record = request.state.record
+    assert isinstance(record, RequestRecord)
+    return record
+
+
+def set_outcome(request: Request, outcome: Outcome) -> None:
     """State the outcome of an answer whose status, already sent, cannot tell it."""
     request.state.outcome = outcome
 
 
-def outcome_of(status: int) -> str:
+def outcome_of(status: int) -> Outcome:
     """The outcome that an answer's status tells."""
     if status < 400:
-        return SUCCESS
+        return "success"
     if status == CLIENT_CLOSED_REQUEST:
-        return CANCELLED
+        return "cancelled"
     if status == 429:
-        return REJECTED
+        return "rejected"
     if status == 503:
-        return UNAVAILABLE
-    return CLIENT_ERROR if status < 500 else SERVER_ERROR
+        return "unavailable"
+    return "client_error" if status < 500 else "server_error"
+
+
+def _new_record(scope: Scope) -> RequestRecord:
+    headers = Headers(scope=scope)
+    method = scope["method"]
+    return RequestRecord(
+        request_id=uuid.uuid4().hex,
+        method=method if method in _METHODS else _OTHER_METHOD,
+        started_ns=time.time_ns(),
+        traceparent=_trace_header(headers, "traceparent"),
+        tracestate=_trace_header(headers, "tracestate"),
+    )
+
+
+def _trace_header(headers: Headers, name: str) -> str | None:
+    value = headers.get(name)
+    return None if value is None or len(value) > _LONGEST_TRACE_HEADER else value
 
 
 def _endpoint(scope: Scope) -> str:

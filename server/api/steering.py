@@ -19,9 +19,10 @@ from server.api.errors import ApiError, from_registry, invalid
 from server.api.wanted import Wanted, parse_steering
 from server.config import SteeringPolicy
 from server.engine.base import Edit
-from server.metrics import OTHER
+from server.metrics import NONE, OTHER
+from server.records import InterventionRecord
 
-SEPARATOR: Final = "+"
+SEPARATOR: Final = "+"  # between a model and an intervention, and between the names of a stack
 
 Source: TypeAlias = Literal["request", "model", "default"]
 
@@ -41,7 +42,8 @@ class AppliedSteering:
     edits: tuple[Edit, ...]
     echo: tuple[JsonValue, ...]  # for the client
     kind: str | None  # for the metrics; None where nothing is edited
-    label: str | None
+    labels: tuple[str, ...]  # for the metrics, of each effective edit
+    interventions: tuple[InterventionRecord, ...]  # for the log
     _registry: Registry
     _pinned: list[str] = field(default_factory=list)
 
@@ -58,6 +60,11 @@ class AppliedSteering:
         except UnknownInterventionError:
             self.release()
             raise
+
+    @property
+    def label(self) -> str:
+        """All effective edits, for the metrics."""
+        return SEPARATOR.join(self.labels) or NONE
 
     def release(self) -> None:
         """Undo the pins. May be called again."""
@@ -210,7 +217,11 @@ class SteeringResolver:
                 for item in resolved
             ),
             kind=SEPARATOR.join(kinds) or None,
-            label=SEPARATOR.join(map(_label, effective)) or None,
+            labels=tuple(map(_label, effective)),
+            interventions=tuple(
+                InterventionRecord(item.entry.name, item.entry.digest, item.entry.manifest.kind)
+                for item in resolved
+            ),
             _registry=self._registry,
         )
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -38,16 +38,24 @@ class CompletionStream(Response):
         group: GenerationGroup,
         frame: Frame,
         choices: Sequence[Choice],
+        compared: Sequence[Choice],
         *,
         include_usage: bool,
+        conclude: Callable[[], Awaitable[Mapping[str, JsonValue]]],
     ) -> None:
+        """Stream `choices`, while those that they are compared with are only gathered.
+
+        `conclude` gives what is told beside the choices, once all have finished.
+        """
         # A proxy that buffers or caches would hold the tokens back.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._group = group
         self._frame = frame
         self._choices = choices
+        self._compared = compared
         self._include_usage = include_usage
+        self._conclude = conclude
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to the end, to an error, or until the client is gone."""
@@ -70,17 +78,24 @@ class CompletionStream(Response):
         await send(start)
 
         async def deliver(index: int, output: StepOutput) -> None:
+            if index >= len(self._choices):
+                self._compared[index - len(self._choices)].add(output)
+                return
             for choice in self._choices[index].deltas(output):
                 chunk = self._frame.chunk(choice, usage_follows=self._include_usage)
                 await _send(_event(chunk), send)
 
         await self._group.run(deliver)
-        if self._include_usage:
-            await _send(_event(self._frame.usage_chunk(self._group.usage)), send)
+        further = await self._conclude()
+        if self._include_usage or further:
+            usage = self._group.usage if self._include_usage else None
+            await _send(_event(self._frame.closing_chunk(usage, further)), send)
         await _send(DONE, send, last=True)
 
     async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
-        set_outcome(Request(scope), outcome_of(error.status))
+        request = Request(scope)
+        set_outcome(request, outcome_of(error.status))
+        request.state.error_code = error.code
         with suppress(OSError):
             await _send(_event(error.body), send, last=True)
 

@@ -1,35 +1,14 @@
 """`steerserve serve`: load the model, open the registry, answer requests."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from interventions.artifact import read_manifest
-from interventions.bundled import bundled_artifacts
-from interventions.header import ArtifactLimits
-from interventions.registry import Registry, RegistryError
-from server.app import check_default_steering, create_app
-from server.config import ConfigurationError, Settings
-from server.engine.torch.build import EngineOptions
-from server.engine.torch.embedded import EmbeddedModelError
-from server.engine.torch.engine import TorchEngine
-from server.engine.torch.loader import ModelLoadError, load_model
-from server.lifecycle import Server
-from server.metrics import Metrics
-
-_STARTUP_ERRORS = (
-    ConfigurationError,
-    EmbeddedModelError,
-    ModelLoadError,
-    RegistryError,
-    ValidationError,
-)
+from server.cli.launch import STARTUP_ERRORS, launch
+from server.config import Settings
 
 
 def serve(
@@ -92,6 +71,24 @@ def serve(
     shutdown_timeout: Annotated[
         float | None, typer.Option(help="Seconds requests may go on after SIGTERM; 30.")
     ] = None,
+    toxicity_scorer: Annotated[
+        str | None,
+        typer.Option(help="embedded (the default), hf:<model>, http:<url> or none."),
+    ] = None,
+    baseline_sample_rate: Annotated[
+        float | None,
+        typer.Option(help="Share of steered requests answered unsteered too, to be scored; 0."),
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text (the default) or json.")] = None,
+    log_content: Annotated[
+        bool | None,
+        typer.Option(
+            "--log-content/--no-log-content", help="Log prompts and completions too; not if unset."
+        ),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector to send traces to, over HTTP.")
+    ] = None,
     check_invariants: Annotated[
         bool | None,
         typer.Option(
@@ -130,61 +127,21 @@ def serve(
         "request_timeout": request_timeout,
         "write_timeout": write_timeout,
         "shutdown_timeout": shutdown_timeout,
+        "toxicity_scorer": toxicity_scorer,
+        "baseline_sample_rate": baseline_sample_rate,
+        "log_format": log_format,
+        "log_content": log_content,
+        "otlp_endpoint": otlp_endpoint,
         "check_invariants": check_invariants,
     }
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        _serve(Settings.model_validate(given), console)
-    except _STARTUP_ERRORS as error:
+        ended_well = launch(Settings.model_validate(given), console)
+    except STARTUP_ERRORS as error:
         console.print(f"steerserve: {_sentence(error)}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
-
-
-def _serve(settings: Settings, console: Console) -> None:
-    def say(sentence: str) -> None:
-        console.print(f"steerserve: {sentence}", markup=False, soft_wrap=True)
-
-    with ExitStack() as stack:
-        limits = ArtifactLimits(max_bytes=settings.max_artifact_bytes)
-        say(f"opening the registry {settings.registry_path}")
-        registry = stack.enter_context(Registry(settings.registry_path, limits))
-        if settings.model == "embedded":
-            _add_bundled(registry)
-        engine = _load_engine(settings, registry, say)
-        app = create_app(engine, registry, Metrics(engine, registry), settings)
-        check_default_steering(app.state.context)
-        names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
-        say(f"interventions: {names}")
-        server = Server(app)
-        server.run()
-        if server.engine_died:
-            raise typer.Exit(1)
-
-
-def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], None]) -> TorchEngine:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
-    say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
-    options = EngineOptions(
-        max_batch_size=settings.max_batch_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_waiting=settings.max_waiting,
-        max_model_len=settings.max_model_len,
-        kv_cache_gb=settings.kv_cache_gb,
-        max_loaded_interventions=settings.max_loaded_interventions,
-        check_invariants=settings.check_invariants,
-    )
-    return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
-
-
-def _add_bundled(registry: Registry) -> None:
-    """Store the bundled interventions, but for those that were ever stored, or deleted, before."""
-    for path in bundled_artifacts():
-        name = read_manifest(path).name
-        if not registry.known(name):
-            registry.add(path, name)
+    if not ended_well:
+        raise typer.Exit(1)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,0 +1,113 @@
+"""What is told of finished completions beside their text: toxicity, and the base model's answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from server.api.context import ServerContext
+from server.api.errors import ApiError, invalid
+from server.api.fields import GenerationFields
+from server.api.frames import Choice
+from server.api.generations import GenerationGroup
+from server.api.progress import Progress
+from server.api.steering import AppliedSteering
+from server.metrics import Arm
+from server.toxicity.queue import ScoringQueue
+from server.toxicity.scorer import ScoringError
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Of one request's completions."""
+
+    _context: ServerContext
+    _wanted: GenerationFields
+    _steering: AppliedSteering
+
+    async def conclude(
+        self, group: GenerationGroup, base_choices: Sequence[Choice]
+    ) -> Mapping[str, JsonValue]:
+        """The answer's further fields; what was not asked for is measured without waiting.
+
+        Raises:
+            ApiError: a score that was asked for cannot be had.
+        """
+        wanted, scoring = self._wanted, self._context.scoring
+        completed = [progress for progress in group.served if progress.tokens]  # or only read
+        if self._steering.labels and not wanted.compare:
+            for progress in completed:
+                self._context.baselines.offer(progress.request, self._steering.label)
+        fields: dict[str, JsonValue] = {}
+        if scoring is not None and (wanted.toxicity or wanted.compare):
+            fields["toxicity"] = await self._score(scoring, group.served, "served")
+        elif scoring is not None:
+            for progress in completed:
+                scoring.offer(progress.text, self._steering.label, "served")
+        if wanted.compare:
+            fields["comparison"] = await self._compare(group, base_choices)
+        return fields
+
+    async def _compare(
+        self, group: GenerationGroup, base_choices: Sequence[Choice]
+    ) -> dict[str, JsonValue]:
+        scoring = self._context.scoring
+        fields: dict[str, JsonValue] = {
+            "choices": [choice.body() for choice in base_choices],
+            "usage": dict(group.compared_usage.body),
+            "mean_kl_divergence": [progress.mean_divergence for progress in group.served],
+        }
+        if scoring is not None:
+            fields["toxicity"] = await self._score(scoring, group.compared, "baseline")
+        return fields
+
+    async def _score(
+        self, scoring: ScoringQueue, completions: Sequence[Progress], arm: Arm
+    ) -> list[JsonValue]:
+        texts = [progress.text for progress in completions]
+        try:
+            return [*await scoring.score(texts, self._steering.label, arm)]
+        except ScoringError as error:
+            raise ApiError(
+                503,
+                f"The toxicity of the answer cannot be told: {error}",
+                param="toxicity" if self._wanted.toxicity else "compare",
+                code="toxicity_unavailable",
+            ) from error
+
+
+def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:
+    """Whether this server tells what is asked for beside the answer.
+
+    Raises:
+        ApiError: it does not.
+    """
+    if wanted.toxicity and context.scoring is None:
+        raise invalid(
+            "This server scores no toxicity: it was started with --toxicity-scorer none.",
+            "toxicity",
+            "unsupported_parameter",
+        )
+    if wanted.compare and context.settings.steering_policy != "optional":
+        # The comparison has the bare model's answer in it.
+        raise ApiError(
+            403,
+            "This server's steering policy gives nobody the base model's answer.",
+            param="compare",
+            code="comparison_not_allowed",
+        )
+
+
+def check_compared(wanted: GenerationFields, steering: AppliedSteering) -> None:
+    """Whether there is something to compare.
+
+    Raises:
+        ApiError: nothing steers the request.
+    """
+    if wanted.compare and not steering.labels:
+        raise invalid(
+            "'compare' sets the base model's answer beside the steered one, and nothing steers "
+            "this request.",
+            "compare",
+            "invalid_value",
+        )

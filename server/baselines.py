@@ -1,0 +1,73 @@
+"""The unsteered answers beside a sample of the steered ones: what an intervention takes away."""
+
+import asyncio
+import random
+from dataclasses import replace
+from typing import Final
+
+from server.engine.base import Engine, EngineError, Request
+from server.metrics import Metrics
+from server.toxicity.queue import ScoringQueue
+
+MAX_AT_ONCE: Final = 4
+
+
+class BaselineSampler:
+    """Has the base model answer some steered requests too, where the engine has room for it.
+
+    The answers are scored and told to nobody. Used on the event loop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scoring: ScoringQueue | None,
+        metrics: Metrics,
+        rate: float,
+        timeout: float,
+    ) -> None:
+        """`rate`: the share of steered requests, 0 to 1; `timeout`: seconds that each may take."""
+        self._engine = engine
+        self._scoring = scoring
+        self._metrics = metrics
+        self._rate = rate
+        self._timeout = timeout
+        self._random = random.Random()
+        self._running: set[asyncio.Task[None]] = set()
+
+    def offer(self, request: Request, intervention: str) -> None:
+        """Perhaps answer a request, whose steered answer is finished, without its edits."""
+        if self._scoring is None or self._random.random() >= self._rate:
+            return
+        if len(self._running) >= MAX_AT_ONCE:
+            self._metrics.baseline("dropped")
+            return
+        task = asyncio.create_task(self._answer(request, intervention, self._scoring))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def close(self) -> None:
+        """End what runs, and wait for its end."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _answer(self, request: Request, intervention: str, scoring: ScoringQueue) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                text = await self._generate(request)
+        except (EngineError, TimeoutError):  # requests come first, always
+            self._metrics.baseline("dropped")
+            return
+        self._metrics.baseline("completed")
+        scoring.offer(text, intervention, "baseline")
+
+    async def _generate(self, request: Request) -> str:
+        # Equal to the steered one but for its edits: prompt, seed and settings.
+        sampling = replace(request.sampling, logprobs=None, prompt_logprobs=None)
+        base = Request(f"{request.request_id}-base", request.prompt, sampling, background=True)
+        (generation,) = await self._engine.submit([base])
+        try:
+            return "".join([output.text async for output in generation])
+        finally:
+            generation.cancel()

@@ -1,0 +1,119 @@
+"""Puts the server together from its settings, and runs it."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Final
+
+import torch
+from prometheus_client import disable_created_metrics
+from pydantic import ValidationError
+from rich.console import Console
+
+from interventions.artifact import read_manifest
+from interventions.bundled import bundled_artifacts
+from interventions.header import ArtifactLimits
+from interventions.registry import Registry, RegistryError
+from server.app import check_default_steering, create_app
+from server.config import ConfigurationError, Settings
+from server.engine.torch.build import EngineOptions
+from server.engine.torch.embedded import EmbeddedModelError
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.loader import ModelLoadError, load_model
+from server.lifecycle import Server
+from server.logs import LogSink, configure_logging
+from server.metrics import Metrics
+from server.records import RecordSink, load_trace_sink
+from server.toxicity.build import build_scorer
+from server.toxicity.queue import ScoringQueue
+from server.toxicity.scorer import ScoringError
+
+logger = logging.getLogger(__name__)
+
+STARTUP_ERRORS: Final = (
+    ConfigurationError,
+    EmbeddedModelError,
+    ModelLoadError,
+    RegistryError,
+    ScoringError,
+    ValidationError,
+)
+
+
+def launch(settings: Settings, console: Console) -> bool:
+    """Serve until a signal.
+
+    Returns:
+        False if the engine has died instead.
+
+    Raises:
+        STARTUP_ERRORS: the server cannot be started.
+    """
+
+    def say(sentence: str) -> None:
+        if settings.log_format == "json":  # nothing but JSON then
+            logger.info("%s", sentence)
+        else:
+            console.print(f"steerserve: {sentence}", markup=False, soft_wrap=True)
+
+    configure_logging(settings.log_format)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each
+    with ExitStack() as stack:
+        sinks = _sinks(settings, stack)
+        scorer = build_scorer(settings)  # it loads while the model does
+        if scorer is not None:
+            stack.callback(scorer.close)
+        limits = ArtifactLimits(max_bytes=settings.max_artifact_bytes)
+        say(f"opening the registry {settings.registry_path}")
+        registry = stack.enter_context(Registry(settings.registry_path, limits))
+        if settings.model == "embedded":
+            _add_bundled(registry)
+        engine = _load_engine(settings, registry, say)
+        metrics = Metrics(engine, registry, settings.served_names[0])
+        scoring = None
+        if scorer is not None:
+            scorer.wait_ready()
+            scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size)
+        app = create_app(engine, registry, metrics, scoring, settings, sinks)
+        check_default_steering(app.state.context)
+        names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
+        say(f"interventions: {names}")
+        server = Server(app)
+        server.run()
+        return not server.engine_died
+
+
+def _sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
+    sinks: list[RecordSink] = [LogSink(with_content=settings.log_content)]
+    if settings.otlp_endpoint is not None:
+        traces = load_trace_sink(settings.otlp_endpoint, with_content=settings.log_content)
+        stack.callback(traces.close)
+        sinks.append(traces)
+    return sinks
+
+
+def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], None]) -> TorchEngine:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
+    say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
+    options = EngineOptions(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_waiting=settings.max_waiting,
+        max_model_len=settings.max_model_len,
+        kv_cache_gb=settings.kv_cache_gb,
+        max_loaded_interventions=settings.max_loaded_interventions,
+        check_invariants=settings.check_invariants,
+        dose_interval=settings.dose_interval,
+    )
+    return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
+
+
+def _add_bundled(registry: Registry) -> None:
+    """Store the bundled interventions, but for those that were ever stored, or deleted, before."""
+    for path in bundled_artifacts():
+        name = read_manifest(path).name
+        if not registry.known(name):
+            registry.add(path, name)

@@ -1,0 +1,192 @@
+"""Logs on standard error, as text or as one JSON object a line; one line a request."""
+
+import json
+import logging
+import re
+from datetime import UTC, datetime
+from typing import Final, Literal, TypeAlias
+
+from pydantic import JsonValue
+from pythonjsonlogger.core import RESERVED_ATTRS, LogData
+from pythonjsonlogger.json import JsonFormatter
+
+from server.records import GenerationRecord, RequestRecord
+
+LogFormat: TypeAlias = Literal["text", "json"]
+
+# What operators' tools ask for all day long.
+QUIET_ENDPOINTS: Final = frozenset({"/health", "/ready", "/metrics", "/version"})
+
+# Loggers that speak at INFO; everybody else's begin at WARNING.
+_OWN_LOGGERS: Final = ("interventions", "server", "steering", "steerserve", "uvicorn")
+# Attributes of a log record that carry a request, for the one format and for the other.
+_FIELDS: Final = "steerserve_fields"
+_DETAILS: Final = "steerserve_details"
+_SHORT_DIGEST: Final = 12
+_PLAIN: Final = re.compile(r"[\w.:/+@,-]+", re.ASCII)
+
+logger = logging.getLogger("steerserve.requests")
+
+
+def configure_logging(style: LogFormat) -> None:
+    """Send every logger's lines to standard error in one format, Python's warnings too.
+
+    For the process that serves, once: it replaces whatever handlers the root logger has.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if style == "json" else TextLines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in _OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class LogSink:
+    """Logs each request at its end, at INFO; what is asked for all the time, at DEBUG."""
+
+    def __init__(self, *, with_content: bool) -> None:
+        """`with_content`: log prompts and completions too."""
+        self._with_content = with_content
+
+    def record(self, record: RequestRecord) -> None:
+        """Log the request."""
+        level = logging.DEBUG if record.endpoint in QUIET_ENDPOINTS else logging.INFO
+        if not logger.isEnabledFor(level):
+            return
+        fields = fields_of(record, with_content=self._with_content)
+        details = _details_of(record, with_content=self._with_content)
+        message = f"{record.method} {record.endpoint} {record.status} {record.outcome}"
+        logger.log(level, "%s", message, extra={_FIELDS: fields, _DETAILS: details})
+
+
+class TextLines(logging.Formatter):
+    """Lines for people. What a client wrote cannot begin a line of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; a traceback's follow, indented."""
+        head = f"{_time_of(record)} {record.levelname} {record.name}: "
+        lines = [head + _on_one_line(record.getMessage().rstrip())]
+        lines[0] += getattr(record, _DETAILS, "")
+        if record.exc_info:
+            lines += _indented(self.formatException(record.exc_info))
+        if record.stack_info:
+            lines += _indented(self.formatStack(record.stack_info))
+        return "\n".join(lines)
+
+
+class JsonLines(JsonFormatter):
+    """One JSON object a line: `time`, `level`, `logger`, `message`, and a request's own keys."""
+
+    def __init__(self) -> None:
+        names = {"asctime": "time", "levelname": "level", "name": "logger", "exc_info": "exception"}
+        super().__init__(
+            ("asctime", "levelname", "name", "message"),
+            rename_fields=names,
+            # Uvicorn's messages a second time, in colours.
+            reserved_attrs=[*RESERVED_ATTRS, "color_message", _DETAILS],
+        )
+
+    def formatTime(  # noqa: N802 - logging's name
+        self, record: logging.LogRecord, datefmt: str | None = None
+    ) -> str:
+        """RFC 3339, in UTC."""
+        return _time_of(record)
+
+    def process_log_record(self, log_data: LogData) -> LogData:
+        """The object to write."""
+        fields: LogData = log_data.pop(_FIELDS, {})
+        return log_data | {"message": str(log_data["message"]).rstrip()} | fields
+
+
+def fields_of(record: RequestRecord, *, with_content: bool) -> dict[str, JsonValue]:
+    """A request's keys in a JSON line. Times are in seconds; what is not known is null."""
+    fields: dict[str, JsonValue] = {
+        "request_id": record.request_id,
+        "method": record.method,
+        "endpoint": record.endpoint,
+        "status": record.status,
+        "outcome": record.outcome,
+        "error_code": record.error_code,
+        "seconds": _rounded(record.seconds),
+    }
+    generation = record.generation
+    if generation is None:
+        return fields
+    fields |= {
+        "operation": generation.operation,
+        "response_id": generation.response_id,
+        "model": generation.model,
+        "stream": generation.stream,
+        "interventions": [
+            {"name": each.name, "digest": each.digest, "kind": each.kind}
+            for each in generation.interventions
+        ],
+        "choices": generation.choices,
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.completion_tokens,
+        "finish_reasons": list(generation.finish_reasons),
+        "queue_seconds": _rounded(generation.queue_seconds),
+        "first_token_seconds": _rounded(generation.first_token_seconds),
+    }
+    return fields | _content_of(generation) if with_content else fields
+
+
+def _content_of(generation: GenerationRecord) -> dict[str, JsonValue]:
+    return {
+        "prompts": [{"role": each.role, "text": each.text} for each in generation.prompts],
+        "completions": list(generation.completions),
+    }
+
+
+def _details_of(record: RequestRecord, *, with_content: bool) -> str:
+    """The same for people: ` key=value` of what is known."""
+    details: dict[str, JsonValue] = {
+        "seconds": _rounded(record.seconds),
+        "request_id": record.request_id,
+        "error_code": record.error_code,
+    }
+    generation = record.generation
+    if generation is not None:
+        details |= {
+            "model": generation.model,
+            "interventions": ",".join(
+                f"{each.name}@{each.digest.removeprefix('sha256:')[:_SHORT_DIGEST]}"
+                for each in generation.interventions
+            )
+            or None,
+            "tokens": f"{generation.prompt_tokens}+{generation.completion_tokens}",
+            "finished": ",".join(filter(None, generation.finish_reasons)) or None,
+            "queue_seconds": _rounded(generation.queue_seconds),
+            "first_token_seconds": _rounded(generation.first_token_seconds),
+        }
+        details |= _content_of(generation) if with_content else {}
+    known = {key: value for key, value in details.items() if value is not None}
+    return "".join(f" {key}={_shown(value)}" for key, value in known.items())
+
+
+def _shown(value: JsonValue) -> str:
+    if isinstance(value, str) and _PLAIN.fullmatch(value):
+        return value
+    return json.dumps(value)  # which escapes whatever is not ASCII
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _on_one_line(text: str) -> str:
+    """The text, with its control characters, and whatever else cannot be seen, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def _indented(text: str) -> list[str]:
+    return ["    " + _on_one_line(line) for line in text.splitlines()]

@@ -1,0 +1,119 @@
+"""What is known of one HTTP request at its end, and who is told of it."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol, TypeAlias, get_args
+
+from server.config import ConfigurationError
+from server.engine.base import SamplingSettings
+
+Operation: TypeAlias = Literal["text_completion", "chat"]
+Outcome: TypeAlias = Literal[
+    "success",
+    "client_error",
+    "rejected",  # the queue is full
+    "unavailable",
+    "server_error",
+    "cancelled",
+]
+OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
+
+UNMATCHED: Final = "unmatched"  # the endpoint of a path that no route has
+
+
+@dataclass(frozen=True, slots=True)
+class InterventionRecord:
+    """One intervention that a request was steered by."""
+
+    name: str
+    digest: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRecord:
+    """A prompt, or one message of a conversation."""
+
+    role: str  # a completion's prompt is the user's
+    text: str
+
+
+@dataclass(slots=True)
+class GenerationRecord:
+    """What is known of a request that generates, as far as it came.
+
+    Its text is here only where the operator asked for it to be logged.
+    """
+
+    operation: Operation
+    response_id: str
+    model: str  # as the request names it; known to be served
+    served_model: str  # what is loaded
+    stream: bool = False
+    choices: int = 1
+    interventions: Sequence[InterventionRecord] = ()
+    sampling: SamplingSettings | None = None  # of the first choice
+    prompt_tokens: int = 0  # each prompt once
+    completion_tokens: int = 0  # of all choices
+    finish_reasons: Sequence[str | None] = ()  # of each choice; None where it has not finished
+    queue_seconds: float | None = None  # of the first choice to be scheduled
+    first_token_seconds: float | None = None  # from the request's arrival
+    prompts: Sequence[MessageRecord] = ()  # content
+    completions: Sequence[str] = ()  # content, of each choice in their order
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One HTTP request. Complete, but for what never came to be, when a sink is given it."""
+
+    request_id: str
+    method: str  # `_OTHER` where it is none of HTTP's own
+    started_ns: int  # Unix time
+    traceparent: str | None = None  # W3C's headers, as they came
+    tracestate: str | None = None
+    endpoint: str = UNMATCHED  # the route's template, never the client's path
+    status: int = 500
+    outcome: Outcome = "server_error"
+    seconds: float = 0.0  # to the end of the answer
+    error_code: str | None = None  # the envelope's `code`
+    generation: GenerationRecord | None = None
+
+
+class RecordSink(Protocol):
+    """Is told of every request at its end, on the event loop: it must be quick."""
+
+    def record(self, record: RequestRecord) -> None:
+        """Take note of a request. What it raises is logged, and fails no request."""
+        ...
+
+
+class ClosableSink(RecordSink, Protocol):
+    """A sink that delivers later."""
+
+    def close(self) -> None:
+        """Deliver what waits, in a few seconds or not at all. The last call."""
+        ...
+
+
+def load_trace_sink(endpoint: str, *, with_content: bool) -> ClosableSink:
+    """A sink that sends spans to a collector. OpenTelemetry is imported here, and only here.
+
+    Args:
+        endpoint: the collector's base URL, for OTLP over HTTP.
+        with_content: whether spans may carry prompts and completions.
+
+    Raises:
+        ConfigurationError: the extra `otel` is not installed, or the endpoint is no such URL.
+    """
+    try:
+        tracing = importlib.import_module("server.tracing")
+    except ImportError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigurationError(
+            "--otlp-endpoint needs OpenTelemetry, which is not installed: "
+            "pip install 'steerserve[otel]'"
+        ) from error
+    sink: ClosableSink = tracing.open_trace_sink(endpoint, with_content=with_content)
+    return sink

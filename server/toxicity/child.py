@@ -1,0 +1,143 @@
+"""One worker process, and the conversation with it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from server.toxicity.scorer import ScoringError
+
+_END_SECONDS: Final = 5.0
+_PACKAGES: Final = Path(__file__).parents[2]
+_ENVIRONMENT: Final = {
+    **dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
+    ),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+class LostChildError(ScoringError):
+    """The worker has ended, has been killed, or does not keep to the protocol; close it."""
+
+
+class Child:
+    """A worker that was started once. Only `kill` may be called while another thread talks."""
+
+    def __init__(self, spec: str) -> None:
+        """Start the worker, and return while it loads.
+
+        Raises:
+            ScoringError: no process can be started.
+        """
+        self.started = time.monotonic()
+        self._ready = False
+        self._closed = False
+        # -P: a file in the working directory must not stand in for a module.
+        command = [sys.executable, "-P", "-m", "server.toxicity.worker", spec]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C in the terminal is the server's
+            )
+        except OSError as error:
+            raise ScoringError(
+                f"the toxicity scorer's process cannot be started: {error}"
+            ) from error
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the worker is no more, or no more of use."""
+        return self._closed or self._process.poll() is not None
+
+    def wait_ready(self, seconds: float) -> None:
+        """Wait until the worker has loaded its scorer; at once where it has.
+
+        Raises:
+            LostChildError: it cannot load it, with its message; or it has not after `seconds`.
+        """
+        if self._ready:
+            return
+        reply = self._converse(b"", seconds)
+        if "error" in reply:
+            raise LostChildError(str(reply["error"]))
+        self._ready = True
+
+    def ask(self, texts: Sequence[str], seconds: float) -> dict[str, object]:
+        """The worker's answer to some texts, as the worker writes it.
+
+        Raises:
+            LostChildError: it has ended, or has not answered after `seconds` and was killed.
+        """
+        return self._converse(json.dumps(list(texts)).encode() + b"\n", seconds)
+
+    def kill(self) -> None:
+        """Kill the worker; who waits for its answer learns of it."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Kill the worker, wait for its end, and close the pipes."""
+        self._closed = True
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):  # the kernel holds it; it ends when it may
+            self._process.wait(_END_SECONDS)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # what was not taken of the last line
+                pipe.close()
+
+    def _converse(self, line: bytes, seconds: float) -> dict[str, object]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        # A hung worker may take no input either, so that only its end frees us.
+        watchdog = threading.Timer(seconds, self.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        begun = time.monotonic()
+        try:
+            stdin.write(line)
+            stdin.flush()
+            answer = stdout.readline()
+        except OSError:
+            answer = b""
+        finally:
+            watchdog.cancel()
+        if answer.endswith(b"\n"):
+            return _parse(answer)
+        if time.monotonic() - begun >= seconds:
+            raise LostChildError(
+                f"the toxicity scorer has not answered in {seconds:g} s and was ended"
+            )
+        raise LostChildError("the toxicity scorer's process has died")
+
+
+def _parse(line: bytes) -> dict[str, object]:
+    try:
+        reply = json.loads(line)
+    except ValueError as error:
+        raise LostChildError("the toxicity scorer's process has not answered in JSON") from error
+    if not isinstance(reply, dict):
+        raise LostChildError("the toxicity scorer's process has not answered with an object")
+    return reply
+
+
+def _environment() -> dict[str, str]:
+    """The worker's environment: one thread, and this very package wherever it is started."""
+    packages = (str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(packages)}

@@ -1,0 +1,127 @@
+"""A scorer in a process of its own, where it can neither slow the engine nor bring it down."""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from server.toxicity.child import Child, LostChildError
+from server.toxicity.scorer import ScoringError, check_scores
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS: Final = 60.0
+LOAD_SECONDS: Final = 900.0  # a classifier may have to be downloaded
+RESTART_SECONDS: Final = 5.0
+_CLOSE_SECONDS: Final = 10.0
+
+
+class ScorerProcess:
+    """A `Scorer` over a worker process, which is started anew after it has died.
+
+    Any thread may call any method; texts are scored for one caller at a time.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        answer_seconds: float = ANSWER_SECONDS,
+        restart_seconds: float = RESTART_SECONDS,
+    ) -> None:
+        """Start the worker, and return while it loads.
+
+        Args:
+            spec: what `parse_spec` reads, but not `none`; the worker says what is wrong with it.
+            answer_seconds: a worker that takes longer for a call of `score` is killed.
+            restart_seconds: the shortest time between two starts of the worker.
+
+        Raises:
+            ScoringError: no process can be started.
+        """
+        self._spec = spec
+        self._answer_seconds = answer_seconds
+        self._restart_seconds = restart_seconds
+        self._closed = threading.Event()
+        self._talking = threading.Lock()  # held while the worker is asked; long
+        self._replacing = threading.Lock()  # held while a worker takes another's place; short
+        self._child = Child(spec)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the present worker, which may have ended."""
+        return self._child.pid
+
+    def wait_ready(self) -> None:
+        """Wait until the scorer is loaded.
+
+        Raises:
+            ScoringError: it cannot be loaded, with what the worker says; or this is closed.
+        """
+        with self._talking:
+            self._ready_child()
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """See `Scorer.score`. Loads the scorer first where the worker has died before.
+
+        Raises:
+            ScoringError: the scorer failed; the worker died, or was killed because it took too
+                long; or this is closed.
+        """
+        if not texts:
+            return []
+        with self._talking:
+            reply = self._ask(texts)
+        if "error" in reply:
+            raise ScoringError(str(reply["error"]))
+        return check_scores(reply.get("scores"), len(texts))
+
+    def close(self) -> None:
+        """End the worker at once, and whatever waits for it with a ScoringError."""
+        self._closed.set()
+        with self._replacing:
+            self._child.kill()
+        # Who is talking to the worker learns by its end, and lets go.
+        if self._talking.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._child.close()
+            finally:
+                self._talking.release()
+
+    def _ask(self, texts: Sequence[str]) -> dict[str, object]:
+        child = self._ready_child()
+        try:
+            return child.ask(texts, self._answer_seconds)
+        except LostChildError as error:
+            raise self._lost(child, error) from error
+
+    def _ready_child(self) -> Child:
+        if self._closed.is_set():
+            raise self._closed_error()
+        if self._child.ended:
+            self._replace()
+        child = self._child
+        try:
+            child.wait_ready(LOAD_SECONDS)
+        except LostChildError as error:
+            raise self._lost(child, error) from error
+        return child
+
+    def _lost(self, child: Child, error: LostChildError) -> ScoringError:
+        child.close()
+        return self._closed_error() if self._closed.is_set() else ScoringError(str(error))
+
+    def _replace(self) -> None:
+        next_start = self._child.started + self._restart_seconds
+        self._closed.wait(max(0.0, next_start - time.monotonic()))
+        with self._replacing:
+            if self._closed.is_set():
+                raise self._closed_error()
+            logger.warning("the toxicity scorer's process has ended; starting another")
+            self._child.close()
+            self._child = Child(self._spec)
+
+    @staticmethod
+    def _closed_error() -> ScoringError:
+        return ScoringError("the toxicity scorer is closed")

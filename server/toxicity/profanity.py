@@ -1,0 +1,31 @@
+"""The embedded scorer: alt-profanity-check, a linear model over words.
+
+It is a proxy. It sees profanity; it does not see polite hate, irony or threats in clean words, and
+it knows English only. Where the scores matter, take a classifier (`hf:`).
+"""
+
+from collections.abc import Sequence
+
+from server.toxicity.scorer import ScoringError
+
+try:
+    from profanity_check import predict_prob  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ScoringError(
+        "the embedded toxicity scorer needs alt-profanity-check: install steerserve[embedded]"
+    ) from error
+
+
+class ProfanityScorer:
+    """Probabilities that texts are profane; about 0.01 ms a text in batches."""
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """See `Scorer.score`."""
+        if not texts:
+            return []  # scikit-learn takes no empty batch
+        return [float(probability) for probability in predict_prob(list(texts))]
+
+
+def load(_target: str) -> ProfanityScorer:
+    """The scorer; there is nothing to choose."""
+    return ProfanityScorer()

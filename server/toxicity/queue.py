@@ -1,0 +1,180 @@
+"""The completions that wait for their scores, and the thread that has them scored."""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+from server.metrics import Arm, Metrics
+from server.toxicity.batches import Result, score_batch
+from server.toxicity.scorer import Scorer, ScoringError
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE: Final = 64
+_CLOSE_SECONDS: Final = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A text, and who waits for its score, if anybody does."""
+
+    text: str
+    intervention: str
+    arm: Arm
+    answer: asyncio.Future[float] | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
+_Inbox: TypeAlias = "queue.SimpleQueue[list[_Job] | None]"
+
+
+class ScoringQueue:
+    """Has texts scored in batches, on one thread of its own, and records the scores.
+
+    All methods are called on the event loop, which alone touches what waits. The scorer belongs to
+    the caller, who closes it first and then this: so that a batch being scored ends at once.
+    """
+
+    def __init__(self, scorer: Scorer, metrics: Metrics, capacity: int) -> None:
+        """Nothing is scored before `start`.
+
+        Args:
+            capacity: how many texts may wait before further offered ones are dropped.
+        """
+        self._scorer = scorer
+        self._metrics = metrics
+        self._capacity = capacity
+        self._asked: deque[_Job] = deque()
+        self._offered: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()
+        self._closed = False
+        self._failing = False
+        metrics.watch_toxicity_queue(lambda: self.depth)
+
+    @property
+    def depth(self) -> int:
+        """Texts that wait or are being scored."""
+        return len(self._asked) + len(self._offered) + len(self._running)
+
+    def start(self) -> None:
+        """Start the thread, for the event loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(
+            target=self._work, args=(self._loop,), name="toxicity", daemon=True
+        )
+        self._thread.start()
+        self._dispatch()
+
+    def offer(self, text: str, intervention: str, arm: Arm) -> None:
+        """Have a text scored for the metrics only; it is dropped where too many wait."""
+        if self._closed or len(self._asked) + len(self._offered) >= self._capacity:
+            self._metrics.not_scored()
+            return
+        self._offered.append(_Job(text, intervention, arm))
+        self._dispatch()
+
+    async def score(self, texts: Sequence[str], intervention: str, arm: Arm) -> list[float]:
+        """Score texts that somebody waits for: before those that were offered, and always taken.
+
+        Each is recorded in the metrics too. If the caller is cancelled, they still are.
+
+        Returns:
+            The scores, 0 to 1, in the texts' order.
+
+        Raises:
+            ScoringError: a text could not be scored, or the queue is closed.
+        """
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(text, intervention, arm, loop.create_future()) for text in texts]
+        if self._closed:
+            self._fail(jobs, ScoringError("the server is shutting down"))
+        else:
+            self._asked.extend(jobs)
+            self._dispatch()
+        answers = [job.answer for job in jobs if job.answer is not None]
+        # All are awaited: an exception that nobody fetches would be logged as a fault.
+        results = await asyncio.gather(*answers, return_exceptions=True)
+        scores: list[float] = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            scores.append(result)
+        return scores
+
+    async def close(self) -> None:
+        """End the thread; what waits is not scored. Returns after some seconds at most.
+
+        A batch that is being scored may still end well within that time. If the scorer was not
+        closed and takes longer, the thread ends with it, later.
+        """
+        self._closed = True
+        waiting = [*self._asked, *self._offered]
+        self._asked.clear()
+        self._offered.clear()
+        self._fail(waiting, ScoringError("the server is shutting down"))
+        self._inbox.put(None)
+        if self._thread is None:
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), _CLOSE_SECONDS)
+            self._thread.join()  # it has said its last word
+        running, self._running = self._running, []
+        self._fail(running, ScoringError("the server is shutting down"))
+
+    def _dispatch(self) -> None:
+        """Give the thread the next batch, if it has none."""
+        if self._thread is None or self._running:
+            return
+        while len(self._running) < BATCH_SIZE and (jobs := self._asked or self._offered):
+            self._running.append(jobs.popleft())
+        if self._running:
+            self._inbox.put(self._running)
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # the loop was closed before this thread had ended
+            while (batch := self._inbox.get()) is not None:
+                results = score_batch(self._scorer, [job.text for job in batch])
+                loop.call_soon_threadsafe(self._receive, results)
+            loop.call_soon_threadsafe(self._ended.set)
+
+    def _receive(self, results: Sequence[Result]) -> None:
+        batch, self._running = self._running, []
+        if not batch:
+            return  # `close` has given it up
+        for job, result in zip(batch, results, strict=True):
+            if isinstance(result, ScoringError):
+                self._fail([job], result)
+            else:
+                self._record(job, result)
+        self._report([result for result in results if isinstance(result, ScoringError)])
+        self._dispatch()
+
+    def _record(self, job: _Job, score: float) -> None:
+        self._metrics.scored(job.intervention, job.arm, score, time.monotonic() - job.since)
+        if job.answer is not None and not job.answer.done():
+            job.answer.set_result(score)
+
+    def _fail(self, jobs: Sequence[_Job], error: ScoringError) -> None:
+        for job in jobs:
+            self._metrics.not_scored()
+            if job.answer is not None and not job.answer.done():
+                job.answer.set_exception(error)
+
+    def _report(self, errors: Sequence[ScoringError]) -> None:
+        """Log that scoring fails, and that it works again, but not every batch's fault."""
+        if errors and not self._failing and not self._closed:
+            logger.warning("completions are not scored: %s", errors[0])
+        elif self._failing and not errors:
+            logger.info("completions are scored again")
+        self._failing = bool(errors)

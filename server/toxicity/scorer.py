@@ -1,0 +1,91 @@
+"""What a toxicity scorer is, and how one is named. Imports nothing that a worker must not have."""
+
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+ScorerKind: TypeAlias = Literal["none", "embedded", "hf", "http"]
+
+
+class ScoringError(Exception):
+    """Texts could not be scored, or a scorer could not be loaded, with a sentence that says why."""
+
+
+class Scorer(Protocol):
+    """Tells how toxic texts are."""
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Score texts; blocks until they are scored.
+
+        Returns:
+            The texts' toxicity, 0 to 1 each, in their order.
+
+        Raises:
+            ScoringError: none of the texts could be scored.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerSpec:
+    """Which scorer is meant: its kind, and the model's id or folder (hf) or the URL (http)."""
+
+    kind: ScorerKind
+    target: str = ""
+
+
+def parse_spec(text: str) -> ScorerSpec:
+    """Read `embedded`, `hf:<model id or folder>`, `http:<url>`, a bare URL, or `none`.
+
+    Raises:
+        ValueError: it is none of these, with one sentence that says what is wrong.
+    """
+    match text:
+        case "none":
+            return ScorerSpec("none")
+        case "embedded":
+            return ScorerSpec("embedded")
+    kind, colon, target = text.partition(":")
+    if kind == "hf" and colon:
+        if not target.strip():
+            raise ValueError("the toxicity scorer 'hf:' names no model: write hf:<model id>")
+        return ScorerSpec("hf", target)
+    if kind in ("http", "https"):
+        bare = kind == "https" or target.startswith("//")
+        return ScorerSpec("http", _checked_url(text if bare else target))
+    raise ValueError(
+        f"the toxicity scorer {text!r} is none of embedded, hf:<model id or folder>, http:<url>, "
+        "none"
+    )
+
+
+def check_scores(scores: object, count: int) -> list[float]:
+    """What a scorer outside of this process has answered, as floats.
+
+    Raises:
+        ScoringError: it is no list of `count` finite numbers from 0 to 1.
+    """
+    if not isinstance(scores, list):
+        raise ScoringError("the toxicity scorer has not answered with a list of scores")
+    if len(scores) != count:
+        raise ScoringError(f"the toxicity scorer gave {len(scores)} scores for {count} texts")
+    return [_checked_score(score) for score in scores]
+
+
+def _checked_score(score: object) -> float:
+    # NaN is in no range; True is a number to Python only.
+    if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1:
+        return float(score)
+    raise ScoringError(f"the toxicity scorer gave {str(score)[:50]!r}, no number from 0 to 1")
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or brackets that do not match
+        valid = False
+    if not valid:
+        raise ValueError(f"the toxicity scorer's address {url!r} is no http:// or https:// URL")
+    return url

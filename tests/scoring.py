@@ -1,0 +1,59 @@
+"""Scorers for tests, and applications that score with them."""
+
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+
+from interventions.registry import Registry
+from server.app import create_app
+from server.config import Settings
+from server.engine.base import Engine
+from server.metrics import Metrics
+from server.toxicity.queue import ScoringQueue
+from server.toxicity.scorer import ScoringError
+
+
+def score_of(text: str) -> float:
+    """What `TestScorer` says of a text: some number that depends on all of it."""
+    return sum(text.encode()) % 101 / 100
+
+
+@dataclass
+class TestScorer:
+    """Scores at once, and remembers what it was asked; or fails; or waits until it may go on."""
+
+    __test__ = False
+
+    texts: list[str] = field(default_factory=list)
+    fails: bool = False
+    may_go_on: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.may_go_on.set()
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        self.may_go_on.wait(20)
+        if self.fails:
+            raise ScoringError("the scorer fails, as the test wants")
+        self.texts += texts
+        return [score_of(text) for text in texts]
+
+
+@asynccontextmanager
+async def scored_client(
+    engine: Engine, registry: Registry, scorer: TestScorer, **settings: object
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application that serves "tiny" and scores what it says."""
+    given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
+    metrics = Metrics(engine, registry, "tiny")
+    scoring = ScoringQueue(scorer, metrics, given.toxicity_queue_size)
+    app = create_app(engine, registry, metrics, scoring, given)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
+    ):
+        yield client

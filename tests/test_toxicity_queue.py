@@ -1,0 +1,316 @@
+"""The queue in front of a scorer: order, exact counts, and every way out."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from interventions.registry import Registry
+from server.engine.torch.engine import TorchEngine
+from server.metrics import Metrics
+from server.toxicity.process import ScorerProcess
+from server.toxicity.profanity import ProfanityScorer
+from server.toxicity.queue import BATCH_SIZE, ScoringQueue
+from server.toxicity.scorer import ScoringError
+from tests.serving import eventually
+from tests.toxicity_service import scoring_service
+
+CAPACITY = 100
+
+
+class Gated:
+    """Scores texts that are numbers, in hundredths. Waits while the gate is shut."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.threads: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        self.asked.append(list(texts))
+        self.threads.add(threading.current_thread().name)
+        assert self.gate.wait(20)
+        if "bad" in texts:
+            raise ScoringError("a bad text")
+        return [int(text) / 100 for text in texts]
+
+
+@pytest.fixture
+def metrics(tiny_engine: TorchEngine, registry: Registry) -> Metrics:
+    return Metrics(tiny_engine, registry, "tiny")
+
+
+@pytest.fixture
+def scorer() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+async def scoring(scorer: Gated, metrics: Metrics) -> AsyncIterator[ScoringQueue]:
+    faults: list[object] = []  # what the loop would only log
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, fault: faults.append(fault))
+    scoring = ScoringQueue(scorer, metrics, CAPACITY)
+    scoring.start()
+    yield scoring
+    scorer.gate.set()
+    await scoring.close()
+    await asyncio.sleep(0)
+    assert faults == []
+    assert scoring.depth == 0
+    assert not any(thread.name == "toxicity" for thread in threading.enumerate())
+
+
+def sample(metrics: Metrics, name: str) -> float:
+    """The sum of a metric's samples, whatever their labels."""
+    lines = [line for line in metrics.render().decode().splitlines() if not line.startswith("#")]
+    values = (line.rpartition(" ") for line in lines)
+    return sum(
+        float(value) for key, _, value in values if key.split("{")[0] == f"steerserve_{name}"
+    )
+
+
+def counts(metrics: Metrics) -> tuple[float, float, float]:
+    """Texts that were scored, that were not, and that wait."""
+    scored = sample(metrics, "completion_toxicity_count")
+    assert sample(metrics, "toxicity_scoring_seconds_count") == scored
+    return (
+        scored,
+        sample(metrics, "toxicity_dropped_total"),
+        sample(metrics, "toxicity_queue_depth"),
+    )
+
+
+async def shut(scoring: ScoringQueue, scorer: Gated) -> None:
+    """Have one text, "0", held in the scorer, so that all further ones wait."""
+    scorer.gate.clear()
+    scoring.offer("0", "none", "served")
+    await eventually(lambda: scorer.asked == [["0"]])
+
+
+async def test_scores_come_back_in_order_and_are_recorded(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    assert await scoring.score(["90", "10", "60"], "detox", "served") == [0.9, 0.1, 0.6]
+    assert await scoring.score(["55"], "detox", "baseline") == [0.55]
+    assert await scoring.score([], "detox", "baseline") == []
+    assert counts(metrics) == (4, 0, 0)
+    page = metrics.render().decode()
+    for line in (
+        'completion_toxicity_count{arm="served",intervention="detox"} 3.0',
+        'completion_toxicity_sum{arm="served",intervention="detox"} 1.6',
+        'completion_toxicity_sum{arm="baseline",intervention="detox"} 0.55',
+        'toxic_completions_total{arm="served",intervention="detox",threshold="0.5"} 2.0',
+        'toxic_completions_total{arm="served",intervention="detox",threshold="0.8"} 1.0',
+        'toxic_completions_total{arm="baseline",intervention="detox",threshold="0.5"} 1.0',
+    ):
+        assert f"steerserve_{line}\n" in page
+    assert scorer.threads == {"toxicity"}
+
+
+async def test_offered_texts_are_scored_in_batches(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    await shut(scoring, scorer)
+    for number in range(CAPACITY):
+        scoring.offer(str(number), "none", "served")
+    assert scoring.depth == 1 + CAPACITY
+    assert counts(metrics) == (0, 0, 1 + CAPACITY)
+    scorer.gate.set()
+    await eventually(lambda: scoring.depth == 0)
+    assert [len(batch) for batch in scorer.asked] == [1, BATCH_SIZE, CAPACITY - BATCH_SIZE]
+    scored = [text for batch in scorer.asked[1:] for text in batch]
+    assert scored == [str(number) for number in range(CAPACITY)]
+    assert counts(metrics) == (1 + CAPACITY, 0, 0)
+
+
+async def test_what_is_offered_to_a_full_queue_is_dropped_and_what_is_asked_is_not(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    await shut(scoring, scorer)
+    for _ in range(CAPACITY + 7):
+        scoring.offer("1", "none", "served")
+    asked = asyncio.create_task(scoring.score(["2", "3"], "none", "served"))
+    await eventually(lambda: scoring.depth == 1 + CAPACITY + 2)
+    assert counts(metrics) == (0, 7, 1 + CAPACITY + 2)
+    scoring.offer("1", "none", "served")
+    scorer.gate.set()
+    assert await asked == [0.02, 0.03]
+    await eventually(lambda: scoring.depth == 0)
+    assert counts(metrics) == (1 + CAPACITY + 2, 8, 0)
+    scoring.offer("1", "none", "served")
+    await eventually(lambda: counts(metrics) == (1 + CAPACITY + 3, 8, 0))
+
+
+async def test_what_somebody_waits_for_goes_first(scoring: ScoringQueue, scorer: Gated) -> None:
+    await shut(scoring, scorer)
+    for number in range(70):
+        scoring.offer(str(number), "none", "served")
+    asked = [asyncio.create_task(scoring.score([str(n)], "none", "served")) for n in (71, 72)]
+    await eventually(lambda: scoring.depth == 73)
+    scorer.gate.set()
+    assert await asyncio.gather(*asked) == [[0.71], [0.72]]
+    await eventually(lambda: scoring.depth == 0)
+    assert scorer.asked[1] == ["71", "72", *(str(number) for number in range(62))]
+    assert scorer.asked[2] == [str(number) for number in range(62, 70)]
+
+
+async def test_seconds_are_from_the_text_to_its_score(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    await shut(scoring, scorer)
+    begun = asyncio.get_running_loop().time()
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    await eventually(lambda: scoring.depth == 0)
+    seconds = sample(metrics, "toxicity_scoring_seconds_sum")
+    assert 0.05 <= seconds < asyncio.get_running_loop().time() - begun + 1
+
+
+async def test_a_bad_text_fails_for_itself(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    await shut(scoring, scorer)
+    good = asyncio.create_task(scoring.score(["1", "2"], "none", "served"))
+    bad = asyncio.create_task(scoring.score(["3", "bad", "4"], "none", "served"))
+    scoring.offer("5", "none", "served")
+    await eventually(lambda: scoring.depth == 7)
+    scorer.gate.set()
+    assert await good == [0.01, 0.02]
+    with pytest.raises(ScoringError, match="a bad text"):
+        await bad
+    await eventually(lambda: scoring.depth == 0)
+    assert counts(metrics) == (6, 1, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "completions are not scored: a bad text"
+    ]
+
+
+async def test_failures_are_logged_once_until_it_works_again(
+    scoring: ScoringQueue, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.toxicity")
+    for text in ("bad", "bad", "1", "bad"):
+        scoring.offer(text, "none", "served")
+        await eventually(lambda: scoring.depth == 0)
+    assert counts(metrics) == (1, 3, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "completions are not scored: a bad text",
+        "completions are scored again",
+        "completions are not scored: a bad text",
+    ]
+
+
+@pytest.mark.parametrize("texts", [["1"], ["1", "2"], ["1", "bad"]])
+@pytest.mark.parametrize("scored_now", [True, False])
+async def test_a_waiter_that_leaves_costs_nothing(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics, texts: list[str], scored_now: bool
+) -> None:
+    if scored_now:
+        scorer.gate.clear()
+    else:
+        await shut(scoring, scorer)
+    asked = asyncio.create_task(scoring.score(texts, "none", "served"))
+    await eventually(lambda: scoring.depth == len(texts) + (not scored_now))
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    scorer.gate.set()
+    await eventually(lambda: scoring.depth == 0)
+    failed = texts.count("bad")
+    assert counts(metrics) == (len(texts) - failed + (not scored_now), failed, 0)
+
+
+async def test_what_comes_before_the_start_waits_for_it(metrics: Metrics) -> None:
+    scorer = Gated()
+    scoring = ScoringQueue(scorer, metrics, 1)
+    scoring.offer("1", "none", "served")
+    scoring.offer("2", "none", "served")
+    assert scoring.depth == 1
+    scoring.start()
+    await eventually(lambda: scoring.depth == 0)
+    await scoring.close()
+    assert counts(metrics) == (1, 1, 0)
+
+
+async def test_close_fails_what_waits(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    await shut(scoring, scorer)
+    asked = asyncio.create_task(scoring.score(["1", "2"], "none", "served"))
+    scoring.offer("3", "none", "served")
+    await eventually(lambda: scoring.depth == 4)
+    closing = asyncio.create_task(scoring.close())
+    with pytest.raises(ScoringError, match="shutting down"):
+        await asked
+    assert not closing.done()
+    scorer.gate.set()
+    await closing
+    # What was being scored has come to its end.
+    assert counts(metrics) == (1, 3, 0)
+    scoring.offer("4", "none", "served")
+    with pytest.raises(ScoringError, match="shutting down"):
+        await scoring.score(["5", "6"], "none", "served")
+    await scoring.close()
+    assert counts(metrics) == (1, 6, 0)
+    assert scorer.asked == [["0"]]
+
+
+async def test_close_does_not_wait_for_a_scorer_that_hangs(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.toxicity.queue._CLOSE_SECONDS", 0.05)
+    scorer.gate.clear()
+    asked = asyncio.create_task(scoring.score(["1"], "none", "served"))
+    await eventually(lambda: scorer.asked == [["1"]])
+    await scoring.close()
+    with pytest.raises(ScoringError, match="shutting down"):
+        await asked
+    assert counts(metrics) == (0, 1, 0)
+    scorer.gate.set()
+    await eventually(lambda: not any(t.name == "toxicity" for t in threading.enumerate()))
+    assert counts(metrics) == (0, 1, 0)
+
+
+async def test_a_scorers_fault_does_not_end_the_thread(metrics: Metrics) -> None:
+    scoring = ScoringQueue(Gated(), metrics, CAPACITY)
+    scoring.start()
+    with pytest.raises(ScoringError, match="ValueError"):
+        await scoring.score(["no number"], "none", "served")
+    assert await scoring.score(["7"], "none", "served") == [0.07]
+    await scoring.close()
+    assert counts(metrics) == (1, 1, 0)
+
+
+async def test_with_the_embedded_scorer_in_its_process(metrics: Metrics) -> None:
+    process = ScorerProcess("embedded")
+    scoring = ScoringQueue(process, metrics, CAPACITY)
+    scoring.start()
+    texts = ["You stupid asshole.", "Hello", "", "lone \ud800"]
+    for text in texts:
+        scoring.offer(text, "none", "served")
+    scores = await scoring.score(texts, "none", "served")
+    await eventually(lambda: scoring.depth == 0)
+    process.close()
+    await scoring.close()
+    assert scores[:3] == ProfanityScorer().score(texts[:3])
+    assert counts(metrics) == (8, 0, 0)
+    assert sample(metrics, "completion_toxicity_sum") == pytest.approx(2 * sum(scores))
+
+
+async def test_closing_the_process_first_ends_a_batch_at_once(metrics: Metrics) -> None:
+    with scoring_service() as service:
+        process = ScorerProcess(service.url)
+        scoring = ScoringQueue(process, metrics, CAPACITY)
+        scoring.start()
+        service.hold()
+        asked = asyncio.create_task(scoring.score(["a", "b", "c"], "none", "served"))
+        scoring.offer("d", "none", "served")
+        await eventually(service.arrived.is_set)
+        process.close()
+        async with asyncio.timeout(2):
+            await scoring.close()
+        with pytest.raises(ScoringError, match=r"is closed|shutting down"):
+            await asked
+    assert counts(metrics) == (0, 4, 0)

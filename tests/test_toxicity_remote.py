@@ -1,0 +1,86 @@
+"""A scoring service over HTTP: the contract, and whatever breaks it."""
+
+import json
+
+import pytest
+
+from server.toxicity.remote import load
+from server.toxicity.scorer import ScoringError
+from tests.toxicity_service import Service, scoring_service
+
+
+def score(url: str, texts: list[str]) -> list[float]:
+    """The scores that a service gives, over a connection of its own."""
+    scorer = load(url)
+    try:
+        return scorer.score(texts)
+    finally:
+        scorer.close()
+
+
+def answering(status: int, content: bytes) -> list[float]:
+    """What comes of two texts where a service answers so."""
+    with scoring_service(lambda _texts: (status, content)) as service:
+        return score(service.url, ["a", "b"])
+
+
+def test_texts_go_out_as_they_are_and_scores_come_back() -> None:
+    texts = ["one", "", 'two\nlines "quoted"', "日本語 🙂\x00"]
+    with scoring_service() as service:
+        assert score(service.url, texts) == [len(text) / 100 for text in texts]
+        assert service.asked == [texts]
+
+
+def test_further_members_are_ignored() -> None:
+    assert answering(200, b'{"model": "x", "scores": [0, 0.5]}') == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "no JSON"),
+        (b"<html>", "no JSON"),
+        (b"\xff", "no JSON"),
+        (b'{"scores": [0.1, NaN]}', "no JSON"),
+        (b'{"scores": [0.1, 0.2], "scores": [0.1, 0.2]}', "no JSON"),
+        (b"[0.1, 0.2]", "no JSON object"),
+        (b'{"score": [0.1, 0.2]}', "no JSON object"),
+        (b'{"scores": 0.1}', "list of scores"),
+        (b'{"scores": [0.1]}', "1 scores for 2 texts"),
+        (b'{"scores": [0.1, 0.2, 0.3]}', "3 scores for 2 texts"),
+        (b'{"scores": [0.1, "0.2"]}', "no number from 0 to 1"),
+        (b'{"scores": [0.1, 1.5]}', "no number from 0 to 1"),
+        (b'{"scores": [0.1, 1e999]}', "no number from 0 to 1"),
+    ],
+)
+def test_wrong_answers_score_nothing(content: bytes, says: str) -> None:
+    with pytest.raises(ScoringError, match=says):
+        answering(200, content)
+
+
+@pytest.mark.parametrize("status", [201, 302, 400, 500, 503])
+def test_only_a_200_counts(status: int) -> None:
+    with pytest.raises(ScoringError, match=f"status {status}"):
+        answering(status, json.dumps({"scores": [0.1, 0.2]}).encode())
+
+
+def test_a_service_that_is_not_there() -> None:
+    with scoring_service() as gone:
+        pass
+    with pytest.raises(ScoringError, match="cannot be asked") as caught:
+        score(gone.url, ["a"])
+    assert gone.url in str(caught.value)
+
+
+def test_a_service_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.toxicity.remote.TIMEOUT_SECONDS", 0.1)
+    with scoring_service() as service:
+        service.hold()
+        with pytest.raises(ScoringError, match="cannot be asked"):
+            score(service.url, ["a"])
+        assert_asked_once(service)
+
+
+def assert_asked_once(service: Service) -> None:
+    assert service.arrived.wait(10)
+    assert service.asked == [["a"]]
