@@ -20,6 +20,7 @@ from server.engine.base import Engine
 from server.metrics import Metrics
 from server.records import RecordSink
 from server.toxicity.queue import ScoringQueue
+from server.version import installed_version
 
 
 def create_app(
@@ -55,7 +56,7 @@ def create_app(
     app = FastAPI(
         title="steerserve",
         description="An OpenAI-compatible server that steers a language model, per request.",
-        version=system.installed_version(),
+        version=installed_version(),
         lifespan=_lifespan,
         # A redirect would drop the body of some clients, and is answered before the keys are asked.
         redirect_slashes=False,

@@ -14,9 +14,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.api.system import installed_version
 from server.config import ConfigurationError
 from server.records import GenerationRecord, MessageRecord, RequestRecord
+from server.version import installed_version
 
 Attribute: TypeAlias = str | bool | int | float | Sequence[str]
 

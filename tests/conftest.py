@@ -11,14 +11,11 @@ from pydantic import JsonValue
 
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
-from server.app import create_app
-from server.config import Settings
 from server.engine.base import StepOutput
 from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
-from server.metrics import Metrics
 from tests.engines import close_checked
 from tests.serving import Script, ScriptedGeneration, build_app
 from tests.tiny import CHAT_TEMPLATE, FAMILIES, manifest_of, random_head, random_maps, save_tiny
@@ -155,9 +152,7 @@ async def make_client(tiny_engine: TorchEngine, registry: Registry) -> AsyncIter
     clients: list[httpx.AsyncClient] = []
 
     def make(**settings: JsonValue) -> httpx.AsyncClient:
-        given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
-        metrics = Metrics(tiny_engine, registry, "tiny")
-        app = create_app(tiny_engine, registry, metrics, None, given)
+        app = build_app(tiny_engine, registry, None, **settings)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://tiny"))
         return clients[-1]

@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 import httpx
 
 from interventions.registry import Registry
-from server.app import create_app
-from server.config import Settings
 from server.engine.base import Engine
-from server.metrics import Metrics
-from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import ScoringError
+from tests.serving import build_app
 
 
 def score_of(text: str) -> float:
@@ -47,10 +44,7 @@ async def scored_client(
     engine: Engine, registry: Registry, scorer: TestScorer, **settings: object
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application that serves "tiny" and scores what it says."""
-    given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
-    metrics = Metrics(engine, registry, "tiny")
-    scoring = ScoringQueue(scorer, metrics, given.toxicity_queue_size)
-    app = create_app(engine, registry, metrics, scoring, given)
+    app = build_app(engine, registry, scorer, **settings)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),

@@ -24,6 +24,8 @@ from server.engine.base import (
     TokenLogprobs,
 )
 from server.metrics import Metrics
+from server.toxicity.queue import ScoringQueue
+from server.toxicity.scorer import Scorer
 
 Json = dict[str, object]
 
@@ -58,10 +60,14 @@ SAMPLING = SamplingSettings(
 )
 
 
-def build_app(engine: Engine, registry: Registry, **settings: object) -> FastAPI:
+def build_app(
+    engine: Engine, registry: Registry, scorer: Scorer | None = None, **settings: object
+) -> FastAPI:
     """An application that serves "tiny"."""
     given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
-    return create_app(engine, registry, Metrics(engine, registry, "tiny"), None, given)
+    metrics = Metrics(engine, registry, "tiny")
+    scoring = None if scorer is None else ScoringQueue(scorer, metrics, given.toxicity_queue_size)
+    return create_app(engine, registry, metrics, scoring, given)
 
 
 async def push(client: httpx.AsyncClient, path: Path, name: str | None = None) -> Json:

@@ -4,8 +4,8 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.conftest import LoadTiny, WriteArtifact
 from tests.engines import close_checked, idle
 from tests.live import live
 from tests.oracles import Oracle, Stack
+from tests.scoring import TestScorer
 from tests.serving import build_app, eventually
 from tests.steered import preemptions
 from tests.tiny import random_head, random_maps, tiny_model, tiny_tokenizer
@@ -74,6 +75,7 @@ class Job:
     n: int
     stream: bool
     leaves_after: float | None  # seconds
+    compare: bool  # with the base model
 
     @cached_property
     def path(self) -> str:
@@ -94,6 +96,7 @@ class Job:
             "stream": self.stream,
             "ignore_eos": True,
             "steering": STEERING[self.steering][0],
+            "compare": self.compare,
             **asked,
         }
 
@@ -102,14 +105,16 @@ class Job:
         leaves = source.random() < LEAVING
         names = list(STEERING)
         phase = number // PHASE % len(names)
+        steering = source.choice(["none", names[phase - 1], names[phase]])
         return Job(
             chat=source.random() < 0.4,
             prompt=source.choice(PROMPTS),
-            steering=source.choice(["none", names[phase - 1], names[phase]]),
+            steering=steering,
             tokens=LONG if source.random() < 0.03 else source.randint(1, COMPARED),
             n=source.choice([1, 1, 1, 2]),
             stream=source.random() < 0.5,
             leaves_after=source.choice([0, 0.005, 0.02, 0.1, 0.3]) if leaves else None,
+            compare=steering != "none" and source.random() < 0.15,
         )
 
 
@@ -170,10 +175,12 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
     # Before the clock of anybody who leaves starts.
     for job in jobs:
         expected.tokens(job)
+        expected.tokens(replace(job, steering="none"))
     queue = iter(jobs)
-    async with live(build_app(engine, registry)) as server:
+    app = build_app(engine, registry, TestScorer(), baseline_sample_rate=1)
+    async with live(app) as server:
 
-        async def client() -> None:
+        async def client_of(queue: Iterable[Job]) -> None:
             limits = httpx.Limits(max_keepalive_connections=1)
             async with httpx.AsyncClient(
                 base_url=server.url, limits=limits, timeout=60
@@ -183,13 +190,19 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
 
         async with asyncio.TaskGroup() as clients:
             for _ in range(CLIENTS):
-                clients.create_task(client())
-        await eventually(lambda: idle(engine))
-    assert outcomes.total() == REQUESTS
+                clients.create_task(client_of(queue))
+        # In the crowd hardly a baseline has room; after it, this one's does.
+        await client_of([Job(False, "x", "maps", 3, 1, False, None, False)])
+        await eventually(lambda: idle(engine) and not app.state.context.scoring.depth)
+        page = app.state.context.metrics.render().decode()
+    assert outcomes.total() == REQUESTS + 1
     assert outcomes["left"] > 0.2 * REQUESTS
     assert outcomes["refused, then completed"] > 0, "nobody met a full queue or bank"
     assert yielded, "nobody was preempted"
     assert not registry._pins, "artifacts are held for nobody"
+    for outcome in ("completed", "dropped"):
+        assert f'baselines_total{{outcome="{outcome}"}} 0.0' not in page
+    assert "toxicity_dropped_total 0.0" in page
 
 
 async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> str:
@@ -205,17 +218,18 @@ async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> st
             break
         outcome = "refused, then completed"
         await asyncio.sleep(0.1)
-    assert len(answers) == job.n
-    for tokens in answers:
-        clear = expected.tokens(job)[: job.tokens]
+    # The steered choices, then the base model's.
+    jobs = [job] * job.n + [replace(job, steering="none")] * (job.n if job.compare else 0)
+    for tokens, told in zip(answers, jobs, strict=True):
+        clear = expected.tokens(told)[: job.tokens]
         assert len(tokens) == job.tokens
-        assert tokens[: len(clear)] == clear, job
+        assert tokens[: len(clear)] == clear, told
     return outcome
 
 
 async def ask(connection: httpx.AsyncClient, job: Job) -> list[list[str]] | None:
     """The tokens of each choice; None where the server is too busy."""
-    answers: list[list[str]] = [[] for _ in range(job.n)]
+    answers: list[list[str]] = [[] for _ in range(job.n * (1 + job.compare))]
     async with connection.stream("POST", job.path, json=job.body) as response:
         if response.status_code in (429, 503):
             assert response.headers["retry-after"]
@@ -235,9 +249,11 @@ async def ask(connection: httpx.AsyncClient, job: Job) -> list[list[str]] | None
 
 
 def take(body: Any, job: Job, answers: list[list[str]]) -> None:
-    """Add the tokens of an answer's or a chunk's choices."""
+    """Add the tokens of an answer's or a chunk's choices, and of those that it is compared with."""
     assert "error" not in body, body
-    for choice in body["choices"]:
+    compared = body.get("comparison", {"choices": ()})["choices"]
+    for place, choice in enumerate((*body["choices"], *compared)):
+        base = place >= len(body["choices"])
         logprobs = choice["logprobs"]
         if logprobs is not None:
             tokens = (
@@ -245,4 +261,4 @@ def take(body: Any, job: Job, answers: list[list[str]]) -> None:
                 if job.chat
                 else logprobs["tokens"]
             )
-            answers[choice["index"]] += tokens
+            answers[choice["index"] + job.n * base] += tokens

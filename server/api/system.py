@@ -1,7 +1,5 @@
 """Routes for operators: health, readiness, version, metrics. Open to all, with no secrets."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from anyio import to_thread
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
@@ -9,6 +7,7 @@ from starlette.responses import JSONResponse, Response
 from server.api.context import AnyTimeContext, Context
 from server.api.errors import ApiError
 from server.metrics import CONTENT_TYPE
+from server.version import installed_version
 
 router = APIRouter()
 
@@ -40,11 +39,3 @@ async def metrics(context: AnyTimeContext) -> Response:
     """Prometheus's text format."""
     page = await to_thread.run_sync(context.metrics.render)
     return Response(page, media_type=CONTENT_TYPE)
-
-
-def installed_version() -> str:
-    """The distribution's version; `unknown` where the sources run without being installed."""
-    try:
-        return version("steerserve")
-    except PackageNotFoundError:
-        return "unknown"

@@ -1,0 +1,1 @@
+"""What runs around the server: containers, Prometheus, Grafana, and traffic to look at."""

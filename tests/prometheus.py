@@ -1,0 +1,107 @@
+"""A real Prometheus, in a process of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from docker.grafana.prometheus import Prometheus, Series
+
+FOLDER = Path(__file__).parent.parent / "docker" / "prometheus"
+START_SECONDS = 30
+STOP_SECONDS = 30
+
+
+def tool(name: str) -> str:
+    """The path of a program that no wheel brings; without it, the test is skipped.
+
+    With STEERSERVE_TEST_ALL it fails instead: where everything is to be tested, nothing is skipped.
+    """
+    path = shutil.which(name)
+    if path is None and os.environ.get("STEERSERVE_TEST_ALL"):
+        pytest.fail(f"{name} is not installed, and STEERSERVE_TEST_ALL is set")
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian has it)")
+    return path
+
+
+@dataclass(frozen=True)
+class PrometheusProcess:
+    """A running Prometheus."""
+
+    process: subprocess.Popen[bytes]
+    api: Prometheus
+    log: Path
+
+    def wait_for(self, expression: str, seconds: float) -> list[Series]:
+        """Wait until an expression gives something, or fail."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = self.api.query(expression)
+            if found:
+                return found
+            time.sleep(0.1)
+        raise TimeoutError(f"{expression} gives nothing: {self.log.read_text()}")
+
+
+@contextmanager
+def prometheus(folder: Path, target: str) -> Iterator[PrometheusProcess]:
+    """A Prometheus with the project's rules that scrapes `target` (host:port) every second."""
+    program = tool("prometheus")
+    log = folder / "prometheus.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [
+                program,
+                f"--config.file={_write_config(folder, target)}",
+                f"--storage.tsdb.path={folder / 'tsdb'}",
+                "--web.listen-address=127.0.0.1:0",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        with Prometheus(_wait_until_ready(process, log)) as api:
+            yield PrometheusProcess(process, api, log)
+        process.terminate()
+        assert process.wait(STOP_SECONDS) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _write_config(folder: Path, target: str) -> Path:
+    """The configuration for a server on this machine, with another target and a scrape a second."""
+    config = yaml.safe_load((FOLDER / "local.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(FOLDER / path) for path in config["rule_files"]]
+    (scraped,) = config["scrape_configs"]
+    scraped["static_configs"] = [{"targets": [target]}]
+    path = folder / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Wait until it answers; returns its address, whose port it has chosen itself."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        found = re.search(r'"?Listening on"? address=(\S+)', log.read_text())
+        try:
+            if found and httpx.get(f"http://{found[1]}/-/ready", timeout=2).status_code == 200:
+                return f"http://{found[1]}"
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise TimeoutError(log.read_text())

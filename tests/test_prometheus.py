@@ -1,0 +1,177 @@
+"""A real Prometheus scrapes a real server; every expression of panels, variables and rules runs.
+
+The dashboards are to show something from the first minute on: before any traffic each query gives a
+number, and under the sample traffic each that should moves.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docker.grafana.make_dashboards import DASHBOARDS, FOLDER
+from docker.grafana.prometheus import Prometheus, Series, fill_in
+from tests.processes import ServerProcess, steerserve
+from tests.prometheus import PrometheusProcess, prometheus
+
+pytestmark = pytest.mark.embedded
+
+ROOT = Path(__file__).parent.parent
+TRAFFIC_SECONDS = 12
+GRAFANA: Mapping[str, str] = {
+    "__rate_interval": "20s",
+    "__range": "5m",
+    "model": ".*",
+    "instance": ".*",
+    "intervention": ".*",
+    "threshold": "0.5",
+}
+# What stays at 0 as long as nothing goes wrong, and what is over too soon for a scrape to see.
+STILL = {
+    *("Failed share", "Alerts firing", "Preemptions", "Answers not scored", "Scoring queue"),
+    *("Prefix cache hit rate", "Tokens: prompt, from the prefix cache"),
+    "Running and waiting: waiting",
+    "Share above threshold: served and baseline",  # of so few answers none may reach it
+}
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A server, and the Prometheus that scrapes it."""
+
+    server: ServerProcess
+    prometheus: PrometheusProcess
+
+    @property
+    def api(self) -> Prometheus:
+        return self.prometheus.api
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    folder = tmp_path_factory.mktemp("scraped")
+    options = {"STEERSERVE_BASELINE_SAMPLE_RATE": "1", "STEERSERVE_DOSE_INTERVAL": "1"}
+    with steerserve(folder, env=options) as server:
+        target = server.url.removeprefix("http://")
+        with prometheus(folder, target) as scraper:
+            yield Stand(server, scraper)
+
+
+@dataclass(frozen=True)
+class Query:
+    """An expression with Grafana's variables filled in, and where it stands."""
+
+    panel: str
+    legend: str
+    expression: str
+
+
+def panel_queries() -> list[Query]:
+    return [
+        Query(panel["title"], target["legendFormat"], fill_in(target["expr"], GRAFANA))
+        for name in DASHBOARDS
+        for panel in json.loads((FOLDER / name).read_text())["panels"]
+        for target in panel.get("targets", ())
+    ]
+
+
+def values(found: list[Series]) -> list[float]:
+    return [value for series in found for _, value in series.points]
+
+
+def test_no_panel_is_empty_before_any_traffic(stand: Stand) -> None:
+    # Two scrapes are what a rate needs.
+    stand.prometheus.wait_for('count_over_time(up{job="steerserve"}[1m]) >= 3 and up == 1', 30)
+    for query in panel_queries():
+        found = values(stand.api.query(query.expression))
+        assert found, query
+        assert all(map(math.isfinite, found)), query
+
+
+@pytest.fixture(scope="module")
+def busy(stand: Stand) -> Stand:
+    """The stand after some sample traffic, all of which Prometheus has seen."""
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "docker" / "traffic.py", "--url", stand.server.url),
+            *("--seconds", str(TRAFFIC_SECONDS), "--rate", "6"),
+        ],
+        check=True,
+        timeout=120,
+    )
+    stand.prometheus.wait_for(
+        "steerserve_requests_running + steerserve_requests_waiting"
+        " + steerserve_toxicity_queue_depth == 0",
+        60,
+    )
+    return stand
+
+
+def test_every_panel_shows_the_sample_traffic(busy: Stand) -> None:
+    (now,) = (point[0] for series in busy.api.query("vector(0)") for point in series.points)
+    still = set()
+    for query in panel_queries():
+        assert values(busy.api.query(query.expression)), query
+        found = values(busy.api.query_range(query.expression, now - 3 * TRAFFIC_SECONDS, now, 1))
+        assert all(map(math.isfinite, found)), query
+        if not any(found):
+            still.add(f"{query.panel}: {query.legend}")
+    assert {title for title in still if not {title, title.rpartition(": ")[0]} & STILL} == set()
+
+
+def test_steered_and_unsteered_traffic_is_told_apart(busy: Stand) -> None:
+    scored = busy.api.query("steerserve_completion_toxicity_count > 0")
+    assert {(series.labels["intervention"], series.labels["arm"]) for series in scored} == {
+        ("none", "served"),
+        *(
+            (name, arm)
+            for name in ("detox-lineas", "detox-argre", "detox-lineas+detox-argre")
+            for arm in ("served", "baseline")
+        ),
+    }
+
+
+def test_every_variable_has_values(busy: Stand) -> None:
+    expected = {
+        "model": {"smollm2-135m-instruct"},
+        "instance": {busy.server.url.removeprefix("http://")},
+    }
+    for name in DASHBOARDS:
+        for variable in json.loads((FOLDER / name).read_text())["templating"]["list"]:
+            if variable["type"] == "query":
+                asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
+                assert asked is not None, variable
+                selector = fill_in(asked[1], GRAFANA)
+                found = set(busy.api.get(f"label/{asked[2]}/values", **{"match[]": selector}))
+                assert found >= expected.get(variable["name"], {"none", "detox-lineas"}), variable
+
+
+def test_every_rule_runs_and_finds_the_series_that_it_asks_for(busy: Stand) -> None:
+    rules: list[dict[str, Any]] = [
+        rule for group in busy.api.get("rules")["groups"] for rule in group["rules"]
+    ]
+    assert len(rules) == 7
+    for rule in rules:
+        assert rule["health"] == "ok", rule
+        busy.api.query(rule["query"])
+        for selector in re.findall(r"(?:steerserve_\w+|up)\{[^}]*\}|steerserve_\w+", rule["query"]):
+            assert busy.api.query(selector), (rule["name"], selector)
+
+
+def test_a_server_that_is_gone_is_noticed(busy: Stand) -> None:
+    firing = 'ALERTS{alertname="SteerserveEngineDead"}'
+    assert not busy.api.query(firing)
+    busy.server.process.terminate()
+    assert busy.server.process.wait(60) == 0
+    (alert,) = busy.prometheus.wait_for(firing, 60)
+    assert alert.labels["instance"] == busy.server.url.removeprefix("http://")
+    for query in panel_queries():
+        if query.panel == "Engine":
+            busy.prometheus.wait_for(f"({query.expression}) == 0", 60)
