@@ -9,19 +9,14 @@ heaviest that anybody would run on the same CPU: it must be too slow rather than
 """
 
 import asyncio
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -29,6 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from benchmarks.report import write_report
 from interventions.registry import Registry
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.build import EngineOptions
@@ -182,28 +178,15 @@ def main(
             "classifier of BERT-base's size, same CPU": save_classifier(Path(folder)),
         }
         speeds, scored, dtype = asyncio.run(measure(specs, clients, requests, rounds))
-    capabilities = torch.cpu.get_capabilities()
-    text = "\n".join(
-        [
-            "# What scoring toxicity costs",
-            "",
-            f"{datetime.now(UTC):%Y-%m-%d}, {capabilities.get('cpu_name', platform.processor())}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-            f"{transformers.__version__}, SmolLM2-135M, {dtype}: {clients} clients, each "
-            f"{requests} completions of {min(TOKENS)} to {max(TOKENS)} tokens a round, {rounds} "
-            "interleaved rounds; medians of the rounds, and of their ratios to the round without "
-            "scoring beside them.",
-            "",
-            f"`python -m benchmarks.scoring_cost {' '.join(sys.argv[1:])}`",
-            "",
-            *table(speeds, scored, clients * requests * rounds),
-            "",
-        ]
+    write_report(
+        "What scoring toxicity costs",
+        "benchmarks.scoring_cost",
+        f"SmolLM2-135M, {dtype}: {clients} clients, each {requests} completions of {min(TOKENS)} to "
+        f"{max(TOKENS)} tokens a round, {rounds} interleaved rounds; medians of the rounds, and of "
+        "their ratios to the round without scoring beside them.",
+        table(speeds, scored, clients * requests * rounds),
+        out,
     )
-    Console().print(text, markup=False, soft_wrap=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text)
 
 
 if __name__ == "__main__":

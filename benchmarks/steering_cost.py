@@ -6,21 +6,18 @@ compared, so that a machine that slows down slows down all of them.
     python -m benchmarks.steering_cost --out benchmarks/results/steering_cost.md
 """
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.report import write_report
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
 from server.engine.base import Edit, Request, SamplingSettings
@@ -128,26 +125,14 @@ def main(
     core, parameters, stacks, dtype = load()
     with torch.inference_mode():
         medians = measure(core, parameters, stacks, rounds, steps)
-    capabilities = torch.cpu.get_capabilities()
-    text = "\n".join(
-        [
-            "# What steering costs",
-            "",
-            f"{datetime.now(UTC):%Y-%m-%d}, {capabilities.get('cpu_name', platform.processor())}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-            f"{transformers.__version__}, SmolLM2-135M, {dtype}, {PROMPT_TOKENS} prompt tokens, "
-            f"{rounds} interleaved rounds of {steps} decode steps, medians.",
-            "",
-            f"`python -m benchmarks.steering_cost {' '.join(sys.argv[1:])}`",
-            "",
-            *table(medians),
-            "",
-        ]
+    write_report(
+        "What steering costs",
+        "benchmarks.steering_cost",
+        f"SmolLM2-135M, {dtype}, {PROMPT_TOKENS} prompt tokens, {rounds} interleaved rounds of "
+        f"{steps} decode steps, medians.",
+        table(medians),
+        out,
     )
-    Console().print(text, markup=False, soft_wrap=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text)
 
 
 if __name__ == "__main__":
