@@ -181,9 +181,9 @@ def main(
     write_report(
         "What scoring toxicity costs",
         "benchmarks.scoring_cost",
-        f"SmolLM2-135M, {dtype}: {clients} clients, each {requests} completions of {min(TOKENS)} to "
-        f"{max(TOKENS)} tokens a round, {rounds} interleaved rounds; medians of the rounds, and of "
-        "their ratios to the round without scoring beside them.",
+        f"SmolLM2-135M, {dtype}: {clients} clients, each {requests} completions of {min(TOKENS)} "
+        f"to {max(TOKENS)} tokens a round, {rounds} interleaved rounds; medians of the rounds, and "
+        "of their ratios to the round without scoring beside them.",
         table(speeds, scored, clients * requests * rounds),
         out,
     )
