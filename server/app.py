@@ -12,7 +12,7 @@ from server.api.auth import require_api_key
 from server.api.context import ServerContext
 from server.api.errors import ApiError, install_error_handlers
 from server.api.limits import BodyLimitMiddleware
-from server.api.observe import RequestCountMiddleware
+from server.api.observe import RequestObserver
 from server.api.steering import SteeringResolver
 from server.baselines import BaselineSampler
 from server.config import ConfigurationError, Settings
@@ -67,7 +67,7 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(BodyLimitMiddleware, settings=settings, lifecycle=context.lifecycle)
     app.add_middleware(
-        RequestCountMiddleware, metrics=metrics, sinks=sinks
+        RequestObserver, metrics=metrics, sinks=sinks
     )  # outermost: it sees every answer
     return app
 

@@ -53,6 +53,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.engine_died = False
         self._engine = context.engine
+        self._scoring = context.scoring
         self._lifecycle = context.lifecycle
         self._drain_seconds = settings.shutdown_timeout
         self._stalled = StalledConnections(settings.write_timeout)
@@ -106,6 +107,8 @@ class Server(uvicorn.Server):
         except TimeoutError:
             count = len(self.server_state.tasks)
             logger.warning("%g s are over: ending %d request(s)", self._drain_seconds, count)
+        if self._scoring is not None:
+            await self._scoring.close()  # some may have their text, and wait for its score
         return await self._engine.close()
 
     async def _watch_connections(self) -> None:

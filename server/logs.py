@@ -19,6 +19,8 @@ QUIET_ENDPOINTS: Final = frozenset({"/health", "/ready", "/metrics", "/version"}
 
 # Loggers that speak at INFO; everybody else's begin at WARNING.
 _OWN_LOGGERS: Final = ("interventions", "server", "steering", "steerserve", "uvicorn")
+# Libraries that write to standard error by themselves, in a format of their own.
+_LOGGERS_WITH_HANDLERS: Final = ("huggingface_hub", "transformers")
 # Attributes of a log record that carry a request, for the one format and for the other.
 _FIELDS: Final = "steerserve_fields"
 _DETAILS: Final = "steerserve_details"
@@ -36,6 +38,9 @@ def configure_logging(style: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if style == "json" else TextLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in _LOGGERS_WITH_HANDLERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     for name in _OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -1,7 +1,7 @@
 """Every Prometheus metric of the server, in one registry of its own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,7 +17,9 @@ PREFIX: Final = "steerserve_"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 MAX_INTERVENTION_LABELS: Final = 100
+MAX_STACK_LABELS: Final = 50  # further ones: clients choose what they stack
 OTHER: Final = "other"
+SEPARATOR: Final = "+"  # between the names of a stack
 NONE: Final = "none"  # what the base model wrote by itself
 TOXIC_FROM: Final = (0.5, 0.8)  # scores from which a completion counts as toxic
 
@@ -131,8 +133,9 @@ class Metrics:
             registry=registry,
         )
         self._labels: set[str] = {NONE}
+        self._stack_labels: set[str] = set()
         registry.register(_State(engine, interventions, model))
-        for outcome in ("completed", "dropped"):
+        for outcome in get_args(BaselineOutcome):
             self._baselines.labels(outcome)
 
     def watch_toxicity_queue(self, depth: Callable[[], int]) -> None:
@@ -201,7 +204,7 @@ class Metrics:
         """The metrics page, with the gauges as they are now."""
         self._show(NONE, None)
         for entry in self._interventions.entries():
-            # Half of the labels are for what is asked for, stacks among it, whatever is stored.
+            # Half of the labels are for what is asked for, whatever is stored.
             if entry.name in self._labels or len(self._labels) < MAX_INTERVENTION_LABELS // 2:
                 self._show(entry.name, entry.manifest.kind)
         return generate_latest(self._registry)
@@ -220,9 +223,15 @@ class Metrics:
 
     def _bounded(self, intervention: str) -> str:
         """The label, or `other` once there are too many: each costs memory for good."""
-        if intervention not in self._labels and len(self._labels) > MAX_INTERVENTION_LABELS:
+        stack = SEPARATOR in intervention
+        labels, most = (
+            (self._stack_labels, MAX_STACK_LABELS)
+            if stack
+            else (self._labels, MAX_INTERVENTION_LABELS)
+        )
+        if intervention not in labels and len(labels) >= most:
             return OTHER
-        self._labels.add(intervention)
+        labels.add(intervention)
         return intervention
 
 

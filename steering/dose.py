@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steering.route import Span
 from steering.settings import AffineSettings, RewardSettings
+
+LARGEST: Final = 1e6
 
 # The kind of an edit, and its place among those of its kind in a stack.
 _Place: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
@@ -106,10 +108,10 @@ class DoseMeter:
 
 def _doses(before: Tensor, after: Tensor) -> Tensor:
     """(n, d) float32 twice -> (n,) float32."""
-    # A vector of zeros has no dose; any number would be as arbitrary as this very large one.
-    norm = before.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    doses: Tensor = (after - before).norm(dim=-1) / norm
-    return doses
+    doses: Tensor = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    # Of a vector of zeros there is no dose, and one that overflows is as good as this large one: a
+    # mean must stay a number.
+    return doses.nan_to_num(nan=LARGEST, posinf=LARGEST).clamp(max=LARGEST)
 
 
 def _doses_of(

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import httpx
 
+ROOT = Path(__file__).parent.parent
 START_SECONDS = 120
 STOP_SECONDS = 60
 
@@ -56,7 +57,7 @@ def steerserve(
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, "--registry", str(folder / "registry")],
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
             stdin=subprocess.DEVNULL,
             stdout=output,

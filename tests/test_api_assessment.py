@@ -82,23 +82,54 @@ async def test_without_a_scorer_it_is_refused(make_client: MakeClient) -> None:
     assert (error["param"], error["code"]) == ("toxicity", "unsupported_parameter")
 
 
-@pytest.mark.parametrize("field", ["toxicity", "compare"])
 async def test_a_score_that_cannot_be_had_is_an_error(
-    client: httpx.AsyncClient, scorer: TestScorer, field: str
+    client: httpx.AsyncClient, scorer: TestScorer
 ) -> None:
     scorer.fails = True
-    asked: Json = {field: True, "steering": MAPS}
+    asked: Json = {"toxicity": True, "steering": MAPS}
     response = await complete(client, **asked)
     assert response.status_code == 503
+    assert response.headers["retry-after"]
     error = error_of(response)
-    assert (error["param"], error["code"]) == (field, "toxicity_unavailable")
+    assert (error["param"], error["code"]) == ("toxicity", "toxicity_unavailable")
+    # What the scorer says of its failure may quote what others have said to it.
+    assert "as the test wants" not in response.text
     stream = await complete(client, stream=True, **asked)
     assert "toxicity_unavailable" in stream.text
     assert "[DONE]" not in stream.text
+    assert await metric(client, "toxicity_dropped_total") == 2
+    assert await metric(client, "request_duration_seconds_count") == 0, "they ended badly"
     scorer.fails = False
     assert (await complete(client, **asked)).status_code == 200
-    # Both scores of a comparison are asked for one after the other.
-    assert await metric(client, "toxicity_dropped_total") == 2
+    assert await metric(client, "request_duration_seconds_count") == 1
+
+
+async def test_a_comparison_goes_without_scores_that_cannot_be_had(
+    client: httpx.AsyncClient, scorer: TestScorer
+) -> None:
+    scorer.fails = True
+    body = await answer(client, steering=MAPS, compare=True)
+    assert body["toxicity"] == body["comparison"]["toxicity"] == [None]
+    assert body["comparison"]["choices"][0]["text"]
+    assert body["comparison"]["mean_kl_divergence"][0] > 0
+
+
+async def test_a_prompt_that_is_only_read_has_no_score(client: httpx.AsyncClient) -> None:
+    body = await answer(client, toxicity=True, max_tokens=0, echo=True, prompt=["a", "b"])
+    assert body["toxicity"] == [None, None]
+    assert await metric(client, "toxicity_scoring_seconds_count") == 0
+
+
+async def test_without_a_seed_both_draw_the_same(client: httpx.AsyncClient) -> None:
+    nearly_nothing = {"intervention": "maps", "strength": 1e-7}
+    asked: Json = {"temperature": 1, "max_tokens": 12, "ignore_eos": True, "n": 2}
+    body = await answer(client, steering=nearly_nothing, compare=True, **asked)
+    texts, base = (
+        [choice["text"] for choice in choices]
+        for choices in (body["choices"], body["comparison"]["choices"])
+    )
+    assert texts == base
+    assert len({*texts, (await answer(client, **asked))["choices"][0]["text"]}) == 3
 
 
 async def test_waiting_for_the_score_ends_with_the_requests_time(
@@ -223,7 +254,9 @@ async def test_what_is_compared_counts_twice(
     ) as client:
         assert (await complete(client, n=2, compare=True, steering=MAPS)).status_code == 200
         response = await complete(client, n=3, compare=True, steering=MAPS)
-        assert (response.status_code, error_of(response)["param"]) == (400, "n")
+        assert (response.status_code, error_of(response)["param"]) == (400, "compare")
+        response = await complete(client, n=5, compare=True, steering=MAPS)
+        assert error_of(response)["param"] == "n"
 
 
 async def test_what_is_asked_for_is_recorded_once(

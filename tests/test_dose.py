@@ -13,7 +13,7 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import LoadedModel
 from steering.bank import Bank
-from steering.dose import DoseMeter
+from steering.dose import LARGEST, DoseMeter
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 from tests import oracles
@@ -101,7 +101,10 @@ def test_an_edit_of_nothing_is_a_number() -> None:
     zero = torch.zeros(1, WIDTH)
     spans = [Span(0, 1, 1, range(1), (AFFINE, REWARD))]
     [doses] = measured(spans, dict.fromkeys(SITES, zero), zero)
-    assert all(dose is not None and dose > 0 for dose in doses)
+    assert doses == (LARGEST, LARGEST)
+    huge = torch.full((1, WIDTH), 1e30)  # whose norm is not a number in float32
+    [doses] = measured(spans, dict.fromkeys(SITES, huge), huge)
+    assert all(dose is not None and 0 <= dose <= LARGEST for dose in doses)
 
 
 async def outputs(engine: TorchEngine, prompt: bytes, edits: tuple[Edit, ...]) -> list[StepOutput]:

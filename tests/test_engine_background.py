@@ -77,6 +77,17 @@ async def test_it_is_not_begun_without_room(start_engine: StartEngine) -> None:
     assert len(tokens_of(await read(await submit(engine)))) == LONG.max_tokens
 
 
+async def test_its_admission_is_in_nobodys_way(start_engine: StartEngine) -> None:
+    """The bound is on requests, and a request alone is never too many."""
+    engine = await start_engine({}, options=replace(OPTIONS, max_waiting=1))
+    short = replace(GREEDY, max_tokens=1)
+    for _ in range(20):
+        background = asyncio.create_task(submit(engine))
+        await asyncio.sleep(0)  # it is on its way now
+        assert len(await generate(engine, PROMPTS[0], sampling=short)) == 1
+        (await background).cancel()
+
+
 async def test_who_leaves_takes_it_along(start_engine: StartEngine) -> None:
     engine = await start_engine({}, options=OPTIONS)
     background = await submit(engine)

@@ -8,7 +8,7 @@ import pytest
 from interventions.registry import Registry
 from server.engine.base import QueueFullError
 from server.engine.torch.engine import TorchEngine
-from server.metrics import MAX_INTERVENTION_LABELS, Metrics
+from server.metrics import MAX_INTERVENTION_LABELS, MAX_STACK_LABELS, Metrics
 from server.records import OUTCOMES
 from tests.conftest import WriteArtifact
 from tests.engines import idle
@@ -188,9 +188,32 @@ async def test_intervention_labels_are_capped(tiny_engine: TorchEngine, registry
         for _ in range(2):
             metrics.generated(1, "affine", f"name-{number}")
     page = metrics.render().decode()
-    assert page.count("steerserve_steered_tokens_total{") == MAX_INTERVENTION_LABELS + 1
-    assert 'steered_tokens_total{intervention="other",kind="affine"} 20.0' in page
+    # One of the labels is for what nothing steers, and `other` comes to them.
+    assert page.count("steerserve_steered_tokens_total{") == MAX_INTERVENTION_LABELS
+    assert 'steered_tokens_total{intervention="other",kind="affine"} 22.0' in page
     assert 'steered_tokens_total{intervention="name-0",kind="affine"} 2.0' in page
+
+
+async def test_stacks_that_clients_make_up_leave_room_for_names(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    metrics = Metrics(tiny_engine, registry, "tiny")
+    for number in range(2 * MAX_STACK_LABELS):
+        metrics.generated(1, "affine", f"a+{'b+' * number}b")
+    metrics.generated(1, "affine", "new")
+    page = metrics.render().decode()
+    assert page.count("steerserve_steered_tokens_total{") == MAX_STACK_LABELS + 2
+    assert 'steered_tokens_total{intervention="new",kind="affine"} 1.0' in page
+
+
+async def test_a_name_that_means_something_else_as_a_label_is_none(
+    client: httpx.AsyncClient, affine_artifact: WriteArtifact
+) -> None:
+    for name in ("none", "other"):
+        await push(client, affine_artifact("maps"), name)
+        await complete(client, steering={"intervention": name}, ignore_eos=True)
+    labels = '{intervention="other",kind="affine"}'
+    assert await metric(client, f"steered_tokens_total{labels}") == 12
 
 
 async def test_what_is_stored_is_shown_from_the_start_but_not_without_end(

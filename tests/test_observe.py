@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from interventions.registry import Registry
-from server.api.observe import RequestCountMiddleware, outcome_of, record_of, set_outcome
+from server.api.observe import RequestObserver, outcome_of, record_of, set_outcome
 from server.app import create_app
 from server.config import Settings
 from server.engine.base import StepOutput
@@ -197,7 +197,7 @@ async def test_routes_fill_in_the_record_and_state_outcomes(
         request.state.error_code = "engine_dead"
 
     metrics = Metrics(tiny_engine, registry, "tiny")
-    app.add_middleware(RequestCountMiddleware, metrics=metrics, sinks=[kept])
+    app.add_middleware(RequestObserver, metrics=metrics, sinks=[kept])
     async with client_of(app) as client:
         await client.get("/x")
         await client.get("/nowhere")

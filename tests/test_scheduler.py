@@ -1,10 +1,11 @@
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import pytest
 
 from server.engine.base import QueueFullError, Request, SamplingSettings
 from server.engine.torch.kv_cache import BlockPool
-from server.engine.torch.scheduler import Chunk, Scheduler
+from server.engine.torch.scheduler import BACKGROUND_TOKENS, Chunk, Scheduler
 from server.engine.torch.sequence import Sequence
 
 
@@ -69,6 +70,22 @@ def test_a_later_decode_goes_before_an_earlier_prefill() -> None:
     schedule.add(sequence(9))
     assert counts(step(schedule)) == [1, 1, 2]
     assert counts(step(schedule)) == [1, 1, 2]
+
+
+def test_background_takes_little_of_a_step_that_others_wait_for() -> None:
+    request, background = sequence(3, 2), sequence(40, 9)
+    background.request = replace(background.request, background=True)
+    second = sequence(40, 9)
+    second.request = replace(second.request, background=True)
+    schedule = scheduler(tokens=32)
+    schedule.check_background(background, second)
+    for each in (background, second, request):
+        schedule.add(each)
+    chunks = step(schedule)
+    assert [chunk.sequence for chunk in chunks] == [request, background]
+    assert counts(chunks) == [3, BACKGROUND_TOKENS]
+    assert counts(step(schedule)) == [1, BACKGROUND_TOKENS]  # with the request's last token
+    assert counts(step(schedule)) == [40 - 2 * BACKGROUND_TOKENS, 32 - (40 - 2 * BACKGROUND_TOKENS)]
 
 
 def test_the_waiting_queue_is_bounded() -> None:

@@ -72,7 +72,8 @@ DETAIL = Section(
             "timeseries",
             "reqps",
             "Requests to the API that did not succeed. client_error: refused as faulty; rejected: "
-            "the queue was full; unavailable: not ready; cancelled: the client left.",
+            "the queue was full; unavailable: not ready, or without the score that was asked for; "
+            "cancelled: the client left.",
             (
                 Target(
                     rate("requests_total", API, 'outcome!="success"', by="outcome"), "{{outcome}}"

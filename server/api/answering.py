@@ -1,10 +1,11 @@
 """From a checked request to its answer, whole or streamed: the same for every endpoint."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from pydantic import JsonValue
@@ -82,6 +83,7 @@ class Exchange:
         self._record.choices = len(plans)
         self._record.sampling = plans[0].sampling
         compare, receive = self._wanted.compare, self._http.receive
+        plans = [replace(plan, sampling=_seeded(plan.sampling)) for plan in plans]
         requests = [self._request(index, plan, self._edits) for index, plan in enumerate(plans)]
         compared = [self._request(index, plan, ()) for index, plan in enumerate(plans) if compare]
         submission = self._group.submit(requests, prompt_tokens, compared)
@@ -126,7 +128,14 @@ class Exchange:
     async def _conclude(self, base_choices: Sequence[Choice]) -> Mapping[str, JsonValue]:
         if self._context.settings.log_content:
             self._record.completions = [progress.text for progress in self._group.served]
-        return await self._group.in_time(self._assessment.conclude(self._group, base_choices))
+        further = await self._group.in_time(self._assessment.conclude(self._group, base_choices))
+        self._group.finished()
+        return further
+
+
+def _seeded(sampling: SamplingSettings) -> SamplingSettings:
+    """With a seed in any case: the base model, where it is asked too, is to draw the same."""
+    return sampling if sampling.seed is not None else replace(sampling, seed=random.getrandbits(63))
 
 
 @asynccontextmanager
@@ -191,6 +200,12 @@ def check_request(wanted: GenerationFields, prompts: int, context: ServerContext
         raise invalid(
             f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n}{twice} are more than the "
             f"{limit} completions that one request may ask for.",
-            "n" if prompts <= limit else "prompt",
+            _at_fault(prompts, wanted, limit),
             "too_many_completions",
         )
+
+
+def _at_fault(prompts: int, wanted: GenerationFields, limit: int) -> str:
+    if prompts > limit:
+        return "prompt"
+    return "n" if prompts * wanted.n > limit else "compare"

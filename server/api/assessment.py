@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from server.api.context import ServerContext
-from server.api.errors import ApiError, invalid
+from server.api.errors import RETRY_SECONDS, ApiError, invalid
 from server.api.fields import GenerationFields
 from server.api.frames import Choice
 from server.api.generations import GenerationGroup
@@ -31,11 +31,11 @@ class Assessment:
         """The answer's further fields; what was not asked for is measured without waiting.
 
         Raises:
-            ApiError: a score that was asked for cannot be had.
+            ApiError: a score that was asked for cannot be had. (A comparison goes without.)
         """
         wanted, scoring = self._wanted, self._context.scoring
         completed = [progress for progress in group.served if progress.tokens]  # or only read
-        if self._steering.labels and not wanted.compare:
+        if self._steering.labels and not wanted.compare and not self._context.lifecycle.stopping:
             for progress in completed:
                 self._context.baselines.offer(progress.request, self._steering.label)
         fields: dict[str, JsonValue] = {}
@@ -64,16 +64,22 @@ class Assessment:
     async def _score(
         self, scoring: ScoringQueue, completions: Sequence[Progress], arm: Arm
     ) -> list[JsonValue]:
-        texts = [progress.text for progress in completions]
+        """Of each completion; null where it was only a prompt that was read."""
+        texts = [progress.text for progress in completions if progress.tokens]
         try:
-            return [*await scoring.score(texts, self._steering.label, arm)]
+            scores = iter(await scoring.score(texts, self._steering.label, arm))
         except ScoringError as error:
+            if not self._wanted.toxicity:
+                return [None] * len(completions)
+            # What has failed may quote other people's texts: it is in the log.
             raise ApiError(
                 503,
-                f"The toxicity of the answer cannot be told: {error}",
-                param="toxicity" if self._wanted.toxicity else "compare",
+                "The toxicity of the answer cannot be told now; try again later.",
+                param="toxicity",
                 code="toxicity_unavailable",
+                headers={"Retry-After": RETRY_SECONDS},
             ) from error
+        return [next(scores) if progress.tokens else None for progress in completions]
 
 
 def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:

@@ -61,6 +61,7 @@ class GenerationGroup:
         self._timeout = timeout
         self._record = record
         self._prompt_tokens = 0
+        self._seconds = 0.0  # from the arrival to the last token, once that has come
         self._generations: list[Generation] = []
         self.served: list[Progress] = []
         self.compared: list[Progress] = []  # the base model's, where they are asked for
@@ -132,9 +133,12 @@ class GenerationGroup:
             # Now: a reader may take long over what is still to be said.
             self.close()
             self._tell()
+        self._seconds = time.perf_counter() - self._arrived
+
+    def finished(self) -> None:
+        """Count the request as one that ended well, in the time that its generations took."""
         usage = self.usage
-        seconds = time.perf_counter() - self._arrived
-        self._metrics.finished(seconds, usage.prompt_tokens, usage.completion_tokens)
+        self._metrics.finished(self._seconds, usage.prompt_tokens, usage.completion_tokens)
 
     def close(self) -> None:
         """Cancel what has not finished and release the interventions. May be called again."""
@@ -167,8 +171,8 @@ class GenerationGroup:
         if output.queue_seconds is not None:
             metrics.queued(output.queue_seconds)
         steered = bool(progress.request.edits)
-        if steered:
-            for label, dose in zip(steering.labels, output.doses, strict=False):
+        if output.doses:
+            for label, dose in zip(steering.labels, output.doses, strict=True):
                 if dose is not None:
                     metrics.dosed(label, dose)
         tokens = len(output.token_ids)

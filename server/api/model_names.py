@@ -1,9 +1,11 @@
 """The ids that a request may give as its model: `<served name>` or `<served name>+<name>`."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from server.api.errors import ApiError
-from server.api.steering import SEPARATOR
+
+SEPARATOR: Final = "+"
 
 
 def split_model(model: str, served: Sequence[str]) -> tuple[str, str | None]:

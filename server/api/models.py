@@ -5,8 +5,7 @@ from pydantic import JsonValue
 from starlette.responses import JSONResponse, Response
 
 from server.api.context import Context, ServerContext
-from server.api.model_names import model_not_found
-from server.api.steering import SEPARATOR
+from server.api.model_names import SEPARATOR, model_not_found
 
 router = APIRouter(prefix="/models")
 

@@ -27,7 +27,7 @@ _LONGEST_TRACE_HEADER: Final = 512  # what W3C asks that at least be passed on
 logger = logging.getLogger(__name__)
 
 
-class RequestCountMiddleware:
+class RequestObserver:
     """Gives every request an id and a record, feeds `requests_total`, and hands the record on."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, sinks: Sequence[RecordSink] = ()) -> None:

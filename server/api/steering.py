@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pydantic import JsonValue
 
@@ -19,10 +19,8 @@ from server.api.errors import ApiError, from_registry, invalid
 from server.api.wanted import Wanted, parse_steering
 from server.config import SteeringPolicy
 from server.engine.base import Edit
-from server.metrics import NONE, OTHER
+from server.metrics import NONE, OTHER, SEPARATOR
 from server.records import InterventionRecord
-
-SEPARATOR: Final = "+"  # between a model and an intervention, and between the names of a stack
 
 Source: TypeAlias = Literal["request", "model", "default"]
 
@@ -227,8 +225,10 @@ class SteeringResolver:
 
 
 def _label(entry: Entry) -> str:
-    # A digest that no name points to any more is no name: it must not become a label.
-    return OTHER if entry.name.startswith(DIGEST_PREFIX) else entry.name
+    # A digest that no name points to any more is no name: it must not become a label. And two
+    # names mean something else there.
+    nameless = entry.name.startswith(DIGEST_PREFIX) or entry.name in (NONE, OTHER)
+    return OTHER if nameless else entry.name
 
 
 def _locked() -> ApiError:

@@ -6,9 +6,11 @@ from contextlib import ExitStack
 from typing import Final
 
 import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from prometheus_client import disable_created_metrics
 from pydantic import ValidationError
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
@@ -41,23 +43,41 @@ STARTUP_ERRORS: Final = (
 
 
 def launch(settings: Settings, console: Console) -> bool:
-    """Serve until a signal.
+    """Serve until a signal, and say what happens: on the console, or as JSON where that is wanted.
 
     Returns:
-        False if the engine has died instead.
-
-    Raises:
-        STARTUP_ERRORS: the server cannot be started.
+        False if the server could not be started, or the engine has died.
     """
+    json = settings.log_format == "json"
+    configure_logging(settings.log_format)
+    if json:
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bars()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each
 
     def say(sentence: str) -> None:
-        if settings.log_format == "json":  # nothing but JSON then
+        if json:
             logger.info("%s", sentence)
         else:
             console.print(f"steerserve: {sentence}", markup=False, soft_wrap=True)
 
-    configure_logging(settings.log_format)
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each
+    try:
+        return _run(settings, say)
+    except STARTUP_ERRORS as error:
+        if json:
+            logger.critical("%s", _sentence(error))
+        else:
+            announce_failure(error, console)
+        return False
+
+
+def announce_failure(error: Exception, console: Console) -> None:
+    """Say why the server cannot be started."""
+    console.print(f"steerserve: {_sentence(error)}", style="red", markup=False, soft_wrap=True)
+
+
+def _run(settings: Settings, say: Callable[[str], None]) -> bool:
+    """Serve until a signal; whether the engine has lived so long."""
     with ExitStack() as stack:
         sinks = _sinks(settings, stack)
         scorer = build_scorer(settings)  # it loads while the model does
@@ -117,3 +137,14 @@ def _add_bundled(registry: Registry) -> None:
         name = read_manifest(path).name
         if not registry.known(name):
             registry.add(path, name)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            if problem["loc"]
+            else problem["msg"]
+            for problem in error.errors()
+        )
+    return str(error)

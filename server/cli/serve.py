@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from server.cli.launch import STARTUP_ERRORS, launch
+from server.cli.launch import announce_failure, launch
 from server.config import Settings
 
 
@@ -136,20 +136,9 @@ def serve(
     }
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        ended_well = launch(Settings.model_validate(given), console)
-    except STARTUP_ERRORS as error:
-        console.print(f"steerserve: {_sentence(error)}", style="red", markup=False, soft_wrap=True)
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        announce_failure(error, console)
         raise typer.Exit(1) from error
-    if not ended_well:
+    if not launch(settings, console):
         raise typer.Exit(1)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            if problem["loc"]
-            else problem["msg"]
-            for problem in error.errors()
-        )
-    return str(error)

@@ -55,7 +55,7 @@ class TorchEngine:
         self._admissions: set[asyncio.Task[list[TorchGeneration]]] = set()
         self._generations: dict[EngineSequence, TorchGeneration] = {}
         self._reads = SharedReads(source)
-        self._admitting = 0  # requests that are on their way to the scheduler's queue
+        self._admitting = 0  # requests on their way to the scheduler's queue, but for background
 
     @property
     def model(self) -> ModelDescription:
@@ -139,7 +139,8 @@ class TorchEngine:
         if not self.ready:
             raise self._thread.end
         # What waits for an intervention to be read is not in the scheduler's queue yet.
-        if self._admitting and self._admitting + len(requests) > self._core.scheduler.max_waiting:
+        queued = sum(not request.background for request in requests)
+        if self._admitting and self._admitting + queued > self._core.scheduler.max_waiting:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         for request in requests:
             self._check_lengths(request)
@@ -189,7 +190,8 @@ class TorchEngine:
         # Known before the engine is, so that no output can come too early.
         generations = [TorchGeneration(partial(self._cancel, each)) for each in sequences]
         self._generations.update(zip(sequences, generations, strict=True))
-        self._admitting += len(sequences)
+        queued = sum(not request.background for request in requests)
+        self._admitting += queued
         try:
             await self._queue(sequences)
         except BaseException:
@@ -197,7 +199,7 @@ class TorchEngine:
                 self._generations.pop(sequence, None)
             raise
         finally:
-            self._admitting -= len(sequences)
+            self._admitting -= queued
         return generations
 
     async def _queue(self, sequences: Sequence[EngineSequence]) -> None:

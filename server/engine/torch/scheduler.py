@@ -3,10 +3,13 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from server.engine.base import GaveWayError, QueueFullError
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.sequence import Sequence
+
+BACKGROUND_TOKENS: Final = 8  # all background work together, in a step that requests wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,8 @@ class Scheduler:
     last is preempted: it gives up its blocks, waits in front, and is computed anew later. So the
     oldest always goes on, and every sequence becomes the oldest.
 
-    Background work starts at once or not at all, takes what is left of each step, and is ended
-    as soon as anything else wants its room.
+    Background work starts at once or not at all, takes few tokens of a step that computes anything
+    else, and is ended as soon as anything else wants its room.
     """
 
     pool: BlockPool
@@ -142,6 +145,8 @@ class Scheduler:
         self._make_room(plan)
         budget = self.max_batch_tokens
         for sequence in self._candidates(plan):
+            if sequence.request.background and self.running:
+                budget = min(budget, BACKGROUND_TOKENS)
             count = min(sequence.pending, budget // sequence.lanes)
             if count == 0:
                 break

@@ -1,0 +1,49 @@
+"""Starting the server: what it says on standard error, and in which words."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+
+from tests.processes import ROOT, STOP_SECONDS, steerserve
+
+
+def entries(log: str) -> list[dict[str, object]]:
+    """Every line, each of which must be one JSON object with what all of them have."""
+    found = [json.loads(line) for line in log.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in found)
+    return found
+
+
+def test_a_json_log_has_nothing_but_json(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    model = str(tiny_folders["llama"])
+    with steerserve(tmp_path, "--model", model, "--log-format", "json") as server:
+        body = {"model": "tiny-llama", "prompt": "secret words", "max_tokens": 3}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert answer.status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(STOP_SECONDS) == 0
+        log = server.log.read_text()
+    told = [entry for entry in entries(log) if entry["logger"] == "steerserve.requests"]
+    assert [entry["request_id"] for entry in told] == [answer.headers["x-request-id"]]
+    assert told[0]["completion_tokens"] == 3
+    assert "secret" not in log
+
+
+def test_that_it_cannot_start_is_said_in_json_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--registry", str(tmp_path)]
+    ended = subprocess.run(
+        [*command, "--model", str(tmp_path / "nowhere"), "--log-format", "json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    last = entries(ended.stderr)[-1]
+    assert last["level"] == "CRITICAL"
+    assert "nowhere" in str(last["message"])
