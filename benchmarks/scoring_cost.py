@@ -62,8 +62,7 @@ class Scored:
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
-        if self._process is not None and self.queue is not None:
-            self._process.close()
+        if self.queue is not None:
             await self.queue.close()
 
     @property

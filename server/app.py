@@ -34,7 +34,7 @@ def create_app(
     """The HTTP service on an engine and a registry.
 
     The application starts the engine if it is not started, and closes it if it started it; it
-    starts and closes the queue. Registry, scorer and sinks stay the caller's.
+    starts and closes the queue, and with it the scorer. Registry and sinks stay the caller's.
 
     Args:
         scoring: scores what is generated; None where no scores are wanted.

@@ -20,7 +20,10 @@ def score_of(text: str) -> float:
 
 @dataclass
 class TestScorer:
-    """Scores at once, and remembers what it was asked; or fails; or waits until it may go on."""
+    """Scores at once, and remembers what it was asked; or fails; or waits until it may go on.
+
+    Closed, it fails.
+    """
 
     __test__ = False
 
@@ -37,6 +40,10 @@ class TestScorer:
             raise ScoringError("the scorer fails, as the test wants")
         self.texts += texts
         return [score_of(text) for text in texts]
+
+    def close(self) -> None:
+        self.fails = True
+        self.may_go_on.set()
 
 
 @asynccontextmanager

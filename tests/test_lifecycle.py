@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from starlette.types import Message
 
@@ -376,3 +377,41 @@ def wait_for_running(url: str, count: int) -> None:
             return
         time.sleep(0.02)
     raise TimeoutError
+
+
+def test_who_waits_for_a_score_at_the_end_is_told_in_time(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """The scorer hangs; the text has been generated, and nobody may wait for its score longer."""
+    model = str(tiny_folders["llama"])
+    with steerserve(tmp_path, "--model", model, "--shutdown-timeout", "0.5") as server:
+        (worker,) = psutil.Process(server.process.pid).children()
+        worker.suspend()
+        body = {"model": "tiny-llama", "prompt": "x", "max_tokens": 3, "toxicity": True}
+        with ThreadPoolExecutor() as pool:
+            answers = [
+                pool.submit(
+                    httpx.post,
+                    f"{server.url}/v1/completions",
+                    json={**body, "stream": stream},
+                    timeout=30,
+                )
+                for stream in (False, True)
+            ]
+            wait_for_sample(server.url, "steerserve_toxicity_queue_depth 2.0")
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            plain, stream = (answer.result() for answer in answers)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < 5
+        assert (plain.status_code, error_of(plain)["code"]) == (503, "toxicity_unavailable")
+        assert "toxicity_unavailable" in stream.text
+        assert "Traceback" not in server.log.read_text()
+        assert not worker.is_running()
+
+
+def wait_for_sample(url: str, line: str) -> None:
+    deadline = time.monotonic() + 20
+    while line not in httpx.get(f"{url}/metrics").text.splitlines():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -99,6 +99,15 @@ def test_the_worker_yields_to_others(embedded: ScorerProcess) -> None:
     assert os.getsid(embedded.pid) == embedded.pid
 
 
+def test_the_command_line_does_not_say_which_scorer() -> None:
+    with started("http://user:SECRET@127.0.0.1:9") as scorer:
+        assert "SECRET" not in " ".join(psutil.Process(scorer.pid).cmdline())
+        scorer.wait_ready()
+        with pytest.raises(ScoringError, match=r"at 127\.0\.0\.1:9 cannot be asked") as caught:
+            scorer.score(["a"])
+        assert "SECRET" not in str(caught.value)
+
+
 def test_it_starts_from_any_folder(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +144,17 @@ def test_a_worker_that_died_between_batches_is_replaced() -> None:
         assert scorer.score(["abc"]) == [0.03]
         assert scorer.pid != pid
         assert not psutil.pid_exists(pid)
+
+
+def test_a_replaced_worker_outlives_the_thread_that_asked_for_it() -> None:
+    with scoring_service() as service, started(service.url) as scorer:
+        scorer.wait_ready()
+        kill(scorer)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(scorer.score, ["abc"]).result(20) == [0.03]
+        pid = scorer.pid
+        assert scorer.score(["abcd"]) == [0.04]
+        assert scorer.pid == pid
 
 
 def test_a_worker_that_dies_over_a_batch_loses_that_batch() -> None:
@@ -191,6 +211,20 @@ def test_close_frees_who_is_waiting_for_scores() -> None:
             lost.result(5)
 
 
+def test_close_ends_a_stopped_worker_at_once() -> None:
+    with scoring_service() as service, started(service.url) as scorer:
+        scorer.wait_ready()
+        os.kill(scorer.pid, signal.SIGSTOP)
+        lost = in_background(lambda: scorer.score(["abc"]))
+        with pytest.raises(TimeoutError):
+            lost.result(0.1)
+        begun = time.monotonic()
+        scorer.close()
+        assert time.monotonic() - begun < 1
+        with pytest.raises(ScoringError, match="is closed"):
+            lost.result(5)
+
+
 def test_close_frees_who_is_waiting_for_the_next_start() -> None:
     with scoring_service() as service, started(service.url, restart_seconds=60) as scorer:
         scorer.wait_ready()
@@ -216,12 +250,31 @@ def test_close_while_it_loads_and_after_the_end() -> None:
     assert not psutil.pid_exists(scorer.pid)
 
 
-def test_the_worker_ends_with_its_parent() -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(
+    "stopped",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help")
+        ),
+    ],
+)
+def test_the_worker_ends_with_its_parent(stopped: bool, replaced: bool) -> None:
     code = (
         "import os, signal\n"
         "from server.toxicity.process import ScorerProcess\n"
-        "scorer = ScorerProcess('http://127.0.0.1:9')\n"
+        "scorer = ScorerProcess('http://127.0.0.1:9', restart_seconds=0.01)\n"
         "scorer.wait_ready()\n"
+        f"if {replaced}:\n"
+        "    first = scorer.pid\n"
+        "    os.kill(first, signal.SIGKILL)\n"
+        "    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)\n"
+        "    scorer.wait_ready()\n"
+        "    assert scorer.pid != first\n"
+        f"if {stopped}:\n"
+        "    os.kill(scorer.pid, signal.SIGSTOP)\n"
+        "    os.waitid(os.P_PID, scorer.pid, os.WSTOPPED | os.WNOWAIT)\n"
         "print(scorer.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -1,9 +1,13 @@
 """The queue in front of a scorer: order, exact counts, and every way out."""
 
 import asyncio
+import os
+import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 
+import psutil
 import pytest
 
 from interventions.registry import Registry
@@ -20,21 +24,35 @@ CAPACITY = 100
 
 
 class Gated:
-    """Scores texts that are numbers, in hundredths. Waits while the gate is shut."""
+    """Scores texts that are numbers, in hundredths. Waits while the gate is shut, until closed."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
         self.threads: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
+        self.closed = False
 
     def score(self, texts: Sequence[str]) -> list[float]:
         self.asked.append(list(texts))
         self.threads.add(threading.current_thread().name)
         assert self.gate.wait(20)
+        if self.closed:
+            raise ScoringError("closed")
         if "bad" in texts:
             raise ScoringError("a bad text")
         return [int(text) / 100 for text in texts]
+
+    def close(self) -> None:
+        self.closed = True
+        self.gate.set()
+
+
+class Stuck(Gated):
+    """Goes on, whoever closes it."""
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -54,7 +72,6 @@ async def scoring(scorer: Gated, metrics: Metrics) -> AsyncIterator[ScoringQueue
     scoring = ScoringQueue(scorer, metrics, CAPACITY)
     scoring.start()
     yield scoring
-    scorer.gate.set()
     await scoring.close()
     await asyncio.sleep(0)
     assert faults == []
@@ -222,6 +239,50 @@ async def test_a_waiter_that_leaves_costs_nothing(
     assert counts(metrics) == (len(texts) - failed + (not scored_now), failed, 0)
 
 
+async def leave(scoring: ScoringQueue, *requests: list[str]) -> None:
+    """Ask for some requests' scores, and leave before there are any."""
+    before = scoring.depth
+    tasks = [asyncio.create_task(scoring.score(texts, "none", "served")) for texts in requests]
+    await eventually(lambda: scoring.depth == before + sum(map(len, requests)))
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+
+async def test_what_was_left_goes_behind_those_who_stay(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    await shut(scoring, scorer)
+    scoring.offer("1", "none", "served")
+    await leave(scoring, ["2", "3"], ["4"])
+    stays = asyncio.create_task(scoring.score(["5"], "none", "served"))
+    await eventually(lambda: scoring.depth == 6)
+    scorer.gate.set()
+    assert await stays == [0.05]
+    await eventually(lambda: scoring.depth == 0)
+    assert scorer.asked == [["0"], ["5", "1", "2", "3", "4"]]
+    assert counts(metrics) == (6, 0, 0)
+
+
+async def test_requests_that_are_left_do_not_fill_the_queue_without_end(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    await shut(scoring, scorer)
+    for _ in range(10):
+        await leave(scoring, ["1"] * 16)
+    assert counts(metrics) == (0, 160 - CAPACITY, 1 + CAPACITY)
+    stays = asyncio.create_task(scoring.score(["2"], "none", "served"))
+    await eventually(lambda: scoring.depth == 1 + CAPACITY + 1)
+    # The one that stays takes what place there is.
+    await leave(scoring, ["1"])
+    assert counts(metrics) == (0, 161 - CAPACITY, 1 + CAPACITY + 1)
+    scorer.gate.set()
+    assert await stays == [0.02]
+    await eventually(lambda: scoring.depth == 0)
+    assert counts(metrics) == (1 + CAPACITY + 1, 161 - CAPACITY, 0)
+
+
 async def test_what_comes_before_the_start_waits_for_it(metrics: Metrics) -> None:
     scorer = Gated()
     scoring = ScoringQueue(scorer, metrics, 1)
@@ -241,32 +302,48 @@ async def test_close_fails_what_waits(
     asked = asyncio.create_task(scoring.score(["1", "2"], "none", "served"))
     scoring.offer("3", "none", "served")
     await eventually(lambda: scoring.depth == 4)
-    closing = asyncio.create_task(scoring.close())
+    await scoring.close()
+    assert scorer.closed
     with pytest.raises(ScoringError, match="shutting down"):
         await asked
-    assert not closing.done()
-    scorer.gate.set()
-    await closing
-    # What was being scored has come to its end.
-    assert counts(metrics) == (1, 3, 0)
+    assert counts(metrics) == (0, 4, 0)
     scoring.offer("4", "none", "served")
     with pytest.raises(ScoringError, match="shutting down"):
         await scoring.score(["5", "6"], "none", "served")
     await scoring.close()
-    assert counts(metrics) == (1, 6, 0)
+    assert counts(metrics) == (0, 7, 0)
     assert scorer.asked == [["0"]]
 
 
+async def test_close_before_the_start(metrics: Metrics) -> None:
+    scorer = Gated()
+    scoring = ScoringQueue(scorer, metrics, CAPACITY)
+    scoring.offer("1", "none", "served")
+    await scoring.close()
+    assert scorer.closed
+    scoring.start()
+    scoring.offer("2", "none", "served")
+    await scoring.close()
+    assert scorer.asked == []
+    assert counts(metrics) == (0, 2, 0)
+    assert not any(thread.name == "toxicity" for thread in threading.enumerate())
+
+
 async def test_close_does_not_wait_for_a_scorer_that_hangs(
-    scoring: ScoringQueue, scorer: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.toxicity.queue._CLOSE_SECONDS", 0.05)
+    scorer = Stuck()
+    scoring = ScoringQueue(scorer, metrics, CAPACITY)
+    scoring.start()
     scorer.gate.clear()
     asked = asyncio.create_task(scoring.score(["1"], "none", "served"))
     await eventually(lambda: scorer.asked == [["1"]])
-    await scoring.close()
+    closing = asyncio.create_task(scoring.close())
     with pytest.raises(ScoringError, match="shutting down"):
         await asked
+    assert not closing.done()  # who waits is told before
+    await closing
     assert counts(metrics) == (0, 1, 0)
     scorer.gate.set()
     await eventually(lambda: not any(t.name == "toxicity" for t in threading.enumerate()))
@@ -276,7 +353,7 @@ async def test_close_does_not_wait_for_a_scorer_that_hangs(
 async def test_a_scorers_fault_does_not_end_the_thread(metrics: Metrics) -> None:
     scoring = ScoringQueue(Gated(), metrics, CAPACITY)
     scoring.start()
-    with pytest.raises(ScoringError, match="ValueError"):
+    with pytest.raises(ScoringError, match=r"failed: ValueError$"):
         await scoring.score(["no number"], "none", "served")
     assert await scoring.score(["7"], "none", "served") == [0.07]
     await scoring.close()
@@ -292,14 +369,15 @@ async def test_with_the_embedded_scorer_in_its_process(metrics: Metrics) -> None
         scoring.offer(text, "none", "served")
     scores = await scoring.score(texts, "none", "served")
     await eventually(lambda: scoring.depth == 0)
-    process.close()
     await scoring.close()
+    assert not psutil.pid_exists(process.pid)
     assert scores[:3] == ProfanityScorer().score(texts[:3])
     assert counts(metrics) == (8, 0, 0)
     assert sample(metrics, "completion_toxicity_sum") == pytest.approx(2 * sum(scores))
 
 
-async def test_closing_the_process_first_ends_a_batch_at_once(metrics: Metrics) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_close_ends_a_batch_of_a_process_at_once(metrics: Metrics, stopped: bool) -> None:
     with scoring_service() as service:
         process = ScorerProcess(service.url)
         scoring = ScoringQueue(process, metrics, CAPACITY)
@@ -308,9 +386,13 @@ async def test_closing_the_process_first_ends_a_batch_at_once(metrics: Metrics) 
         asked = asyncio.create_task(scoring.score(["a", "b", "c"], "none", "served"))
         scoring.offer("d", "none", "served")
         await eventually(service.arrived.is_set)
-        process.close()
-        async with asyncio.timeout(2):
-            await scoring.close()
-        with pytest.raises(ScoringError, match=r"is closed|shutting down"):
+        if stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        await scoring.close()
+        assert time.monotonic() - begun < 1
+        with pytest.raises(ScoringError, match="shutting down"):
             await asked
+    assert not psutil.pid_exists(process.pid)
+    assert not any(thread.name == "toxicity" for thread in threading.enumerate())
     assert counts(metrics) == (0, 4, 0)

@@ -1,6 +1,8 @@
 """A scoring service over HTTP: the contract, and whatever breaks it."""
 
 import json
+from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -51,11 +53,14 @@ def test_further_members_are_ignored() -> None:
         (b'{"scores": [0.1, "0.2"]}', "no number from 0 to 1"),
         (b'{"scores": [0.1, 1.5]}', "no number from 0 to 1"),
         (b'{"scores": [0.1, 1e999]}', "no number from 0 to 1"),
+        (b'{"scores": [0.1, "SECRET"]}', "no number from 0 to 1"),
+        (b'{"SECRET": 1, "SECRET": 2}', "no JSON"),
     ],
 )
-def test_wrong_answers_score_nothing(content: bytes, says: str) -> None:
-    with pytest.raises(ScoringError, match=says):
+def test_wrong_answers_score_nothing_and_are_not_quoted(content: bytes, says: str) -> None:
+    with pytest.raises(ScoringError, match=says) as caught:
         answering(200, content)
+    assert "SECRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [201, 302, 400, 500, 503])
@@ -67,9 +72,42 @@ def test_only_a_200_counts(status: int) -> None:
 def test_a_service_that_is_not_there() -> None:
     with scoring_service() as gone:
         pass
-    with pytest.raises(ScoringError, match="cannot be asked") as caught:
+    with pytest.raises(ScoringError, match=r"cannot be asked: .*refused") as caught:
         score(gone.url, ["a"])
-    assert gone.url in str(caught.value)
+    assert f"at {urlsplit(gone.url).netloc} " in str(caught.value)
+
+
+def with_secrets(url: str) -> str:
+    """The same service, by a URL of which nothing but the host may be told."""
+    return url.replace("http://", "http://user:SECRET@").replace(
+        "/score", "/SECRET?key=SECRET#SECRET"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda _texts: (500, b""), lambda _texts: (200, b"?"), lambda _texts: (200, b"{}")]
+)
+def test_errors_do_not_give_the_url_away(
+    answer: Callable[[list[str]], tuple[int, bytes]],
+) -> None:
+    with scoring_service(answer) as service:
+        url = with_secrets(service.url)
+        with pytest.raises(ScoringError) as answered:
+            score(url, ["a"])
+        assert service.asked == [["a"]]
+    with pytest.raises(ScoringError, match="cannot be asked") as gone:
+        score(url, ["a"])
+    for caught in (answered, gone):
+        assert "SECRET" not in str(caught.value)
+        assert "user" not in str(caught.value)
+
+
+def test_what_breaks_the_protocol_is_not_quoted() -> None:
+    with (
+        scoring_service(lambda _texts: (1000, b"")) as service,
+        pytest.raises(ScoringError, match=r"cannot be asked: RemoteProtocolError$"),
+    ):
+        score(service.url, ["a"])
 
 
 def test_a_service_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

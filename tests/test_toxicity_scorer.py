@@ -68,3 +68,9 @@ def test_what_is_no_list_of_numbers_is_refused(scores: object) -> None:
 def test_what_is_no_number_from_0_to_1_is_refused(score: float) -> None:
     with pytest.raises(ScoringError, match="no number from 0 to 1"):
         check_scores([0.5, score], 2)
+
+
+def test_what_stands_for_a_score_is_not_quoted() -> None:
+    with pytest.raises(ScoringError) as caught:
+        check_scores([0.5, "my password is x"], 2)
+    assert str(caught.value) == "the toxicity scorer gave a str that is no number from 0 to 1"

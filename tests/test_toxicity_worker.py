@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.toxicity.scorer import ScoringError
-from server.toxicity.worker import answer, load_scorer
+from server.toxicity.worker import PARENT_VARIABLE, SPEC_VARIABLE, answer, load_scorer
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,14 +32,19 @@ class Recording:
         return [0.5] * len(texts)
 
 
-def run(
-    spec: str, *lines: object, program: str = "server.toxicity.worker"
-) -> list[dict[str, object]]:
+WORKER = [sys.executable, "-m", "server.toxicity.worker"]
+
+
+def environment(spec: str, parent: int) -> dict[str, str]:
+    return {**os.environ, SPEC_VARIABLE: spec, PARENT_VARIABLE: str(parent)}
+
+
+def run(spec: str, *lines: object) -> list[dict[str, object]]:
     """What a worker says to some lines, after which its stdin ends."""
     done = subprocess.run(
-        [sys.executable, "-m", program, spec],
+        WORKER,
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**environment(spec, os.getpid()), "HF_HUB_OFFLINE": "1"},
         input="".join(json.dumps(line) + "\n" for line in lines),
         stdout=subprocess.PIPE,
         text=True,
@@ -85,10 +90,10 @@ def test_what_libraries_print_does_not_reach_the_protocol(tmp_path: Path) -> Non
         "    os.system('echo from a child')\n"
         "    return [0.25] * len(texts)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-m", "server.toxicity.worker", "embedded"],
-        env=environment,
+        WORKER,
+        env={**environment("embedded", os.getpid()), **paths},
         input=b'["a", "b"]\n',
         capture_output=True,
         timeout=60,
@@ -123,15 +128,47 @@ def test_lone_surrogates_become_replacement_characters() -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ScoringError("it is down"), "it is down"),
-        (ValueError("one\n  two"), "one two"),
-        (KeyError("x"), "KeyError: 'x'"),
-        (MemoryError(), "MemoryError: MemoryError()"),
-        (RuntimeError("x" * 9999), "RuntimeError: " + "x" * 486),
+        (ScoringError("one\n  two"), "one two"),
+        (ScoringError("x" * 9999), "x" * 500),
+        # Other libraries' errors may quote what they were given.
+        (ValueError("SECRET"), "the toxicity scorer failed: ValueError"),
+        (KeyError("SECRET"), "the toxicity scorer failed: KeyError"),
+        (MemoryError(), "the toxicity scorer failed: MemoryError"),
     ],
 )
 def test_what_a_scorer_raises_is_one_short_line(error: Exception, message: str) -> None:
     assert answer(Failing(error), b'["a"]') == {"error": message}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("ValueError('one\\n  two')", "one two"),
+        ("KeyError('x')", "KeyError: 'x'"),
+        ("MemoryError", "MemoryError: MemoryError()"),
+        ("RuntimeError('x' * 9999)", "RuntimeError: " + "x" * 486),
+    ],
+)
+def test_what_loading_raises_is_said_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, message: str
+) -> None:
+    (tmp_path / "profanity_check.py").write_text(f"raise {error}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert run("embedded") == [{"error": message}]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends with its stdin")
+def test_a_worker_whose_parent_has_ended_says_nothing() -> None:
+    done = subprocess.run(
+        WORKER,
+        cwd=ROOT,
+        env=environment("http://127.0.0.1:9", os.getppid()),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_lines_that_are_no_lists_of_texts() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
-from server.toxicity.scorer import Scorer, ScoringError
+from server.toxicity.scorer import Backend, ScoringError
 
 Result: TypeAlias = float | ScoringError
 
@@ -11,7 +11,7 @@ Result: TypeAlias = float | ScoringError
 DOWN_AFTER: Final = 2
 
 
-def score_batch(scorer: Scorer, texts: Sequence[str]) -> list[Result]:
+def score_batch(scorer: Backend, texts: Sequence[str]) -> list[Result]:
     """The score of each text, or why it has none.
 
     If the batch fails, its texts are scored one by one, so that one bad text costs nobody else its
@@ -24,7 +24,7 @@ def score_batch(scorer: Scorer, texts: Sequence[str]) -> list[Result]:
         return _one_by_one(scorer, texts) if len(texts) > 1 else [error]
 
 
-def _one_by_one(scorer: Scorer, texts: Sequence[str]) -> list[Result]:
+def _one_by_one(scorer: Backend, texts: Sequence[str]) -> list[Result]:
     results: list[Result] = []
     failures = 0
     for text in texts:
@@ -39,14 +39,15 @@ def _one_by_one(scorer: Scorer, texts: Sequence[str]) -> list[Result]:
     return results
 
 
-def _score(scorer: Scorer, texts: Sequence[str]) -> list[float]:
+def _score(scorer: Backend, texts: Sequence[str]) -> list[float]:
     """Raises ScoringError whatever goes wrong: one fault must not end the thread."""
     try:
         scores = scorer.score(texts)
     except ScoringError:
         raise
     except Exception as error:
-        raise ScoringError(f"the toxicity scorer failed: {error!r}") from error
+        # Its type only: what it says may quote a text.
+        raise ScoringError(f"the toxicity scorer failed: {type(error).__name__}") from error
     if len(scores) != len(texts):
         raise ScoringError(f"the toxicity scorer gave {len(scores)} scores for {len(texts)} texts")
     return scores

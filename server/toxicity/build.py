@@ -8,7 +8,8 @@ from server.toxicity.scorer import ScoringError, parse_spec
 def build_scorer(settings: Settings) -> ScorerProcess | None:
     """Start the scorer that the settings name; None where they name `none`.
 
-    It loads in the background; `wait_ready` tells how that went. The caller closes it.
+    It loads in the background; `wait_ready` tells how that went. The caller closes it, or the
+    queue that it is given to.
 
     Raises:
         ConfigurationError: no process can be started.

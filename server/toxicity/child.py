@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from server.toxicity.scorer import ScoringError
+from server.toxicity.worker import PARENT_VARIABLE, SPEC_VARIABLE
 
 _END_SECONDS: Final = 5.0
 _PACKAGES: Final = Path(__file__).parents[2]
@@ -34,6 +35,8 @@ class Child:
     def __init__(self, spec: str) -> None:
         """Start the worker, and return while it loads.
 
+        On Linux it dies when the thread that calls this ends.
+
         Raises:
             ScoringError: no process can be started.
         """
@@ -41,13 +44,13 @@ class Child:
         self._ready = False
         self._closed = False
         # -P: a file in the working directory must not stand in for a module.
-        command = [sys.executable, "-P", "-m", "server.toxicity.worker", spec]
+        command = [sys.executable, "-P", "-m", "server.toxicity.worker"]
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=_environment(),
+                env=_environment(spec),
                 start_new_session=True,  # Ctrl-C in the terminal is the server's
             )
         except OSError as error:
@@ -137,7 +140,13 @@ def _parse(line: bytes) -> dict[str, object]:
     return reply
 
 
-def _environment() -> dict[str, str]:
-    """The worker's environment: one thread, and this very package wherever it is started."""
+def _environment(spec: str) -> dict[str, str]:
+    """The worker's: its task, one thread, and this very package wherever it is started."""
     packages = (str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(packages)}
+    return {
+        **os.environ,
+        **_ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join(packages),
+        SPEC_VARIABLE: spec,
+        PARENT_VARIABLE: str(os.getpid()),
+    }

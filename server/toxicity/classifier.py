@@ -52,7 +52,7 @@ class ClassifierScorer:
         self._device = device
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """See `Scorer.score`."""
+        """See `Backend.score`."""
         # Texts of about the same length together: less is computed for padding.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = [0.0] * len(texts)

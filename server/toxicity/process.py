@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from server.toxicity.child import Child, LostChildError
@@ -46,7 +47,9 @@ class ScorerProcess:
         self._closed = threading.Event()
         self._talking = threading.Lock()  # held while the worker is asked; long
         self._replacing = threading.Lock()  # held while a worker takes another's place; short
-        self._child = Child(spec)
+        # A worker dies with the thread that has started it, which must be none of the callers'.
+        self._starter = ThreadPoolExecutor(1, "toxicity-starter")
+        self._child = self._start()
 
     @property
     def pid(self) -> int:
@@ -63,7 +66,7 @@ class ScorerProcess:
             self._ready_child()
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """See `Scorer.score`. Loads the scorer first where the worker has died before.
+        """See `Backend.score`. Loads the scorer first where the worker has died before.
 
         Raises:
             ScoringError: the scorer failed; the worker died, or was killed because it took too
@@ -78,10 +81,11 @@ class ScorerProcess:
         return check_scores(reply.get("scores"), len(texts))
 
     def close(self) -> None:
-        """End the worker at once, and whatever waits for it with a ScoringError."""
+        """End the worker at once. See `Scorer.close`."""
         self._closed.set()
         with self._replacing:
             self._child.kill()
+            self._starter.shutdown(wait=False)
         # Who is talking to the worker learns by its end, and lets go.
         if self._talking.acquire(timeout=_CLOSE_SECONDS):
             try:
@@ -120,7 +124,10 @@ class ScorerProcess:
                 raise self._closed_error()
             logger.warning("the toxicity scorer's process has ended; starting another")
             self._child.close()
-            self._child = Child(self._spec)
+            self._child = self._start()
+
+    def _start(self) -> Child:
+        return self._starter.submit(Child, self._spec).result()
 
     @staticmethod
     def _closed_error() -> ScoringError:

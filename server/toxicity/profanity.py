@@ -20,7 +20,7 @@ class ProfanityScorer:
     """Probabilities that texts are profane; about 0.01 ms a text in batches."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """See `Scorer.score`."""
+        """See `Backend.score`."""
         if not texts:
             return []  # scikit-learn takes no empty batch
         return [float(probability) for probability in predict_prob(list(texts))]

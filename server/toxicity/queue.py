@@ -39,7 +39,7 @@ class ScoringQueue:
     """Has texts scored in batches, on one thread of its own, and records the scores.
 
     All methods are called on the event loop, which alone touches what waits. The scorer belongs to
-    the caller, who closes it first and then this: so that a batch being scored ends at once.
+    the queue, which closes it.
     """
 
     def __init__(self, scorer: Scorer, metrics: Metrics, capacity: int) -> None:
@@ -78,16 +78,13 @@ class ScoringQueue:
 
     def offer(self, text: str, intervention: str, arm: Arm) -> None:
         """Have a text scored for the metrics only; it is dropped where too many wait."""
-        if self._closed or len(self._asked) + len(self._offered) >= self._capacity:
-            self._metrics.not_scored()
-            return
-        self._offered.append(_Job(text, intervention, arm))
-        self._dispatch()
+        self._admit(_Job(text, intervention, arm))
 
     async def score(self, texts: Sequence[str], intervention: str, arm: Arm) -> list[float]:
         """Score texts that somebody waits for: before those that were offered, and always taken.
 
-        Each is recorded in the metrics too. If the caller is cancelled, they still are.
+        Each is recorded in the metrics too. If the caller is cancelled, those that still wait are
+        as if they had been offered.
 
         Returns:
             The scores, 0 to 1, in the texts' order.
@@ -104,7 +101,11 @@ class ScoringQueue:
             self._dispatch()
         answers = [job.answer for job in jobs if job.answer is not None]
         # All are awaited: an exception that nobody fetches would be logged as a fault.
-        results = await asyncio.gather(*answers, return_exceptions=True)
+        try:
+            results = await asyncio.gather(*answers, return_exceptions=True)
+        except asyncio.CancelledError:
+            self._abandon(jobs)
+            raise
         scores: list[float] = []
         for result in results:
             if isinstance(result, BaseException):
@@ -113,24 +114,40 @@ class ScoringQueue:
         return scores
 
     async def close(self) -> None:
-        """End the thread; what waits is not scored. Returns after some seconds at most.
+        """End what waits and what is being scored, at once; then the scorer, and the thread.
 
-        A batch that is being scored may still end well within that time. If the scorer was not
-        closed and takes longer, the thread ends with it, later.
+        Returns after some seconds at most: a scorer that does not end by then goes on closing, and
+        the thread ends with it. May be called again, and before `start`.
         """
         self._closed = True
-        waiting = [*self._asked, *self._offered]
+        jobs = [*self._running, *self._asked, *self._offered]
+        self._running = []  # not cleared: the thread reads the list
         self._asked.clear()
         self._offered.clear()
-        self._fail(waiting, ScoringError("the server is shutting down"))
+        self._fail(jobs, ScoringError("the server is shutting down"))
         self._inbox.put(None)
-        if self._thread is None:
-            return
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), _CLOSE_SECONDS)
-            self._thread.join()  # it has said its last word
-        running, self._running = self._running, []
-        self._fail(running, ScoringError("the server is shutting down"))
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await asyncio.to_thread(self._scorer.close)
+                if self._thread is not None:
+                    await self._ended.wait()
+                    self._thread.join()  # it has said its last word
+
+    def _admit(self, job: _Job) -> None:
+        if self._closed or len(self._asked) + len(self._offered) >= self._capacity:
+            self._metrics.not_scored()
+            return
+        self._offered.append(job)
+        self._dispatch()
+
+    def _abandon(self, jobs: Sequence[_Job]) -> None:
+        """Offer those texts that still wait, now that nobody waits for them."""
+        waiting = set(jobs).intersection(self._asked)
+        self._asked = deque(job for job in self._asked if job not in waiting)
+        for job in jobs:
+            if job in waiting:
+                job.answer = None
+                self._admit(job)
 
     def _dispatch(self) -> None:
         """Give the thread the next batch, if it has none."""

@@ -5,6 +5,7 @@ The contract: `POST` to the URL with `{"texts": ["...", ...]}` as JSON; the answ
 members of the answer are ignored. Any other answer means that none of the texts was scored.
 """
 
+import urllib.parse
 from collections.abc import Sequence
 from typing import Final
 
@@ -18,23 +19,27 @@ TIMEOUT_SECONDS: Final = 10.0
 
 
 class RemoteScorer:
-    """Asks a service over HTTP."""
+    """Asks a service over HTTP.
+
+    Its errors call the service by host and port only: a URL may have a password in it.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
         self._client = httpx.Client(timeout=TIMEOUT_SECONDS)
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """See `Scorer.score`. The texts must be valid Unicode."""
+        """See `Backend.score`. The texts must be valid Unicode."""
         try:
             response = self._client.post(self._url, json={"texts": list(texts)})
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ScoringError(
-                f"the toxicity scorer at {self._url} cannot be asked: {error or repr(error)}"
+                f"the toxicity scorer at {self._host} cannot be asked: {_reason(error)}"
             ) from error
         if response.status_code != httpx.codes.OK:
             raise ScoringError(
-                f"the toxicity scorer at {self._url} answered with status {response.status_code}"
+                f"the toxicity scorer at {self._host} answered with status {response.status_code}"
             )
         return check_scores(_scores(response), len(texts))
 
@@ -48,11 +53,19 @@ def load(target: str) -> RemoteScorer:
     return RemoteScorer(target)
 
 
+def _reason(error: httpx.HTTPError | httpx.InvalidURL) -> str:
+    """Why the service cannot be asked: whole only before anything was sent."""
+    if isinstance(error, httpx.ConnectError) and str(error):
+        return str(error)
+    return type(error).__name__
+
+
 def _scores(response: httpx.Response) -> object:
     try:
         answer = parse_json(response.content.decode())
     except (UnicodeDecodeError, StrictJSONError) as error:
-        raise ScoringError(f"the toxicity scorer's answer is no JSON: {error}") from error
+        # Not what is wrong with it: that may quote a text.
+        raise ScoringError("the toxicity scorer's answer is no JSON") from error
     if not isinstance(answer, dict) or "scores" not in answer:
         raise ScoringError('the toxicity scorer\'s answer is no JSON object with "scores"')
     return answer["scores"]

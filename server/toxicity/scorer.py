@@ -12,7 +12,7 @@ class ScoringError(Exception):
     """Texts could not be scored, or a scorer could not be loaded, with a sentence that says why."""
 
 
-class Scorer(Protocol):
+class Backend(Protocol):
     """Tells how toxic texts are."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
@@ -22,7 +22,19 @@ class Scorer(Protocol):
             The texts' toxicity, 0 to 1 each, in their order.
 
         Raises:
-            ScoringError: none of the texts could be scored.
+            ScoringError: none of the texts could be scored. Clients are told why: what it says
+                must quote no text, and no secret of the operator's.
+        """
+        ...
+
+
+class Scorer(Backend, Protocol):
+    """A backend that somebody owns, and that any thread may end while another is asking it."""
+
+    def close(self) -> None:
+        """End what is being scored, and whatever is asked later, with a ScoringError.
+
+        Any thread may call it, and again.
         """
         ...
 
@@ -77,7 +89,9 @@ def _checked_score(score: object) -> float:
     # NaN is in no range; True is a number to Python only.
     if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1:
         return float(score)
-    raise ScoringError(f"the toxicity scorer gave {str(score)[:50]!r}, no number from 0 to 1")
+    # Not what it gave: that may be a text.
+    kind = type(score).__name__
+    raise ScoringError(f"the toxicity scorer gave a {kind} that is no number from 0 to 1")
 
 
 def _checked_url(url: str) -> str:
