@@ -7,10 +7,12 @@ RUN python -m venv /opt/steerserve
 ENV PATH=/opt/steerserve/bin:$PATH
 # First what changes seldom: the dependencies are a layer of their own, which new sources leave be.
 COPY constraints ./constraints
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
 RUN mkdir server interventions steering \
+    && touch README.md LICENSE \
     && pip install --no-cache-dir --constraint constraints/constraints.txt '.[embedded,otel]' \
     && pip install --no-cache-dir --no-deps --require-hashes --requirement constraints/embedded.txt
+COPY README.md LICENSE ./
 COPY server ./server
 COPY interventions ./interventions
 COPY steering ./steering
@@ -20,8 +22,7 @@ FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="steerserve" \
       org.opencontainers.image.description="An OpenAI-compatible server that steers a language model, per request" \
       org.opencontainers.image.licenses="Apache-2.0"
-# torch.compile builds kernels while the server runs: on the CPU with a C++ compiler, on CUDA through
-# Triton with a C compiler. Without one, everything runs, slower.
+# torch.compile needs them at run time: a C++ compiler on the CPU, and on CUDA a C compiler for Triton.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
@@ -43,8 +44,9 @@ USER 10001
 WORKDIR /home/steerserve
 VOLUME ["/data", "/cache"]
 EXPOSE 8000
-# The first start converts the embedded model, about half a minute.
-HEALTHCHECK --interval=5s --timeout=3s --start-period=120s \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ.get('STEERSERVE_PORT') or 8000}/ready\", timeout=2)"]
+# The first start converts the embedded model, about half a minute, or downloads one: which may take
+# long, and compose gives up on what is unhealthy. The period ends with the first success.
+HEALTHCHECK --interval=5s --timeout=3s --start-period=3600s \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('STEERSERVE_PORT') or 8000}/ready\", timeout=2)"]
 ENTRYPOINT ["steerserve"]
 CMD ["serve"]

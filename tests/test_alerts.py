@@ -39,11 +39,11 @@ def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:
     text = RULES.read_text()
     moved = {
         "== 0)": "== 7)",
+        "< 0.5)": "< -1)",
         ") > 5": ") > 5000",
         "[1m])) > 0": "[1m])) > 1000",
         "> 0.5)": "> 50)",
         "> 0.25)": "> 25)",
-        "[5m])) > 0": "[5m])) > 1000",
         ") > 10": ") > 10000",
     }
     for bound, other in moved.items():

@@ -9,8 +9,9 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Stand:
 
     server: ServerProcess
     prometheus: PrometheusProcess
+    traffic_since: float = 0.0  # seconds since the epoch
 
     @property
     def api(self) -> Prometheus:
@@ -98,6 +100,7 @@ def test_no_panel_is_empty_before_any_traffic(stand: Stand) -> None:
 @pytest.fixture(scope="module")
 def busy(stand: Stand) -> Stand:
     """The stand after some sample traffic, all of which Prometheus has seen."""
+    began = time.time()
     subprocess.run(
         [
             *(sys.executable, ROOT / "docker" / "traffic.py", "--url", stand.server.url),
@@ -111,7 +114,7 @@ def busy(stand: Stand) -> Stand:
         " + steerserve_toxicity_queue_depth == 0",
         60,
     )
-    return stand
+    return replace(stand, traffic_since=began)
 
 
 def test_every_panel_shows_the_sample_traffic(busy: Stand) -> None:
@@ -119,7 +122,7 @@ def test_every_panel_shows_the_sample_traffic(busy: Stand) -> None:
     still = set()
     for query in panel_queries():
         assert values(busy.api.query(query.expression)), query
-        found = values(busy.api.query_range(query.expression, now - 3 * TRAFFIC_SECONDS, now, 1))
+        found = values(busy.api.query_range(query.expression, busy.traffic_since, now, 1))
         assert all(map(math.isfinite, found)), query
         if not any(found):
             still.add(f"{query.panel}: {query.legend}")

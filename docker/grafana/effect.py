@@ -33,14 +33,14 @@ def _overall(arm: str) -> str:
     return mean(SCORES, arm, STEERED, CHOSEN, over=RANGE)
 
 
-def _removed() -> str:
-    """1 - served / baseline, of the mixture of interventions that the baselines were drawn from."""
+def _served_like_baselines(divisor: str) -> str:
+    """The served scores of the mixture that the baselines were drawn from, divided."""
     served = mean(SCORES, SERVED, STEERED, CHOSEN, by="intervention", over=RANGE)
     drawn = total(
         "increase", f"{SCORES}_count", BASELINE, STEERED, CHOSEN, by="intervention", over=RANGE
     )
-    baseline = total("increase", f"{SCORES}_sum", BASELINE, STEERED, CHOSEN, over=RANGE)
-    return f"1 - sum(({served}) * {drawn}) / ({baseline} > 0)"
+    whole = total("increase", f"{SCORES}_{divisor}", BASELINE, STEERED, CHOSEN, over=RANGE)
+    return f"sum(({served}) * {drawn}) / ({whole} > 0)"
 
 
 EFFECT = Section(
@@ -56,7 +56,7 @@ EFFECT = Section(
             "baseline (--baseline-sample-rate).",
             (
                 Target(
-                    f"({_removed()}) or on() vector(0)",
+                    f"(1 - {_served_like_baselines('sum')}) or on() vector(0)",
                     "removed",
                 ),
             ),
@@ -71,9 +71,16 @@ EFFECT = Section(
             "Mean toxicity served",
             "stat",
             "percentunit",
-            "Mean score of the steered answers over the time shown, 0 to 100 %. 0 as long as none "
-            "has been scored.",
-            (Target(f"({_overall(SERVED)}) or on() vector(0)", "served"),),
+            "Mean score of the steered answers over the time shown, 0 to 100 %, weighted as in "
+            "Toxicity removed, or as they came where there is no baseline. 0 as long as none has "
+            "been scored.",
+            (
+                Target(
+                    f"({_served_like_baselines('count')}) or ({_overall(SERVED)})"
+                    " or on() vector(0)",
+                    "served",
+                ),
+            ),
             width=3,
             height=8,
             thresholds=TOXICITY_LIMITS,

@@ -178,10 +178,16 @@ def _custom(panel: Panel) -> dict[str, Json]:
         "lineWidth": 2,
         "fillOpacity": 25 if panel.stacked else 8,
         "showPoints": "auto",
-        "spanNulls": True,
+        "spanNulls": False,  # a gap says that there was nothing
         "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
         "thresholdsStyle": {"mode": "dashed" if panel.thresholds else "off"},
     }
+
+
+def _text_mode(panel: Panel) -> Json:
+    if panel.shows_name:
+        return "name"
+    return "value_and_name" if len(panel.targets) > 1 else "value"
 
 
 def _options(panel: Panel) -> dict[str, Json]:
@@ -203,7 +209,7 @@ def _options(panel: Panel) -> dict[str, Json]:
                 "colorMode": "value",
                 "graphMode": "none",
                 "justifyMode": "center",
-                "textMode": "name" if panel.shows_name else "value",
+                "textMode": _text_mode(panel),
             }
         case "bargauge":
             return {

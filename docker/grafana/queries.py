@@ -72,4 +72,7 @@ def unless_new(expression: str, count: str, *matchers: str, by: str = "") -> str
 def distribution(metric: str, *matchers: str) -> str:
     """How many observations fell into each bucket, for a heatmap."""
     buckets = total("increase", f"{metric}_bucket", *matchers, by="le")
-    return f'{buckets} or on() label_replace(vector(0), "le", "+Inf", "", "")'
+    # Grafana takes one bucket from the next point by point, so all must begin together.
+    ever = f"last_over_time({select(f'{metric}_bucket', *matchers)}[{RANGE}] @ end())"
+    empty = f'label_replace(vector(0), "le", "+Inf", "", "") and on() absent({ever})'
+    return f"{buckets} or on() ({empty})"

@@ -2,7 +2,7 @@
 
 from docker.grafana.capacity import CAPACITY, DETAIL
 from docker.grafana.model import Dashboard, Panel, Section, Target
-from docker.grafana.queries import API, INSTANCE, gauge, rate, seconds, select, total
+from docker.grafana.queries import API, INSTANCE, rate, seconds, select, total
 from docker.grafana.variables import SERVERS
 
 TOKEN_LIMITS = ((0.1, "yellow"), (0.5, "red"))  # ten tokens a second: about what one reads
@@ -23,8 +23,15 @@ NOW = Section(
             "Engine",
             "stat",
             "none",
-            "Whether every chosen server's engine serves. Down also where none answers Prometheus.",
-            (Target(gauge("engine_up", "min"), "engine"),),
+            "Whether every chosen server's engine serves. Down also where one does not answer "
+            "Prometheus.",
+            (
+                Target(
+                    f'min({select("engine_up")} or up{{job="steerserve", {INSTANCE}}})'
+                    " or on() vector(0)",
+                    "engine",
+                ),
+            ),
             width=3,
             height=4,
             base="red",
@@ -93,10 +100,13 @@ NOW = Section(
             "Alerts firing",
             "stat",
             "none",
-            "Alert rules that fire for the chosen servers; Prometheus's page Alerts names them.",
+            "Alert rules that fire, for whichever server; Prometheus's page Alerts names them.",
             (
                 Target(
-                    f'count(ALERTS{{alertstate="firing", {INSTANCE}}}) or on() vector(0)', "alerts"
+                    # Not by server: one that is long gone is not among those to choose from.
+                    'count(ALERTS{alertstate="firing", alertname=~"Steerserve.*"})'
+                    " or on() vector(0)",
+                    "alerts",
                 ),
             ),
             width=4,

@@ -137,11 +137,12 @@ COST = Section(
             "Interventions",
             "timeseries",
             "none",
-            "Names in the registry, and interventions loaded on the device. When the bank is full, "
-            "the one that was used longest ago is replaced, and read again when it is asked for.",
+            "Names in the registry, and interventions loaded, of the server with most. When the "
+            "bank is full, the one that was used longest ago is replaced, and read again when it "
+            "is asked for.",
             (
-                Target(gauge("interventions_stored"), "stored"),
-                Target(gauge("intervention_slots_used"), "slots used"),
+                Target(gauge("interventions_stored", "max"), "stored"),
+                Target(gauge("intervention_slots_used", "max"), "slots used"),
             ),
             width=6,
         ),
