@@ -10,6 +10,7 @@ from server.metrics import Metrics
 from server.toxicity.queue import ScoringQueue
 
 MAX_AT_ONCE: Final = 4
+MAX_WAITING: Final = 64
 
 
 class BaselineSampler:
@@ -33,28 +34,29 @@ class BaselineSampler:
         self._rate = rate
         self._timeout = timeout
         self._random = random.Random()
-        self._running: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Semaphore(MAX_AT_ONCE)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def offer(self, request: Request, intervention: str) -> None:
         """Perhaps answer a request, whose steered answer is finished, without its edits."""
         if self._scoring is None or self._random.random() >= self._rate:
             return
-        if len(self._running) >= MAX_AT_ONCE:
+        if len(self._tasks) >= MAX_AT_ONCE + MAX_WAITING:
             self._metrics.baseline("dropped")
             return
         task = asyncio.create_task(self._answer(request, intervention, self._scoring))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End what runs, and wait for its end."""
-        for task in self._running:
+        """End what runs or waits, and wait for its end."""
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _answer(self, request: Request, intervention: str, scoring: ScoringQueue) -> None:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with self._turn, asyncio.timeout(self._timeout):
                 text = await self._generate(request)
         except (EngineError, TimeoutError):  # requests come first, always
             self._metrics.baseline("dropped")

@@ -50,6 +50,19 @@ async def client(
         yield client
 
 
+class Waiting(ScriptedGeneration):
+    """Says its text when it may."""
+
+    def __init__(self, going_on: asyncio.Event, text: StepOutput) -> None:
+        super().__init__((text,))
+        self.going_on = going_on
+
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+        await self.going_on.wait()
+        for output in self.outputs:
+            yield output
+
+
 async def until(client: httpx.AsyncClient, sample: str, value: float) -> None:
     async with asyncio.timeout(10):
         while await metric(client, sample) != value:  # noqa: ASYNC110 - a page, no event
@@ -129,18 +142,28 @@ async def test_where_there_is_no_room_it_is_dropped(
     assert await metric(client, COMPLETED) == 0
 
 
-async def test_few_at_once(
-    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+async def test_few_at_once_and_not_many_waiting(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    scorer: TestScorer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(baselines, "MAX_AT_ONCE", 2)
-    hanging = [ScriptedGeneration() for _ in range(2)]
-    served = ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))
-    script = Script([served, hanging[0], served, hanging[1], served])
+    monkeypatch.setattr(baselines, "MAX_AT_ONCE", 1)
+    monkeypatch.setattr(baselines, "MAX_WAITING", 1)
+    going_on = asyncio.Event()
+    text = StepOutput((1,), "one", finish_reason="stop")
+    served = ScriptedGeneration((text,))
+    script = Script([served, Waiting(going_on, text), served, served, served])
     monkeypatch.setattr(tiny_engine, "submit", script.submit)
-    for number in range(3):
+    async with scored_client(tiny_engine, registry, scorer, baseline_sample_rate=1) as client:
         await text_of(client, steering=MAPS)
-        await eventually(lambda: len(script.submitted) == min(2 * number + 2, 5))  # noqa: B023
-    assert await metric(client, DROPPED) == 1
+        await eventually(lambda: len(script.submitted) == 2)  # the first one's baseline runs
+        await text_of(client, steering=MAPS)  # its baseline waits
+        await text_of(client, steering=MAPS)  # and this one's is dropped
+        await until(client, DROPPED, 1)
+        assert len(script.submitted) == 4
+        going_on.set()
+        await until(client, COMPLETED, 2)
 
 
 async def test_one_that_takes_too_long_is_dropped(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from docker.grafana.make_dashboards import DASHBOARDS, FOLDER
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.embedded
 
 ROOT = Path(__file__).parent.parent
 TRAFFIC_SECONDS = 12
+QUIET = {"model": "smollm2-135m-instruct", "prompt": "You are", "max_tokens": 2}
+STEERINGS = (("detox-lineas",), ("detox-argre",), ("detox-lineas", "detox-argre"))
 GRAFANA: Mapping[str, str] = {
     "__rate_interval": "20s",
     "__range": "5m",
@@ -109,6 +112,13 @@ def busy(stand: Stand) -> Stand:
         check=True,
         timeout=120,
     )
+    # Of every one, a baseline in quiet: among the traffic not each of them had room for one.
+    for steering in STEERINGS:
+        body = {**QUIET, "steering": [{"intervention": name} for name in steering]}
+        httpx.post(f"{stand.server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    for steering in STEERINGS:
+        baseline = f'intervention="{"+".join(steering)}",arm="baseline"'
+        stand.prometheus.wait_for(f"steerserve_completion_toxicity_count{{{baseline}}} > 0", 60)
     stand.prometheus.wait_for(
         "steerserve_requests_running + steerserve_requests_waiting"
         " + steerserve_toxicity_queue_depth == 0",
@@ -133,11 +143,7 @@ def test_steered_and_unsteered_traffic_is_told_apart(busy: Stand) -> None:
     scored = busy.api.query("steerserve_completion_toxicity_count > 0")
     assert {(series.labels["intervention"], series.labels["arm"]) for series in scored} == {
         ("none", "served"),
-        *(
-            (name, arm)
-            for name in ("detox-lineas", "detox-argre", "detox-lineas+detox-argre")
-            for arm in ("served", "baseline")
-        ),
+        *((name, arm) for name in map("+".join, STEERINGS) for arm in ("served", "baseline")),
     }
 
 
