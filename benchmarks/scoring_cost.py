@@ -3,7 +3,7 @@
 Clients send request after request; each finished completion is offered to the scoring queue, as the
 server does. Rounds of each variant are interleaved (A B C A B C ...), and medians are compared.
 Beside the embedded scorer stands a classifier as large as BERT-base, with random weights, as the
-heaviest that anybody would run on the same CPU: it must be too slow rather than slow the engine.
+heaviest that anybody would run on the same CPU: it must fall behind rather than slow the engine.
 
     python -m benchmarks.scoring_cost --out benchmarks/results/scoring_cost.md
 """
@@ -26,17 +26,20 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from benchmarks.report import write_report
 from interventions.registry import Registry
+from server.config import Settings
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import load_model
 from server.metrics import Metrics
+from server.toxicity.pace import Pace
 from server.toxicity.process import ScorerProcess
 from server.toxicity.queue import ScoringQueue
 
 PROMPT_TOKENS = 32
 TOKENS = (16, 24, 32, 40)  # completions end at different times
 QUEUE = 256
+SHARE = Settings.model_fields["toxicity_share"].default
 SETTLE_SECONDS = 30.0
 
 
@@ -46,9 +49,10 @@ class Scored:
     def __init__(self, engine: TorchEngine, registry: Registry, spec: str | None) -> None:
         self._process = None if spec is None else ScorerProcess(spec)
         self.metrics = Metrics(engine, registry, "bench")
-        self.queue = (
-            None if self._process is None else ScoringQueue(self._process, self.metrics, QUEUE)
-        )
+        self.queue: ScoringQueue | None = None
+        if self._process is not None:
+            pace = Pace(SHARE, lambda: engine.stats().running > 0)
+            self.queue = ScoringQueue(self._process, self.metrics, QUEUE, pace)
 
     def start(self) -> None:
         if self._process is not None and self.queue is not None:

@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     toxicity_queue_size: int = Field(
         default=1024, ge=1, description="completions that may wait for their score"
     )
+    toxicity_share: float = Field(
+        default=0.03,
+        gt=0,
+        le=1,
+        description="share of the time that scoring takes while anything is generated",
+    )
     baseline_sample_rate: float = Field(
         default=0.0,
         ge=0,

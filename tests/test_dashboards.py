@@ -210,7 +210,7 @@ def test_the_options_of_the_page_are_settings_with_these_defaults() -> None:
         PAGE,
         re.MULTILINE,
     )
-    assert len(rows) == 7
+    assert len(rows) == 8
     for flag, variable, default in rows:
         field = Settings.model_fields[variable.lower()]
         assert not flag or flag.replace("-", "_") == variable.lower()

@@ -13,6 +13,7 @@ import pytest
 from interventions.registry import Registry
 from server.engine.torch.engine import TorchEngine
 from server.metrics import Metrics
+from server.toxicity.pace import Pace
 from server.toxicity.process import ScorerProcess
 from server.toxicity.profanity import ProfanityScorer
 from server.toxicity.queue import BATCH_SIZE, ScoringQueue
@@ -169,8 +170,10 @@ async def test_what_somebody_waits_for_goes_first(scoring: ScoringQueue, scorer:
     scorer.gate.set()
     assert await asyncio.gather(*asked) == [[0.71], [0.72]]
     await eventually(lambda: scoring.depth == 0)
-    assert scorer.asked[1] == ["71", "72", *(str(number) for number in range(62))]
-    assert scorer.asked[2] == [str(number) for number in range(62, 70)]
+    # By themselves: with a slow scorer, they would wait for all that shares their batch.
+    assert scorer.asked[1] == ["71", "72"]
+    assert scorer.asked[2] == [str(number) for number in range(64)]
+    assert scorer.asked[3] == [str(number) for number in range(64, 70)]
 
 
 async def test_seconds_are_from_the_text_to_its_score(
@@ -261,7 +264,7 @@ async def test_what_was_left_goes_behind_those_who_stay(
     scorer.gate.set()
     assert await stays == [0.05]
     await eventually(lambda: scoring.depth == 0)
-    assert scorer.asked == [["0"], ["5", "1", "2", "3", "4"]]
+    assert scorer.asked == [["0"], ["5"], ["1", "2", "3", "4"]]
     assert counts(metrics) == (6, 0, 0)
 
 
@@ -396,3 +399,24 @@ async def test_close_ends_a_batch_of_a_process_at_once(metrics: Metrics, stopped
     assert not psutil.pid_exists(process.pid)
     assert not any(thread.name == "toxicity" for thread in threading.enumerate())
     assert counts(metrics) == (0, 4, 0)
+
+
+async def test_while_others_work_offered_texts_wait_and_asked_ones_do_not(
+    scorer: Gated, metrics: Metrics
+) -> None:
+    busy = True
+    scoring = ScoringQueue(scorer, metrics, CAPACITY, Pace(1e-9, lambda: busy))
+    scoring.start()
+    scoring.offer("1", "none", "served")
+    await eventually(lambda: scoring.depth == 0)  # the first does not rest
+    scoring.offer("2", "none", "served")
+    assert await scoring.score(["3"], "none", "served") == [0.03]
+    assert scorer.asked == [["1"], ["3"]]
+    assert scoring.depth == 1
+    busy = False
+    await eventually(lambda: scoring.depth == 0)
+    assert scorer.asked == [["1"], ["3"], ["2"]]
+    busy = True
+    scoring.offer("4", "none", "served")
+    await scoring.close()
+    assert scoring.depth == 0

@@ -27,6 +27,7 @@ from server.logs import LogSink, configure_logging
 from server.metrics import Metrics
 from server.records import RecordSink, load_trace_sink
 from server.toxicity.build import build_scorer
+from server.toxicity.pace import Pace
 from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import ScoringError
 
@@ -93,7 +94,8 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
         scoring = None
         if scorer is not None:
             scorer.wait_ready()
-            scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size)
+            pace = Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
+            scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size, pace)
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
         check_default_steering(app.state.context)
         names = ", ".join(entry.name for entry in registry.entries()) or "none yet"

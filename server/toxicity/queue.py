@@ -13,12 +13,14 @@ from typing import Final, TypeAlias
 
 from server.metrics import Arm, Metrics
 from server.toxicity.batches import Result, score_batch
+from server.toxicity.pace import Pace
 from server.toxicity.scorer import Scorer, ScoringError
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE: Final = 64
 _CLOSE_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 0.25  # until somebody looks whether the other work has ended
 
 
 @dataclass(slots=True, eq=False)
@@ -42,15 +44,20 @@ class ScoringQueue:
     the queue, which closes it.
     """
 
-    def __init__(self, scorer: Scorer, metrics: Metrics, capacity: int) -> None:
+    def __init__(
+        self, scorer: Scorer, metrics: Metrics, capacity: int, pace: Pace | None = None
+    ) -> None:
         """Nothing is scored before `start`.
 
         Args:
             capacity: how many texts may wait before further offered ones are dropped.
+            pace: when offered texts are scored; as soon as can be, if None.
         """
         self._scorer = scorer
         self._metrics = metrics
         self._capacity = capacity
+        self._pace = pace
+        self._timer: asyncio.TimerHandle | None = None  # while offered texts are left to wait
         self._asked: deque[_Job] = deque()
         self._offered: deque[_Job] = deque()
         self._running: list[_Job] = []
@@ -124,6 +131,8 @@ class ScoringQueue:
         self._running = []  # not cleared: the thread reads the list
         self._asked.clear()
         self._offered.clear()
+        if self._timer is not None:
+            self._timer.cancel()
         self._fail(jobs, ScoringError("the server is shutting down"))
         self._inbox.put(None)
         with suppress(TimeoutError):
@@ -150,22 +159,37 @@ class ScoringQueue:
                 self._admit(job)
 
     def _dispatch(self) -> None:
-        """Give the thread the next batch, if it has none."""
+        """Give the thread the next batch, if it has none; of what is asked for, or of the rest."""
         if self._thread is None or self._running:
             return
-        while len(self._running) < BATCH_SIZE and (jobs := self._asked or self._offered):
-            self._running.append(jobs.popleft())
-        if self._running:
-            self._inbox.put(self._running)
+        jobs = self._asked or self._offered
+        if not jobs or (jobs is self._offered and self._rests()):
+            return
+        self._running = [jobs.popleft() for _ in range(min(BATCH_SIZE, len(jobs)))]
+        self._inbox.put(self._running)
+
+    def _rests(self) -> bool:
+        """Whether offered texts are to wait; they are looked at again in a while."""
+        assert self._loop is not None
+        rest = 0.0 if self._pace is None else self._pace.rest
+        if self._timer is not None:
+            self._timer.cancel()
+        if rest:
+            self._timer = self._loop.call_later(min(rest, _LOOK_SECONDS), self._dispatch)
+        return bool(rest)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # the loop was closed before this thread had ended
             while (batch := self._inbox.get()) is not None:
+                began = time.monotonic()
                 results = score_batch(self._scorer, [job.text for job in batch])
-                loop.call_soon_threadsafe(self._receive, results)
+                seconds = time.monotonic() - began
+                loop.call_soon_threadsafe(self._receive, results, seconds)
             loop.call_soon_threadsafe(self._ended.set)
 
-    def _receive(self, results: Sequence[Result]) -> None:
+    def _receive(self, results: Sequence[Result], seconds: float) -> None:
+        if self._pace is not None:
+            self._pace.worked(seconds)
         batch, self._running = self._running, []
         if not batch:
             return  # `close` has given it up
