@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -58,6 +59,14 @@ class Scored:
         if self._process is not None and self.queue is not None:
             self._process.wait_ready()
             self.queue.start()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time that the scorer's process has taken."""
+        if self._process is None:
+            return 0.0
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
 
     async def settle(self) -> None:
         """Wait until nothing is left to score, outside of what is timed."""
@@ -123,8 +132,9 @@ async def run_round(
 
 async def measure(
     specs: Mapping[str, str | None], clients: int, requests: int, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int], str]:
-    """Tokens a second of each round, and completions scored, by variant; the model's dtype."""
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, int], str]:
+    """By variant: tokens a second of each round, the scorer's share of the machine's processors
+    during the rounds, completions scored; and the model's dtype."""
     loaded = load_model("embedded")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -135,34 +145,51 @@ async def measure(
         for variant in variants.values():
             variant.start()
         speeds: dict[str, list[float]] = {name: [] for name in variants}
+        taken = dict.fromkeys(variants, 0.0)
+        seconds = dict.fromkeys(variants, 0.0)
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("measuring", total=rounds * len(variants))
             await run_round(engine, None, clients, 1)  # warms up
             for number in range(rounds):
                 # Every other round in the opposite order: a machine that drifts favours nobody.
                 for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+                    before, began = variants[name].cpu_seconds, time.perf_counter()
                     speed = await run_round(engine, variants[name].queue, clients, requests)
+                    seconds[name] += time.perf_counter() - began
+                    taken[name] += variants[name].cpu_seconds - before
                     speeds[name].append(speed)
                     await variants[name].settle()
                     progress.advance(task)
         scored = {name: variant.scored for name, variant in variants.items()}
+        cores = psutil.cpu_count() or 1
+        shares = {name: taken[name] / seconds[name] / cores for name in variants}
         for variant in variants.values():
             await variant.close()
         await engine.close()
-    return speeds, scored, str(loaded.model.dtype).removeprefix("torch.")
+    return speeds, shares, scored, str(loaded.model.dtype).removeprefix("torch.")
 
 
 def table(
-    speeds: Mapping[str, list[float]], scored: Mapping[str, int], completions: int
+    speeds: Mapping[str, list[float]],
+    shares: Mapping[str, float],
+    scored: Mapping[str, int],
 ) -> list[str]:
-    """Markdown: each variant's tokens a second, and its rounds as a share of those without."""
+    """Markdown: each variant's tokens a second, and its rounds as a share of those without.
+
+    Beside the median ratio stands its standard error, by the spread of the rounds (1.25 that of
+    the mean): the machine drifts.
+    """
     base = speeds["no scoring"]
-    lines = ["| scorer | tokens/s | ÷ no scoring | completions scored |", "|---|---:|---:|---:|"]
+    lines = [
+        "| scorer | tokens/s | ÷ no scoring | standard error | of the processors | scored |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, values in speeds.items():
         ratios = [value / other for value, other in zip(values, base, strict=True)]
+        error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5
         lines.append(
             f"| {name} | {statistics.median(values):.1f} | {statistics.median(ratios):.3f} "
-            f"| {scored[name]} of {completions if name != 'no scoring' else 0} |"
+            f"| {error:.3f} | {shares[name]:.2%} | {scored[name]} |"
         )
     return lines
 
@@ -170,8 +197,8 @@ def table(
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the Markdown here too.")] = None,
     clients: Annotated[int, typer.Option(min=1)] = 16,
-    requests: Annotated[int, typer.Option(min=1, help="Of each client in a round.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1)] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Of each client in a round.")] = 2,
+    rounds: Annotated[int, typer.Option(min=2)] = 24,
 ) -> None:
     """Measure what scoring costs the embedded model's generation."""
     with tempfile.TemporaryDirectory() as folder:
@@ -180,14 +207,15 @@ def main(
             "embedded": "embedded",
             "classifier of BERT-base's size, same CPU": save_classifier(Path(folder)),
         }
-        speeds, scored, dtype = asyncio.run(measure(specs, clients, requests, rounds))
+        speeds, shares, scored, dtype = asyncio.run(measure(specs, clients, requests, rounds))
     write_report(
         "What scoring toxicity costs",
         "benchmarks.scoring_cost",
         f"SmolLM2-135M, {dtype}: {clients} clients, each {requests} completions of {min(TOKENS)} "
-        f"to {max(TOKENS)} tokens a round, {rounds} interleaved rounds; medians of the rounds, and "
+        f"to {max(TOKENS)} tokens a round, {rounds} interleaved rounds (so "
+        f"{clients * requests * rounds} completions each); medians of the rounds, and "
         "of their ratios to the round without scoring beside them.",
-        table(speeds, scored, clients * requests * rounds),
+        table(speeds, shares, scored),
         out,
     )
 
