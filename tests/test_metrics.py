@@ -54,6 +54,9 @@ async def test_counts_are_exact(client: httpx.AsyncClient) -> None:
     assert {name: await metric(client, name) for name in expected} == expected
 
 
+FIRST_TOKENS = "time_to_first_token_seconds_count"
+
+
 async def test_after_errors_and_clients_that_leave_the_counts_add_up_and_the_gauges_are_zero(
     tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +67,9 @@ async def test_after_errors_and_clients_that_leave_the_counts_add_up_and_the_gau
     await eventually(lambda: tiny_engine.stats().running == len(leaving))
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        async with asyncio.timeout(20):  # each has its first token
+            while await metric(client, FIRST_TOKENS) < len(leaving):  # noqa: ASYNC110 - a page
+                await asyncio.sleep(0.001)
         assert await metric(client, "requests_running") == len(leaving)
         assert await metric(client, "kv_cache_usage_ratio") > 0
         for connection in leaving:

@@ -83,7 +83,8 @@ class Exchange:
         self._record.choices = len(plans)
         self._record.sampling = plans[0].sampling
         compare, receive = self._wanted.compare, self._http.receive
-        plans = [replace(plan, sampling=_seeded(plan.sampling)) for plan in plans]
+        if self._edits:
+            plans = [replace(plan, sampling=_seeded(plan.sampling)) for plan in plans]
         requests = [self._request(index, plan, self._edits) for index, plan in enumerate(plans)]
         compared = [self._request(index, plan, ()) for index, plan in enumerate(plans) if compare]
         submission = self._group.submit(requests, prompt_tokens, compared)
@@ -134,7 +135,7 @@ class Exchange:
 
 
 def _seeded(sampling: SamplingSettings) -> SamplingSettings:
-    """With a seed in any case: the base model, where it is asked too, is to draw the same."""
+    """With a seed in any case: where the base model is asked too, it is to draw the same."""
     return sampling if sampling.seed is not None else replace(sampling, seed=random.getrandbits(63))
 
 
