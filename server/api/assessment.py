@@ -71,7 +71,7 @@ class Assessment:
         except ScoringError as error:
             if not self._wanted.toxicity:
                 return [None] * len(completions)
-            # What has failed may quote other people's texts: it is in the log.
+            # Why is the operator's business: it is in the log.
             raise ApiError(
                 503,
                 "The toxicity of the answer cannot be told now; try again later.",

@@ -25,5 +25,5 @@ class Pace:
 
     @property
     def rest(self) -> float:
-        """Seconds until there should be work again, if the other work goes on; 0 for now."""
+        """Seconds until there should be work again, if the other work goes on; 0: it is time."""
         return max(0.0, self._rest_until - time.monotonic()) if self._busy() else 0.0
