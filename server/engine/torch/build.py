@@ -4,11 +4,14 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
 from server.engine.torch.core import EngineCore
 from server.engine.torch.devices import free_memory
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import LoadedModel, ModelLoadError
+from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Scheduler
 from server.engine.torch.self_test import check_attention, check_lm_head, dead_sites
@@ -19,6 +22,8 @@ _BLOCK_SIZE = 16
 # Of each device's memory that is free when the engine is built. What a host has is shared with
 # others; what a GPU has left is for keys and values, but for the activations of a step.
 _DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
+# Of prompts, in a step that others wait for to get their next token: about as long as the rest.
+_PREFILL_TOKENS = {"cpu": 64, "cuda": 512}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,8 @@ class EngineOptions:
     max_model_len: int | None = None  # None: the model's own
     kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
     max_loaded_interventions: int = 64
+    prefix_cache: bool = True  # computed blocks are kept for whoever begins with the same tokens
+    prefill_tokens: int | None = None  # None: by device, see `_PREFILL_TOKENS`
     check_invariants: bool = False  # after every step; a debugging aid
     dose_interval: int = 16  # edits are measured in one of so many steered steps; 0 for never
 
@@ -54,17 +61,22 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         model.device,
         probe=partial(dead_sites, model, runner, widths=loaded.description.site_widths),
     )
+    pool = _block_pool(SlabShape.of(model), options)
+    prefixes = PrefixCache[list[Tensor]](pool, options.prefix_cache)
     scheduler = Scheduler(
-        pool=_block_pool(SlabShape.of(model), options),
+        pool=pool,
         max_batch_size=options.max_batch_size,
         max_batch_tokens=options.max_batch_tokens,
         max_waiting=options.max_waiting,
+        prefill_tokens=options.prefill_tokens or _PREFILL_TOKENS[model.device.type],
+        find=prefixes.find,
     )
     return EngineCore(
         model,
         loaded.tokenizer,
         runner,
         scheduler,
+        prefixes,
         interventions,
         _eos_tokens(loaded),
         options.check_invariants,

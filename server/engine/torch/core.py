@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from server.engine.base import EngineError, GaveWayError, StepFailedError
@@ -15,8 +16,9 @@ from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.postprocess import Delivery, Postprocessor
+from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
-from server.engine.torch.scheduler import Plan, Scheduler
+from server.engine.torch.scheduler import Chunk, Plan, Scheduler
 from server.engine.torch.sequence import Sequence
 from server.engine.torch.slab import Slab, SlabShape
 from server.engine.torch.vocabulary import Vocabulary
@@ -43,12 +45,14 @@ class EngineCore:
         tokenizer: PreTrainedTokenizerFast,
         runner: Runner,
         scheduler: Scheduler,
+        prefixes: PrefixCache[list[Tensor]],
         interventions: LoadedInterventions,
         eos_tokens: frozenset[int],
         check_invariants: bool,
         dose_interval: int,
     ) -> None:
         self.scheduler = scheduler
+        self.prefixes = prefixes
         self.interventions = interventions
         self._runner = runner
         self._tokenizer = tokenizer.backend_tokenizer
@@ -109,18 +113,22 @@ class EngineCore:
             self.interventions.pin(digest)
         self._answers[sequence] = answer
         self.scheduler.add(sequence)
+        self.prefixes.trim()
 
     def remove(self, sequence: Sequence) -> None:
         """Free all that a sequence holds. Harmless when it has ended."""
         if self._answers.pop(sequence, None) is None:
             return
         self.scheduler.remove(sequence)
-        self._slabs.pop(sequence, None)
+        if (slabs := self._slabs.pop(sequence, None)) is not None:
+            self.prefixes.save(sequence, slabs)
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
     def clear(self) -> None:
-        """Remove every sequence."""
+        """Remove every sequence, and what is kept of them."""
+        self._slabs.clear()
+        self.prefixes.clear()
         for sequence in tuple(self._answers):
             self.remove(sequence)
 
@@ -142,7 +150,10 @@ class EngineCore:
                 error = StepFailedError("the engine failed while computing this request")
                 deliveries += [(chunk.sequence, error) for chunk in plan.chunks]
         for sequence, output in deliveries:
-            if isinstance(output, EngineError) or output.finish_reason is not None:
+            if isinstance(output, EngineError):
+                self._slabs.pop(sequence, None)  # nothing of it is to be kept
+                self.remove(sequence)
+            elif output.finish_reason is not None:
                 self.remove(sequence)
         if self._check_invariants:
             self.check()
@@ -155,6 +166,7 @@ class EngineCore:
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)
         deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
+        self._keep_prompts(deliveries)
         if meter is None:
             return deliveries
         if self._device.type == "cpu":  # what a GPU does goes on while it is asked for more
@@ -163,15 +175,40 @@ class EngineCore:
         return _with_doses(deliveries, batch, meter)
 
     def _make_room(self, plan: Plan) -> None:
-        for sequence in (*plan.preempted, *plan.dropped):
+        for sequence in plan.dropped:
             self._slabs.pop(sequence, None)
+        yielded = {each: self._slabs.pop(each, ()) for each in plan.preempted}
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if sequence not in self._slabs:
-                self._slabs[sequence] = tuple(Slab(self._slab_shape) for _ in range(sequence.lanes))
-                self._answers[sequence].start()
-            for slab in self._slabs[sequence]:
+            if chunk.sequence not in self._slabs:
+                self._begin(chunk)
+            for slab in self._slabs[chunk.sequence]:
                 slab.reserve(chunk.end)
+        # Not before all have what they found, some of which may have to go for it.
+        for sequence, slabs in yielded.items():
+            if slabs:
+                self.prefixes.save(sequence, slabs)
+        self.prefixes.trim()
+
+    def _begin(self, chunk: Chunk) -> None:
+        """Give a sequence its slabs, with what the prefix cache has of it."""
+        sequence = chunk.sequence
+        slabs = tuple(Slab(self._slab_shape) for _ in range(sequence.lanes))
+        for slab in slabs:
+            slab.reserve(chunk.end)
+        self.prefixes.load(sequence, slabs)
+        self._slabs[sequence] = slabs
+        sequence.checked = sequence.computed
+        self._answers[sequence].start()
+
+    def _keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
+        """Keep each prompt that is whole now; what is generated is kept when its sequence ends."""
+        for sequence, output in deliveries:
+            if isinstance(output, EngineError) or not output.token_ids:
+                continue  # no logits have shown that what was computed is a number
+            whole = sequence.checked < sequence.prompt_length
+            sequence.checked = sequence.computed
+            if whole:
+                self.prefixes.save(sequence, self._slabs[sequence])
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
@@ -186,6 +223,7 @@ class EngineCore:
         """Assert that nothing leaks: blocks, slabs, pins and slots belong to living sequences."""
         scheduler = self.scheduler
         scheduler.check()
+        self.prefixes.check()
         running = {*scheduler.running, *scheduler.background}
         sequences = {*running, *scheduler.waiting}
         assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"

@@ -67,6 +67,17 @@ class Slab:
             new[:, :, : old.shape[2]] = old
             self.layers[index] = new
 
+    def read(self, start: int, end: int) -> list[Tensor]:
+        """A copy of what is stored of some tokens: a layer's (2, kv_heads, end - start, head_dim)."""
+        return [layer[:, :, start:end].clone() for layer in self.layers]
+
+    def write(self, start: int, values: Sequence[Tensor]) -> None:
+        """Store what `read` gave, from a token on."""
+        end = start + values[0].shape[2]
+        self.reserve(end)
+        for layer, value in zip(self.layers, values, strict=True):
+            layer[:, :, start:end] = value
+
     def _empty(self, device: torch.device, capacity: int) -> Tensor:
         """(2, kv_heads, capacity, head_dim): keys, then values."""
         shape = self._shape
