@@ -3,6 +3,7 @@
 import typer
 
 from server.cli import fit, registry
+from server.cli.bench import bench
 from server.cli.serve import serve
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
 app.command()(serve)
 app.add_typer(fit.app, name="fit")
 app.add_typer(registry.app)  # push, list, show, delete
+app.command()(bench)
 
 
 def main() -> None:

@@ -1,0 +1,62 @@
+"""How long and how much is measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What whoever runs the benchmarks may choose, and what follows from `--quick`."""
+
+    model: str
+    device: str
+    rounds: int  # pairs of bursts, or turns of each engine
+    vllm_python: Path | None
+    batches: tuple[int, ...] = (1, 8, 32)
+    burst_steps: int = 16  # a multiple of those among which one is measured for its dose
+    prompt_tokens: int = 32
+    new_tokens: int = 128  # of each request of an engine that is compared
+    distinct: int = 32
+    head_counts: tuple[int, ...] = (1, 8, 32)
+    growth_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    contexts: tuple[int, ...] = (32, 256, 1024)
+    loaded: tuple[int, ...] = (1, 16, 64)
+    registered: tuple[int, ...] = (1, 100, 1000)
+    latency_tokens: int = 64
+    long_prompt_tokens: int = 1000
+
+    @property
+    def fewer_rounds(self) -> int:
+        """Of what takes long, or spreads little."""
+        return max(1, self.rounds // 3)
+
+    @property
+    def burst_conditions(self) -> str:
+        """What bursts in the engine are, for the head of a page."""
+        return (
+            f"Decode steps in the engine on {self.model}, {self.prompt_tokens} prompt tokens: "
+            f"{self.rounds} pairs of bursts of {self.burst_steps} steps, one arm and the other in "
+            "turns, medians."
+        )
+
+    @classmethod
+    def quick(cls, model: str, device: str, vllm_python: Path | None) -> "Options":
+        """Enough to see that everything runs; its figures mean nothing."""
+        return cls(
+            model,
+            device,
+            rounds=1,
+            vllm_python=vllm_python,
+            batches=(1, 2),
+            burst_steps=2,
+            prompt_tokens=4,
+            new_tokens=8,
+            distinct=4,
+            head_counts=(1, 4),
+            growth_batches=(1, 2),
+            contexts=(4, 32),
+            loaded=(1, 4),
+            registered=(1, 10),
+            latency_tokens=8,
+            long_prompt_tokens=100,
+        )

@@ -1,0 +1,133 @@
+"""The benchmarks run, and what they say of their engines is true; no test asserts a time."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import main
+from benchmarks.core import BenchmarkError, open_bench
+from benchmarks.processes import Worker
+from benchmarks.workers.steerserve_worker import generate
+from benchmarks.workers.transformers_worker import load, static_batch
+from server.engine.base import Edit
+from server.engine.torch.build import EngineOptions
+from server.engine.torch.engine import TorchEngine
+from server.engine.torch.loader import load_model
+from steering.settings import AffineSettings
+from tests.serving import eventually
+
+PROMPTS = [[1, 2, 3, 4], [50, 60, 70, 80]]
+ECHO = """
+import subprocess, sys
+from benchmarks.workers.protocol import claim_stdout, serve
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+print("a library says something")
+answers = claim_stdout()
+print("and again")
+info = {"child": str(child.pid)}
+serve(lambda prompts, new: [prompt[:1] * new for prompt in prompts], info, answers)
+"""
+
+
+@pytest.fixture
+def tiny_llama(tiny_folders: Mapping[str, Path]) -> str:
+    return str(tiny_folders["llama"])
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Iterator[Worker]:
+    """A worker that repeats each prompt's first token, and has a child of its own."""
+    with Worker("echo", [sys.executable, "-c", ECHO], tmp_path) as worker:
+        yield worker
+
+
+def test_the_engine_is_measured_in_this_process(tiny_llama: str, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    sections = "steering,distinct,growth"
+    arguments = ["--quick", "--model", tiny_llama, "--only", sections, "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    pages = {
+        name: json.loads((tmp_path / f"{name}.json").read_text()) for name in sections.split(",")
+    }
+    for name, page in pages.items():
+        assert page["machine"]
+        assert page["versions"]["torch"] == torch.__version__
+        assert page["dtype"] in ("bfloat16", "float32")
+        assert page["command"] in (tmp_path / f"{name}.md").read_text()
+    labels = [(each["batch"], each["label"]) for each in pages["steering"]["steering"]]
+    arms = ("LinEAS at 2 sites", "ARGRE, 5 iterations", "both")
+    assert labels == [(batch, arm) for batch in (1, 2) for arm in arms]
+    assert [each["heads"] for each in pages["distinct"]["heads"]] == [1, 4]
+    assert pages["distinct"]["bandwidth_bytes_per_second"] > 1e8
+    assert len(pages["growth"]["loaded"]) == 2
+    assert set(pages["growth"]["lookup_seconds"]) == {"1", "10"}
+
+
+def test_a_burst_steers_what_it_should_and_leaves_nothing(tiny_llama: str) -> None:
+    bench = open_bench(tiny_llama)
+    seen: list[float] = []
+    edit_site = bench.core.interventions.bank.edit_site
+
+    def recording(site: str, output: torch.Tensor, route: object, *rest: object) -> torch.Tensor:
+        edited: torch.Tensor = edit_site(site, output, route, *rest)  # type: ignore[arg-type]
+        seen.append(float((edited - output).float().abs().max()))
+        return edited
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.core.interventions.bank, "edit_site", recording)
+        bench.decode_seconds([(Edit(bench.lineas, AffineSettings(1.0)),)] * 2, 4, 3)
+        steered, seen[:] = max(seen), []
+        assert bench.decode_seconds([()] * 2, 4, 3) > 0
+    assert steered > 0
+    assert max(seen, default=0) == 0
+    bench.core.check()
+    assert not bench.core.has_work
+
+
+def test_an_intervention_that_breaks_the_model_is_not_measured(tiny_llama: str) -> None:
+    bench = open_bench(tiny_llama)
+    edits = (Edit(bench.lineas, AffineSettings(float("1e38"))),)
+    with pytest.raises(BenchmarkError, match="a sequence was lost"):
+        bench.decode_seconds([edits], 4, 3)
+
+
+def test_a_worker_answers_and_is_stopped_in_between(echo: Worker) -> None:
+    child = psutil.Process(int(echo.info["child"]))
+    for _ in range(2):
+        answer = echo.generate(PROMPTS, 3)
+        assert answer.tokens == [[1, 1, 1], [50, 50, 50]]
+        assert answer.seconds > 0
+        assert psutil.Process(child.ppid()).status() == psutil.STATUS_STOPPED
+        assert child.status() == psutil.STATUS_STOPPED
+
+
+def test_a_worker_that_dies_shows_the_end_of_its_log(echo: Worker, tmp_path: Path) -> None:
+    child = psutil.Process(int(echo.info["child"]))
+    os.kill(child.ppid(), signal.SIGKILL)
+    with pytest.raises(BenchmarkError, match="echo has ended"):
+        echo.generate(PROMPTS, 3)
+    child.kill()
+    broken = Worker("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path)
+    with pytest.raises(BenchmarkError, match="no such model"), broken:
+        pass
+
+
+async def test_ours_and_transformers_generate_the_same(tiny_llama: str) -> None:
+    with torch.inference_mode():
+        expected = static_batch(load(tiny_llama, "float32"))(PROMPTS, 6)
+    engine = TorchEngine(load_model(tiny_llama, "float32"), lambda _: {}, EngineOptions())
+    await engine.start()
+    assert await generate(engine, PROMPTS, 6) == expected
+    await eventually(lambda: engine.stats().running == 0)
+    await engine.close()
