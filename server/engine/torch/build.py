@@ -4,14 +4,26 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
+from transformers import PreTrainedModel
+
+from server.engine.torch.attention import use_slab_attention
+from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
+from server.engine.torch.decoder import DecoderLayers
 from server.engine.torch.devices import free_memory
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import LoadedModel, ModelLoadError
+from server.engine.torch.packed import pack_linear_layers
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Scheduler
-from server.engine.torch.self_test import check_attention, check_lm_head, dead_sites
+from server.engine.torch.self_test import (
+    check_forward,
+    check_lm_head,
+    dead_sites,
+    record_layers,
+    reference_logits,
+)
 from server.engine.torch.slab import SlabShape
 from steering.hooks import SteeringHooks
 
@@ -31,6 +43,7 @@ class EngineOptions:
     max_model_len: int | None = None  # None: the model's own
     kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
     max_loaded_interventions: int = 64
+    compile: bool = False  # layers, in the background; on a CPU only
     check_invariants: bool = False  # after every step; a debugging aid
     dose_interval: int = 16  # edits are measured in one of so many steered steps; 0 for never
 
@@ -43,9 +56,12 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
             not reach the logits.
     """
     model = loaded.model
+    expected = reference_logits(model)
+    pack_linear_layers(model)
+    use_slab_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
     runner = Runner(model, hooks)
-    check_attention(model, runner)
+    check_forward(model, runner, expected)
     check_lm_head(model, runner, loaded.description.head_width)
     interventions = LoadedInterventions(
         options.max_loaded_interventions,
@@ -63,13 +79,22 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     return EngineCore(
         model,
         loaded.tokenizer,
-        runner,
+        _compiled_runner(model, hooks, runner) if options.compile else runner,
         scheduler,
         interventions,
         _eos_tokens(loaded),
         options.check_invariants,
         options.dose_interval,
     )
+
+
+def _compiled_runner(model: PreTrainedModel, hooks: SteeringHooks, eager: Runner) -> Runner:
+    """A runner whose layers are compiled in the background; on CUDA, there are graphs instead."""
+    if model.device.type != "cpu":
+        return eager
+    layers = DecoderLayers(model)
+    more_tokens, one_token = record_layers(model, layers, eager)
+    return Runner(model, hooks, CompiledLayers(layers, one_token, more_tokens))
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:

@@ -18,7 +18,7 @@ from server.engine.torch.postprocess import Delivery, Postprocessor
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Plan, Scheduler
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabShape
+from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from server.engine.torch.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
@@ -59,7 +59,7 @@ class EngineCore:
         self.measured_seconds = 0.0  # that the measured steps took
         self.edit_seconds = 0.0  # that the edits took of it
         self._device = model.device
-        self._slab_shape = SlabShape.of(model)
+        self._slab_pool = SlabPool(SlabShape.of(model))
         self._slabs: dict[Sequence, tuple[Slab, ...]] = {}  # of each lane
         self._answers: dict[Sequence, Answer] = {}
 
@@ -115,7 +115,7 @@ class EngineCore:
         if self._answers.pop(sequence, None) is None:
             return
         self.scheduler.remove(sequence)
-        self._slabs.pop(sequence, None)
+        self._free_slabs(sequence)
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
@@ -164,14 +164,18 @@ class EngineCore:
 
     def _make_room(self, plan: Plan) -> None:
         for sequence in (*plan.preempted, *plan.dropped):
-            self._slabs.pop(sequence, None)
+            self._free_slabs(sequence)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             if sequence not in self._slabs:
-                self._slabs[sequence] = tuple(Slab(self._slab_shape) for _ in range(sequence.lanes))
+                self._slabs[sequence] = tuple(Slab(self._slab_pool) for _ in range(sequence.lanes))
                 self._answers[sequence].start()
             for slab in self._slabs[sequence]:
                 slab.reserve(chunk.end)
+
+    def _free_slabs(self, sequence: Sequence) -> None:
+        for slab in self._slabs.pop(sequence, ()):
+            slab.free()
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
