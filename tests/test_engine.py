@@ -75,7 +75,9 @@ async def test_a_finished_request_frees_everything(start_engine: StartEngine) ->
     assert all(output.queue_seconds is None for output in outputs[1:])
     await eventually(lambda: idle(engine))
     stats = replace(engine.stats(), measured_step_seconds=0, measured_edit_seconds=0)
-    assert stats == EngineStats(running=0, waiting=0, kv_cache_usage=0, slots_used=2)
+    assert stats == EngineStats(
+        running=0, waiting=0, kv_cache_usage=0, slots_used=2, prefix_cache_queries=len(PROMPT)
+    )
     generation.cancel()  # harmless now
     assert engine.ready
 

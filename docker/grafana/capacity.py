@@ -49,8 +49,8 @@ CAPACITY = Section(
             "Prefix cache hit rate",
             "timeseries",
             "percentunit",
-            "Share of the looked-up prompt tokens that were computed before. 0 where the engine "
-            "has no prefix cache.",
+            "Share of the looked-up prompt tokens that were computed before. 0 where nothing is "
+            "looked up.",
             (
                 Target(
                     f"({total('rate', 'prefix_cache_hits_total')} / "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from server.engine.torch.operators import define_operator
 from server.engine.torch.slab_attention import AttentionStep, How
 
 _NAME: Final = "steerserve_slab"
@@ -77,13 +78,12 @@ def _attend_fake(query: Tensor, *_others: object) -> Tensor:
     return query.new_empty((1, tokens, heads, head_dim))
 
 
-_LIBRARY: Final = torch.library.Library("steerserve", "FRAGMENT")
-_LIBRARY.define(
+define_operator(
     "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float? scaling, int? window, "
-    "float? softcap) -> Tensor"
+    "float? softcap) -> Tensor",
+    _attend,
+    _attend_fake,
 )
-_LIBRARY.impl("attend", _attend, "CPU")
-torch.library.register_fake("steerserve::attend", _attend_fake, lib=_LIBRARY)
 
 
 def _refuse_unknown(

@@ -14,6 +14,11 @@ class Background:
         self._running = False
         self._changed = threading.Condition()
 
+    @property
+    def pending(self) -> int:
+        """Functions that wait or run."""
+        return len(self._waiting) + self._running
+
     def run(self, function: Callable[[], None]) -> None:
         """Have a function run, which must not raise."""
         with self._changed:

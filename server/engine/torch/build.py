@@ -1,10 +1,11 @@
 """Puts a loaded model's engine together, and tests it on the model before anything is served."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from server.engine.torch.attention import use_slab_attention
 from server.engine.torch.compiled import CompiledLayers
@@ -15,6 +16,7 @@ from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import LoadedModel, ModelLoadError
 from server.engine.torch.packed import pack_linear_layers
+from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Scheduler
 from server.engine.torch.self_test import (
@@ -26,11 +28,14 @@ from server.engine.torch.self_test import (
 )
 from server.engine.torch.slab import SlabShape
 from steering.hooks import SteeringHooks
+from steering.sites import SiteError, default_sites, match_sites
 
 _BLOCK_SIZE = 16
 # Of each device's memory that is free when the engine is built. What a host has is shared with
 # others; what a GPU has left is for keys and values, but for the activations of a step.
 _DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
+# Of prompts, in a step that others wait for to get their next token: about as long as the rest.
+_PREFILL_TOKENS = {"cpu": 64, "cuda": 512}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,9 @@ class EngineOptions:
     max_model_len: int | None = None  # None: the model's own
     kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
     max_loaded_interventions: int = 64
-    compile: bool = False  # layers, in the background; on a CPU only
+    compile_layers: bool = False  # layers, in the background, on a CPU
+    prefix_cache: bool = True  # computed blocks are kept for whoever begins with the same tokens
+    prefill_tokens: int | None = None  # None: by device, see `_PREFILL_TOKENS`
     check_invariants: bool = False  # after every step; a debugging aid
     dose_interval: int = 16  # edits are measured in one of so many steered steps; 0 for never
 
@@ -70,17 +77,22 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         model.device,
         probe=partial(dead_sites, model, runner, widths=loaded.description.site_widths),
     )
+    pool = _block_pool(SlabShape.of(model), options)
+    prefixes = PrefixCache[list[Tensor]](pool, options.prefix_cache)
     scheduler = Scheduler(
-        pool=_block_pool(SlabShape.of(model), options),
+        pool=pool,
         max_batch_size=options.max_batch_size,
         max_batch_tokens=options.max_batch_tokens,
         max_waiting=options.max_waiting,
+        prefill_tokens=options.prefill_tokens or _PREFILL_TOKENS[model.device.type],
+        find=prefixes.find,
     )
     return EngineCore(
         model,
         loaded.tokenizer,
-        _compiled_runner(model, hooks, runner) if options.compile else runner,
+        _compiled_runner(loaded, hooks, runner, options) if options.compile_layers else runner,
         scheduler,
+        prefixes,
         interventions,
         _eos_tokens(loaded),
         options.check_invariants,
@@ -88,13 +100,22 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     )
 
 
-def _compiled_runner(model: PreTrainedModel, hooks: SteeringHooks, eager: Runner) -> Runner:
-    """A runner whose layers are compiled in the background; on CUDA, there are graphs instead."""
+def _compiled_runner(
+    loaded: LoadedModel, hooks: SteeringHooks, eager: Runner, options: EngineOptions
+) -> Runner:
+    """A runner whose layers are compiled in the background."""
+    model, widths = loaded.model, loaded.description.site_widths
     if model.device.type != "cpu":
         return eager
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, eager)
-    return Runner(model, hooks, CompiledLayers(layers, one_token, more_tokens))
+    compiled = CompiledLayers(layers, one_token, more_tokens)
+    with suppress(SiteError):  # not every architecture has default sites
+        sites = match_sites(default_sites(loaded.description.architecture), widths)
+        compiled.expect(
+            {site: widths[site] for site in sites}, options.max_loaded_interventions + 1
+        )
+    return Runner(model, hooks, compiled)
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:

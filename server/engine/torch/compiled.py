@@ -28,7 +28,7 @@ from steering.site_edit import CHILD, SiteEdit, site_tensors, step_tensors
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS: Final = {
+_OPTIONS: Final[dict[str, Any]] = {
     # What a layer's fused loops compute is small beside its products. On two cores, threads of
     # their own would fight for them with those of the products.
     "cpp.threads": 1,
@@ -41,6 +41,7 @@ _OPTIONS: Final = {
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
+_Inputs: TypeAlias = tuple[_Tensors, Sequence[object], Mapping[str, object]]
 Graph: TypeAlias = Callable[[_Tensors, Sequence[object], Mapping[str, object]], object]
 
 
@@ -94,6 +95,27 @@ class CompiledLayers:
         self._background = Background("compiler")
         for structure in range(len(layers.structures)):
             self._find(Variant(structure))
+
+    @property
+    def pending(self) -> int:
+        """Variants that are being made, or wait for that."""
+        return self._background.pending
+
+    def expect(self, sites: Mapping[str, int], slots: int) -> None:
+        """Have graphs made for one affine edit at some sites, before anybody wants it.
+
+        Args:
+            sites: module path -> width.
+            slots: of the bank, the identity's among them.
+        """
+        edited: dict[int, list[Site]] = {}
+        for site in sites:
+            if (place := self._layers.place(site)) is not None:
+                index, path = place
+                edited.setdefault(index, []).append(Site(path, slots, sites[site], False))
+        for index, found in edited.items():
+            structure = self._layers.structure_of[index]
+            self._find(Variant(structure, tuple(sorted(found, key=lambda each: each.path)), 1))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
@@ -178,16 +200,17 @@ class CompiledLayers:
         layers = self._layers
         alike = [i for i, each in enumerate(layers.structure_of) if each == variant.structure]
         edited = _example_edits(variant, probe.record.tokens)
+
+        def inputs(index: int) -> _Inputs:
+            args, kwargs = probe.record.inputs[index]
+            tensors = {**layers.tensors[index], **edited}
+            return tensors, args, {**kwargs, "layer_index": layers.positions[index]}
+
         with probe.attention.current():
-            graph = None
+            graph = _compiled_ahead(run, inputs(alike[0]), probe.record.tokens)
             for index in alike:
-                args, kwargs = probe.record.inputs[index]
-                tensors = {**layers.tensors[index], **edited}
-                inputs = tensors, args, {**kwargs, "layer_index": layers.positions[index]}
-                if graph is None:
-                    graph = _compiled_ahead(run, inputs, probe.record.tokens)
-                expected = run(*inputs) if edited else probe.record.outputs[index]
-                _compare(graph(*inputs), expected)
+                expected = run(*inputs(index)) if edited else probe.record.outputs[index]
+                _compare(graph(*inputs(index)), expected)
         return graph
 
 
@@ -240,15 +263,16 @@ def _example_edits(variant: Variant, tokens: int) -> dict[str, Tensor]:
     return _edit_tensors(maps, edits)
 
 
-def _compiled_ahead(run: Graph, inputs: tuple[Any, ...], tokens: int) -> Graph:
+def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
     if tokens > 1:
         for tensor in tree_leaves(inputs):
             for dim, size in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
                 if size == tokens:
                     torch._dynamo.mark_dynamic(tensor, dim)
-    compiled = torch.compile(run, fullgraph=True, options=dict(_OPTIONS))
-    graph = compiled.aot_compile((inputs, {}))
-    graph.disable_guard_check()
+    compiled: Any = torch.compile(run, fullgraph=True, options=_OPTIONS)
+    ahead = compiled.aot_compile((inputs, {}))
+    ahead.disable_guard_check()
+    graph: Graph = ahead
     return graph
 
 

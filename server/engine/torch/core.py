@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from server.engine.base import EngineError, GaveWayError, StepFailedError
@@ -14,11 +15,13 @@ from server.engine.torch.answer import Answer
 from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
+from server.engine.torch.kv_store import KVStore
 from server.engine.torch.postprocess import Delivery, Postprocessor
+from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Plan, Scheduler
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.slab import SlabShape
 from server.engine.torch.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
@@ -43,6 +46,7 @@ class EngineCore:
         tokenizer: PreTrainedTokenizerFast,
         runner: Runner,
         scheduler: Scheduler,
+        prefixes: PrefixCache[list[Tensor]],
         interventions: LoadedInterventions,
         eos_tokens: frozenset[int],
         check_invariants: bool,
@@ -59,8 +63,7 @@ class EngineCore:
         self.measured_seconds = 0.0  # that the measured steps took
         self.edit_seconds = 0.0  # that the edits took of it
         self._device = model.device
-        self._slab_pool = SlabPool(SlabShape.of(model))
-        self._slabs: dict[Sequence, tuple[Slab, ...]] = {}  # of each lane
+        self.store = KVStore(SlabShape.of(model), prefixes)
         self._answers: dict[Sequence, Answer] = {}
 
     def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
@@ -109,18 +112,20 @@ class EngineCore:
             self.interventions.pin(digest)
         self._answers[sequence] = answer
         self.scheduler.add(sequence)
+        self.store.prefixes.trim()
 
     def remove(self, sequence: Sequence) -> None:
         """Free all that a sequence holds. Harmless when it has ended."""
         if self._answers.pop(sequence, None) is None:
             return
         self.scheduler.remove(sequence)
-        self._free_slabs(sequence)
+        self.store.end(sequence)
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
     def clear(self) -> None:
-        """Remove every sequence."""
+        """Remove every sequence, and what is kept of them."""
+        self.store.clear()
         for sequence in tuple(self._answers):
             self.remove(sequence)
 
@@ -129,6 +134,11 @@ class EngineCore:
         """Whether a step would compute anything."""
         scheduler = self.scheduler
         return bool(scheduler.running or scheduler.waiting or scheduler.background)
+
+    @property
+    def compiling(self) -> int:
+        """Graphs that are being made; the engine gets faster with each."""
+        return self._runner.compiled.pending if self._runner.compiled is not None else 0
 
     def step(self) -> list[Delivery]:
         """Compute one step; the outputs of the sequences that it advanced."""
@@ -142,40 +152,30 @@ class EngineCore:
                 error = StepFailedError("the engine failed while computing this request")
                 deliveries += [(chunk.sequence, error) for chunk in plan.chunks]
         for sequence, output in deliveries:
-            if isinstance(output, EngineError) or output.finish_reason is not None:
+            if isinstance(output, EngineError):
+                self.store.discard(sequence)
+                self.remove(sequence)
+            elif output.finish_reason is not None:
                 self.remove(sequence)
         if self._check_invariants:
             self.check()
         return deliveries
 
     def _compute(self, plan: Plan) -> list[Delivery]:
-        self._make_room(plan)
-        batch = build_batch(plan.chunks, self._slabs, self._device)
+        for sequence in self.store.make_room(plan):
+            self._answers[sequence].start()
+        batch = build_batch(plan.chunks, self.store.slabs, self._device)
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)
         deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
+        self.store.keep_prompts(deliveries)
         if meter is None:
             return deliveries
         if self._device.type == "cpu":  # what a GPU does goes on while it is asked for more
             self.measured_seconds += time.perf_counter() - began - meter.own_seconds
             self.edit_seconds += meter.edit_seconds
         return _with_doses(deliveries, batch, meter)
-
-    def _make_room(self, plan: Plan) -> None:
-        for sequence in (*plan.preempted, *plan.dropped):
-            self._free_slabs(sequence)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if sequence not in self._slabs:
-                self._slabs[sequence] = tuple(Slab(self._slab_pool) for _ in range(sequence.lanes))
-                self._answers[sequence].start()
-            for slab in self._slabs[sequence]:
-                slab.reserve(chunk.end)
-
-    def _free_slabs(self, sequence: Sequence) -> None:
-        for slab in self._slabs.pop(sequence, ()):
-            slab.free()
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
@@ -193,7 +193,7 @@ class EngineCore:
         running = {*scheduler.running, *scheduler.background}
         sequences = {*running, *scheduler.waiting}
         assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"
-        assert self._slabs.keys() <= running, "a slab that nobody uses"
+        self.store.check(running)
         pins = Counter(digest for sequence in sequences for digest in sequence.digests)
         self.interventions.slots.check(pins)
 

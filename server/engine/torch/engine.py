@@ -98,6 +98,9 @@ class TorchEngine:
             kv_cache_usage=scheduler.pool.usage,
             slots_used=self._core.interventions.slots.used,
             preemptions=scheduler.preemptions,
+            prefix_cache_queries=self._core.store.prefixes.queries,
+            prefix_cache_hits=self._core.store.prefixes.hits,
+            compiling=self._core.compiling,
             measured_step_seconds=self._core.measured_seconds,
             measured_edit_seconds=self._core.edit_seconds,
         )

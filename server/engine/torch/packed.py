@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from server.engine.torch.operators import define_operator
+
 # Of rows: oneDNN chooses a layout by it, which serves any other number as well.
 _ROWS: Final = 32
 
@@ -52,7 +54,7 @@ def _is_worth_it(model: PreTrainedModel) -> bool:
     return (
         model.device.type == "cpu"
         and model.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     )
 
@@ -69,8 +71,8 @@ def _packed_linear_fake(rows: Tensor, packed: Tensor, _bias: Tensor | None) -> T
 
 # The compiler refuses `_linear_pointwise` with weights that are not constants, and one compiled
 # layer serves all.
-_LIBRARY: Final = torch.library.Library("steerserve", "FRAGMENT")
-_LIBRARY.define("packed_linear(Tensor rows, Tensor packed, Tensor? bias) -> Tensor")
-_LIBRARY.impl("packed_linear", _packed_linear, "CPU")
-_LIBRARY.impl("packed_linear", _packed_linear, "MkldnnCPU")
-torch.library.register_fake("steerserve::packed_linear", _packed_linear_fake, lib=_LIBRARY)
+define_operator(
+    "packed_linear(Tensor rows, Tensor packed, Tensor? bias) -> Tensor",
+    _packed_linear,
+    _packed_linear_fake,
+)

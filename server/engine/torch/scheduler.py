@@ -1,14 +1,17 @@
 """Continuous batching: which tokens of which sequences the next step computes."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final
 
 from server.engine.base import GaveWayError, QueueFullError
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.sequence import Sequence
+from server.engine.torch.shares import share
 
+_MOST_LANES: Final = 2
 BACKGROUND_TOKENS: Final = 8  # all background work together, in a step that requests wait for
 
 
@@ -67,10 +70,18 @@ class Plan:
     dropped: list[Sequence]  # background work that was ended
 
 
+def nothing_found(_: Sequence) -> int:
+    """What is found of a sequence where there is no prefix cache."""
+    return 0
+
+
 @dataclass(slots=True)
 class Scheduler:
-    """First come, first served. Sequences that decode go first, so that a long prompt, computed
-    in chunks, does not stall them.
+    """First come, first served; what a request asks for beside its tokens is not looked at.
+
+    Each sequence that decodes has its token in every step. Prompts are computed in chunks; where
+    anything decodes, all together take no more than `prefill_tokens` of a step, so that the step
+    stays short. `share` says how they divide it.
 
     A sequence starts when the blocks for the tokens that it has are free, with one to spare for
     each that runs already, and takes more as it grows. When none is left, the sequence that came
@@ -85,6 +96,9 @@ class Scheduler:
     max_batch_size: int  # lanes of the sequences running at once
     max_batch_tokens: int  # tokens of one step
     max_waiting: int
+    prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None: what is left
+    # How many of a sequence's first tokens need not be computed, when its first chunk is made.
+    find: Callable[[Sequence], int] = nothing_found
     # Both in order of arrival, and all that run came before all that wait.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
@@ -97,6 +111,11 @@ class Scheduler:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_size "
                 f"({self.max_batch_size}), so that every running sequence can take its turn"
+            )
+        if self.prefill_tokens is not None and self.prefill_tokens < _MOST_LANES:
+            raise ValueError(
+                f"prefill_tokens ({self.prefill_tokens}) must be at least {_MOST_LANES}, so that "
+                "every prompt can take its turn"
             )
 
     def check_room(self, sequences: int) -> None:
@@ -143,16 +162,31 @@ class Scheduler:
         """The next step's plan; without chunks when there is nothing to do."""
         plan = Plan([], [], [])
         self._make_room(plan)
-        budget = self.max_batch_tokens
-        for sequence in self._candidates(plan):
-            if sequence.request.background and self.running:
-                budget = min(budget, BACKGROUND_TOKENS)
-            count = min(sequence.pending, budget // sequence.lanes)
-            if count == 0:
-                break
-            plan.chunks.append(Chunk(sequence, sequence.computed, count))
-            budget -= count * sequence.lanes
+        while self._start_next(plan):
+            pass
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        left = self._add_chunks(plan, decoding, self.max_batch_tokens)
+        if decoding and self.prefill_tokens is not None:
+            left = min(left, self.prefill_tokens)
+        left = self._add_chunks(plan, prompts, left)
+        if self.running:
+            left = min(left, BACKGROUND_TOKENS)
+        self._add_chunks(plan, self.background, left)
         return plan
+
+    def _add_chunks(self, plan: Plan, sequences: Items[Sequence], budget: int) -> int:
+        """Share a budget of tokens among sequences; what is left of it."""
+        # What is found counts only where a chunk follows: until then, it may be given up.
+        starts = [each.computed or self.find(each) for each in sequences]
+        pending = [len(each.tokens) - start for each, start in zip(sequences, starts, strict=True)]
+        counts = share(pending, [each.lanes for each in sequences], budget)
+        for sequence, start, count in zip(sequences, starts, counts, strict=True):
+            if count:
+                sequence.computed = start
+                plan.chunks.append(Chunk(sequence, start, count))
+                budget -= count * sequence.lanes
+        return budget
 
     def _make_room(self, plan: Plan) -> None:
         """Let every running sequence hold its tokens, the oldest first."""
@@ -172,6 +206,7 @@ class Scheduler:
         sequence = self.running.pop()
         self.pool.release(sequence)
         sequence.computed = 0
+        sequence.preemptions += 1
         self.waiting.appendleft(sequence)
         self.preemptions += 1
         return sequence
@@ -181,25 +216,18 @@ class Scheduler:
         self.pool.release(sequence)
         return sequence
 
-    def _candidates(self, plan: Plan) -> Iterator[Sequence]:
-        """Sequences in the order in which they get a share of the step."""
-        yield from sorted(self.running, key=lambda sequence: sequence.pending > 1)
-        while (sequence := self._start_next(plan)) is not None:
-            yield sequence
-        yield from tuple(self.background)
-
-    def _start_next(self, plan: Plan) -> Sequence | None:
+    def _start_next(self, plan: Plan) -> bool:
         """Start the first waiting sequence, if there is one and room for it."""
         if not self.waiting:
-            return None
+            return False
         while not self._has_room(self.waiting[0]):
             if not self.background:
-                return None
+                return False
             plan.dropped.append(self._drop_youngest())
         sequence = self.waiting.popleft()
         self.pool.hold(sequence, sequence.held)
         self.running.append(sequence)
-        return sequence
+        return True
 
     def _has_room(self, *sequences: Sequence) -> bool:
         """Whether sequences can start beside all that run."""

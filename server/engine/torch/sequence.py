@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from server.engine.base import Request
+from server.engine.torch.block_keys import KeyChain
 from steering.settings import SlottedEdit
 
 
@@ -24,12 +25,19 @@ class Sequence:
     lanes: int = 1  # see `lanes_of`
     arrival: int = -1  # its place in the order of arrival
     computed: int = 0  # how many of `tokens` have their K/V in the cache
+    checked: int = 0  # those of them that logits were seen to follow that are numbers
     scored: int = 0  # prompt tokens after which the next one's log-probability is known
+    preemptions: int = 0  # how often it gave up its K/V
+    chains: tuple[KeyChain, ...] = ()  # the keys of each lane's blocks
 
     @classmethod
     def of(cls, request: Request) -> "Sequence":
         """A request at its beginning."""
-        return cls(request, list(request.prompt), lanes=lanes_of(request))
+        lanes, length = lanes_of(request), len(request.prompt)
+        # The first lane is edited, a second is the base model's.
+        edits = (request.effective_edits, ())[:lanes]
+        chains = tuple(KeyChain(length, each) for each in edits)
+        return cls(request, list(request.prompt), lanes=lanes, chains=chains)
 
     @property
     def id(self) -> str:

@@ -1,0 +1,158 @@
+"""Who waits for whom: decodes for nobody, short prompts not for long ones, and all alike."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+
+from server.engine.base import Edit, Request, SamplingSettings
+from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.scheduler import Chunk, Scheduler
+from server.engine.torch.sequence import Sequence
+from server.engine.torch.shares import share
+from steering.settings import AffineSettings, RewardSettings
+from tests.conftest import TINY_OPTIONS, LoadTiny
+
+STACKS: tuple[tuple[Edit, ...], ...] = (
+    (Edit("a", AffineSettings(1.0)),),
+    (Edit("r", RewardSettings(0.5, 5)),),
+    (Edit("a", AffineSettings(0.5, "generated")), Edit("b", AffineSettings(0.3))),
+)
+
+
+def sequence(prompt: int, max_tokens: int = 50, *edits: Edit) -> Sequence:
+    return Sequence.of(Request("x", (0,) * prompt, SamplingSettings(max_tokens), edits))
+
+
+def scheduler(*sequences: Sequence, prefill: int | None = 32, budget: int = 128) -> Scheduler:
+    made = Scheduler(BlockPool(10_000, 16), 64, budget, 256, prefill)
+    for each in sequences:
+        made.add(each)
+    return made
+
+
+def step(schedule: Scheduler) -> list[Chunk]:
+    chunks = schedule.schedule().chunks
+    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+    for chunk in chunks:
+        chunk.sequence.computed += chunk.count
+    for each in sampling:
+        each.tokens.append(0)
+        if len(each.tokens) == each.max_length:
+            schedule.remove(each)
+    schedule.check()
+    return chunks
+
+
+def counts(chunks: list[Chunk]) -> dict[Sequence, int]:
+    return {chunk.sequence: chunk.count for chunk in chunks}
+
+
+def test_prompts_take_little_of_a_step_that_decodes_and_all_of_one_that_does_not() -> None:
+    first, long = sequence(10), sequence(1000)
+    schedule = scheduler(long)
+    assert counts(step(schedule)) == {long: 128}
+    schedule.add(first)
+    assert counts(step(schedule)) == {long: 118, first: 10}
+    for _ in range(5):
+        assert counts(step(schedule)) == {first: 1, long: 32}
+    schedule.remove(first)
+    assert counts(step(schedule)) == {long: 128}
+
+
+def test_a_decode_has_its_token_in_every_step_however_many_prompts_come() -> None:
+    decoding = [sequence(3, 40) for _ in range(5)]
+    schedule = scheduler(*decoding)
+    step(schedule)
+    for _ in range(30):
+        schedule.add(sequence(500))
+        chunks = step(schedule)
+        assert all(counts(chunks)[each] == 1 for each in decoding)
+        # A prompt's last token alone is like a decode's.
+        assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= 32
+
+
+def test_a_short_prompt_gets_past_long_ones() -> None:
+    long = [sequence(2000) for _ in range(4)]
+    schedule = scheduler(sequence(1, 1000), *long)
+    step(schedule)
+    short = sequence(30)
+    schedule.add(short)
+    step(schedule)
+    step(schedule)
+    assert len(short.tokens) == 31, "its first token did not come in the second step"
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
+    long = sequence(1600)
+    schedule = scheduler(sequence(1, 1000), long)
+    steps = 0
+    while len(long.tokens) == 1600:
+        schedule.add(sequence(30, 1))
+        schedule.add(sequence(30, 1))
+        assert counts(step(schedule))[long] >= 16
+        steps += 1
+    assert steps <= 100
+
+
+prompts = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 2)), max_size=12)
+
+
+@given(waiting=prompts, budget=st.integers(2, 200))
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_shares_use_up_the_budget_and_the_oldest_has_half(
+    waiting: list[tuple[int, int]], budget: int
+) -> None:
+    left, lanes = [each for each, _ in waiting], [lane for _, lane in waiting]
+    found = share(left, lanes, budget)
+    used = sum(count * lane for count, lane in zip(found, lanes, strict=True))
+    assert all(0 <= count <= most for count, most in zip(found, left, strict=True))
+    assert used <= budget
+    if waiting:
+        assert found[0] >= min(left[0], max(budget // 2 // lanes[0], 1))
+    unserved = [
+        place for place, count in enumerate(found) if count < left[place] and lanes[place] == 1
+    ]
+    assert not unserved or used == budget, "somebody waits for tokens that nobody takes"
+    for place in unserved[1:]:
+        longer = [other for other in range(1, len(left)) if left[other] > left[place]]
+        assert not any(found[other] for other in longer), "a longer prompt went before"
+
+
+@given(data=st.data(), sizes=st.lists(st.integers(1, 200), min_size=1, max_size=10))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_steered_and_unsteered_requests_wait_alike(data: st.DataObject, sizes: list[int]) -> None:
+    """Whoever of them is steered, and how, the plans are the same."""
+    steered = data.draw(st.lists(st.sampled_from(((), *STACKS)), min_size=10, max_size=10))
+
+    def plans(stacks: list[tuple[Edit, ...]]) -> list[list[tuple[int, int, int]]]:
+        # Little memory, so that some yield.
+        schedule = Scheduler(BlockPool(20, 16), 8, 48, 256, prefill_tokens=20)
+        for size, edits in zip(sizes, stacks, strict=False):
+            schedule.add(sequence(size, 60, *edits))
+        found = []
+        while schedule.running or schedule.waiting:
+            found.append([(c.sequence.arrival, c.start, c.count) for c in step(schedule)])
+        return found
+
+    assert plans(steered) == plans([()] * 10)
+
+
+def test_every_prompt_must_be_able_to_take_its_turn() -> None:
+    with pytest.raises(ValueError, match=r"prefill_tokens \(1\) must be at least 2"):
+        scheduler(prefill=1)
+
+
+def test_the_device_tells_how_much_of_a_step_is_for_prompts_unless_the_operator_does(
+    load_tiny: LoadTiny,
+) -> None:
+    def told(options: EngineOptions) -> int | None:
+        return build_core(load_tiny(), options).scheduler.prefill_tokens
+
+    default = told(TINY_OPTIONS)
+    assert default is not None
+    assert 2 <= default < EngineOptions().max_batch_tokens
+    assert told(replace(TINY_OPTIONS, prefill_tokens=7)) == 7

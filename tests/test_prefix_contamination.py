@@ -1,0 +1,239 @@
+"""Thousands of mixed requests that begin alike: each gets what an empty cache would have given."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import pytest
+
+from server.engine.base import (
+    BankFullError,
+    Edit,
+    EngineError,
+    GaveWayError,
+    Request,
+    StepOutput,
+)
+from server.engine.torch.block_keys import KeyChain
+from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.core import EngineCore
+from server.engine.torch.sequence import Sequence as EngineSequence
+from steering.settings import AffineSettings
+from tests.conftest import LoadTiny
+from tests.steered import GREEDY, STACKS, interventions_of, tokens_of
+
+BLOCK = 16 * 256  # bytes of sixteen tokens of the tiny Llama
+ROUNDS, REQUESTS = 30, 100  # 3,000 requests; a round's prompts continue answers of the one before
+# Few blocks and slots: interventions evict each other, and so do cached blocks. Prompts come in
+# pieces of awkward sizes.
+TIGHT = EngineOptions(
+    kv_cache_gb=70 * BLOCK / 1e9,
+    max_batch_size=16,
+    max_batch_tokens=61,
+    prefill_tokens=23,
+    max_waiting=10_000,
+    max_loaded_interventions=4,
+)
+EMPTY = EngineOptions(
+    kv_cache_gb=0.05, max_batch_tokens=512, max_waiting=10_000, prefix_cache=False
+)
+MIXES: dict[str, tuple[Edit, ...]] = {
+    **STACKS,
+    "a everywhere": (Edit("a", AffineSettings(0.9)),),
+    "a more weakly on the prompt": (Edit("a", AffineSettings(0.5, "prompt")),),
+    "b on the prompt": (Edit("b", AffineSettings(0.9, "prompt")),),
+    "a on the prompt, then b on what is generated": (
+        Edit("a", AffineSettings(0.9, "prompt")),
+        Edit("b", AffineSettings(0.8, "generated")),
+    ),
+    # "b" acts after the last keys and values only: their order shows nothing.
+    "a, then support": (Edit("a", AffineSettings(0.5)), Edit("supported", AffineSettings(0.7))),
+    "support, then a": (Edit("supported", AffineSettings(0.7)), Edit("a", AffineSettings(0.5))),
+    "a twice": (Edit("a", AffineSettings(0.5)), Edit("a", AffineSettings(0.5))),
+}
+# Rounds favour these in turn: those of a row have keys that differ by one thing.
+KIN = (
+    ("base", "r", "wide", "r with other settings"),
+    ("a on the prompt", "a everywhere", "a on what is generated", "a more weakly on the prompt"),
+    ("a, then support", "support, then a"),
+    ("a", "a at another strength", "b", "b on the prompt", "a and r"),
+)
+SHARED = tuple(b"You are a helpful assistant. Answer in one sentence, and be polite. " * 2)
+LENGTHS: tuple[int, ...] = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65)
+
+
+@dataclass(frozen=True)
+class Case:
+    prompt: tuple[int, ...]
+    mix: str
+    new_tokens: int
+    compared: bool  # with the base model, in a second lane
+
+    def sequence(self, background: bool = False) -> EngineSequence:
+        sampling = replace(GREEDY, max_tokens=self.new_tokens)
+        request = Request("x", self.prompt, sampling, MIXES[self.mix], self.compared, background)
+        return EngineSequence.of(request)
+
+
+@dataclass(eq=False)
+class Traffic:
+    """Requests that arrive at random moments, and of which some leave before their end."""
+
+    core: EngineCore
+    random: random.Random
+    answers: dict[EngineSequence, list[StepOutput]] = field(default_factory=dict)
+    ended: set[EngineSequence] = field(default_factory=set)
+
+    def run(self, sequences: Sequence[EngineSequence]) -> None:
+        queue = list(reversed(sequences))
+        while queue or self.core.has_work:
+            while queue and (not self.core.has_work or self.random.random() < 0.6):
+                if not self._admit(queue[-1]):
+                    break
+                queue.pop()
+            for sequence, output in self.core.step():
+                self._take(sequence, output)
+            if self.random.random() < 0.05:
+                self._take_memory()
+            if self.answers and self.random.random() < 0.03:
+                self.core.remove(self.random.choice(list(self.answers)))  # its client left
+
+        self.core.scheduler.pool.release(self)
+        self.core.check()
+
+    def _take_memory(self) -> None:
+        """Hold nearly all that is free, so that sequences yield, or let go of it again."""
+        pool = self.core.scheduler.pool
+        held = pool.free
+        pool.release(self)
+        if pool.free == held and self.random.random() < 0.7:
+            pool.hold(self, (pool.free - 1) * pool.block_size)
+
+    def _admit(self, sequence: EngineSequence) -> bool:
+        """False where it has to come again."""
+        try:
+            self.core.admit([sequence], interventions_of())
+        except BankFullError:
+            return False
+        except GaveWayError:
+            return True
+        self.answers[sequence] = []
+        return True
+
+    def _take(self, sequence: EngineSequence, output: StepOutput | EngineError) -> None:
+        if isinstance(output, GaveWayError):
+            return
+        assert isinstance(output, StepOutput), output
+        self.answers[sequence].append(output)
+        if output.finish_reason is not None:
+            self.ended.add(sequence)
+
+
+class EmptyCache:
+    """What each case gives where nothing is ever found; computed once."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._made: dict[Case, list[StepOutput]] = {}
+
+    def of(self, cases: Sequence[Case]) -> list[list[StepOutput]]:
+        new = {case: case.sequence() for case in cases if case not in self._made}
+        answers: dict[EngineSequence, list[StepOutput]] = {each: [] for each in new.values()}
+        self._core.admit(list(answers), interventions_of())
+        while self._core.has_work:
+            for sequence, output in self._core.step():
+                assert isinstance(output, StepOutput), output
+                answers[sequence].append(output)
+        self._made |= {case: answers[sequence] for case, sequence in new.items()}
+        return [self._made[case] for case in cases]
+
+
+def texts(
+    source: random.Random, before: Sequence[tuple[Case, list[int]]], favoured: Sequence[str]
+) -> Iterator[Case]:
+    """Prompts that begin as others do: the shared text, changed somewhere or not, or an answer."""
+    while True:
+        mix = source.choice(favoured if source.random() < 0.7 else list(MIXES))
+        text, lengths = SHARED, LENGTHS
+        if before and source.random() < 0.6:
+            case, answer = source.choice(before)
+            text = (*case.prompt, *answer, *SHARED)
+            lengths = tuple(each for each in LENGTHS if each > len(case.prompt)) or LENGTHS
+        text = text[: source.choice(lengths)]
+        if source.random() < 0.1:
+            place = source.randrange(len(text))
+            text = (*text[:place], 33, *text[place + 1 :])
+        compared = source.random() < 0.2
+        yield Case(text, mix, source.choice((1, 2, 3, 18)), compared)
+
+
+def assert_same(found: list[StepOutput], expected: list[StepOutput], case: Case) -> None:
+    """Equal tokens and log-probabilities up to the first near tie."""
+    assert len(found) == case.new_tokens
+    for one, other in zip(found, expected, strict=True):
+        [mine], [wanted] = one.logprobs, other.logprobs
+        values = [each.logprob for each in mine.top]
+        assert values == pytest.approx([each.logprob for each in wanted.top], abs=1e-4), case
+        assert one.divergences == pytest.approx(other.divergences, rel=1e-2, abs=1e-4), case
+        if min(first - second for first, second in pairwise(values[:2])) <= 1e-3:
+            return
+        assert one.token_ids == other.token_ids, case
+
+
+def contaminate(load_tiny: LoadTiny, rounds: int, seed: int) -> Traffic:
+    """Serve rounds of requests and compare each with the answer of an empty cache."""
+    source = random.Random(seed)
+    traffic = Traffic(build_core(load_tiny(), TIGHT), source)
+    empty = EmptyCache(build_core(load_tiny(), EMPTY))
+    before: list[tuple[Case, list[int]]] = []
+    for number in range(rounds):
+        made = texts(source, before, KIN[number // 2 % len(KIN)])
+        # Some prompts come twice at once.
+        cases = source.choices([next(made) for _ in range(REQUESTS * 3 // 4)], k=REQUESTS)
+        expected = empty.of(cases)
+        sequences = [case.sequence(background=source.random() < 0.05) for case in cases]
+        traffic.run(sequences)
+        for sequence, case, wanted in zip(sequences, cases, expected, strict=True):
+            if sequence in traffic.ended:
+                assert_same(traffic.answers[sequence], wanted, case)
+        before = [(case, tokens_of(answer)) for case, answer in zip(cases, expected, strict=True)]
+        traffic.answers.clear()
+    return traffic
+
+
+@pytest.mark.timeout(120)
+def test_every_answer_is_that_of_an_empty_cache(load_tiny: LoadTiny) -> None:
+    traffic = contaminate(load_tiny, ROUNDS, seed=1)
+    core = traffic.core
+    assert len(traffic.ended) > 0.8 * ROUNDS * REQUESTS
+    assert core.store.prefixes.hits > 0.15 * core.store.prefixes.queries, (
+        "hardly anything was found"
+    )
+    assert core.scheduler.preemptions > 10, "hardly anybody yielded"
+    core.clear()
+    core.check()
+
+
+Touches = list[tuple[str, float, int, int]]
+WEAKER: dict[str, Callable[[Touches], Touches]] = {
+    "no digest": lambda touches: [("", *rest) for _, *rest in touches],  # type: ignore[misc]
+    "no strength": lambda touches: [(digest, 0.0, *place) for digest, _, *place in touches],  # type: ignore[misc]
+    "no last place": lambda touches: [(*edit, first, 0) for *edit, first, _ in touches],  # type: ignore[misc]
+    "no order": sorted,
+    "no second edit": lambda touches: touches[:1],
+    "no edits": lambda _: [],
+}
+
+
+@pytest.mark.parametrize("weaker", WEAKER)
+def test_a_key_that_leaves_something_out_is_noticed(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, weaker: str
+) -> None:
+    """Else the test above would show nothing."""
+    whole = KeyChain._touches
+    monkeypatch.setattr(
+        KeyChain, "_touches", lambda chain, block: WEAKER[weaker](whole(chain, block))
+    )
+    with pytest.raises(AssertionError, match="Case"):
+        contaminate(load_tiny, ROUNDS, seed=1)
