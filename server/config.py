@@ -127,6 +127,9 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="None takes a quarter of a CPU's free memory, 80 % of a GPU's",
     )
+    compile_layers: bool = Field(
+        default=True, description="compile the model's layers, in the background, on a CPU"
+    )
     prefix_cache: bool = Field(
         default=True, description="keep what was computed for requests that begin alike"
     )

@@ -51,3 +51,36 @@ def apply_affine(
     if low is None or high is None:
         return edited
     return torch.where((z >= low) & (z <= high), edited, z)
+
+
+def edit_tokens(
+    z: Tensor,
+    slots: Tensor,
+    strength: Tensor,
+    *,
+    present: Tensor,
+    delta: Tensor,
+    bias: Tensor,
+    low: Tensor | None,
+    high: Tensor | None,
+) -> Tensor:
+    """Edit n tokens, each by the map of its slot; a slot without a map leaves its tokens alone.
+
+    Args:
+        z: (n, d) float32, the site's output.
+        slots: (n,) int64; `strength`: (n, 1) float32.
+        present: (slots, 1) bool, whether a slot has a map at this site.
+        delta, bias: (slots, d) float32; `low`, `high`: the same, or both None.
+
+    Returns:
+        (n, d) float32, bit for bit `z` where there is no map.
+    """
+    edited = apply_affine(
+        z,
+        delta=delta[slots],
+        bias=bias[slots],
+        strength=strength,
+        low=None if low is None else low[slots],
+        high=None if high is None else high[slots],
+    )
+    return torch.where(present[slots], edited, z)

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steering.affine import AffineMap, AffineParameters, apply_affine
+from steering.affine import AffineMap, AffineParameters, edit_tokens
 from steering.dose import DoseMeter
 from steering.reward import RewardHead, apply_reward
 from steering.route import AffineLayer, Route
 
 
-class _SiteStack:
+class SiteMaps:
     """All slots' maps at one site of width d."""
 
     def __init__(self, slots: int, width: int, device: torch.device) -> None:
@@ -56,16 +56,16 @@ class _SiteStack:
 
     def edit(self, z: Tensor, layer: AffineLayer) -> Tensor:
         """(tokens, d) float32 -> (tokens, d) float32."""
-        slots = layer.slots
-        edited = apply_affine(
+        return edit_tokens(
             z,
-            delta=self.delta[slots],
-            bias=self.bias[slots],
-            strength=layer.strength,
-            low=None if self.low is None else self.low[slots],
-            high=None if self.high is None else self.high[slots],
+            layer.slots,
+            layer.strength,
+            present=self.present,
+            delta=self.delta,
+            bias=self.bias,
+            low=self.low,
+            high=self.high,
         )
-        return torch.where(self.present[slots], edited, z)
 
     def acts(self, layer: AffineLayer) -> Tensor:
         """Which of the tokens have a map here: (tokens,) bool."""
@@ -82,7 +82,7 @@ class Bank:
     def __init__(self, slots: int, device: torch.device) -> None:
         self.slots = slots
         self._device = device
-        self._sites: dict[str, _SiteStack] = {}
+        self._sites: dict[str, SiteMaps] = {}
         self._heads: dict[int, RewardHead] = {}
 
     # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
@@ -105,10 +105,15 @@ class Bank:
         for stack in self._sites.values():
             stack.clear(slot)
 
-    def _site(self, site: str, width: int) -> _SiteStack:
+    def _site(self, site: str, width: int) -> SiteMaps:
         if site not in self._sites:
-            self._sites[site] = _SiteStack(self.slots + 1, width, self._device)
+            self._sites[site] = SiteMaps(self.slots + 1, width, self._device)
         return self._sites[site]
+
+    def acting(self, route: Route) -> dict[str, SiteMaps]:
+        """The maps of each site at which the step's affine edits do anything."""
+        used = frozenset[int]().union(*(layer.used for layer in route.affine))
+        return {site: maps for site, maps in self._sites.items() if maps.filled & used}
 
     def edit_site(
         self, site: str, output: Tensor, route: Route, meter: DoseMeter | None = None
@@ -122,16 +127,16 @@ class Bank:
         Returns:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
-        stack = self._sites.get(site)
-        if stack is None or not any(stack.filled & layer.used for layer in route.affine):
+        maps = self._sites.get(site)
+        if maps is None or not any(maps.filled & layer.used for layer in route.affine):
             return output
-        stack.move(output.device)
+        maps.move(output.device)
         z = output.reshape(-1, output.shape[-1]).float()
         for layer in route.on(output.device).affine:
-            if stack.filled & layer.used:
-                edited = stack.edit(z, layer)
+            if maps.filled & layer.used:
+                edited = maps.edit(z, layer)
                 if meter is not None:
-                    meter.affine(layer.depth, z, edited, stack.acts(layer))
+                    meter.affine(layer.depth, z, edited, maps.acts(layer))
                 z = edited
         return z.to(output.dtype).view_as(output)
 

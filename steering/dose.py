@@ -58,9 +58,19 @@ class DoseMeter:
             acts: (tokens,) bool, which of the tokens have a map there.
         """
         with self._measuring():
-            sums = self._at((AffineSettings, depth), self._tokens, before.device)
-            sums.doses += torch.where(acts, _doses(before, after), 0)
-            sums.edits += acts
+            self.add_affine(
+                depth, torch.where(acts, relative_change(before, after), 0), acts.float()
+            )
+
+    def add_affine(self, depth: int, doses: Tensor, edits: Tensor) -> None:
+        """Take in sums over some sites, at one place of the stacks.
+
+        Args:
+            doses, edits: (tokens,) float32, of each token: its doses added up, and how many.
+        """
+        sums = self._at((AffineSettings, depth), self._tokens, doses.device)
+        sums.doses += doses
+        sums.edits += edits
 
     def reward(self, depth: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
         """Take in one head's edits at one place of the stacks.
@@ -71,7 +81,7 @@ class DoseMeter:
         """
         with self._measuring():
             sums = self._at((RewardSettings, depth), self._rows, before.device)
-            sums.doses[rows] += _doses(before, after)
+            sums.doses[rows] += relative_change(before, after)
             sums.edits[rows] += 1
 
     def read(self, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
@@ -106,8 +116,8 @@ class DoseMeter:
         return sums
 
 
-def _doses(before: Tensor, after: Tensor) -> Tensor:
-    """(n, d) float32 twice -> (n,) float32."""
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """‖after - before‖ / ‖before‖ of each row: (n, d) float32 twice -> (n,) float32."""
     doses: Tensor = (after - before).norm(dim=-1) / before.norm(dim=-1)
     # Of a vector of zeros there is no dose, and one that overflows is as good as this large one: a
     # mean must stay a number.

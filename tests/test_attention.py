@@ -6,21 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention import (
-    AttentionStep,
-    Segment,
-    UnsupportedAttentionError,
-    slab_attention,
-)
-from server.engine.torch.slab import Slab, SlabShape
+from server.engine.torch.attention import UnsupportedAttentionError, slab_attention
+from server.engine.torch.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.slab_attention import AttentionStep, Segment, decoding_order
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)
 LAYER = SimpleNamespace(layer_idx=1)
 
 
-def slab_of(tokens: int) -> Slab:
-    slab = Slab(SHAPE)
+def slab_of(tokens: int, pool: SlabPool) -> Slab:
+    slab = Slab(pool)
     slab.reserve(tokens)
     return slab
 
@@ -41,14 +37,15 @@ def reference(
     return output
 
 
+@pytest.mark.parametrize("as_operator", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
 @pytest.mark.parametrize("chunks", [(11,), (1, 10), (4, 1, 6), (7, 2, 2), (1,) * 11], ids=str)
 def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
-    window: int | None, chunks: tuple[int, ...], softcap: float | None
+    window: int | None, chunks: tuple[int, ...], softcap: float | None, as_operator: bool
 ) -> None:
     random = torch.Generator().manual_seed(0)
-    lengths = (11, 11, 5)
+    lengths = (11, 5, 11, 11, 7)
     sequences = [
         [
             torch.randn(heads, length, WIDTH, generator=random)
@@ -56,31 +53,37 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
         ]
         for length in lengths
     ]
-    slabs = [slab_of(length) for length in lengths]
+    pool = SlabPool(SHAPE)
+    slabs = [slab_of(length, pool) for length in lengths]
     done = [0] * len(lengths)
     outputs: list[list[Tensor]] = [[] for _ in lengths]
     for chunk in chunks:
-        segments, packed, owners = [], [], []
+        packed = []
         for owner, length in enumerate(lengths):
             count = min(chunk, length - done[owner])
             if count:
-                segments.append(Segment(slabs[owner], done[owner], count))
                 place = slice(done[owner], done[owner] + count)
-                packed.append([part[:, place] for part in sequences[owner]])
-                owners.append(owner)
+                segment = Segment(slabs[owner], done[owner], count)
+                packed.append((segment, owner, [part[:, place] for part in sequences[owner]]))
                 done[owner] += count
-        query, key, value = (torch.cat(parts, dim=1)[None] for parts in zip(*packed, strict=True))
-        output, weights = slab_attention(
-            LAYER,
-            query,
-            key,
-            value,
-            None,
-            scaling=0.5,
-            sliding_window=window,
-            softcap=softcap,
-            attention=AttentionStep(segments),
+        packed.sort(key=lambda item: decoding_order(item[0]))
+        segments, owners = [item[0] for item in packed], [item[1] for item in packed]
+        query, key, value = (
+            torch.cat(parts, dim=1)[None]
+            for parts in zip(*(item[2] for item in packed), strict=True)
         )
+        with AttentionStep(segments).current():
+            output, weights = slab_attention(
+                LAYER,
+                query,
+                key,
+                value,
+                None,
+                scaling=0.5,
+                sliding_window=window,
+                softcap=softcap,
+                layer_index=torch.tensor(1) if as_operator else None,
+            )
         assert weights is None
         parts = torch.split(output[0], [segment.count for segment in segments])
         for owner, piece in zip(owners, parts, strict=True):
@@ -100,6 +103,6 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
 )
 def test_what_would_change_the_result_is_refused(asked: dict[str, object], named: str) -> None:
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    step = AttentionStep([Segment(slab_of(1), 0, 1)])
-    with pytest.raises(UnsupportedAttentionError, match=named):
-        slab_attention(LAYER, token, token, token, None, attention=step, **asked)  # type: ignore[arg-type]
+    step = AttentionStep([Segment(slab_of(1, SlabPool(SHAPE)), 0, 1)])
+    with step.current(), pytest.raises(UnsupportedAttentionError, match=named):
+        slab_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]

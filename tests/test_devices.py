@@ -19,7 +19,7 @@ from server.engine.torch.loader import LoadedModel, load_model
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabShape
+from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from steering.bank import Bank
 from steering.hooks import SteeringHooks
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
@@ -65,10 +65,11 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
         hooks.install(site)
     edits = tuple(SlottedEdit(slot, edit.settings) for slot, edit in enumerate(EDITS, start=1))
     shape = SlabShape.of(loaded.model)
+    pool = SlabPool(shape)
     slabs = {}
     for prompt in PROMPTS[:2]:
         sequence = Sequence(Request("test", tuple(prompt), GREEDY), list(prompt), edits)
-        slabs[sequence] = (Slab(shape),)
+        slabs[sequence] = (Slab(pool),)
         slabs[sequence][0].reserve(len(prompt))
     chunks = [Chunk(sequence, 0, sequence.prompt_length) for sequence in slabs]
     logits = Runner(loaded.model, hooks).run(build_batch(chunks, slabs, torch.device("cpu")), bank)

@@ -54,7 +54,7 @@ async def test_any_mix_in_one_batch_equals_the_oracle(
     run = engine._core._runner.run
 
     def counting(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
-        batches.append(len(batch.attention.segments))
+        batches.append(len(batch.spans))
         return run(batch, bank, meter)
 
     monkeypatch.setattr(engine._core._runner, "run", counting)

@@ -14,7 +14,7 @@ from server.engine.torch.core import EngineCore
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabShape
+from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.route import Span, build_route
@@ -128,10 +128,14 @@ def sequence(tokens: int = 40, computed: int | None = None, scored: bool = False
     return made
 
 
+def layers(slab: Slab) -> list[torch.Tensor]:
+    return [slab.layer(number) for number in range(len(SHAPE.devices))]
+
+
 def slab(value: float = 0.0) -> Slab:
-    made = Slab(SHAPE)
+    made = Slab(SlabPool(SHAPE))
     made.reserve(len(TEXT))
-    for number, layer in enumerate(made.layers):
+    for number, layer in enumerate(layers(made)):
         layer[:] = value + number + torch.arange(layer.shape[2])[:, None]
     return made
 
@@ -140,18 +144,18 @@ def test_what_is_saved_is_found_and_copied() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
     source, copy = slab(), slab(-1000)
     cache.save(sequence(40), [source])
-    source.layers[0][:] = -1
+    source.layer(0)[:] = -1
     reader = sequence(48)
     reader.computed = cache.find(reader)
     assert reader.computed == 32
     cache.load(reader, [copy])
-    for mine, wanted in zip(copy.layers, slab().layers, strict=True):
+    for mine, wanted in zip(layers(copy), layers(slab()), strict=True):
         assert torch.equal(mine[:, :, :32], wanted[:, :, :32])
         assert (mine[:, :, 32:] < 0).all()
-    copy.layers[0][:] = -1
+    copy.layer(0)[:] = -1
     again = slab(-100)
     cache.load(reader, [again])
-    assert torch.equal(again.layers[0][:, :, :32], slab().layers[0][:, :, :32])
+    assert torch.equal(again.layer(0)[:, :, :32], slab().layer(0)[:, :, :32])
     assert (cache.queries, cache.hits) == (2 * 48, 2 * 32)
 
 
@@ -200,7 +204,7 @@ def test_both_lanes_must_be_found() -> None:
     compared.computed = 16
     lanes = [slab(-1), slab(-1)]
     cache.load(compared, lanes)
-    assert [float(lane.layers[0][0, 0, 0, 0]) for lane in lanes] == [7, 0]
+    assert [float(lane.layer(0)[0, 0, 0, 0]) for lane in lanes] == [7, 0]
 
 
 def test_cached_blocks_give_way_the_least_recently_used_first() -> None:
@@ -251,14 +255,14 @@ def test_what_is_found_gives_what_the_oracle_gives(load_tiny: LoadTiny, family: 
     core = build_core(load_tiny(family), OPTIONS)
     oracle = Oracle(tiny_model(family))
     for name in ("base", "a", "a support", "a on the prompt", "a on what is generated", "four"):
-        before = core.prefixes.hits
+        before = core.store.prefixes.hits
         for _ in range(2):
             made = Sequence.of(Request("x", TEXT[:50], GREEDY, STACKS[name]))
             core.admit([made], interventions_of(family))
             outputs = [each for each in finish(core)[made] if isinstance(each, StepOutput)]
             expected = expected_of(oracle, family, list(TEXT[:50]), STACKS[name])
             assert_equal_to_oracle(outputs, *expected)
-        assert core.prefixes.hits - before >= 48, name
+        assert core.store.prefixes.hits - before >= 48, name
 
 
 def test_the_next_turn_finds_prompt_and_answer(load_tiny: LoadTiny) -> None:
@@ -267,7 +271,7 @@ def test_the_next_turn_finds_prompt_and_answer(load_tiny: LoadTiny) -> None:
     finish(core)
     submit(core, (*first.tokens, *b" And?"))
     finish(core)
-    assert core.prefixes.hits == 48
+    assert core.store.prefixes.hits == 48
 
 
 def test_a_prompt_is_found_while_who_brought_it_still_decodes(load_tiny: LoadTiny) -> None:
@@ -276,7 +280,7 @@ def test_a_prompt_is_found_while_who_brought_it_still_decodes(load_tiny: LoadTin
     core.step()
     submit(core, TEXT[:40], Edit("r", RewardSettings(0.5, 5)), tokens=2)
     core.step()
-    assert core.prefixes.hits == 32
+    assert core.store.prefixes.hits == 32
     assert first in core.scheduler.running
 
 
@@ -287,18 +291,20 @@ def test_who_yielded_finds_what_there_was_room_for(
     core = build_core(load_tiny(), options)
     for start in range(3):
         submit(core, TEXT[start : start + 50], tokens=60)
-    load, found = core.prefixes.load, []
+    load, found = core.store.prefixes.load, []
 
     def recording(sequence: Sequence, lanes: list[Slab]) -> None:
         load(sequence, lanes)
         if sequence.preemptions:
             found.append(sequence.computed)
 
-    monkeypatch.setattr(core.prefixes, "load", recording)
+    monkeypatch.setattr(core.store.prefixes, "load", recording)
     finish(core)
     assert len(found) == core.scheduler.preemptions > 0
     assert max(found) > 16
-    assert (core.prefixes.queries, core.prefixes.hits) == (150, 0), "they were counted twice"
+    assert (core.store.prefixes.queries, core.store.prefixes.hits) == (150, 0), (
+        "they were counted twice"
+    )
 
 
 def test_a_client_that_leaves_leaves_what_is_whole(load_tiny: LoadTiny) -> None:
@@ -308,7 +314,7 @@ def test_a_client_that_leaves_leaves_what_is_whole(load_tiny: LoadTiny) -> None:
         core.step()
     core.remove(leaving)
     core.check()
-    assert len(core.prefixes) == 3  # 20 + 29 tokens
+    assert len(core.store.prefixes) == 3  # 20 + 29 tokens
 
 
 def test_a_prompt_that_is_not_whole_is_not_kept(load_tiny: LoadTiny) -> None:
@@ -318,7 +324,7 @@ def test_a_prompt_that_is_not_whole_is_not_kept(load_tiny: LoadTiny) -> None:
     core.step()
     assert leaving.computed == 64
     core.remove(leaving)
-    assert len(core.prefixes) == 0
+    assert len(core.store.prefixes) == 0
 
 
 def test_a_step_that_fails_keeps_nothing_of_its_sequences(
@@ -332,16 +338,16 @@ def test_a_step_that_fails_keeps_nothing_of_its_sequences(
 
     def broken(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> torch.Tensor:
         run(batch, bank, meter)
-        for lanes in core._slabs.values():
+        for lanes in core.store.slabs.values():
             for lane in lanes:
-                for layer in lane.layers:
-                    layer.fill_(torch.nan)
+                for layer in range(2):
+                    lane.layer(layer).fill_(torch.nan)
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(core._runner, "run", broken)
     [(lost, error)] = core.step()
     assert (lost, type(error).__name__) == (failing, "StepFailedError")
-    assert len(core.prefixes) == 0
+    assert len(core.store.prefixes) == 0
 
 
 @pytest.mark.parametrize("after", [0, 3])
@@ -352,7 +358,7 @@ def test_logits_that_are_no_numbers_keep_nothing(
     lost = submit(core, TEXT[:31], tokens=100)
     for _ in range(after):
         core.step()
-    kept = len(core.prefixes)
+    kept = len(core.store.prefixes)
     run = core._runner.run
 
     def overflowing(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> torch.Tensor:
@@ -362,4 +368,4 @@ def test_logits_that_are_no_numbers_keep_nothing(
     [(sequence, error)] = core.step()
     assert sequence is lost
     assert isinstance(error, EngineError)
-    assert len(core.prefixes) == kept == (1 if after else 0)
+    assert len(core.store.prefixes) == kept == (1 if after else 0)

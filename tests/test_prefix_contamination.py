@@ -207,7 +207,9 @@ def test_every_answer_is_that_of_an_empty_cache(load_tiny: LoadTiny) -> None:
     traffic = contaminate(load_tiny, ROUNDS, seed=1)
     core = traffic.core
     assert len(traffic.ended) > 0.8 * ROUNDS * REQUESTS
-    assert core.prefixes.hits > 0.15 * core.prefixes.queries, "hardly anything was found"
+    assert core.store.prefixes.hits > 0.15 * core.store.prefixes.queries, (
+        "hardly anything was found"
+    )
     assert core.scheduler.preemptions > 10, "hardly anybody yielded"
     core.clear()
     core.check()

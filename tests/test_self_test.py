@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from server.engine.base import UnservableInterventionError
-from server.engine.torch import attention
+from server.engine.torch import slab_attention
 from server.engine.torch.build import EngineOptions, build_core, context_length
 from server.engine.torch.loader import ModelLoadError
 from steering.bank import Bank
@@ -47,7 +47,7 @@ def test_a_site_whose_edit_does_not_reach_the_logits_is_refused(load_tiny: LoadT
 
 
 def test_a_wrong_attention_is_noticed(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_first_key", lambda segment, window: segment.start)
+    monkeypatch.setattr(slab_attention, "_first_key", lambda place, window: place)
     with pytest.raises(ModelLoadError, match="other logits"):
         build_core(load_tiny(), TINY_OPTIONS)
 

@@ -37,6 +37,7 @@ OTHERS: dict[str, object] = {
     "max_batch_size": 7,
     "max_batch_tokens": 8,
     "kv_cache_gb": 0.5,
+    "compile_layers": False,
     "prefix_cache": False,
     "check_invariants": True,
     "toxicity_scorer": "hf:judge",
@@ -68,7 +69,7 @@ def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch, ended_well
         *("--toxicity-scorer", "hf:judge", "--baseline-sample-rate", "0.25"),
         *("--log-format", "json", "--log-content", "--otlp-endpoint", "http://collector:4318"),
         *("--max-batch-tokens", "8", "--kv-cache-gb", "0.5", "--check-invariants"),
-        "--no-prefix-cache",
+        *("--no-compile-layers", "--no-prefix-cache"),
     ]
     shown = CliRunner().invoke(app, ["serve", *arguments])
     assert shown.exit_code == (0 if ended_well else 1), shown.output
@@ -106,6 +107,7 @@ def test_the_settings_get_to_model_and_engine(
         toxicity_scorer="none",
         registry=tmp_path,
         device_map="auto",
+        compile_layers=False,
         prefix_cache=False,
         check_invariants=True,
         max_batch_size=3,
@@ -116,3 +118,4 @@ def test_the_settings_get_to_model_and_engine(
     [options] = engines
     assert (options.check_invariants, options.max_batch_size) == (True, 3)
     assert not options.prefix_cache
+    assert not options.compile_layers

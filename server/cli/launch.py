@@ -127,6 +127,7 @@ def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], No
         max_model_len=settings.max_model_len,
         kv_cache_gb=settings.kv_cache_gb,
         max_loaded_interventions=settings.max_loaded_interventions,
+        compile_layers=settings.compile_layers,
         prefix_cache=settings.prefix_cache,
         check_invariants=settings.check_invariants,
         dose_interval=settings.dose_interval,

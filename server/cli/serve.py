@@ -62,6 +62,13 @@ def serve(
     max_loaded_interventions: Annotated[
         int | None, typer.Option(help="Interventions on the device at once; 64.")
     ] = None,
+    compile_layers: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile-layers/--no-compile-layers",
+            help="Compile the model's layers while serving, on a CPU; on if unset.",
+        ),
+    ] = None,
     prefix_cache: Annotated[
         bool | None,
         typer.Option(
@@ -131,6 +138,7 @@ def serve(
         "max_batch_tokens": max_batch_tokens,
         "max_waiting": max_waiting,
         "max_loaded_interventions": max_loaded_interventions,
+        "compile_layers": compile_layers,
         "prefix_cache": prefix_cache,
         "request_timeout": request_timeout,
         "write_timeout": write_timeout,

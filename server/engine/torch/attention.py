@@ -1,68 +1,23 @@
-"""Attention over the engine's own K/V cache, as a backend of transformers' AttentionInterface.
+"""The engine's attention as a backend of transformers' AttentionInterface, and as an operator."""
 
-On the CPU every sequence has its keys and values in one contiguous slab. Tokens of all sequences
-come packed in one row; each sequence attends to its own slab, so its result does not depend on
-what else is in the batch.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from server.engine.torch.slab import Slab
+from server.engine.torch.operators import define_operator
+from server.engine.torch.slab_attention import AttentionStep, How
 
-_NAME = "steerserve_slab"
+_NAME: Final = "steerserve_slab"
 
 
 class UnsupportedAttentionError(Exception):
     """The model asks for something that this backend does not compute."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive tokens of one sequence in a step."""
-
-    slab: Slab
-    start: int  # tokens that the slab holds already
-    count: int
-
-
-@dataclass(slots=True)
-class AttentionStep:
-    """What the backend knows of one step: who owns which of the packed tokens."""
-
-    segments: Sequence[Segment]
-    windows: set[int | None] = field(default_factory=set)  # that the layers asked for
-    _masks: dict[tuple[int, int, int | None, int, torch.device], Tensor] = field(
-        default_factory=dict
-    )
-
-    def mask(self, segment: Segment, window: int | None, fold: int, device: torch.device) -> Tensor:
-        """(fold * count, keys) bool: which keys each query of a chunk sees, made once a step."""
-        key = (segment.start, segment.count, window, fold, device)
-        if key not in self._masks:
-            end = segment.start + segment.count
-            queries = torch.arange(segment.start, end, device=device)[:, None]
-            keys = torch.arange(_first_key(segment, window), end, device=device)[None, :]
-            seen = keys <= queries
-            if window is not None:
-                seen &= keys > queries - window
-            self._masks[key] = seen.repeat(fold, 1)
-        return self._masks[key]
-
-
 class _AttentionModule(Protocol):
     layer_idx: int
-
-
-def _first_key(segment: Segment, window: int | None) -> int:
-    """The first key that any query of the segment sees."""
-    return 0 if window is None else max(0, segment.start + 1 - window)
 
 
 def slab_attention(
@@ -77,98 +32,58 @@ def slab_attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     *,
-    attention: AttentionStep,
+    layer_index: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Store the step's keys and values, then attend.
+    """The current step's attention, as transformers calls it.
 
     Args:
         query: (1, heads, tokens, head_dim); `key`, `value`: (1, kv_heads, tokens, head_dim).
-        sliding_window: how many keys, its own among them, a query sees.
-        softcap: scores are bounded by it as softcap * tanh(scores / softcap) (Gemma 2).
-        attention: the step, passed through the model's keyword arguments.
+        layer_index: () int64, where the layer is compiled: one graph serves all layers.
         others: what transformers passes along; anything that would change the result is refused.
 
     Returns:
         (1, tokens, heads, head_dim) and no weights.
+
+    Raises:
+        UnsupportedAttentionError: the model asks for what is not computed.
     """
     _refuse_unknown(attention_mask, dropout, is_causal, others)
-    attention.windows.add(sliding_window)
-    new = torch.stack((key[0], value[0]))  # (2, kv_heads, tokens, head_dim)
-    outputs = []
-    first = 0
-    for segment in attention.segments:
-        place = slice(first, first + segment.count)
-        layer = segment.slab.layers[module.layer_idx]
-        layer[:, :, segment.start : segment.start + segment.count] = new[:, :, place]
-        queries = _Queries(query[:, :, place], segment, attention, sliding_window, scaling, softcap)
-        outputs.append(queries.attend(layer))
-        first += segment.count
-    return torch.cat(outputs, dim=1), None
+    if layer_index is None:
+        how = How(scaling, sliding_window, softcap)
+        return AttentionStep.now().attend(module.layer_idx, query, key, value, how), None
+    output: Tensor = torch.ops.steerserve.attend(
+        query, key, value, layer_index, scaling, sliding_window, softcap
+    )
+    return output, None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Queries:
-    """One sequence's queries in one layer: (1, heads, n, head_dim)."""
-
-    query: Tensor
-    segment: Segment
-    step: AttentionStep
-    window: int | None
-    scaling: float | None
-    softcap: float | None
-
-    def attend(self, layer: Tensor) -> Tensor:
-        """To the keys and values of `layer`, (2, kv_heads, capacity, head_dim).
-
-        The query heads that share a KV head are folded into the query dimension, so that K and V
-        are read once and not repeated.
-
-        Returns:
-            (1, n, heads, head_dim).
-        """
-        segment = self.segment
-        _, heads, count, head_dim = self.query.shape
-        kv_heads = layer.shape[1]
-        fold = heads // kv_heads
-        seen = slice(_first_key(segment, self.window), segment.start + count)
-        device = self.query.device
-        mask = None if count == 1 else self.step.mask(segment, self.window, fold, device)
-        query = self.query.reshape(1, kv_heads, fold * count, head_dim)
-        key, value = layer[0:1, :, seen], layer[1:2, :, seen]
-        if self.softcap is None:
-            output = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=self.scaling
-            )
-        else:
-            output = soft_capped_attention(query, key, value, mask, self.scaling, self.softcap)
-        return output.reshape(1, heads, count, head_dim).transpose(1, 2)
-
-
-def soft_capped_attention(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    layer: Tensor,
     scaling: float | None,
-    softcap: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    """Attention whose scores are bounded, in eager arithmetic: no fused kernel of torch has it.
+    """The same as an operator, which a compiled graph calls."""
+    how = How(scaling, window, softcap)
+    return AttentionStep.now().attend(int(layer), query, key, value, how).contiguous()
 
-    Args:
-        query: (1, kv_heads, n, head_dim); `key`, `value`: (1, kv_heads, keys, head_dim).
-        mask: (n, keys) bool, which keys are seen; None for all.
 
-    Returns:
-        (1, kv_heads, n, head_dim).
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(-1, -2) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return weights @ value
+def _attend_fake(query: Tensor, *_others: object) -> Tensor:
+    """The shape of `_attend`'s output, for the compiler."""
+    _, heads, tokens, head_dim = query.shape
+    return query.new_empty((1, tokens, heads, head_dim))
+
+
+define_operator(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float? scaling, int? window, "
+    "float? softcap) -> Tensor",
+    _attend,
+    _attend_fake,
+)
 
 
 def _refuse_unknown(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention import AttentionStep, Segment
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.slab import Slab
+from server.engine.torch.slab_attention import AttentionStep, Segment, decoding_order
 from steering.route import Route, Span, build_route
 
 
@@ -61,27 +61,27 @@ def build_batch(
     spans: list[Span] = []
     segments: list[Segment] = []
     places: dict[EngineSequence, int] = {}
-    for chunk in chunks:
+    for chunk, lane, segment in _lanes(chunks, slabs):
         sequence = chunk.sequence
-        places[sequence] = len(spans)
-        for lane, slab in enumerate(slabs[sequence]):
-            base = lane > 0
-            wanted = chunk.draws if base else chunk.logits_places
-            offset = len(tokens) - chunk.start
-            packed += [offset + place for place in wanted]
-            rows += [Row(sequence, place, base) for place in wanted]
-            tokens += sequence.tokens[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            segments.append(Segment(slab, chunk.start, chunk.count))
-            spans.append(
-                Span(
-                    start=chunk.start,
-                    count=chunk.count,
-                    prompt_length=sequence.prompt_length,
-                    rows=range(len(rows) - len(wanted), len(rows)),
-                    edits=() if base else sequence.edits,
-                )
+        base = lane > 0
+        if not base:
+            places[sequence] = len(spans)
+        wanted = chunk.draws if base else chunk.logits_places
+        offset = len(tokens) - chunk.start
+        packed += [offset + place for place in wanted]
+        rows += [Row(sequence, place, base) for place in wanted]
+        tokens += sequence.tokens[chunk.start : chunk.end]
+        positions += range(chunk.start, chunk.end)
+        segments.append(segment)
+        spans.append(
+            Span(
+                start=chunk.start,
+                count=chunk.count,
+                prompt_length=sequence.prompt_length,
+                rows=range(len(rows) - len(wanted), len(rows)),
+                edits=() if base else sequence.edits,
             )
+        )
     return Batch(
         input_ids=torch.tensor([tokens], device=device),
         position_ids=torch.tensor([positions], device=device),
@@ -93,3 +93,15 @@ def build_batch(
         spans=spans,
         places=places,
     )
+
+
+def _lanes(
+    chunks: Sequence[Chunk], slabs: Mapping[EngineSequence, Sequence[Slab]]
+) -> list[tuple[Chunk, int, Segment]]:
+    """Each chunk's lanes, in the order in which attention takes them best."""
+    lanes = [
+        (chunk, lane, Segment(slab, chunk.start, chunk.count))
+        for chunk in chunks
+        for lane, slab in enumerate(slabs[chunk.sequence])
+    ]
+    return sorted(lanes, key=lambda each: decoding_order(each[2]))

@@ -1,22 +1,34 @@
 """Puts a loaded model's engine together, and tests it on the model before anything is served."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
+from server.engine.torch.attention import use_slab_attention
+from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
+from server.engine.torch.decoder import DecoderLayers
 from server.engine.torch.devices import free_memory
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import LoadedModel, ModelLoadError
+from server.engine.torch.packed import pack_linear_layers
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Scheduler
-from server.engine.torch.self_test import check_attention, check_lm_head, dead_sites
+from server.engine.torch.self_test import (
+    check_forward,
+    check_lm_head,
+    dead_sites,
+    record_layers,
+    reference_logits,
+)
 from server.engine.torch.slab import SlabShape
 from steering.hooks import SteeringHooks
+from steering.sites import SiteError, default_sites, match_sites
 
 _BLOCK_SIZE = 16
 # Of each device's memory that is free when the engine is built. What a host has is shared with
@@ -36,6 +48,7 @@ class EngineOptions:
     max_model_len: int | None = None  # None: the model's own
     kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
     max_loaded_interventions: int = 64
+    compile_layers: bool = False  # layers, in the background, on a CPU
     prefix_cache: bool = True  # computed blocks are kept for whoever begins with the same tokens
     prefill_tokens: int | None = None  # None: by device, see `_PREFILL_TOKENS`
     check_invariants: bool = False  # after every step; a debugging aid
@@ -50,9 +63,12 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
             not reach the logits.
     """
     model = loaded.model
+    expected = reference_logits(model)
+    pack_linear_layers(model)
+    use_slab_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
     runner = Runner(model, hooks)
-    check_attention(model, runner)
+    check_forward(model, runner, expected)
     check_lm_head(model, runner, loaded.description.head_width)
     interventions = LoadedInterventions(
         options.max_loaded_interventions,
@@ -74,7 +90,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     return EngineCore(
         model,
         loaded.tokenizer,
-        runner,
+        _compiled_runner(loaded, hooks, runner, options) if options.compile_layers else runner,
         scheduler,
         prefixes,
         interventions,
@@ -82,6 +98,24 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         options.check_invariants,
         options.dose_interval,
     )
+
+
+def _compiled_runner(
+    loaded: LoadedModel, hooks: SteeringHooks, eager: Runner, options: EngineOptions
+) -> Runner:
+    """A runner whose layers are compiled in the background."""
+    model, widths = loaded.model, loaded.description.site_widths
+    if model.device.type != "cpu":
+        return eager
+    layers = DecoderLayers(model)
+    more_tokens, one_token = record_layers(model, layers, eager)
+    compiled = CompiledLayers(layers, one_token, more_tokens)
+    with suppress(SiteError):  # not every architecture has default sites
+        sites = match_sites(default_sites(loaded.description.architecture), widths)
+        compiled.expect(
+            {site: widths[site] for site in sites}, options.max_loaded_interventions + 1
+        )
+    return Runner(model, hooks, compiled)
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:

@@ -15,12 +15,13 @@ from server.engine.torch.answer import Answer
 from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
+from server.engine.torch.kv_store import KVStore
 from server.engine.torch.postprocess import Delivery, Postprocessor
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
-from server.engine.torch.scheduler import Chunk, Plan, Scheduler
+from server.engine.torch.scheduler import Plan, Scheduler
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabShape
+from server.engine.torch.slab import SlabShape
 from server.engine.torch.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
@@ -52,7 +53,6 @@ class EngineCore:
         dose_interval: int,
     ) -> None:
         self.scheduler = scheduler
-        self.prefixes = prefixes
         self.interventions = interventions
         self._runner = runner
         self._tokenizer = tokenizer.backend_tokenizer
@@ -63,8 +63,7 @@ class EngineCore:
         self.measured_seconds = 0.0  # that the measured steps took
         self.edit_seconds = 0.0  # that the edits took of it
         self._device = model.device
-        self._slab_shape = SlabShape.of(model)
-        self._slabs: dict[Sequence, tuple[Slab, ...]] = {}  # of each lane
+        self.store = KVStore(SlabShape.of(model), prefixes)
         self._answers: dict[Sequence, Answer] = {}
 
     def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
@@ -113,22 +112,20 @@ class EngineCore:
             self.interventions.pin(digest)
         self._answers[sequence] = answer
         self.scheduler.add(sequence)
-        self.prefixes.trim()
+        self.store.prefixes.trim()
 
     def remove(self, sequence: Sequence) -> None:
         """Free all that a sequence holds. Harmless when it has ended."""
         if self._answers.pop(sequence, None) is None:
             return
         self.scheduler.remove(sequence)
-        if (slabs := self._slabs.pop(sequence, None)) is not None:
-            self.prefixes.save(sequence, slabs)
+        self.store.end(sequence)
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
     def clear(self) -> None:
         """Remove every sequence, and what is kept of them."""
-        self._slabs.clear()
-        self.prefixes.clear()
+        self.store.clear()
         for sequence in tuple(self._answers):
             self.remove(sequence)
 
@@ -137,6 +134,11 @@ class EngineCore:
         """Whether a step would compute anything."""
         scheduler = self.scheduler
         return bool(scheduler.running or scheduler.waiting or scheduler.background)
+
+    @property
+    def compiling(self) -> int:
+        """Graphs that are being made; the engine gets faster with each."""
+        return self._runner.compiled.pending if self._runner.compiled is not None else 0
 
     def step(self) -> list[Delivery]:
         """Compute one step; the outputs of the sequences that it advanced."""
@@ -151,7 +153,7 @@ class EngineCore:
                 deliveries += [(chunk.sequence, error) for chunk in plan.chunks]
         for sequence, output in deliveries:
             if isinstance(output, EngineError):
-                self._slabs.pop(sequence, None)  # nothing of it is to be kept
+                self.store.discard(sequence)
                 self.remove(sequence)
             elif output.finish_reason is not None:
                 self.remove(sequence)
@@ -160,55 +162,20 @@ class EngineCore:
         return deliveries
 
     def _compute(self, plan: Plan) -> list[Delivery]:
-        self._make_room(plan)
-        batch = build_batch(plan.chunks, self._slabs, self._device)
+        for sequence in self.store.make_room(plan):
+            self._answers[sequence].start()
+        batch = build_batch(plan.chunks, self.store.slabs, self._device)
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)
         deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
-        self._keep_prompts(deliveries)
+        self.store.keep_prompts(deliveries)
         if meter is None:
             return deliveries
         if self._device.type == "cpu":  # what a GPU does goes on while it is asked for more
             self.measured_seconds += time.perf_counter() - began - meter.own_seconds
             self.edit_seconds += meter.edit_seconds
         return _with_doses(deliveries, batch, meter)
-
-    def _make_room(self, plan: Plan) -> None:
-        for sequence in plan.dropped:
-            self._slabs.pop(sequence, None)
-        yielded = {each: self._slabs.pop(each, ()) for each in plan.preempted}
-        for chunk in plan.chunks:
-            if chunk.sequence not in self._slabs:
-                self._begin(chunk)
-            for slab in self._slabs[chunk.sequence]:
-                slab.reserve(chunk.end)
-        # Not before all have what they found, some of which may have to go for it.
-        for sequence, slabs in yielded.items():
-            if slabs:
-                self.prefixes.save(sequence, slabs)
-        self.prefixes.trim()
-
-    def _begin(self, chunk: Chunk) -> None:
-        """Give a sequence its slabs, with what the prefix cache has of it."""
-        sequence = chunk.sequence
-        slabs = tuple(Slab(self._slab_shape) for _ in range(sequence.lanes))
-        for slab in slabs:
-            slab.reserve(chunk.end)
-        self.prefixes.load(sequence, slabs)
-        self._slabs[sequence] = slabs
-        sequence.checked = sequence.computed
-        self._answers[sequence].start()
-
-    def _keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
-        """Keep each prompt that is whole now; what is generated is kept when its sequence ends."""
-        for sequence, output in deliveries:
-            if isinstance(output, EngineError) or not output.token_ids:
-                continue  # no logits have shown that what was computed is a number
-            whole = sequence.checked < sequence.prompt_length
-            sequence.checked = sequence.computed
-            if whole:
-                self.prefixes.save(sequence, self._slabs[sequence])
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
@@ -223,11 +190,10 @@ class EngineCore:
         """Assert that nothing leaks: blocks, slabs, pins and slots belong to living sequences."""
         scheduler = self.scheduler
         scheduler.check()
-        self.prefixes.check()
         running = {*scheduler.running, *scheduler.background}
         sequences = {*running, *scheduler.waiting}
         assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"
-        assert self._slabs.keys() <= running, "a slab that nobody uses"
+        self.store.check(running)
         pins = Counter(digest for sequence in sequences for digest in sequence.digests)
         self.interventions.slots.check(pins)
 

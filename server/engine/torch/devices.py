@@ -1,5 +1,7 @@
 """Where a model's parts are: on one device, or spread by accelerate over several."""
 
+from itertools import chain
+
 import psutil
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -28,7 +30,8 @@ def layer_devices(model: PreTrainedModel, layers: int) -> tuple[torch.device, ..
     for module in modules.modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int):
-            devices[layer] = next(module.parameters()).device
+            tensors = chain(module.parameters(), module.buffers())  # packed weights are buffers
+            devices[layer] = next(tensors).device
     return tuple(devices[layer] for layer in range(layers))
 
 

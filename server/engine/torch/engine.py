@@ -98,8 +98,9 @@ class TorchEngine:
             kv_cache_usage=scheduler.pool.usage,
             slots_used=self._core.interventions.slots.used,
             preemptions=scheduler.preemptions,
-            prefix_cache_queries=self._core.prefixes.queries,
-            prefix_cache_hits=self._core.prefixes.hits,
+            prefix_cache_queries=self._core.store.prefixes.queries,
+            prefix_cache_hits=self._core.store.prefixes.hits,
+            compiling=self._core.compiling,
             measured_step_seconds=self._core.measured_seconds,
             measured_edit_seconds=self._core.edit_seconds,
         )

@@ -45,7 +45,9 @@ class LoadedModel:
     @property
     def lm_head(self) -> nn.Module:
         """The module that turns hidden states into logits."""
-        return _lm_head(self.model)
+        lm_head = _output_embeddings(self.model)
+        assert isinstance(lm_head, nn.Module)
+        return lm_head
 
 
 def load_model(

@@ -8,16 +8,18 @@ logits. An engine that would compute wrongly, or steer nothing, refuses to serve
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.attention import use_slab_attention
 from server.engine.torch.batch import build_batch
+from server.engine.torch.compiled import Probe
+from server.engine.torch.decoder import DecoderLayers
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.slab import Slab, SlabShape
+from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from steering.affine import AffineMap
 from steering.bank import Bank
 from steering.reward import RewardHead
@@ -25,29 +27,32 @@ from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
 _PROBE_TOKENS = 4
 _SITES_A_BATCH = 16
-_ATTENTION_CHUNKS = (7, 1, 16)
+_CHUNKS = (7, 1, 16)
+_RECORDED_TOKENS = 13  # a number that no model has for anything else
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
-def check_attention(model: PreTrainedModel, runner: Runner) -> None:
-    """Compare the engine's attention, prefilling in chunks, with transformers' own.
+def reference_logits(model: PreTrainedModel) -> Tensor:
+    """What transformers computes of the probe's last token, before the engine changes anything."""
+    tokens = torch.tensor([_probe_prompt(model, sum(_CHUNKS))], device=model.device)
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+    return logits[0, -1].float()
 
-    Leaves the model attending through the engine's backend.
+
+def check_forward(model: PreTrainedModel, runner: Runner, expected: Tensor) -> None:
+    """Compare the engine's forward pass, prefilling in chunks, with `reference_logits`.
 
     Raises:
         ModelLoadError: they differ, or the model does not run with the engine's attention.
     """
-    length = sum(_ATTENTION_CHUNKS)
+    length = sum(_CHUNKS)
     sequence = _sequence(_probe_prompt(model, length), ())
-    with torch.inference_mode():
-        tokens = torch.tensor([sequence.tokens], device=model.device)
-        expected = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    use_slab_attention(model)
     slabs = _slabs(model, [sequence], length)
     bank = Bank(1, model.device)
     start = 0
     try:
-        for count in _ATTENTION_CHUNKS:
+        for count in _CHUNKS:
             batch = build_batch([Chunk(sequence, start, count)], slabs, model.device)
             logits = runner.run(batch, bank)
             windows = batch.attention.windows
@@ -67,6 +72,20 @@ def check_attention(model: PreTrainedModel, runner: Runner) -> None:
             f"{type(model).__name__} gives other logits with the engine's attention than with "
             f"transformers' own (relative difference {difference:.2g}), so it is not served"
         )
+
+
+def record_layers(model: PreTrainedModel, layers: DecoderLayers, runner: Runner) -> list[Probe]:
+    """What the layers do for several tokens of a sequence, and for the one after them."""
+    sequence = _sequence(_probe_prompt(model, _RECORDED_TOKENS + 1), ())
+    slabs = _slabs(model, [sequence], _RECORDED_TOKENS + 1)
+    bank = Bank(1, model.device)
+    probes = []
+    for start, count in ((0, _RECORDED_TOKENS), (_RECORDED_TOKENS, 1)):
+        batch = build_batch([Chunk(sequence, start, count)], slabs, model.device)
+        with layers.recorded(count) as record:
+            runner.run(batch, bank)
+        probes.append(Probe(record, batch.attention))
+    return probes
 
 
 def _has_windows(model: PreTrainedModel) -> bool:
@@ -132,8 +151,8 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
 def _slabs(
     model: PreTrainedModel, sequences: Sequence[EngineSequence], tokens: int
 ) -> Mapping[EngineSequence, tuple[Slab]]:
-    shape = SlabShape.of(model)
-    slabs = {sequence: (Slab(shape),) for sequence in sequences}
+    pool = SlabPool(SlabShape.of(model))
+    slabs = {sequence: (Slab(pool),) for sequence in sequences}
     for (slab,) in slabs.values():
         slab.reserve(tokens)
     return slabs

@@ -1,0 +1,81 @@
+"""Every sequence's keys and values: its slabs, and what the prefix cache keeps of them."""
+
+from collections.abc import Collection, Iterable
+from itertools import chain
+
+from torch import Tensor
+
+from server.engine.base import EngineError
+from server.engine.torch.postprocess import Delivery
+from server.engine.torch.prefix_cache import PrefixCache
+from server.engine.torch.scheduler import Chunk, Plan
+from server.engine.torch.sequence import Sequence
+from server.engine.torch.slab import Slab, SlabPool, SlabShape
+
+
+class KVStore:
+    """Slabs of the sequences that run, one a lane."""
+
+    def __init__(self, shape: SlabShape, prefixes: PrefixCache[list[Tensor]]) -> None:
+        self.prefixes = prefixes
+        self.slabs: dict[Sequence, tuple[Slab, ...]] = {}
+        self._pool = SlabPool(shape)
+
+    def make_room(self, plan: Plan) -> list[Sequence]:
+        """Free and reserve what a step's plan says; the sequences that begin with it."""
+        for sequence in plan.dropped:
+            self.discard(sequence)
+        begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.slabs]
+        for chunk in plan.chunks:
+            if chunk.sequence not in self.slabs:
+                self._begin(chunk)
+            for slab in self.slabs[chunk.sequence]:
+                slab.reserve(chunk.end)
+        # Not before all have what they found, some of which may have to go for it.
+        for sequence in plan.preempted:
+            self.end(sequence)
+        self.prefixes.trim()
+        return begun
+
+    def _begin(self, chunk: Chunk) -> None:
+        """Give a sequence its slabs, with what the prefix cache has of it."""
+        sequence = chunk.sequence
+        slabs = tuple(Slab(self._pool) for _ in range(sequence.lanes))
+        for slab in slabs:
+            slab.reserve(chunk.end)
+        self.prefixes.load(sequence, slabs)
+        self.slabs[sequence] = slabs
+        sequence.checked = sequence.computed
+
+    def keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
+        """Keep each prompt that is whole now; what is generated is kept when its sequence ends."""
+        for sequence, output in deliveries:
+            if isinstance(output, EngineError) or not output.token_ids:
+                continue  # no logits have shown that what was computed is a number
+            whole = sequence.checked < sequence.prompt_length
+            sequence.checked = sequence.computed
+            if whole:
+                self.prefixes.save(sequence, self.slabs[sequence])
+
+    def end(self, sequence: Sequence) -> None:
+        """Free a sequence's slabs, if it has any, and keep what is worth it."""
+        if (slabs := self.slabs.get(sequence)) is not None:
+            self.prefixes.save(sequence, slabs)
+            self.discard(sequence)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Free a sequence's slabs, if it has any, and keep nothing of it."""
+        for slab in self.slabs.pop(sequence, ()):
+            slab.free()
+
+    def clear(self) -> None:
+        """Free everything."""
+        for sequence in tuple(self.slabs):
+            self.discard(sequence)
+        self.prefixes.clear()
+
+    def check(self, running: Collection[Sequence]) -> None:
+        """Assert that only what runs has slabs. Between two steps."""
+        self.prefixes.check()
+        assert self.slabs.keys() <= set(running), "a slab that nobody uses"
+        self._pool.check(chain.from_iterable(self.slabs.values()))
