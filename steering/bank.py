@@ -67,6 +67,10 @@ class SiteMaps:
             high=self.high,
         )
 
+    def used_by(self, layer: AffineLayer) -> bool:
+        """Whether any token of a step may have a map here, as the host knows."""
+        return layer.everywhere or bool(self.filled & layer.used)
+
     def acts(self, layer: AffineLayer) -> Tensor:
         """Which of the tokens have a map here: (tokens,) bool."""
         return self.present[layer.slots][:, 0]
@@ -84,6 +88,9 @@ class Bank:
         self._device = device
         self._sites: dict[str, SiteMaps] = {}
         self._heads: dict[int, RewardHead] = {}
+        # Counts what changes which tensors an edit reads: new sites, and the first supports. To
+        # fill a slot changes the tensors' contents only.
+        self.version = 0
 
     # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
     @torch.inference_mode()
@@ -94,7 +101,10 @@ class Bank:
         self.clear(slot)
         if isinstance(parameters, Mapping):
             for site, site_map in parameters.items():
-                self._site(site, site_map.weight.numel()).put(slot, site_map)
+                maps = self._site(site, site_map.weight.numel())
+                had_support = maps.low is not None
+                maps.put(slot, site_map)
+                self.version += had_support is not (maps.low is not None)
         else:
             self._heads[slot] = parameters.to(self._device)
 
@@ -108,6 +118,7 @@ class Bank:
     def _site(self, site: str, width: int) -> SiteMaps:
         if site not in self._sites:
             self._sites[site] = SiteMaps(self.slots + 1, width, self._device)
+            self.version += 1
         return self._sites[site]
 
     def acting(self, route: Route) -> dict[str, SiteMaps]:
@@ -128,12 +139,12 @@ class Bank:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
         maps = self._sites.get(site)
-        if maps is None or not any(maps.filled & layer.used for layer in route.affine):
+        if maps is None or not any(maps.used_by(layer) for layer in route.affine):
             return output
         maps.move(output.device)
         z = output.reshape(-1, output.shape[-1]).float()
         for layer in route.on(output.device).affine:
-            if maps.filled & layer.used:
+            if maps.used_by(layer):
                 edited = maps.edit(z, layer)
                 if meter is not None:
                     meter.affine(layer.depth, z, edited, maps.acts(layer))

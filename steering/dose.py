@@ -72,6 +72,14 @@ class DoseMeter:
         sums.doses += doses
         sums.edits += edits
 
+    def affine_sums(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """What `add_affine` takes, of each place of the stacks that was edited."""
+        return {
+            depth: (sums.doses, sums.edits)
+            for (kind, depth), sums in self._sums.items()
+            if kind is AffineSettings
+        }
+
     def reward(self, depth: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
         """Take in one head's edits at one place of the stacks.
 

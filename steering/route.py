@@ -32,6 +32,7 @@ class AffineLayer:
     slots: Tensor  # (tokens,) int64
     strength: Tensor  # (tokens, 1) float32
     used: frozenset[int]  # the slots in `slots` but 0, known on the host
+    everywhere: bool = False  # whether `used` is not known: `slots` may come to hold any slot
 
     def to(self, device: torch.device) -> "AffineLayer":
         """The same on a device."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from server.engine.torch.attention import UnsupportedAttentionError, slab_attention
 from server.engine.torch.slab import Slab, SlabPool, SlabShape
-from server.engine.torch.slab_attention import AttentionStep, Segment, decoding_order
+from server.engine.torch.slab_attention import Segment, SlabStep, decoding_order
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)
@@ -72,7 +72,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             torch.cat(parts, dim=1)[None]
             for parts in zip(*(item[2] for item in packed), strict=True)
         )
-        with AttentionStep(segments).current():
+        with SlabStep(segments).current():
             output, weights = slab_attention(
                 LAYER,
                 query,
@@ -103,6 +103,6 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
 )
 def test_what_would_change_the_result_is_refused(asked: dict[str, object], named: str) -> None:
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    step = AttentionStep([Segment(slab_of(1, SlabPool(SHAPE)), 0, 1)])
+    step = SlabStep([Segment(slab_of(1, SlabPool(SHAPE)), 0, 1)])
     with step.current(), pytest.raises(UnsupportedAttentionError, match=named):
         slab_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ from server.engine.torch.loader import LoadedModel, load_model
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.slab import SlabShape
+from server.engine.torch.slab_attention import SlabMemory
 from steering.bank import Bank
 from steering.hooks import SteeringHooks
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
@@ -65,14 +66,15 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
         hooks.install(site)
     edits = tuple(SlottedEdit(slot, edit.settings) for slot, edit in enumerate(EDITS, start=1))
     shape = SlabShape.of(loaded.model)
-    pool = SlabPool(shape)
+    memory = SlabMemory(shape)
     slabs = {}
     for prompt in PROMPTS[:2]:
         sequence = Sequence(Request("test", tuple(prompt), GREEDY), list(prompt), edits)
-        slabs[sequence] = (Slab(pool),)
+        slabs[sequence] = (memory.lane(),)
         slabs[sequence][0].reserve(len(prompt))
     chunks = [Chunk(sequence, 0, sequence.prompt_length) for sequence in slabs]
-    logits = Runner(loaded.model, hooks).run(build_batch(chunks, slabs, torch.device("cpu")), bank)
+    batch = build_batch(chunks, slabs, memory, torch.device("cpu"))
+    logits = Runner(loaded.model, hooks).run(batch, bank)
     assert (logits.shape, logits.device.type) == ((2, VOCABULARY), "meta")
     assert [device.type for device in shape.devices] == ["cpu", "meta"]
     stacks = [bank._sites[site] for site in SITES]

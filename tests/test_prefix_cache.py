@@ -340,6 +340,7 @@ def test_a_step_that_fails_keeps_nothing_of_its_sequences(
         run(batch, bank, meter)
         for lanes in core.store.slabs.values():
             for lane in lanes:
+                assert isinstance(lane, Slab)
                 for layer in range(2):
                     lane.layer(layer).fill_(torch.nan)
         raise RuntimeError("the device is gone")

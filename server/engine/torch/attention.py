@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from server.engine.torch.attention_step import AttentionStep, How
 from server.engine.torch.operators import define_operator
-from server.engine.torch.slab_attention import AttentionStep, How
 
 _NAME: Final = "steerserve_slab"
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.engine.torch.attention_step import AttentionStep, KVMemory, Lane, Piece
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.slab import Slab
-from server.engine.torch.slab_attention import AttentionStep, Segment, decoding_order
 from steering.route import Route, Span, build_route
 
 
@@ -47,21 +46,29 @@ class Batch:
 
 
 def build_batch(
-    chunks: Sequence[Chunk], slabs: Mapping[EngineSequence, Sequence[Slab]], device: torch.device
+    chunks: Sequence[Chunk],
+    lanes: Mapping[EngineSequence, Sequence[Lane]],
+    memory: KVMemory,
+    device: torch.device,
 ) -> Batch:
     """The step's tensors, of each chunk as often as its sequence has lanes.
 
     The first lane is edited, and has the rows of the chunk's `logits_places`. A second is the base
     model's, and has a row where the next token is drawn.
+
+    Args:
+        lanes: each sequence's, of `memory`, with room for its chunk.
+        device: the model's; the tensors are there, unless `memory` has them built elsewhere.
     """
+    device = memory.batch_device or device
     tokens: list[int] = []
     positions: list[int] = []
     rows: list[Row] = []
     packed: list[int] = []  # where the rows' tokens are in `tokens`
     spans: list[Span] = []
-    segments: list[Segment] = []
+    pieces: list[Piece] = []
     places: dict[EngineSequence, int] = {}
-    for chunk, lane, segment in _lanes(chunks, slabs):
+    for chunk, lane, piece in _pieces(chunks, lanes, memory):
         sequence = chunk.sequence
         base = lane > 0
         if not base:
@@ -72,7 +79,7 @@ def build_batch(
         rows += [Row(sequence, place, base) for place in wanted]
         tokens += sequence.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
-        segments.append(segment)
+        pieces.append(piece)
         spans.append(
             Span(
                 start=chunk.start,
@@ -88,20 +95,20 @@ def build_batch(
         rows=rows,
         # On the CPU because it indexes wherever the model's last layer is.
         logits_rows=torch.tensor(packed, dtype=torch.int64),
-        attention=AttentionStep(segments),
+        attention=memory.step(pieces),
         route=build_route(spans, device),
         spans=spans,
         places=places,
     )
 
 
-def _lanes(
-    chunks: Sequence[Chunk], slabs: Mapping[EngineSequence, Sequence[Slab]]
-) -> list[tuple[Chunk, int, Segment]]:
-    """Each chunk's lanes, in the order in which attention takes them best."""
-    lanes = [
-        (chunk, lane, Segment(slab, chunk.start, chunk.count))
+def _pieces(
+    chunks: Sequence[Chunk], lanes: Mapping[EngineSequence, Sequence[Lane]], memory: KVMemory
+) -> list[tuple[Chunk, int, Piece]]:
+    """Each chunk once for each of its lanes, in the order in which attention takes them best."""
+    pieces = [
+        (chunk, number, Piece(lane, chunk.start, chunk.count))
         for chunk in chunks
-        for lane, slab in enumerate(slabs[chunk.sequence])
+        for number, lane in enumerate(lanes[chunk.sequence])
     ]
-    return sorted(lanes, key=lambda each: decoding_order(each[2]))
+    return sorted(pieces, key=lambda each: memory.order(each[2]))

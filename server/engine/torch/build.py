@@ -1,21 +1,24 @@
 """Puts a loaded model's engine together, and tests it on the model before anything is served."""
 
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from server.engine.torch.attention import use_slab_attention
+from server.engine.torch.attention_step import KVMemory
 from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
+from server.engine.torch.cuda_graphs import CudaCapture, GraphRunner
 from server.engine.torch.decoder import DecoderLayers
-from server.engine.torch.devices import free_memory
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.kv_plan import KVPlan, KVWishes, plan_kv
 from server.engine.torch.loader import LoadedModel, ModelLoadError
 from server.engine.torch.packed import pack_linear_layers
+from server.engine.torch.paged_attention import PagedMemory
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Scheduler
@@ -26,14 +29,11 @@ from server.engine.torch.self_test import (
     record_layers,
     reference_logits,
 )
-from server.engine.torch.slab import SlabShape
+from server.engine.torch.staged_runner import StagedRunner
+from steering.bank import Bank
 from steering.hooks import SteeringHooks
 from steering.sites import SiteError, default_sites, match_sites
 
-_BLOCK_SIZE = 16
-# Of each device's memory that is free when the engine is built. What a host has is shared with
-# others; what a GPU has left is for keys and values, but for the activations of a step.
-_DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
 # Of prompts, in a step that others wait for to get their next token: about as long as the rest.
 _PREFILL_TOKENS = {"cpu": 64, "cuda": 512}
 
@@ -46,9 +46,10 @@ class EngineOptions:
     max_batch_tokens: int = 512  # tokens of one step
     max_waiting: int = 256
     max_model_len: int | None = None  # None: the model's own
-    kv_cache_gb: float | None = None  # None: a share of what is free, see `_DEFAULT_KV_SHARE`
+    kv_cache_gb: float | None = None  # None: a share of what is free, see `kv_plan`
     max_loaded_interventions: int = 64
     compile_layers: bool = False  # layers, in the background, on a CPU
+    cuda_graphs: bool = True  # steps that only decode are replayed, on a GPU whose torch can
     prefix_cache: bool = True  # computed blocks are kept for whoever begins with the same tokens
     prefill_tokens: int | None = None  # None: by device, see `_PREFILL_TOKENS`
     check_invariants: bool = False  # after every step; a debugging aid
@@ -67,20 +68,22 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     pack_linear_layers(model)
     use_slab_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
-    runner = Runner(model, hooks)
-    check_forward(model, runner, expected)
-    check_lm_head(model, runner, loaded.description.head_width)
+    kv = plan_kv(model, KVWishes(options.kv_cache_gb, options.max_batch_size, options.prefix_cache))
+    memory = kv.memory
+    paged = memory if isinstance(memory, PagedMemory) else None
+    runner = Runner(model, hooks) if paged is None else StagedRunner(model, hooks, model.device)
+    check_forward(model, runner, memory, expected)
+    check_lm_head(model, runner, memory, loaded.description.head_width)
     interventions = LoadedInterventions(
         options.max_loaded_interventions,
         loaded.description,
         hooks,
         model.device,
-        probe=partial(dead_sites, model, runner, widths=loaded.description.site_widths),
+        probe=partial(dead_sites, model, runner, memory, widths=loaded.description.site_widths),
     )
-    pool = _block_pool(SlabShape.of(model), options)
-    prefixes = PrefixCache[list[Tensor]](pool, options.prefix_cache)
+    prefixes = PrefixCache[list[Tensor]](kv.prefixes, options.prefix_cache)
     scheduler = Scheduler(
-        pool=pool,
+        pool=kv.pool,
         max_batch_size=options.max_batch_size,
         max_batch_tokens=options.max_batch_tokens,
         max_waiting=options.max_waiting,
@@ -90,8 +93,9 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     return EngineCore(
         model,
         loaded.tokenizer,
-        _compiled_runner(loaded, hooks, runner, options) if options.compile_layers else runner,
+        _faster_runner(loaded, hooks, runner, kv, interventions.bank, options),
         scheduler,
+        memory,
         prefixes,
         interventions,
         _eos_tokens(loaded),
@@ -100,15 +104,46 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     )
 
 
+def _faster_runner(
+    loaded: LoadedModel,
+    hooks: SteeringHooks,
+    eager: Runner,
+    kv: KVPlan,
+    bank: Bank,
+    options: EngineOptions,
+) -> Runner:
+    """A runner that makes what it can ahead of the steps, or the one given."""
+    model, memory = loaded.model, kv.memory
+    if isinstance(memory, PagedMemory):
+        if memory.form.gathers or not options.cuda_graphs or _has_changing_rope(model):
+            return eager
+        length = context_length(loaded, options, kv.pool)
+        capture = CudaCapture(memory.device)
+        graphs = GraphRunner(model, hooks, memory, options.max_batch_size, length, capture)
+        graphs.warm_up(bank)
+        return graphs
+    if options.compile_layers and model.device.type == "cpu":
+        return _compiled_runner(loaded, hooks, eager, memory, options)
+    return eager
+
+
+def _has_changing_rope(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies depend on the longest sequence, which the host looks up."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return any(kind in repr(rope) for kind in ("dynamic", "longrope"))
+
+
 def _compiled_runner(
-    loaded: LoadedModel, hooks: SteeringHooks, eager: Runner, options: EngineOptions
+    loaded: LoadedModel,
+    hooks: SteeringHooks,
+    eager: Runner,
+    memory: KVMemory,
+    options: EngineOptions,
 ) -> Runner:
     """A runner whose layers are compiled in the background."""
     model, widths = loaded.model, loaded.description.site_widths
-    if model.device.type != "cpu":
-        return eager
     layers = DecoderLayers(model)
-    more_tokens, one_token = record_layers(model, layers, eager)
+    more_tokens, one_token = record_layers(model, layers, eager, memory)
     compiled = CompiledLayers(layers, one_token, more_tokens)
     with suppress(SiteError):  # not every architecture has default sites
         sites = match_sites(default_sites(loaded.description.architecture), widths)
@@ -135,23 +170,6 @@ def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool)
             )
         limits.append(options.max_model_len)
     return min(limits)
-
-
-def _block_pool(shape: SlabShape, options: EngineOptions) -> BlockPool:
-    """As many blocks as the memory for keys and values holds."""
-    if options.kv_cache_gb is not None:
-        blocks = int(options.kv_cache_gb * 1e9) // (shape.bytes_per_token * _BLOCK_SIZE)
-    else:
-        # A block is spread over all layers, so the tightest device decides.
-        layers = Counter(shape.devices)
-        blocks = min(
-            int(free_memory(device) * _DEFAULT_KV_SHARE[device.type])
-            // (count * shape.bytes_per_token_and_layer * _BLOCK_SIZE)
-            for device, count in layers.items()
-        )
-    if blocks < 1:
-        raise ModelLoadError("the memory for keys and values does not hold a single block")
-    return BlockPool(blocks, _BLOCK_SIZE)
 
 
 def _eos_tokens(loaded: LoadedModel) -> frozenset[int]:

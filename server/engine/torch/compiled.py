@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from server.engine.torch.attention_step import AttentionStep
 from server.engine.torch.background import Background
 from server.engine.torch.decoder import DecoderLayers, LayerCall, Record, template_of
-from server.engine.torch.slab_attention import AttentionStep
 from steering.affine import AffineMap
 from steering.bank import Bank, SiteMaps
 from steering.dose import DoseMeter

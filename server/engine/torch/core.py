@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from server.engine.base import EngineError, GaveWayError, StepFailedError
 from server.engine.torch.answer import Answer
+from server.engine.torch.attention_step import KVMemory
 from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
@@ -21,7 +22,6 @@ from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Plan, Scheduler
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import SlabShape
 from server.engine.torch.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
@@ -46,6 +46,7 @@ class EngineCore:
         tokenizer: PreTrainedTokenizerFast,
         runner: Runner,
         scheduler: Scheduler,
+        memory: KVMemory,
         prefixes: PrefixCache[list[Tensor]],
         interventions: LoadedInterventions,
         eos_tokens: frozenset[int],
@@ -63,7 +64,7 @@ class EngineCore:
         self.measured_seconds = 0.0  # that the measured steps took
         self.edit_seconds = 0.0  # that the edits took of it
         self._device = model.device
-        self.store = KVStore(SlabShape.of(model), prefixes)
+        self.store = KVStore(memory, prefixes)
         self._answers: dict[Sequence, Answer] = {}
 
     def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
@@ -164,7 +165,7 @@ class EngineCore:
     def _compute(self, plan: Plan) -> list[Delivery]:
         for sequence in self.store.make_room(plan):
             self._answers[sequence].start()
-        batch = build_batch(plan.chunks, self.store.slabs, self._device)
+        batch = build_batch(plan.chunks, self.store.slabs, self.store.memory, self._device)
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)

@@ -1,4 +1,4 @@
-"""Every sequence's keys and values: its slabs, and what the prefix cache keeps of them."""
+"""Every sequence's keys and values: its lanes, and what the prefix cache keeps of them."""
 
 from collections.abc import Collection, Iterable
 from itertools import chain
@@ -6,25 +6,28 @@ from itertools import chain
 from torch import Tensor
 
 from server.engine.base import EngineError
+from server.engine.torch.attention_step import KVMemory, Lane
 from server.engine.torch.postprocess import Delivery
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.scheduler import Chunk, Plan
 from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
 
 
 class KVStore:
-    """Slabs of the sequences that run, one a lane."""
+    """Lanes of the sequences that run."""
 
-    def __init__(self, shape: SlabShape, prefixes: PrefixCache[list[Tensor]]) -> None:
+    def __init__(self, memory: KVMemory, prefixes: PrefixCache[list[Tensor]]) -> None:
         self.prefixes = prefixes
-        self.slabs: dict[Sequence, tuple[Slab, ...]] = {}
-        self._pool = SlabPool(shape)
+        self.memory = memory
+        self.slabs: dict[Sequence, tuple[Lane, ...]] = {}
 
     def make_room(self, plan: Plan) -> list[Sequence]:
         """Free and reserve what a step's plan says; the sequences that begin with it."""
         for sequence in plan.dropped:
             self.discard(sequence)
+        if self.memory.fixed:  # others want the room at once, so nothing can be kept of it first
+            for sequence in plan.preempted:
+                self.discard(sequence)
         begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.slabs]
         for chunk in plan.chunks:
             if chunk.sequence not in self.slabs:
@@ -40,7 +43,7 @@ class KVStore:
     def _begin(self, chunk: Chunk) -> None:
         """Give a sequence its slabs, with what the prefix cache has of it."""
         sequence = chunk.sequence
-        slabs = tuple(Slab(self._pool) for _ in range(sequence.lanes))
+        slabs = tuple(self.memory.lane() for _ in range(sequence.lanes))
         for slab in slabs:
             slab.reserve(chunk.end)
         self.prefixes.load(sequence, slabs)
@@ -78,4 +81,4 @@ class KVStore:
         """Assert that only what runs has slabs. Between two steps."""
         self.prefixes.check()
         assert self.slabs.keys() <= set(running), "a slab that nobody uses"
-        self._pool.check(chain.from_iterable(self.slabs.values()))
+        self.memory.check(chain.from_iterable(self.slabs.values()))

@@ -5,13 +5,15 @@ transformers' own gives, and that an edit at each hooked site, and before `lm_he
 logits. An engine that would compute wrongly, or steer nothing, refuses to serve.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.base import Request, SamplingSettings
+from server.engine.torch.attention_step import KVMemory, Lane
 from server.engine.torch.batch import build_batch
 from server.engine.torch.compiled import Probe
 from server.engine.torch.decoder import DecoderLayers
@@ -19,14 +21,13 @@ from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from steering.affine import AffineMap
 from steering.bank import Bank
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
 _PROBE_TOKENS = 4
-_SITES_A_BATCH = 16
+_UNEDITED = 2  # sequences in each batch of edited ones
 _CHUNKS = (7, 1, 16)
 _RECORDED_TOKENS = 13  # a number that no model has for anything else
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -40,7 +41,9 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
     return logits[0, -1].float()
 
 
-def check_forward(model: PreTrainedModel, runner: Runner, expected: Tensor) -> None:
+def check_forward(
+    model: PreTrainedModel, runner: Runner, memory: KVMemory, expected: Tensor
+) -> None:
     """Compare the engine's forward pass, prefilling in chunks, with `reference_logits`.
 
     Raises:
@@ -48,15 +51,15 @@ def check_forward(model: PreTrainedModel, runner: Runner, expected: Tensor) -> N
     """
     length = sum(_CHUNKS)
     sequence = _sequence(_probe_prompt(model, length), ())
-    slabs = _slabs(model, [sequence], length)
     bank = Bank(1, model.device)
     start = 0
     try:
-        for count in _CHUNKS:
-            batch = build_batch([Chunk(sequence, start, count)], slabs, model.device)
-            logits = runner.run(batch, bank)
-            windows = batch.attention.windows
-            start += count
+        with _lanes(memory, [sequence], length) as lanes:
+            for count in _CHUNKS:
+                batch = build_batch([Chunk(sequence, start, count)], lanes, memory, model.device)
+                logits = runner.run(batch, bank)
+                windows = batch.attention.windows
+                start += count
     except Exception as error:
         raise ModelLoadError(
             f"{type(model).__name__} does not run with the engine's attention: {error}"
@@ -74,14 +77,19 @@ def check_forward(model: PreTrainedModel, runner: Runner, expected: Tensor) -> N
         )
 
 
-def record_layers(model: PreTrainedModel, layers: DecoderLayers, runner: Runner) -> list[Probe]:
+def record_layers(
+    model: PreTrainedModel, layers: DecoderLayers, runner: Runner, memory: KVMemory
+) -> list[Probe]:
     """What the layers do for several tokens of a sequence, and for the one after them."""
     sequence = _sequence(_probe_prompt(model, _RECORDED_TOKENS + 1), ())
-    slabs = _slabs(model, [sequence], _RECORDED_TOKENS + 1)
+    # Never freed: the probes are computed again with each graph that is made.
+    lane = memory.lane()
+    lane.reserve(_RECORDED_TOKENS + 1)
+    lanes = {sequence: (lane,)}
     bank = Bank(1, model.device)
     probes = []
     for start, count in ((0, _RECORDED_TOKENS), (_RECORDED_TOKENS, 1)):
-        batch = build_batch([Chunk(sequence, start, count)], slabs, model.device)
+        batch = build_batch([Chunk(sequence, start, count)], lanes, memory, model.device)
         with layers.recorded(count) as record:
             runner.run(batch, bank)
         probes.append(Probe(record, batch.attention))
@@ -96,17 +104,21 @@ def _has_windows(model: PreTrainedModel) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def check_lm_head(model: PreTrainedModel, runner: Runner, width: int) -> None:
+def check_lm_head(model: PreTrainedModel, runner: Runner, memory: KVMemory, width: int) -> None:
     """Raise ModelLoadError unless a reward edit before `lm_head` reaches the logits."""
     bank = Bank(1, model.device)
     bank.put(1, _probe_head(width))
     edit = SlottedEdit(1, RewardSettings(eta=1.0, iterations=1, direction_scale=1.0))
-    if not _reaches(model, runner, bank, [edit])[0]:
+    if not _reaches(model, runner, memory, bank, [edit])[0]:
         raise ModelLoadError("an edit before lm_head does not reach the logits")
 
 
 def dead_sites(
-    model: PreTrainedModel, runner: Runner, sites: frozenset[str], widths: Mapping[str, int]
+    model: PreTrainedModel,
+    runner: Runner,
+    memory: KVMemory,
+    sites: frozenset[str],
+    widths: Mapping[str, int],
 ) -> frozenset[str]:
     """The hooked sites at which an edit does not reach the logits.
 
@@ -114,19 +126,24 @@ def dead_sites(
     """
     ordered = sorted(sites)
     dead: set[str] = set()
-    for first in range(0, len(ordered), _SITES_A_BATCH):
-        group = ordered[first : first + _SITES_A_BATCH]
+    sites_a_batch = memory.probe_lanes - _UNEDITED
+    for first in range(0, len(ordered), sites_a_batch):
+        group = ordered[first : first + sites_a_batch]
         bank = Bank(len(group), model.device)
         for slot, site in enumerate(group, start=1):
             bank.put(slot, {site: _probe_map(widths[site])})
         edits = [SlottedEdit(slot, AffineSettings(1.0)) for slot in range(1, len(group) + 1)]
-        reached = _reaches(model, runner, bank, edits)
+        reached = _reaches(model, runner, memory, bank, edits)
         dead.update(site for site, alive in zip(group, reached, strict=True) if not alive)
     return frozenset(dead)
 
 
 def _reaches(
-    model: PreTrainedModel, runner: Runner, bank: Bank, edits: Sequence[SlottedEdit]
+    model: PreTrainedModel,
+    runner: Runner,
+    memory: KVMemory,
+    bank: Bank,
+    edits: Sequence[SlottedEdit],
 ) -> list[bool]:
     """For each edit, whether a sequence edited by it has other logits than one that is not."""
     prompt = _probe_prompt(model, _PROBE_TOKENS)
@@ -134,9 +151,9 @@ def _reaches(
     # batch changes by itself.
     stacks: list[tuple[SlottedEdit, ...]] = [(), *((edit,) for edit in edits), ()]
     sequences = [_sequence(prompt, stack) for stack in stacks]
-    slabs = _slabs(model, sequences, _PROBE_TOKENS)
     chunks = [Chunk(sequence, 0, _PROBE_TOKENS) for sequence in sequences]
-    logits = runner.run(build_batch(chunks, slabs, model.device), bank)
+    with _lanes(memory, sequences, _PROBE_TOKENS) as lanes:
+        logits = runner.run(build_batch(chunks, lanes, memory, model.device), bank)
     differences = (logits - logits[0]).abs().amax(dim=-1)
     threshold = 4 * differences[-1] + 1e-3 * logits[0].std()
     return (differences[1:-1] > threshold).tolist()
@@ -148,14 +165,19 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
     return tuple((place + 1) * (vocabulary // (length + 2)) % vocabulary for place in range(length))
 
 
-def _slabs(
-    model: PreTrainedModel, sequences: Sequence[EngineSequence], tokens: int
-) -> Mapping[EngineSequence, tuple[Slab]]:
-    pool = SlabPool(SlabShape.of(model))
-    slabs = {sequence: (Slab(pool),) for sequence in sequences}
-    for (slab,) in slabs.values():
-        slab.reserve(tokens)
-    return slabs
+@contextmanager
+def _lanes(
+    memory: KVMemory, sequences: Sequence[EngineSequence], tokens: int
+) -> Iterator[Mapping[EngineSequence, tuple[Lane]]]:
+    """A lane with room for so many tokens for each sequence, within the context."""
+    lanes = {sequence: (memory.lane(),) for sequence in sequences}
+    try:
+        for (lane,) in lanes.values():
+            lane.reserve(tokens)
+        yield lanes
+    finally:
+        for (lane,) in lanes.values():
+            lane.free()
 
 
 def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> EngineSequence:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from server.engine.torch.attention_step import Lane
 from server.engine.torch.devices import layer_devices
 
 _SMALLEST: Final = 64  # tokens
@@ -119,7 +120,7 @@ class SlabPool:
                 assert (slab.group, slab.row) == (group, row), "two slabs in one place"
 
 
-class Slab:
+class Slab(Lane):
     """Room for one sequence's keys and values, contiguous in each layer and head."""
 
     def __init__(self, pool: SlabPool) -> None:

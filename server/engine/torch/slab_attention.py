@@ -4,9 +4,7 @@ Tokens of all sequences come packed in one row, and a sequence's result does not
 else is in the batch. Those that decode and have neighbouring slabs do so in one call.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
@@ -15,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from server.engine.torch.slab import Slab, SlabGroup
+from server.engine.torch.attention_step import AttentionStep, How, KVMemory, Lane, Piece
+from server.engine.torch.slab import Slab, SlabGroup, SlabPool, SlabShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,48 +31,16 @@ class Segment:
         return self.start + self.count
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """What a layer asks of its attention, beside queries, keys and values."""
-
-    scaling: float | None  # None: 1 / sqrt(head_dim)
-    window: int | None  # how many keys, its own among them, a query sees; None for all
-    softcap: float | None  # bounds scores as softcap * tanh(scores / softcap) (Gemma 2)
-
-
-class AttentionStep:
-    """What the backend knows of one step: who owns which of the packed tokens."""
+class SlabStep(AttentionStep):
+    """One step over slabs."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         """Segments that decode should come in the order of `decoding_order`."""
-        self.windows: set[int | None] = set()  # that the layers asked for
+        super().__init__()
         self._parts = _parts(segments)
 
-    @staticmethod
-    def now() -> "AttentionStep":
-        """The one whose context this is."""
-        return _CURRENT.get()
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Within the context, the model's attention is this step's."""
-        token = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(token)
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
-        """Store the step's keys and values, then attend.
-
-        Args:
-            layer: its index.
-            query: (1, heads, tokens, head_dim).
-            key, value: (1, kv_heads, tokens, head_dim).
-
-        Returns:
-            (1, tokens, heads, head_dim).
-        """
+        """As every step's; see `AttentionStep.attend`."""
         self.windows.add(how.window)
         new = torch.stack((key[0], value[0]))  # (2, kv_heads, tokens, head_dim)
         outputs = [
@@ -83,8 +50,39 @@ class AttentionStep:
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
 
-# A compiled layer calls its attention as an operator, which takes nothing but tensors.
-_CURRENT: ContextVar[AttentionStep] = ContextVar("steerserve_attention_step")
+class SlabMemory(KVMemory):
+    """Slabs, made as they are wanted."""
+
+    fixed = False
+    probe_lanes = 18
+
+    def __init__(self, shape: SlabShape) -> None:
+        self._pool = SlabPool(shape)
+
+    def lane(self) -> Slab:
+        """A slab without room yet."""
+        return Slab(self._pool)
+
+    def order(self, piece: Piece) -> tuple[bool, int, int]:
+        """Those that decode first, neighbours together."""
+        return decoding_order(_segment(piece))
+
+    def step(self, pieces: Sequence[Piece]) -> SlabStep:
+        """The attention of a step; `pieces` should come in the order of `order`."""
+        return SlabStep([_segment(piece) for piece in pieces])
+
+    def check(self, lanes: Iterable[Lane]) -> None:
+        """Assert that these slabs, and no others, have memory, each its own."""
+        self._pool.check(_slab(lane) for lane in lanes)
+
+
+def _slab(lane: Lane) -> Slab:
+    assert isinstance(lane, Slab), "a lane of another memory"
+    return lane
+
+
+def _segment(piece: Piece) -> Segment:
+    return Segment(_slab(piece.lane), piece.start, piece.count)
 
 
 def decoding_order(segment: Segment) -> tuple[bool, int, int]:

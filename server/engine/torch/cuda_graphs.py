@@ -1,0 +1,288 @@
+"""Decoding by replayed CUDA graphs: one launch in place of hundreds.
+
+A graph holds the model's decoder, from token ids to the hidden states of all rows, with the affine
+edits at its sites. What follows (reward edits, `lm_head`) is a few launches, and runs as the model
+has it. Contents of the inputs change from step to step, addresses do not. One graph serves a number
+of rows, a number of stacked affine edits, and whether they are measured.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from server.engine.torch.batch import Batch
+from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.page_pool import PAGE
+from server.engine.torch.paged_attention import PagedMemory, PagedStep
+from server.engine.torch.staged_runner import StagedRunner, paged_step
+from server.engine.torch.staging import route_tensors, stage, with_route_tensors
+from steering.bank import Bank
+from steering.dose import DoseMeter
+from steering.hooks import SteeringHooks
+from steering.route import Route
+
+logger = logging.getLogger(__name__)
+
+# Of the hidden states, replayed and not, in the norm. The same kernels run in both.
+_TOLERANCE: Final = 1e-3
+
+
+class GraphError(Exception):
+    """A graph cannot be made, or gives something else than the model."""
+
+
+class Capture(Protocol):
+    """Makes a function that can be replayed, of one that reads and writes the same tensors."""
+
+    def __call__(
+        self, function: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """What computes the function anew, and the tensors that its results come to be in."""
+        ...
+
+
+class CudaCapture:
+    """Captures on a stream of its own; all graphs share the memory between inputs and results."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(
+        self, function: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """As every capture's; see `Capture`."""
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                function()  # libraries set themselves up in a first call, which none may capture
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile, as reading an intervention does.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                results = function()
+        return graph.replay, results
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: DecodeInputs
+    replay: Callable[[], None]
+    hidden: Tensor  # (1, rows, width), the decoder's
+    doses: dict[int, tuple[Tensor, Tensor]]  # see `DoseMeter.affine_sums`
+    output: type  # of the decoder
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    rows: int
+    depth: int
+    measured: bool
+
+
+class GraphRunner(StagedRunner):
+    """Replays a graph for each step in which all sequences decode; runs others as they are."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hooks: SteeringHooks,
+        memory: PagedMemory,
+        max_rows: int,
+        max_tokens: int,
+        capture: Capture,
+    ) -> None:
+        """`max_rows` bounds the sequences of a step, `max_tokens` the tokens of each."""
+        super().__init__(model, hooks, memory.device)
+        assert not memory.form.gathers, "what is gathered has another shape in every step"
+        self._memory = memory
+        self._capture = capture
+        self._buckets = buckets(max_rows)
+        self._pages = -(-max_tokens // PAGE)
+        self._decoder = _Decoder(model)
+        self._graphs: dict[_Key, _Graph | None] = {}  # None: cannot be made
+        self._bank: Bank | None = None  # whose edits the graphs hold,
+        self._version = 0  # and which of its versions
+
+    @property
+    def graphs(self) -> int:
+        """How many there are."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    @torch.inference_mode()
+    def warm_up(self, bank: Bank) -> None:
+        """Make the graphs without edits, the largest first, so that all fit in its memory."""
+        for rows in reversed(self._buckets):
+            self._graph(_Key(rows, 0, measured=False), bank)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
+        """As every runner's; see `Runner.run`."""
+        rows = self._bucket(batch)
+        if rows is None:
+            return super().run(batch, bank, meter)
+        depth = max((layer.depth + 1 for layer in batch.route.affine), default=0)
+        graph = self._graph(_Key(rows, depth, measured=bool(depth) and meter is not None), bank)
+        if graph is None:
+            return super().run(batch, bank, meter)
+        step = paged_step(batch)
+        graph.inputs.fill(batch, step.index)
+        graph.replay()
+        if meter is not None:
+            tokens = batch.input_ids.numel()
+            for place, (doses, edits) in graph.doses.items():
+                meter.add_affine(place, doses[:tokens], edits[:tokens])
+        return self._tail(graph, batch, bank, meter)
+
+    def _bucket(self, batch: Batch) -> int | None:
+        """The rows of the graph for a batch; None where it does not just decode."""
+        tokens = batch.input_ids.numel()
+        decodes = len(batch.spans) == len(batch.rows) == tokens
+        if not decodes or paged_step(batch).index.most_keys > self._pages * PAGE:
+            return None
+        return next((rows for rows in self._buckets if rows >= tokens), None)
+
+    def _tail(self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
+        """From the decoder's hidden states to logits, with the edits of rewards."""
+        logits_rows, *groups = stage(
+            [batch.logits_rows, *route_tensors(_rewards(batch.route))], self._device
+        )
+        route = with_route_tensors(_rewards(batch.route), groups, self._device)
+        with (
+            self._decoder.gives(graph.output, graph.hidden),
+            self._hooks.routed(bank, route, meter),
+        ):
+            output = self._model(
+                input_ids=graph.inputs.input_ids,
+                position_ids=graph.inputs.position_ids,
+                logits_to_keep=logits_rows,
+                use_cache=False,
+            )
+        logits: Tensor = output.logits
+        return logits[0].float()
+
+    def _graph(self, key: _Key, bank: Bank) -> _Graph | None:
+        """The graph for a key, made if it has to be."""
+        if bank is not self._bank or bank.version != self._version:
+            # Their edits read tensors that are no longer the bank's, or too few.
+            self._graphs = {each: graph for each, graph in self._graphs.items() if not each.depth}
+            self._bank, self._version = bank, bank.version
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._make(key, bank)
+            except Exception as error:
+                logger.warning("steps of %d rows run without a graph: %s", key.rows, error)
+                logger.debug("capturing failed", exc_info=True)
+                self._graphs[key] = None
+        return self._graphs[key]
+
+    def _make(self, key: _Key, bank: Bank) -> _Graph:
+        """Capture, and compare with the model.
+
+        Raises:
+            GraphError: a replay gives something else.
+        """
+        inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
+        step = PagedStep(self._memory.pool, self._memory.form, inputs.index())
+        route = inputs.route()
+        with step.current():
+            call, output = self._decoder.call_of(self._model, inputs)
+        places: list[int] = []
+
+        def compute() -> Sequence[Tensor]:
+            meter = DoseMeter(key.rows, 0) if key.measured else None
+            with step.current(), self._hooks.routed(bank, route, meter):
+                hidden: Tensor = call().last_hidden_state
+            sums = meter.affine_sums() if meter is not None else {}
+            places[:] = sums
+            return hidden, *(tensor for pair in sums.values() for tensor in pair)
+
+        expected, *_ = compute()
+        replay, (hidden, *sums) = self._capture(compute)
+        replay()
+        difference = float((hidden - expected).float().norm() / expected.float().norm())
+        if not difference < _TOLERANCE:
+            raise GraphError(f"a replayed step is off by {difference:.2g}")
+        doses = dict(zip(places, zip(sums[::2], sums[1::2], strict=True), strict=True))
+        return _Graph(inputs, replay, hidden, doses, output)
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """The numbers of rows that there are graphs for: powers of two, and the largest."""
+    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return (*powers, most)
+
+
+def _rewards(route: Route) -> Route:
+    return replace(route, affine=())
+
+
+class _DecoderOutput(Protocol):
+    last_hidden_state: Tensor
+
+
+class _Decoder:
+    """The part of a model that gives the hidden states, which may be given instead."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        module: object = model.get_decoder()  # type: ignore[no-untyped-call]
+        assert isinstance(module, nn.Module)
+        self._own: Callable[..., _DecoderOutput] = module.forward
+        self._instead: Callable[..., object] | None = None
+        module.forward = self._forward
+
+    def _forward(self, *args: object, **kwargs: object) -> object:
+        return (self._instead or self._own)(*args, **kwargs)
+
+    @contextmanager
+    def gives(self, output: type, hidden: Tensor) -> Iterator[None]:
+        """Within the context, it computes nothing and gives these hidden states."""
+        self._instead = lambda *_args, **_kwargs: output(last_hidden_state=hidden)
+        try:
+            yield
+        finally:
+            self._instead = None
+
+    def call_of(
+        self, model: PreTrainedModel, inputs: DecodeInputs
+    ) -> tuple[Callable[[], _DecoderOutput], type]:
+        """The call that a model makes of it, on some inputs, and the type of what it gives.
+
+        Raises:
+            GraphError: the model does not give it the inputs themselves.
+        """
+        calls: list[tuple[tuple[object, ...], dict[str, object], type]] = []
+
+        def spy(*args: object, **kwargs: object) -> object:
+            output = self._own(*args, **kwargs)
+            calls.append((args, kwargs, type(output)))
+            return output
+
+        self._instead = spy
+        try:
+            model(
+                input_ids=inputs.input_ids,
+                position_ids=inputs.position_ids,
+                logits_to_keep=1,
+                use_cache=False,
+            )
+        finally:
+            self._instead = None
+        if len(calls) != 1:
+            raise GraphError(f"{type(model).__name__} calls its decoder {len(calls)} times")
+        [(args, kwargs, output)] = calls
+        given = [*args, *kwargs.values()]
+        for tensor in (inputs.input_ids, inputs.position_ids):
+            if not any(each is tensor for each in given):
+                raise GraphError(f"{type(model).__name__} gives its decoder other inputs")
+        return lambda: self._own(*args, **kwargs), output

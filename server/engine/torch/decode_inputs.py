@@ -1,0 +1,130 @@
+"""The inputs of a captured decode step: tensors that stay in place while contents change."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.batch import Batch
+from server.engine.torch.page_pool import PAGE, SCRATCH
+from server.engine.torch.staging import Layout
+from server.engine.torch.varlen import PagedIndex
+from steering.route import AffineLayer, Route
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """What one graph serves."""
+
+    rows: int  # sequences, each with one token; fewer are padded
+    depth: int  # places in the stacks of affine edits
+    pages: int  # of the longest sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """One set of them; rows that pad come last."""
+
+    input_ids: Tensor  # (1, rows) int64
+    position_ids: Tensor  # (1, rows) int64
+    slots: Tensor  # (rows,) int64, of keys and values
+    query_ends: Tensor  # (rows + 1,) int32
+    key_ends: Tensor  # (rows + 1,) int32
+    lengths: Tensor  # (rows,) int32
+    tables: Tensor  # (rows, pages) int32
+    edit_slots: Tensor  # (depth, rows) int64
+    strength: Tensor  # (depth, rows, 1) float32
+
+
+class DecodeInputs:
+    """All inputs of one graph, filled by one copy from the host."""
+
+    def __init__(self, shape: DecodeShape, device: torch.device) -> None:
+        self.shape = shape
+        self._device = device
+        self._layout = Layout.of(_empty(shape))
+        self._buffer = torch.zeros(self._layout.size, dtype=torch.uint8, device=device)
+        self._tensors = _Tensors(*self._layout.views(self._buffer))
+        self._send(0)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(1, rows) int64."""
+        return self._tensors.input_ids
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(1, rows) int64."""
+        return self._tensors.position_ids
+
+    def index(self) -> PagedIndex:
+        """For the attention; its tensors are the inputs."""
+        tensors = self._tensors
+        return PagedIndex(
+            slots=tensors.slots,
+            query_ends=tensors.query_ends,
+            key_ends=tensors.key_ends,
+            lengths=tensors.lengths,
+            tables=tensors.tables,
+            keys=None,
+            most_queries=1,
+            most_keys=self.shape.pages * PAGE,
+        )
+
+    def route(self) -> Route:
+        """For the hooks; its tensors are the inputs."""
+        layers = [
+            AffineLayer(depth, slots, strength, used=frozenset(), everywhere=True)
+            for depth, (slots, strength) in enumerate(
+                zip(self._tensors.edit_slots, self._tensors.strength, strict=True)
+            )
+        ]
+        return Route(tuple(layers), (), self._device)
+
+    def fill(self, batch: Batch, index: PagedIndex) -> None:
+        """Put in a batch that decodes, of as many rows at most; `index` is its attention's."""
+        self._send(batch.input_ids.numel(), batch, index)
+
+    def _send(
+        self, count: int, batch: Batch | None = None, index: PagedIndex | None = None
+    ) -> None:
+        """Fill a buffer on the host and copy it; without a batch, all rows are padding."""
+        host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
+        tensors = _Tensors(*self._layout.views(host))
+        torch.arange(self.shape.rows + 1, out=tensors.query_ends)
+        # A row that pads sees one key, the one that it writes to the scratch page.
+        tensors.slots.fill_(SCRATCH * PAGE)
+        tensors.lengths.fill_(1)
+        tensors.tables.fill_(SCRATCH)
+        if batch is not None and index is not None:
+            tensors.input_ids[:, :count] = batch.input_ids
+            tensors.position_ids[:, :count] = batch.position_ids
+            tensors.slots[:count] = index.slots
+            tensors.lengths[:count] = index.lengths
+            tensors.tables[:count, : index.tables.shape[1]] = index.tables
+            for layer in batch.route.affine:
+                tensors.edit_slots[layer.depth, :count] = layer.slots
+                tensors.strength[layer.depth, :count] = layer.strength
+        tensors.key_ends[1:] = tensors.lengths.cumsum(0)
+        self._buffer.copy_(host, non_blocking=True)
+
+
+def _empty(shape: DecodeShape) -> Sequence[Tensor]:
+    """Tensors like those of `_Tensors`, without memory."""
+
+    def like(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    rows = shape.rows
+    return (
+        like(1, rows, dtype=torch.int64),
+        like(1, rows, dtype=torch.int64),
+        like(rows, dtype=torch.int64),
+        like(rows + 1, dtype=torch.int32),
+        like(rows + 1, dtype=torch.int32),
+        like(rows, dtype=torch.int32),
+        like(rows, shape.pages, dtype=torch.int32),
+        like(shape.depth, rows, dtype=torch.int64),
+        like(shape.depth, rows, 1, dtype=torch.float32),
+    )
