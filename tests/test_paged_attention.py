@@ -1,0 +1,114 @@
+"""Attention over pages against arithmetic written out, in both forms."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.torch.attention_step import How, Piece
+from server.engine.torch.page_pool import PAGE, PagedLane
+from server.engine.torch.paged_attention import PagedMemory, PagedStep
+from server.engine.torch.slab import SlabShape
+from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.staging import stage_index
+from server.engine.torch.varlen import VarlenForm, available_forms
+from tests.varlen import paged_varlen
+
+HEADS, KV_HEADS, WIDTH = 6, 2, 8
+CPU = torch.device("cpu")
+SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (CPU, CPU))
+FORMS = available_forms(paged_varlen)
+
+
+def expected(texts: list[list[Tensor]], window: int | None) -> list[Tensor]:
+    """(tokens, heads, width) of each: what the CPU's own backend gives, a sequence at a time."""
+    outputs = []
+    for query, key, value in texts:
+        memory = SlabMemory(SHAPE)
+        lane = memory.lane()
+        lane.reserve(query.shape[1])
+        step = memory.step([Piece(lane, 0, query.shape[1])])
+        how = How(0.5, window, None)
+        outputs.append(step.attend(1, query[None], key[None], value[None], how)[0])
+    return outputs
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
+@pytest.mark.parametrize("window", [None, 1, 5, 200])
+@pytest.mark.parametrize(
+    "chunks", [(600,), (PAGE, 1, PAGE - 1, 88), (PAGE - 1, 2, 343), (30, 500, 1, 69)], ids=str
+)
+def test_sequences_of_unequal_lengths_in_chunks_equal_those_on_a_cpu(
+    chunks: tuple[int, ...], window: int | None, form: VarlenForm
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    lengths = (600, 1, PAGE, PAGE + 1, 300)
+    texts = [
+        [
+            torch.randn(heads, length, WIDTH, generator=random)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+        for length in lengths
+    ]
+    memory = PagedMemory(SHAPE, 12, form)
+    lanes = [memory.lane() for _ in lengths]
+    done = [0] * len(lengths)
+    outputs: list[list[Tensor]] = [[] for _ in lengths]
+    for chunk in chunks:
+        pieces, owners = [], []
+        for owner, length in enumerate(lengths):
+            if count := min(chunk, length - done[owner]):
+                lanes[owner].reserve(done[owner] + count)
+                pieces.append(Piece(lanes[owner], done[owner], count))
+                owners.append(owner)
+                done[owner] += count
+        query, key, value = (
+            torch.cat(
+                [
+                    texts[owner][part][:, piece.start : piece.start + piece.count]
+                    for owner, piece in zip(owners, pieces, strict=True)
+                ],
+                dim=1,
+            )[None]
+            for part in range(3)
+        )
+        output = memory.step(pieces).attend(1, query, key, value, How(0.5, window, None))
+        assert output.shape == (1, query.shape[2], HEADS, WIDTH)
+        parts = torch.split(output[0], [piece.count for piece in pieces])
+        for owner, part in zip(owners, parts, strict=True):
+            outputs[owner].append(part)
+    memory.check(lanes)
+    assert done == list(lengths)
+    for one, other in zip(outputs, expected(texts, window), strict=True):
+        torch.testing.assert_close(torch.cat(one), other, rtol=1e-5, atol=1e-5)
+
+
+def test_another_layer_keeps_its_own() -> None:
+    memory = PagedMemory(SHAPE, 3, FORMS[0])
+    lane = memory.lane()
+    lane.reserve(1)
+    token = torch.ones(1, KV_HEADS, 1, WIDTH)
+    memory.step([Piece(lane, 0, 1)]).attend(1, token, token, 2 * token, How(None, None, None))
+    assert not memory.pool.layer(0)[0].any()
+    keys, values = memory.pool.layer(1)
+    assert keys[lane.pages[0], 0].eq(1).all()
+    assert values[lane.pages[0], 0].eq(2).all()
+
+
+def test_a_step_that_is_moved_tells_the_windows_that_were_asked_for() -> None:
+    memory = PagedMemory(SHAPE, 3, FORMS[0])
+    lane = memory.lane()
+    lane.reserve(1)
+    step = memory.step([Piece(lane, 0, 1)])
+    assert isinstance(step, PagedStep)
+    token = torch.ones(1, KV_HEADS, 1, WIDTH)
+    moved = step.moved(stage_index(step.index, CPU))
+    moved.attend(0, token, token, token, How(None, 3, None))
+    assert step.windows == {3}
+
+
+def test_a_lane_of_another_memory_is_noticed() -> None:
+    memory = PagedMemory(SHAPE, 3, FORMS[0])
+    with pytest.raises(AssertionError, match="another memory"):
+        memory.step([Piece(SlabMemory(SHAPE).lane(), 0, 1)])
+    with pytest.raises(AssertionError, match="another memory"):
+        SlabMemory(SHAPE).order(Piece(PagedLane(memory.pool), 0, 1))

@@ -1,0 +1,337 @@
+"""The engine on pages and replayed steps, as on a GPU, with slow functions in place of its kernels.
+
+What a GPU adds is in `test_cuda.py`.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.base import Edit, Request, StepOutput
+from server.engine.torch.batch import Batch
+from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.core import EngineCore
+from server.engine.torch.cuda_graphs import GraphRunner, buckets
+from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.page_pool import PAGE, OutOfPagesError
+from server.engine.torch.paged_attention import PagedMemory
+from server.engine.torch.sequence import Sequence
+from server.engine.torch.staged_runner import StagedRunner
+from server.engine.torch.varlen import VarlenFunction
+from steering.settings import AffineSettings, RewardSettings
+from tests.conftest import LoadTiny
+from tests.oracles import Oracle
+from tests.steered import (
+    GREEDY,
+    NEW_TOKENS,
+    PROMPTS,
+    STACKS,
+    assert_equal_to_oracle,
+    expected_of,
+    interventions_of,
+    logprobs_of,
+    tokens_of,
+)
+from tests.tiny import random_maps, tiny_model
+from tests.varlen import paged_varlen, plain_varlen, use_pages
+
+OPTIONS = EngineOptions(
+    kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=20, check_invariants=True
+)
+EDITED = ("base", "a", "b then a", "r", "a and r", "a support", "four")
+
+
+def sequence(prompt: bytes, edits: tuple[Edit, ...] = (), tokens: int = NEW_TOKENS) -> Sequence:
+    sampling = replace(GREEDY, max_tokens=tokens)
+    return Sequence.of(Request("test", tuple(prompt), sampling, edits))
+
+
+def finish(core: EngineCore, sequences: list[Sequence]) -> list[list[StepOutput]]:
+    """Admit sequences together; all that each puts out."""
+    family = {digest for each in sequences for digest in each.digests}
+    known = interventions_of()
+    core.admit(sequences, {digest: known[digest] for digest in family})
+    outputs: dict[Sequence, list[StepOutput]] = {each: [] for each in sequences}
+    while core.has_work:
+        for owner, output in core.step():
+            assert isinstance(output, StepOutput), output
+            outputs[owner].append(output)
+    return [outputs[each] for each in sequences]
+
+
+def graphs_of(core: EngineCore) -> GraphRunner:
+    assert isinstance(core._runner, GraphRunner)
+    return core._runner
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt-350m", "qwen3"])
+@pytest.mark.parametrize("function", [paged_varlen, plain_varlen])
+def test_any_mix_in_one_batch_equals_the_oracle(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, family: str, function: VarlenFunction
+) -> None:
+    capture = use_pages(monkeypatch, function)
+    core = build_core(load_tiny(family), OPTIONS)
+    cases = [
+        (PROMPTS[number % len(PROMPTS)], edits) for number, edits in enumerate(STACKS.values())
+    ]
+    sequences = [sequence(prompt, edits) for prompt, edits in cases]
+    core.admit(sequences, interventions_of(family))
+    outputs: dict[Sequence, list[StepOutput]] = {each: [] for each in sequences}
+    while core.has_work:
+        for owner, output in core.step():
+            assert isinstance(output, StepOutput), output
+            outputs[owner].append(output)
+    oracle = Oracle(tiny_model(family))
+    for each, (prompt, edits) in zip(sequences, cases, strict=True):
+        assert_equal_to_oracle(outputs[each], *expected_of(oracle, family, prompt, edits))
+    assert (capture.replayed > NEW_TOKENS) is (function is paged_varlen)
+
+
+def test_replayed_steps_give_the_bits_of_steps_that_are_not(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In buckets that are full, so that shapes are equal."""
+    use_pages(monkeypatch, paged_varlen)
+
+    def logprobs(core: EngineCore) -> list[list[float]]:
+        sequences = [sequence(PROMPTS[0], STACKS[name]) for name in EDITED]
+        sequences.append(sequence(PROMPTS[0], STACKS["wide"]))
+        return [logprobs_of(each) for each in finish(core, sequences)]
+
+    replayed = build_core(load_tiny(), replace(OPTIONS, dose_interval=0))
+    eager = build_core(load_tiny(), replace(OPTIONS, dose_interval=0, cuda_graphs=False))
+    assert type(eager._runner) is StagedRunner
+    assert logprobs(replayed) == logprobs(eager)
+    assert graphs_of(replayed).graphs > len(graphs_of(replayed)._buckets)
+
+
+@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.parametrize("rows", [3, 5])
+def test_rows_that_pad_change_nothing(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, name: str, rows: int
+) -> None:
+    use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    prompts = [PROMPTS[2][: 20 + number] for number in range(rows)]
+    together = finish(core, [sequence(prompt, STACKS[name]) for prompt in prompts])
+    for prompt, outputs in zip(prompts, together, strict=True):
+        [alone] = finish(core, [sequence(prompt, STACKS[name])])
+        assert tokens_of(alone) == tokens_of(outputs)
+        assert logprobs_of(alone) == pytest.approx(logprobs_of(outputs), abs=1e-4)
+
+
+def test_other_settings_and_other_maps_need_no_other_graph(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), replace(OPTIONS, dose_interval=0, max_loaded_interventions=2))
+    oracle = Oracle(tiny_model("llama"))
+    [outputs] = finish(core, [sequence(PROMPTS[0], STACKS["a"])])
+    captured = capture.captured
+    seen = {tuple(tokens_of(outputs))}
+    for digest, strength in (("a", 0.4), ("a", -0.5), ("b", 0.8), ("a", 0.7), ("b", 0.3)):
+        edits = (Edit(digest, AffineSettings(strength)),)
+        [outputs] = finish(core, [sequence(PROMPTS[0], edits)])
+        assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], edits))
+        seen.add(tuple(tokens_of(outputs)))
+    assert len(seen) > 4, "the settings of this test do nothing"
+    assert capture.captured == captured
+
+
+@pytest.mark.parametrize("later", ["attention", "supported"])
+def test_a_site_or_a_support_that_is_new_is_edited(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    finish(core, [sequence(PROMPTS[0], STACKS["a"])])
+    captured = capture.captured
+    edits = (Edit(later, AffineSettings(1.0)),)
+    [outputs] = finish(core, [sequence(PROMPTS[0], edits)])
+    oracle = Oracle(tiny_model("llama"))
+    assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], edits))
+    assert capture.captured > captured
+    assert not any(
+        tokens_of(outputs) == tokens_of(each) for each in finish(core, [sequence(PROMPTS[0])])
+    )
+
+
+def test_base_graphs_outlive_what_is_loaded(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    made = capture.captured
+    assert made == len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
+    core.interventions.install("x", random_maps(1))
+    finish(core, [sequence(PROMPTS[0])])
+    assert capture.captured == made
+
+
+def test_doses_are_measured_in_replayed_steps_too(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doses(core: EngineCore) -> list[float]:
+        edits = STACKS["a"], STACKS["a and r"], STACKS["b then a"]
+        outputs = finish(core, [sequence(PROMPTS[0], each) for each in edits])
+        found = [output.doses for each in outputs for output in each]
+        return [dose for each in found if each is not None for dose in each if dose is not None]
+
+    slabs = build_core(load_tiny(), replace(OPTIONS, dose_interval=3))
+    expected = doses(slabs)
+    capture = use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), replace(OPTIONS, dose_interval=3))
+    assert doses(core) == pytest.approx(expected, rel=1e-3)
+    assert len(expected) > 15
+    assert capture.replayed > NEW_TOKENS
+
+
+def test_a_graph_that_gives_something_else_is_not_used(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    calls = type(capture).__call__
+
+    def wrong(self: object, function: object) -> object:
+        replay, (hidden, *others) = calls(self, function)  # type: ignore[arg-type]
+
+        def replay_wrongly() -> None:
+            replay()
+            hidden.mul_(1.01)
+
+        return replay_wrongly, [hidden, *others]
+
+    monkeypatch.setattr(type(capture), "__call__", wrong)
+    core = build_core(load_tiny(), OPTIONS)
+    assert graphs_of(core).graphs == 0
+    assert "off by" in caplog.text
+    [outputs] = finish(core, [sequence(PROMPTS[0], STACKS["a"])])
+    expected = expected_of(Oracle(tiny_model("llama")), "llama", PROMPTS[0], STACKS["a"])
+    assert_equal_to_oracle(outputs, *expected)
+
+
+def test_what_begins_alike_is_read_from_the_prefix_cache(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    prompt = PROMPTS[2] * 3  # more than a page
+    assert len(prompt) > PAGE
+    for name in ("base", "a", "base", "r", "a"):
+        before = core.store.prefixes.hits
+        [outputs] = finish(core, [sequence(prompt, STACKS[name])])
+        expected = expected_of(Oracle(tiny_model("llama")), "llama", prompt, STACKS[name])
+        assert_equal_to_oracle(outputs, *expected)
+    assert core.store.prefixes.hits - before > PAGE
+
+
+def test_who_yields_for_want_of_pages_goes_on_later(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pages(monkeypatch, paged_varlen)
+    pages = OPTIONS.max_batch_size // 2 + PagedMemory.probe_lanes + 1 + 3
+    options = replace(OPTIONS, kv_cache_gb=pages * PAGE * 256 / 1e9, prefix_cache=False)
+    core = build_core(load_tiny(), options)
+    assert core.scheduler.pool.blocks == 3
+    prompts = [(PROMPTS[2] * 3)[start : start + 250] for start in range(3)]
+    outputs = finish(core, [sequence(prompt, STACKS["a"]) for prompt in prompts])
+    assert core.scheduler.preemptions > 0
+    oracle = Oracle(tiny_model("llama"))
+    for prompt, each in zip(prompts, outputs, strict=True):
+        assert_equal_to_oracle(each, *expected_of(oracle, "llama", prompt, STACKS["a"]))
+
+
+def test_a_divergence_takes_two_lanes_of_pages(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def divergences(core: EngineCore) -> list[float | None]:
+        request = Request(
+            "test", tuple(PROMPTS[0]), GREEDY, STACKS["a and r"], with_divergence=True
+        )
+        [outputs] = finish(core, [Sequence.of(request)])
+        return [output.divergence for output in outputs]
+
+    expected = divergences(build_core(load_tiny(), OPTIONS))
+    use_pages(monkeypatch, paged_varlen)
+    assert divergences(build_core(load_tiny(), OPTIONS)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_memory_without_a_page_to_spare_is_refused(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pages(monkeypatch, paged_varlen)
+    with pytest.raises(ModelLoadError, match="single block"):
+        build_core(load_tiny(), replace(OPTIONS, kv_cache_gb=1e-4))
+
+
+def test_an_attention_that_is_wrong_everywhere_is_not_served(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*tensors: Tensor, **_options: object) -> Tensor:
+        return tensors[0]
+
+    use_pages(monkeypatch, wrong)
+    with pytest.raises(ModelLoadError, match="no attention that computes rightly"):
+        build_core(load_tiny(), OPTIONS)
+
+
+def test_a_step_that_runs_out_of_pages_ends_its_own_requests_only(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    taken = core.store.memory.lane()
+    with pytest.raises(OutOfPagesError):
+        taken.reserve(10**9)
+    taken.free()
+    [outputs] = finish(core, [sequence(PROMPTS[0])])
+    assert len(outputs) == NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (64, (1, 2, 4, 8, 16, 32, 64)), (5, (1, 2, 4, 5))],
+)
+def test_buckets_are_powers_of_two_and_the_largest(most: int, expected: tuple[int, ...]) -> None:
+    assert buckets(most) == expected
+
+
+def test_the_model_computes_nothing_where_hidden_states_are_given(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replayed step runs its decoder once, in the graph."""
+    use_pages(monkeypatch, paged_varlen)
+    loaded = load_tiny()
+    core = build_core(loaded, OPTIONS)
+    core.admit([sequence(PROMPTS[0])], {})
+    core.step()
+    calls: list[int] = []
+    loaded.model.get_submodule("model.layers.0").register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
+    run = core._runner.run
+    steps: list[Batch] = []
+    monkeypatch.setattr(
+        core._runner, "run", lambda batch, *rest: (steps.append(batch), run(batch, *rest))[1]
+    )
+    core.step()
+    assert (len(steps), len(calls)) == (1, 1)
+    core.clear()
+
+
+def test_rewards_act_after_a_replayed_step(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    before = capture.captured
+    edits = (Edit("r", RewardSettings(0.5, 5)),)
+    [outputs] = finish(core, [sequence(PROMPTS[0], edits)])
+    expected = expected_of(Oracle(tiny_model("llama")), "llama", PROMPTS[0], edits)
+    assert_equal_to_oracle(outputs, *expected)
+    assert capture.captured == before, "a reward needs no graph of its own"
+    assert not torch.equal(
+        expected[1][0], Oracle(tiny_model("llama")).logits(list(PROMPTS[0]), 1)[-1]
+    )

@@ -1,0 +1,73 @@
+import torch
+
+from server.engine.torch.staging import (
+    Layout,
+    index_tensors,
+    route_tensors,
+    stage,
+    stage_index,
+    with_route_tensors,
+)
+from server.engine.torch.varlen import PagedIndex
+from steering.route import Span, build_route
+from steering.settings import AffineSettings, RewardSettings, SlottedEdit
+
+CPU = torch.device("cpu")
+TENSORS = [
+    torch.arange(5)[None],
+    torch.tensor([1, 2, 3], dtype=torch.int32),
+    torch.empty(0, dtype=torch.int64),
+    torch.tensor([[0.5], [0.25]]),
+    torch.empty(0, 4, 1),
+    torch.tensor(7),
+]
+
+
+def test_tensors_of_all_kinds_come_as_they_were() -> None:
+    for before, after in zip(TENSORS, stage(TENSORS, CPU), strict=True):
+        assert (after.dtype, after.shape) == (before.dtype, before.shape)
+        assert torch.equal(after, before)
+
+
+def test_what_is_staged_is_a_copy() -> None:
+    source = torch.arange(4)
+    [staged] = stage([source], CPU)
+    source.zero_()
+    assert staged.tolist() == [0, 1, 2, 3]
+
+
+def test_views_lie_apart_and_aligned() -> None:
+    layout = Layout.of(TENSORS)
+    assert all(start % 16 == 0 for start in layout.starts)
+    views = layout.views(torch.zeros(layout.size, dtype=torch.uint8))
+    for number, view in enumerate(views):
+        view.fill_(number)
+    assert all(view.eq(number).all() for number, view in enumerate(views))
+
+
+def test_an_index_keeps_what_is_known_on_the_host() -> None:
+    numbers = [torch.tensor([each], dtype=torch.int32) for each in range(5)]
+    for keys in (None, torch.tensor([9])):
+        index = PagedIndex(*numbers, keys, most_queries=3, most_keys=4)
+        moved = stage_index(index, CPU)
+        assert (moved.most_queries, moved.most_keys) == (3, 4)
+        assert [each.tolist() for each in index_tensors(moved)] == [
+            each.tolist() for each in index_tensors(index)
+        ]
+        assert (moved.keys is None) is (keys is None)
+
+
+def test_a_route_keeps_its_places() -> None:
+    edits = (
+        SlottedEdit(3, AffineSettings(0.5)),
+        SlottedEdit(2, RewardSettings(0.3, 4, 0.5)),
+        SlottedEdit(1, AffineSettings(0.25)),
+    )
+    spans = [Span(0, 2, 2, range(1), edits), Span(0, 1, 1, range(1, 2), edits[1:])]
+    route = build_route(spans, CPU)
+    moved = with_route_tensors(route, stage(route_tensors(route), CPU), CPU)
+    assert [layer.depth for layer in moved.affine] == [0, 1]
+    assert [layer.used for layer in moved.affine] == [layer.used for layer in route.affine]
+    assert [(group.slot, group.max_iterations) for group in moved.reward] == [(2, 4)]
+    for before, after in zip(route_tensors(route), route_tensors(moved), strict=True):
+        assert torch.equal(before, after)
