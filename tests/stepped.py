@@ -1,0 +1,27 @@
+"""Requests on an engine's core, a step after the other, without a thread."""
+
+from dataclasses import replace
+
+from server.engine.base import Edit, Request, StepOutput
+from server.engine.torch.core import EngineCore
+from server.engine.torch.sequence import Sequence
+from tests.steered import GREEDY, NEW_TOKENS, interventions_of
+
+
+def sequence(prompt: bytes, edits: tuple[Edit, ...] = (), tokens: int = NEW_TOKENS) -> Sequence:
+    """A request that decodes greedily."""
+    sampling = replace(GREEDY, max_tokens=tokens)
+    return Sequence.of(Request("test", tuple(prompt), sampling, edits))
+
+
+def finish(
+    core: EngineCore, sequences: list[Sequence], family: str = "llama"
+) -> list[list[StepOutput]]:
+    """Admit sequences together; all that each puts out."""
+    core.admit(sequences, interventions_of(family))
+    outputs: dict[Sequence, list[StepOutput]] = {each: [] for each in sequences}
+    while core.has_work:
+        for owner, output in core.step():
+            assert isinstance(output, StepOutput), output
+            outputs[owner].append(output)
+    return [outputs[each] for each in sequences]
