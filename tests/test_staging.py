@@ -46,9 +46,18 @@ def test_views_lie_apart_and_aligned() -> None:
 
 
 def test_an_index_keeps_what_is_known_on_the_host() -> None:
-    numbers = [torch.tensor([each], dtype=torch.int32) for each in range(5)]
+    one, two, three = (torch.tensor([each], dtype=torch.int32) for each in range(3))
     for keys in (None, torch.tensor([9])):
-        index = PagedIndex(*numbers, keys, most_queries=3, most_keys=4)
+        index = PagedIndex(
+            slots=torch.tensor([5, 6]),
+            query_ends=one,
+            key_ends=two,
+            lengths=three,
+            tables=torch.ones(2, 3, dtype=torch.int32),
+            keys=keys,
+            most_queries=3,
+            most_keys=4,
+        )
         moved = stage_index(index, CPU)
         assert (moved.most_queries, moved.most_keys) == (3, 4)
         assert [each.tolist() for each in index_tensors(moved)] == [
