@@ -30,7 +30,8 @@ def main(folder: str, dtype: str) -> None:
     """Load a folder, then answer."""
     answers = claim_stdout()
     with asyncio.Runner() as runner:
-        engine = TorchEngine(load_model(folder, dtype), lambda _: {}, EngineOptions())
+        options = EngineOptions(compile_layers=True)
+        engine = TorchEngine(load_model(folder, dtype), lambda _: {}, options)
         runner.run(engine.start())
         at_full_speed(engine._core)
         serve(
