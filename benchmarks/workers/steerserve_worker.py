@@ -10,6 +10,7 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.loader import load_model
+from server.own_thread import in_own_thread
 
 
 async def generate(
@@ -31,7 +32,10 @@ def main(folder: str, dtype: str) -> None:
     answers = claim_stdout()
     with asyncio.Runner() as runner:
         options = EngineOptions(compile_layers=True)
-        engine = TorchEngine(load_model(folder, dtype), lambda _: {}, options)
+        # As the server does.
+        engine = in_own_thread(
+            lambda: TorchEngine(load_model(folder, dtype), lambda _: {}, options)
+        ).result()
         runner.run(engine.start())
         at_full_speed(engine._core)
         serve(
