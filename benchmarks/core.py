@@ -20,8 +20,11 @@ from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 from steering.sites import default_sites, match_sites
 
+POLL_SECONDS = 0.1
 HEAD_UNITS = 1024  # as in the paper
 READ_AT_LEAST = 256  # tokens of prompts in a step, until all are read
+# All prompts are read at once, before anything is measured.
+OPTIONS = EngineOptions(compile_layers=True, prefill_tokens=512)
 ARGRE = RewardSettings(eta=0.5, iterations=5, direction_scale=1.0)
 LINEAS = AffineSettings(1.0)
 
@@ -117,7 +120,7 @@ def open_bench(model: str, device: str = "cpu") -> Bench:
         model: "embedded", a folder or a Hugging Face id.
     """
     loaded = load_model(model, device=device)
-    core = build_core(loaded, EngineOptions())
+    core = build_core(loaded, OPTIONS)
     if model == "embedded":
         artifacts = [read_artifact(path) for path in bundled_artifacts()]
         parameters: dict[str, Parameters] = {each.digest: each.parameters for each in artifacts}
@@ -133,8 +136,8 @@ def open_bench(model: str, device: str = "cpu") -> Bench:
 
 def at_full_speed(core: EngineCore) -> None:
     """Wait until the engine runs as fast as it ever will."""
-    # Nothing to wait for yet: the engine is at full speed when it is built.
-    del core
+    while core.compiling:
+        time.sleep(POLL_SECONDS)
 
 
 def random_maps(loaded: LoadedModel, sites: Sequence[str], seed: int) -> Mapping[str, AffineMap]:

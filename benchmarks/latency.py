@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.core import BenchmarkError
+from benchmarks.core import POLL_SECONDS, BenchmarkError
 from benchmarks.models import default_dtype, model_folder
 from benchmarks.options import Options
 from benchmarks.processes import ROOT
@@ -23,7 +23,6 @@ from server.cli.bench_run import Plan, run
 
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
-POLL_SECONDS = 0.2
 
 
 def measure_latency(options: Options) -> Section:
@@ -61,8 +60,9 @@ def measure_latency(options: Options) -> Section:
 
 def at_full_speed(url: str) -> None:
     """Wait until the server runs as fast as it ever will."""
-    # Nothing to wait for yet: a ready server is at full speed.
-    del url
+    done = "\nsteerserve_engine_compiling 0.0\n"
+    while done not in httpx.get(f"{url}/metrics").raise_for_status().text:
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

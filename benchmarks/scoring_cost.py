@@ -139,7 +139,7 @@ async def measure(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         registry = stack.enter_context(Registry(Path(folder)))
-        engine = TorchEngine(loaded, lambda _: {}, EngineOptions())
+        engine = TorchEngine(loaded, lambda _: {}, EngineOptions(compile_layers=True))
         await engine.start()
         variants = {name: Scored(engine, registry, spec) for name, spec in specs.items()}
         for variant in variants.values():

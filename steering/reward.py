@@ -11,10 +11,13 @@ The gradient is each row's own. (The authors' code takes a mean over edited posi
 eta depend on the batch.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_PACKED_FROM: Final = 4  # rows; fewer are as fast on weights as they are
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,22 +30,51 @@ class RewardHead:
     b2: Tensor  # () float32
     direction: Tensor  # (d,) float32; its length is part of the method
     positive_reward: Tensor  # () float32, mean reward of the training positives
+    # W1 and its transpose, laid out as oneDNN reads them, where `to` has found that worth it.
+    packed: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def to(self, device: torch.device) -> "RewardHead":
-        """The same head on another device."""
+        """The same head on a device, ready to be applied to many rows."""
+        w1 = self.w1.to(device)
         return RewardHead(
-            w1=self.w1.to(device),
+            w1=w1,
             b1=self.b1.to(device),
             w2=self.w2.to(device),
             b2=self.b2.to(device),
             direction=self.direction.to(device),
             positive_reward=self.positive_reward.to(device),
+            packed=_pack(w1) if device.type == "cpu" else None,
         )
+
+    def units(self, h: Tensor) -> Tensor:
+        """W1 h + b1 of each row, before the ReLU: (n, d) -> (n, m) float32."""
+        if self.packed is None or len(h) < _PACKED_FROM:
+            return torch.addmm(self.b1, h, self.w1.T)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            h, self.packed[0], self.b1, "none", [], ""
+        )
+        return output
+
+    def back(self, weights: Tensor) -> Tensor:
+        """W1^T times each row: (n, m) -> (n, d) float32."""
+        if self.packed is None or len(weights) < _PACKED_FROM:
+            return weights @ self.w1
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            weights, self.packed[1], None, "none", [], ""
+        )
+        return output
+
+
+def _pack(w1: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return reorder(w1), reorder(w1.T.contiguous())
 
 
 def reward(head: RewardHead, h: Tensor) -> Tensor:
     """The reward of each row: (n, d) float32 -> (n,) float32."""
-    return torch.relu(h @ head.w1.T + head.b1) @ head.w2 + head.b2
+    return torch.relu(head.units(h)) @ head.w2 + head.b2
 
 
 def apply_reward(
@@ -72,7 +104,6 @@ def apply_reward(
     stays = (gap <= 0) | (direction_scale == 0)
     h = torch.where(stays, h, h + direction_scale * gap * head.direction)
     for step in range(max_iterations):
-        active_units = (h @ head.w1.T + head.b1 > 0).to(h.dtype)
-        gradient = (active_units * head.w2) @ head.w1
-        h = torch.where(iterations > step, h + eta * gradient, h)
+        gradient = head.back((head.units(h) > 0) * head.w2)
+        h = torch.addcmul(h, torch.where(iterations > step, eta, 0.0), gradient)
     return h

@@ -10,6 +10,7 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.loader import load_model
+from server.own_thread import in_own_thread
 
 
 async def generate(
@@ -30,7 +31,11 @@ def main(folder: str, dtype: str) -> None:
     """Load a folder, then answer."""
     answers = claim_stdout()
     with asyncio.Runner() as runner:
-        engine = TorchEngine(load_model(folder, dtype), lambda _: {}, EngineOptions())
+        options = EngineOptions(compile_layers=True)
+        # As the server does.
+        engine = in_own_thread(
+            lambda: TorchEngine(load_model(folder, dtype), lambda _: {}, options)
+        ).result()
         runner.run(engine.start())
         at_full_speed(engine._core)
         serve(

@@ -1,5 +1,7 @@
 """The registry over HTTP: upload, list, show, download, delete."""
 
+import asyncio
+from functools import partial
 from typing import Final, TypeAlias
 
 from anyio import to_thread
@@ -22,6 +24,7 @@ from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
 from server.api.errors import ApiError, from_registry, invalid
 from server.api.upload import receive_upload
+from server.own_thread import in_own_thread
 
 Json: TypeAlias = dict[str, JsonValue]
 SHOWN: Final = (*("kind", "method", "description", "license", "base_model", "defaults", "limits"),)
@@ -39,7 +42,9 @@ async def upload(request: Request, context: Context) -> Response:
     settings = context.settings
     with context.registry.stage() as staged:
         name = await receive_upload(request, staged, settings.max_artifact_bytes)
-        artifact, warnings = await to_thread.run_sync(_read, staged, context)
+        artifact, warnings = await asyncio.wrap_future(
+            in_own_thread(partial(_read, staged, context))
+        )
         chosen = artifact.manifest.name if name is None else name
         entry, changed = await to_thread.run_sync(
             _commit, context.registry, staged, artifact, chosen

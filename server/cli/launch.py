@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 import torch
@@ -25,6 +26,7 @@ from server.engine.torch.loader import ModelLoadError, load_model
 from server.lifecycle import Server
 from server.logs import LogSink, configure_logging
 from server.metrics import Metrics
+from server.own_thread import in_own_thread
 from server.records import RecordSink, load_trace_sink
 from server.toxicity.build import build_scorer
 from server.toxicity.pace import Pace
@@ -89,7 +91,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
         registry = stack.enter_context(Registry(settings.registry_path, limits))
         if settings.model == "embedded":
             _add_bundled(registry)
-        engine = _load_engine(settings, registry, say)
+        engine = in_own_thread(partial(_load_engine, settings, registry, say)).result()
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None
         if scorer is not None:

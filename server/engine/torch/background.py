@@ -10,34 +10,31 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._running = False
+        self._left: deque[Callable[[], None]] = deque()  # the first of them runs
         self._changed = threading.Condition()
 
     @property
     def pending(self) -> int:
-        """Functions that wait or run."""
-        return len(self._waiting) + self._running
+        """Functions that run or wait."""
+        return len(self._left)
 
     def run(self, function: Callable[[], None]) -> None:
         """Have a function run, which must not raise."""
         with self._changed:
-            self._waiting.append(function)
-            if not self._running:
-                self._running = True
+            self._left.append(function)
+            if len(self._left) == 1:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; False if something is after `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._running, timeout)
+            return self._changed.wait_for(lambda: not self._left, timeout)
 
     def _work(self) -> None:
-        while True:
+        left = True
+        while left:
+            self._left[0]()
             with self._changed:
-                if not self._waiting:
-                    self._running = False
-                    self._changed.notify_all()
-                    return
-                function = self._waiting.popleft()
-            function()
+                self._left.popleft()
+                left = bool(self._left)
+                self._changed.notify_all()

@@ -4,9 +4,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.interventions import Parameters
+from server.own_thread import in_own_thread
 
 
 class SharedReads:
@@ -15,7 +17,7 @@ class SharedReads:
     def __init__(self, source: Callable[[str], Parameters]) -> None:
         """`source` is called in a thread, with a digest."""
         self._source = source
-        self._reads: dict[str, asyncio.Task[Parameters]] = {}
+        self._reads: dict[str, asyncio.Future[Parameters]] = {}
         self._wanted: Counter[str] = Counter()
 
     @contextmanager
@@ -38,7 +40,7 @@ class SharedReads:
             UnservableInterventionError: they cannot be read.
         """
         if digest not in self._reads:
-            self._reads[digest] = asyncio.create_task(asyncio.to_thread(self._source, digest))
+            self._reads[digest] = asyncio.wrap_future(in_own_thread(partial(self._source, digest)))
         try:
             # Whoever stops waiting leaves the read to the others.
             return await asyncio.shield(self._reads[digest])
