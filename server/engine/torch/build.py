@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention import use_slab_attention
-from server.engine.torch.attention_step import KVMemory
 from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import CudaCapture, GraphRunner
@@ -29,6 +28,8 @@ from server.engine.torch.self_test import (
     record_layers,
     reference_logits,
 )
+from server.engine.torch.slab import SlabShape
+from server.engine.torch.slab_attention import SlabMemory
 from server.engine.torch.staged_runner import StagedRunner
 from steering.bank import Bank
 from steering.hooks import SteeringHooks
@@ -123,7 +124,7 @@ def _faster_runner(
         graphs.warm_up(bank)
         return graphs
     if options.compile_layers and model.device.type == "cpu":
-        return _compiled_runner(loaded, hooks, eager, memory, options)
+        return _compiled_runner(loaded, hooks, eager, options)
     return eager
 
 
@@ -134,14 +135,12 @@ def _has_changing_rope(model: PreTrainedModel) -> bool:
 
 
 def _compiled_runner(
-    loaded: LoadedModel,
-    hooks: SteeringHooks,
-    eager: Runner,
-    memory: KVMemory,
-    options: EngineOptions,
+    loaded: LoadedModel, hooks: SteeringHooks, eager: Runner, options: EngineOptions
 ) -> Runner:
     """A runner whose layers are compiled in the background."""
     model, widths = loaded.model, loaded.description.site_widths
+    # Of its own, as the probes keep theirs: they are computed again with each graph.
+    memory = SlabMemory(SlabShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, eager, memory)
     compiled = CompiledLayers(layers, one_token, more_tokens)

@@ -80,9 +80,11 @@ def check_forward(
 def record_layers(
     model: PreTrainedModel, layers: DecoderLayers, runner: Runner, memory: KVMemory
 ) -> list[Probe]:
-    """What the layers do for several tokens of a sequence, and for the one after them."""
+    """What the layers do for several tokens of a sequence, and for the one after them.
+
+    The probes go on using a lane of `memory`.
+    """
     sequence = _sequence(_probe_prompt(model, _RECORDED_TOKENS + 1), ())
-    # Never freed: the probes are computed again with each graph that is made.
     lane = memory.lane()
     lane.reserve(_RECORDED_TOKENS + 1)
     lanes = {sequence: (lane,)}
