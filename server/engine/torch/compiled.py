@@ -24,7 +24,7 @@ from steering.affine import AffineMap
 from steering.bank import Bank, SiteMaps
 from steering.dose import DoseMeter
 from steering.route import Route
-from steering.site_edit import CHILD, SiteEdit, site_tensors, step_tensors
+from steering.site_edit import CHILD, STEP_TENSORS, SiteEdit, site_tensors, step_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -297,8 +297,11 @@ def _example_edits(variant: Variant, tokens: int) -> dict[str, Tensor]:
 
 
 def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
+    tensors, args, kwargs = inputs
     if tokens > 1:
-        for tensor in tree_leaves(inputs):
+        # Not among weights and maps, whose sizes may be the same number by chance.
+        edits = [each for name, each in tensors.items() if name.rpartition(".")[2] in STEP_TENSORS]
+        for tensor in tree_leaves((edits, args, kwargs)):
             for dim, size in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
                 if size == tokens:
                     torch._dynamo.mark_dynamic(tensor, dim)
