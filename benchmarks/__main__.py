@@ -3,6 +3,8 @@
 python -m benchmarks --vllm-python /path/to/vllm/venv/bin/python
 """
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,8 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run of a few tokens.")] = False,
 ) -> None:
     """Measure what steering costs, and this engine beside others."""
+    # As an exception, which ends the engines' processes on its way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     chosen = only.split(",")
     if unknown := [name for name in chosen if name not in (*SECTIONS, GPU)]:
         raise typer.BadParameter(f"--only knows {', '.join((*SECTIONS, GPU))}, not {unknown[0]!r}")

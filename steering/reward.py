@@ -16,6 +16,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 _PACKED_FROM: Final = 4  # rows; fewer are as fast on weights as they are
 
@@ -47,9 +48,9 @@ class RewardHead:
         )
 
     def units(self, h: Tensor) -> Tensor:
-        """W1 h + b1 of each row, before the ReLU: (n, d) -> (n, m) float32."""
+        """W1 h + b1 of each row, before the ReLU: (..., d) -> (..., m) float32."""
         if self.packed is None or len(h) < _PACKED_FROM:
-            return torch.addmm(self.b1, h, self.w1.T)
+            return linear(h, self.w1, self.b1)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             h, self.packed[0], self.b1, "none", [], ""
         )

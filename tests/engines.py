@@ -11,7 +11,7 @@ def idle(engine: TorchEngine) -> bool:
     return (
         (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
         and engine._core.interventions.slots.pins == 0
-        and not engine._core.store.slabs
+        and not engine._core.store.lanes
         and not engine._generations
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention import UnsupportedAttentionError, slab_attention
+from server.engine.torch.attention import UnsupportedAttentionError, engine_attention
 from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from server.engine.torch.slab_attention import Segment, SlabStep, decoding_order
 
@@ -73,7 +73,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             for parts in zip(*(item[2] for item in packed), strict=True)
         )
         with SlabStep(segments).current():
-            output, weights = slab_attention(
+            output, weights = engine_attention(
                 LAYER,
                 query,
                 key,
@@ -105,4 +105,4 @@ def test_what_would_change_the_result_is_refused(asked: dict[str, object], named
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
     step = SlabStep([Segment(slab_of(1, SlabPool(SHAPE)), 0, 1)])
     with step.current(), pytest.raises(UnsupportedAttentionError, match=named):
-        slab_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]
+        engine_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]

@@ -29,7 +29,11 @@ from tests.steered import (
 from tests.tiny import tiny_model
 
 OPTIONS = EngineOptions(
-    kv_cache_gb=0.02, compile_layers=True, prefix_cache=False, max_loaded_interventions=8
+    # As many slots as the probe has tokens: a compiler must not take one for the other.
+    kv_cache_gb=0.02,
+    compile_layers=True,
+    prefix_cache=False,
+    max_loaded_interventions=12,
 )
 SECONDS = 120.0
 # Of each, the graphs are made as soon as they are asked for.

@@ -3,31 +3,31 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from server.engine.base import Edit, StepOutput
-from server.engine.torch import kv_plan
-from server.engine.torch.batch import Batch
+from server.engine.torch import kv_plan, readout
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.loader import LoadedModel, load_model
 from server.engine.torch.paged_attention import PagedMemory
+from server.engine.torch.postprocess import Delivery
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.transfer import fetch
 from server.engine.torch.varlen import GatheredForm, PagedForm, available_forms
 from server.engine.torch.varlen_check import check_form
-from steering.bank import Bank
-from steering.dose import DoseMeter
 from steering.settings import AffineSettings
 from tests.oracles import Oracle
 from tests.steered import PROMPTS, STACKS, interventions_of, logprobs_of, stack_of, tokens_of
 from tests.stepped import finish, sequence
+
+T = TypeVar("T")
 
 pytestmark = [
     pytest.mark.cuda,
@@ -152,11 +152,12 @@ def test_edits_in_graphs_follow_settings_without_another_capture(load_on_gpu: Lo
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_no_step_waits_for_the_device(
+def test_a_step_waits_for_the_device_when_it_is_read_only(
     load_on_gpu: LoadOnGpu, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """Prompts and decoding, steered in all ways, measured and not; once all is captured."""
-    core = build_core(load_on_gpu(), replace(OPTIONS, cuda_graphs=graphs, prefix_cache=False))
+    """Prompts and decoding, steered in all ways; once all is captured."""
+    options = replace(OPTIONS, cuda_graphs=graphs, prefix_cache=False, dose_interval=0)
+    core = build_core(load_on_gpu(), options)
     if graphs:
         need_graphs(core)
 
@@ -165,21 +166,30 @@ def test_no_step_waits_for_the_device(
         finish(core, [sequence(PROMPTS[0], STACKS[name]) for name in names])
 
     load()
-    run = core._runner.run
-    steps = 0
+    step = core.step
+    waits: list[int] = []
 
-    def watched(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
-        nonlocal steps
-        steps += 1
+    def allowed(tree: T) -> T:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            waits[-1] += 1
+            return fetch(tree)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def watched() -> list[Delivery]:
+        waits.append(0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return run(batch, bank, meter)
+            return step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(core._runner, "run", watched)
+    monkeypatch.setattr(readout, "fetch", allowed)
+    monkeypatch.setattr(core, "step", watched)
     load()
-    assert steps > 15
+    assert len(waits) > 15
+    assert max(waits) == 1
 
 
 def test_both_forms_of_attention_give_the_same(

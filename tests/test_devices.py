@@ -11,7 +11,7 @@ import torch
 from accelerate import dispatch_model
 
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
-from server.engine.torch.attention import use_slab_attention
+from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.batch import build_batch
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.devices import is_offloaded, keep_rows_on_host, layer_devices
@@ -54,7 +54,7 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_tiny()
-    use_slab_attention(loaded.model)
+    use_engine_attention(loaded.model)
     split_over(loaded, "meta")
     # accelerate would bring the logits back to the first device, but `meta` has no numbers.
     monkeypatch.setattr(loaded.model._hf_hook, "io_same_device", False)

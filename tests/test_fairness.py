@@ -15,6 +15,7 @@ from server.engine.torch.sequence import Sequence
 from server.engine.torch.shares import share
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny
+from tests.schedules import step
 
 STACKS: tuple[tuple[Edit, ...], ...] = (
     (Edit("a", AffineSettings(1.0)),),
@@ -32,19 +33,6 @@ def scheduler(*sequences: Sequence, prefill: int | None = 32, budget: int = 128)
     for each in sequences:
         made.add(each)
     return made
-
-
-def step(schedule: Scheduler) -> list[Chunk]:
-    chunks = schedule.schedule().chunks
-    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-    for chunk in chunks:
-        chunk.sequence.computed += chunk.count
-    for each in sampling:
-        each.tokens.append(0)
-        if len(each.tokens) == each.max_length:
-            schedule.remove(each)
-    schedule.check()
-    return chunks
 
 
 def counts(chunks: list[Chunk]) -> dict[Sequence, int]:

@@ -1,6 +1,7 @@
 """Starting the server: what it says on standard error, and in which words."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
+import pytest
 
+from server.cli import launch
 from tests.processes import ROOT, STOP_SECONDS, steerserve
 
 
@@ -47,3 +50,16 @@ def test_that_it_cannot_start_is_said_in_json_too(tmp_path: Path) -> None:
     last = entries(ended.stderr)[-1]
     assert last["level"] == "CRITICAL"
     assert "nowhere" in str(last["message"])
+
+
+def test_what_is_compiled_is_kept_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    launch._keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "steerserve" / "compiled")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    launch._keep_compiled()  # what an operator has set stays
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "steerserve" / "compiled")

@@ -338,7 +338,7 @@ def test_a_step_that_fails_keeps_nothing_of_its_sequences(
 
     def broken(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> torch.Tensor:
         run(batch, bank, meter)
-        for lanes in core.store.slabs.values():
+        for lanes in core.store.lanes.values():
             for lane in lanes:
                 assert isinstance(lane, Slab)
                 for layer in range(2):

@@ -6,7 +6,7 @@ import torch
 
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.penalties import Penalties, changes_logits
-from server.engine.torch.sampler import Draw, logprobs, sample
+from server.engine.torch.sampler import Draw, sample, score
 from tests.oracles import sampling_probabilities
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])
@@ -17,11 +17,20 @@ def draw(uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float 
     return Draw(settings, uniform)
 
 
+def drawn_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
+    """Drawn as a step does: rows that are not sure once more, sorted."""
+    sampled = sample(logits, draws)
+    unsure = [row for row, sure in enumerate(sampled.sure.tolist()) if not sure]
+    tokens = sample(logits, draws, sorted_rows=unsure).tokens if unsure else sampled.tokens
+    drawn: list[int] = tokens.tolist()
+    return drawn
+
+
 def shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
     """How often each token is drawn, over uniform numbers that cover [0, 1) evenly."""
     rows = 1000
     draws = [draw((row + 0.5) / rows, temperature, top_k, top_p) for row in range(rows)]
-    drawn = torch.tensor(sample(LOGITS.repeat(rows, 1), draws))
+    drawn = torch.tensor(drawn_tokens(LOGITS.repeat(rows, 1), draws))
     return (drawn.bincount(minlength=4) / rows).tolist()
 
 
@@ -32,7 +41,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(temperature: float)
 
 
 def test_temperature_zero_takes_the_best() -> None:
-    assert sample(LOGITS[None], [draw(0.99, temperature=0)]) == [1]
+    assert drawn_tokens(LOGITS[None], [draw(0.99, temperature=0)]) == [1]
 
 
 def test_top_k_keeps_the_k_best() -> None:
@@ -88,7 +97,7 @@ def test_every_combination_draws_as_the_oracle_says(together: bool) -> None:
             for case in cases
             for place in range(grid)
         ]
-        drawn = torch.tensor(sample(logits.repeat_interleave(grid, dim=0), draws))
+        drawn = torch.tensor(drawn_tokens(logits.repeat_interleave(grid, dim=0), draws))
         for row, case in enumerate(cases):
             found = drawn[row * grid : (row + 1) * grid].bincount(minlength=8) / grid
             expected = sampling_probabilities(logits[row].tolist(), prompt, completion, case)
@@ -117,7 +126,7 @@ def test_a_wide_vocabulary_is_drawn_from_as_the_oracle_says(spread: float) -> No
     logits = spread * torch.randn(len(WIDE_CASES), vocabulary, generator=random)
     uniforms = [0.0, 0.1, 0.37, 0.5, 0.83, 0.97, 0.999999]
     draws = [Draw(case, uniform) for case in WIDE_CASES for uniform in uniforms]
-    drawn = iter(sample(logits.repeat_interleave(len(uniforms), dim=0), draws))
+    drawn = iter(drawn_tokens(logits.repeat_interleave(len(uniforms), dim=0), draws))
     for row, case in enumerate(WIDE_CASES):
         expected = sampling_probabilities(logits[row].tolist(), (), (), case)
         best_first = sorted(range(vocabulary), key=lambda token: -logits[row][token])
@@ -136,7 +145,8 @@ def test_the_best_logits_may_be_as_large_as_floats_are() -> None:
         SamplingSettings(1, temperature=0.5, top_p=0.9),
         SamplingSettings(1, repetition_penalty=0.01, logit_bias=((0, 100.0),)),
     ):
-        assert sample(logits, [Draw(settings, 0.5, penalties_of(settings, (0, 1), ()))]) == [0]
+        draws = [Draw(settings, 0.5, penalties_of(settings, (0, 1), ()))]
+        assert drawn_tokens(logits, draws) == [0]
 
 
 def penalties_of(
@@ -161,22 +171,22 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
         draw(0.0),
         draw(0.999999, top_k=2, top_p=0.9),
     ]
-    alone = [sample(logits[row][None], [draws[row]])[0] for row in range(6)]
-    assert sample(logits, draws) == alone
-    assert sample(logits.flip(0), draws[::-1]) == alone[::-1]
+    alone = [drawn_tokens(logits[row][None], [draws[row]])[0] for row in range(6)]
+    assert drawn_tokens(logits, draws) == alone
+    assert drawn_tokens(logits.flip(0), draws[::-1]) == alone[::-1]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-7])
 def test_a_tiny_temperature_does_not_overflow(temperature: float) -> None:
-    assert sample(LOGITS[None], [draw(0.5, temperature=temperature)]) == [1]
+    assert drawn_tokens(LOGITS[None], [draw(0.5, temperature=temperature)]) == [1]
 
 
 def test_logprobs_are_of_the_model_and_not_of_the_filters() -> None:
     expected = LOGITS.log_softmax(-1)
-    (row,) = logprobs(LOGITS[None], [2], [3])
+    (row,) = score(LOGITS[None], torch.tensor([2]), 3).read([3])
     assert row.sampled == pytest.approx(float(expected[2]))
     assert [token for token, _ in row.top] == [1, 2, 0]
     assert [value for _, value in row.top] == pytest.approx(expected[[1, 2, 0]].tolist())
-    (none,) = logprobs(LOGITS[None], [2], [0])
+    (none,) = score(LOGITS[None], torch.tensor([2]), 0).read([0])
     assert none.top == ()
     assert math.isclose(none.sampled, row.sampled)

@@ -7,6 +7,7 @@ from server.engine.base import QueueFullError, Request, SamplingSettings
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.scheduler import BACKGROUND_TOKENS, Chunk, Scheduler
 from server.engine.torch.sequence import Sequence
+from tests.schedules import step
 
 
 def sequence(prompt: int, max_tokens: int = 4, prompt_logprobs: int | None = None) -> Sequence:
@@ -21,21 +22,6 @@ def scheduler(
     for each in sequences:
         schedule.add(each)
     return schedule
-
-
-def step(schedule: Scheduler) -> list[Chunk]:
-    """What a step does to its sequences; those that finish are removed."""
-    chunks = schedule.schedule().chunks
-    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-    for chunk in chunks:
-        chunk.sequence.scored += len(chunk.scores)
-        chunk.sequence.computed += chunk.count
-    for each in sampling:
-        each.tokens.append(0)
-        if len(each.tokens) == each.max_length:
-            schedule.remove(each)
-    schedule.check()
-    return chunks
 
 
 def counts(chunks: Items[Chunk]) -> list[int]:

@@ -1,13 +1,12 @@
 import torch
 
 from server.engine.torch.staging import (
-    Layout,
     index_tensors,
     route_tensors,
-    stage,
     stage_index,
     with_route_tensors,
 )
+from server.engine.torch.transfer import Layout, stage
 from server.engine.torch.varlen import PagedIndex
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit

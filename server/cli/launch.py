@@ -1,8 +1,9 @@
 """Puts the server together from its settings, and runs it."""
 
 import logging
+import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Final
 
@@ -20,7 +21,7 @@ from interventions.registry import Registry, RegistryError
 from server.app import check_default_steering, create_app
 from server.config import ConfigurationError, Settings
 from server.engine.torch.build import EngineOptions
-from server.engine.torch.embedded import EmbeddedModelError
+from server.engine.torch.embedded import EmbeddedModelError, cache_folder
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import ModelLoadError, load_model
 from server.lifecycle import Server
@@ -119,6 +120,7 @@ def _sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
 def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], None]) -> TorchEngine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    _keep_compiled()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
     say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
@@ -135,6 +137,14 @@ def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], No
         dose_interval=settings.dose_interval,
     )
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
+
+
+def _keep_compiled() -> None:
+    """Have torch keep what it compiles where the next start finds it, and not in /tmp."""
+    folder = cache_folder() / "compiled"
+    with suppress(OSError):  # a read-only home: then it is in /tmp
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _add_bundled(registry: Registry) -> None:

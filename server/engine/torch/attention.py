@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from server.engine.torch.attention_step import AttentionStep, How
 from server.engine.torch.operators import define_operator
 
-_NAME: Final = "steerserve_slab"
+_NAME: Final = "steerserve"
 
 
 class UnsupportedAttentionError(Exception):
@@ -20,7 +20,7 @@ class _AttentionModule(Protocol):
     layer_idx: int
 
 
-def slab_attention(
+def engine_attention(
     module: _AttentionModule,
     query: Tensor,
     key: Tensor,
@@ -108,7 +108,7 @@ def _refuse_unknown(
         raise UnsupportedAttentionError(f"the model's attention uses {', '.join(asked)}")
 
 
-def use_slab_attention(model: PreTrainedModel) -> None:
+def use_engine_attention(model: PreTrainedModel) -> None:
     """Make a model attend through this backend."""
-    AttentionInterface.register(_NAME, slab_attention)
+    AttentionInterface.register(_NAME, engine_attention)
     model.set_attn_implementation(_NAME)

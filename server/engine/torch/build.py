@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.engine.torch.attention import use_slab_attention
+from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import CudaCapture, GraphRunner
@@ -67,7 +67,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     model = loaded.model
     expected = reference_logits(model)
     pack_linear_layers(model)
-    use_slab_attention(model)
+    use_engine_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
     kv = plan_kv(model, KVWishes(options.kv_cache_gb, options.max_batch_size, options.prefix_cache))
     memory = kv.memory

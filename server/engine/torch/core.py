@@ -165,7 +165,7 @@ class EngineCore:
     def _compute(self, plan: Plan) -> list[Delivery]:
         for sequence in self.store.make_room(plan):
             self._answers[sequence].start()
-        batch = build_batch(plan.chunks, self.store.slabs, self.store.memory, self._device)
+        batch = build_batch(plan.chunks, self.store.lanes, self.store.memory, self._device)
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)

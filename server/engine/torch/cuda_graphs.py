@@ -21,7 +21,8 @@ from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory, PagedStep
 from server.engine.torch.staged_runner import StagedRunner, paged_step
-from server.engine.torch.staging import route_tensors, stage, with_route_tensors
+from server.engine.torch.staging import route_tensors, with_route_tensors
+from server.engine.torch.transfer import stage
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from server.engine.torch.batch import Batch
 from server.engine.torch.page_pool import PAGE, SCRATCH
-from server.engine.torch.staging import Layout
+from server.engine.torch.transfer import Layout
 from server.engine.torch.varlen import PagedIndex
 from steering.route import AffineLayer, Route
 

@@ -19,7 +19,7 @@ class KVStore:
     def __init__(self, memory: KVMemory, prefixes: PrefixCache[list[Tensor]]) -> None:
         self.prefixes = prefixes
         self.memory = memory
-        self.slabs: dict[Sequence, tuple[Lane, ...]] = {}
+        self.lanes: dict[Sequence, tuple[Lane, ...]] = {}
 
     def make_room(self, plan: Plan) -> list[Sequence]:
         """Free and reserve what a step's plan says; the sequences that begin with it."""
@@ -28,12 +28,12 @@ class KVStore:
         if self.memory.fixed:  # others want the room at once, so nothing can be kept of it first
             for sequence in plan.preempted:
                 self.discard(sequence)
-        begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.slabs]
+        begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.lanes]
         for chunk in plan.chunks:
-            if chunk.sequence not in self.slabs:
+            if chunk.sequence not in self.lanes:
                 self._begin(chunk)
-            for slab in self.slabs[chunk.sequence]:
-                slab.reserve(chunk.end)
+            for lane in self.lanes[chunk.sequence]:
+                lane.reserve(chunk.end)
         # Not before all have what they found, some of which may have to go for it.
         for sequence in plan.preempted:
             self.end(sequence)
@@ -41,13 +41,13 @@ class KVStore:
         return begun
 
     def _begin(self, chunk: Chunk) -> None:
-        """Give a sequence its slabs, with what the prefix cache has of it."""
+        """Give a sequence its lanes, with what the prefix cache has of it."""
         sequence = chunk.sequence
-        slabs = tuple(self.memory.lane() for _ in range(sequence.lanes))
-        for slab in slabs:
-            slab.reserve(chunk.end)
-        self.prefixes.load(sequence, slabs)
-        self.slabs[sequence] = slabs
+        lanes = tuple(self.memory.lane() for _ in range(sequence.lanes))
+        for lane in lanes:
+            lane.reserve(chunk.end)
+        self.prefixes.load(sequence, lanes)
+        self.lanes[sequence] = lanes
         sequence.checked = sequence.computed
 
     def keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
@@ -58,27 +58,27 @@ class KVStore:
             whole = sequence.checked < sequence.prompt_length
             sequence.checked = sequence.computed
             if whole:
-                self.prefixes.save(sequence, self.slabs[sequence])
+                self.prefixes.save(sequence, self.lanes[sequence])
 
     def end(self, sequence: Sequence) -> None:
-        """Free a sequence's slabs, if it has any, and keep what is worth it."""
-        if (slabs := self.slabs.get(sequence)) is not None:
-            self.prefixes.save(sequence, slabs)
+        """Free a sequence's lanes, if it has any, and keep what is worth it."""
+        if (lanes := self.lanes.get(sequence)) is not None:
+            self.prefixes.save(sequence, lanes)
             self.discard(sequence)
 
     def discard(self, sequence: Sequence) -> None:
-        """Free a sequence's slabs, if it has any, and keep nothing of it."""
-        for slab in self.slabs.pop(sequence, ()):
-            slab.free()
+        """Free a sequence's lanes, if it has any, and keep nothing of it."""
+        for lane in self.lanes.pop(sequence, ()):
+            lane.free()
 
     def clear(self) -> None:
         """Free everything."""
-        for sequence in tuple(self.slabs):
+        for sequence in tuple(self.lanes):
             self.discard(sequence)
         self.prefixes.clear()
 
     def check(self, running: Collection[Sequence]) -> None:
-        """Assert that only what runs has slabs. Between two steps."""
+        """Assert that only what runs has lanes. Between two steps."""
         self.prefixes.check()
-        assert self.slabs.keys() <= set(running), "a slab that nobody uses"
-        self.memory.check(chain.from_iterable(self.slabs.values()))
+        assert self.lanes.keys() <= set(running), "a lane that nobody uses"
+        self.memory.check(chain.from_iterable(self.lanes.values()))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from server.engine.base import Request, SamplingSettings
+from server.engine.torch.transfer import send
 
 
 def changes_logits(settings: SamplingSettings) -> bool:
@@ -70,7 +71,7 @@ def penalize(logits: Tensor, rows: Sequence[Penalties | None]) -> Tensor:
         return logits
 
     def joined(parts: Sequence[Sequence[float]]) -> Tensor:
-        return torch.tensor(list(chain.from_iterable(parts)), device=logits.device)
+        return send(list(chain.from_iterable(parts)), logits.device)
 
     every = list(changed.values())
     place = (

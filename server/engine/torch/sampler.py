@@ -4,14 +4,16 @@ A row draws by inverting its own cumulative distribution at its own uniform numb
 seed gives the same draw whatever else is in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from server.engine.base import SamplingSettings
 from server.engine.torch.penalties import Penalties, penalize
+from server.engine.torch.transfer import send
 
 # Rows whose log-probabilities are computed at once: prompts can have many, vocabularies are wide.
 _SCORED_ROWS = 64
@@ -41,44 +43,68 @@ class Draw:
         return settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The next token of each row: (rows, vocabulary) float32 -> token ids.
+class Sample(NamedTuple):
+    """The next token of each row, on the device of its logits."""
 
-    The best logit of each row must be a finite number.
+    tokens: Tensor  # (rows,) int64
+    # (rows,) bool; false where the filters may keep more tokens than those among which it was
+    # drawn: such a row must be sorted.
+    sure: Tensor
+
+
+def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] = ()) -> Sample:
+    """Draw the next token of each row; nothing waits for the device.
+
+    Args:
+        logits: (rows, vocabulary) float32. What is drawn from a row whose best is not a finite
+            number is any token.
+        sorted_rows: whose whole vocabulary is sorted; they are always sure.
     """
     logits = penalize(logits, [draw.penalties for draw in draws])
     tokens = logits.argmax(dim=-1)
-    for filtered, draw_rows in ((False, _draw_unfiltered), (True, _draw_filtered)):
-        rows = [
-            row for row, draw in enumerate(draws) if not draw.greedy and draw.filtered is filtered
-        ]
-        if rows:
-            tokens[rows] = draw_rows(logits[rows], [draws[row] for row in rows])
-    drawn: list[int] = tokens.tolist()
-    return drawn
+    sure = torch.ones_like(tokens, dtype=torch.bool)
+    by_way: dict[_Way, list[int]] = {}
+    for row, draw in enumerate(draws):
+        if not draw.greedy:
+            by_way.setdefault(_way(draw, row in sorted_rows), []).append(row)
+    for way, rows in by_way.items():
+        places = send(rows, logits.device)
+        tokens[places], sure[places] = way(logits[places], [draws[row] for row in rows])
+    return Sample(tokens, sure)
 
 
-def _draw_unfiltered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    return _invert(torch.softmax(_scaled(logits, draws), dim=-1), draws)
+_Way: TypeAlias = Callable[[Tensor, Sequence[Draw]], tuple[Tensor, Tensor]]
 
 
-def _draw_filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Draw from the best tokens only, where they are sure to hold all that the filters keep.
+def _way(draw: Draw, sort: bool) -> _Way:
+    if not draw.filtered:
+        return _draw_of_all
+    return _draw_of_sorted if sort else _draw_of_best
+
+
+def _draw_of_all(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    tokens = _invert(torch.softmax(_scaled(logits, draws), dim=-1), draws)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _draw_of_best(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """Draw from the best tokens only, and say where they hold all that the filters keep.
 
     Sorting a whole vocabulary costs several times what finding its best tokens does.
     """
     scaled = _scaled(logits, draws)
-    best = min(_BEST, scaled.shape[-1])
-    ordered, order = scaled.topk(best, dim=-1)
+    vocabulary = scaled.shape[-1]
+    ordered, order = scaled.topk(min(_BEST, vocabulary), dim=-1)
     weights, sure = _filter(ordered, scaled.logsumexp(dim=-1, keepdim=True), draws)
     tokens = order.gather(-1, _invert(weights, draws)[:, None])[:, 0]
-    rest = [row for row, found in enumerate(sure.tolist()) if not found]
-    if rest and best < scaled.shape[-1]:
-        ordered, order = scaled[rest].sort(dim=-1, descending=True, stable=True)
-        few = [draws[row] for row in rest]
-        weights, _ = _filter(ordered, ordered.logsumexp(dim=-1, keepdim=True), few)
-        tokens[rest] = order.gather(-1, _invert(weights, few)[:, None])[:, 0]
-    return tokens
+    return tokens, sure if vocabulary > _BEST else torch.ones_like(sure)
+
+
+def _draw_of_sorted(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    ordered, order = _scaled(logits, draws).sort(dim=-1, descending=True, stable=True)
+    weights, sure = _filter(ordered, ordered.logsumexp(dim=-1, keepdim=True), draws)
+    tokens = order.gather(-1, _invert(weights, draws)[:, None])[:, 0]
+    return tokens, torch.ones_like(sure)
 
 
 def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
@@ -94,7 +120,7 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     """
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=ordered.device)[:, None]
+        return send(values, ordered.device)[:, None]
 
     size = ordered.shape[-1]
     min_p = column([draw.settings.min_p for draw in draws])
@@ -121,9 +147,7 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
 def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Index of each row at which its cumulative weight first exceeds uniform * total."""
     cumulative = weights.double().cumsum(dim=-1)
-    uniform = torch.tensor(
-        [draw.uniform for draw in draws], dtype=torch.float64, device=weights.device
-    )[:, None]
+    uniform = send([draw.uniform for draw in draws], weights.device, torch.float64)[:, None]
     target = uniform * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return index.clamp(max=weights.shape[-1] - 1)
@@ -133,7 +157,7 @@ def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Logits by temperature, the best of each row at 0 so that nothing overflows."""
     # Below float32's normal range a division overflows; such a temperature is greedy in effect.
     temperatures = [max(draw.settings.temperature, 1e-5) for draw in draws]
-    column = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
+    column = send(temperatures, logits.device, torch.float32)[:, None]
     return (logits - logits.amax(dim=-1, keepdim=True)) / column
 
 
@@ -145,26 +169,39 @@ class RowLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
-def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[RowLogprobs]:
-    """The log-probability of each row's token and its `count` best alternatives.
+class Scores(NamedTuple):
+    """The same of n rows, in tensors; of k alternatives, as many as the row that wants most."""
+
+    sampled: Tensor  # (n,) float32
+    values: Tensor  # (n, k) float32
+    tokens: Tensor  # (n, k) int64
+
+    def read(self, counts: Sequence[int]) -> list[RowLogprobs]:
+        """Each row's, with as many alternatives as it wants. Waits for the device."""
+        return [
+            RowLogprobs(sampled, tuple(zip(tokens[:count], values[:count], strict=True)))
+            for sampled, values, tokens, count in zip(
+                self.sampled.tolist(),
+                self.values.tolist(),
+                self.tokens.tolist(),
+                counts,
+                strict=True,
+            )
+        ]
+
+
+def score(logits: Tensor, tokens: Tensor, alternatives: int) -> Scores:
+    """The log-probability of each row's token, and its best alternatives.
 
     Args:
-        logits: (rows, vocabulary) float32.
+        logits: (rows, vocabulary) float32, of one row or more.
+        tokens: (rows,) int64.
     """
-    found = []
-    for first in range(0, len(tokens), _SCORED_ROWS):
-        some = slice(first, first + _SCORED_ROWS)
-        found += _logprobs(logits[some], tokens[some], counts[some])
-    return found
-
-
-def _logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[RowLogprobs]:
-    log_probabilities = torch.log_softmax(logits, dim=-1)
-    chosen = log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
-    values, indices = log_probabilities.topk(max(1, *counts), dim=-1)
-    return [
-        RowLogprobs(sampled, tuple(zip(row_indices[:count], row_values[:count], strict=True)))
-        for sampled, row_indices, row_values, count in zip(
-            chosen[:, 0].tolist(), indices.tolist(), values.tolist(), counts, strict=True
-        )
-    ]
+    parts = []
+    pieces = (torch.split(tensor, _SCORED_ROWS) for tensor in (logits, tokens))
+    for some, chosen in zip(*pieces, strict=True):
+        log_probabilities = torch.log_softmax(some, dim=-1)
+        best = log_probabilities.topk(max(1, alternatives), dim=-1)
+        sampled = log_probabilities.gather(-1, chosen[:, None])[:, 0]
+        parts.append(Scores(sampled, best.values, best.indices))
+    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -12,10 +12,10 @@ from server.engine.torch.runner import Runner
 from server.engine.torch.staging import (
     index_tensors,
     route_tensors,
-    stage,
     with_index_tensors,
     with_route_tensors,
 )
+from server.engine.torch.transfer import stage
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks

@@ -1,59 +1,14 @@
-"""Brings a step's tensors to the device in one copy that the host does not wait for."""
+"""What of a step's index and route has to be brought to the device, in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from server.engine.torch.transfer import stage
 from server.engine.torch.varlen import PagedIndex
 from steering.route import Route
-
-_ALIGNMENT: Final = 16  # bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where tensors of certain shapes and dtypes lie in a buffer of bytes."""
-
-    shapes: tuple[torch.Size, ...]
-    dtypes: tuple[torch.dtype, ...]
-    starts: tuple[int, ...]
-    size: int  # bytes
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Layout":
-        """Room for tensors like these."""
-        starts, size = [], 0
-        for tensor in tensors:
-            starts.append(size)
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        shapes = tuple(tensor.shape for tensor in tensors)
-        return cls(shapes, tuple(tensor.dtype for tensor in tensors), tuple(starts), size)
-
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors in a buffer: (size,) uint8."""
-        return [
-            buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for shape, dtype, start in zip(self.shapes, self.dtypes, self.starts, strict=True)
-        ]
-
-    def host_buffer(self, device: torch.device) -> Tensor:
-        """A buffer on the host from which a device copies by itself: (size,) uint8.
-
-        torch keeps its memory until the copies from it are done.
-        """
-        return torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def stage(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU, on a device."""
-    layout = Layout.of(tensors)
-    host = layout.host_buffer(device)
-    for view, tensor in zip(layout.views(host), tensors, strict=True):
-        view.copy_(tensor)
-    return layout.views(host.to(device, non_blocking=True))
 
 
 def index_tensors(index: PagedIndex) -> list[Tensor]:

@@ -1,0 +1,130 @@
+"""What a step's logits say: the tokens that are drawn, log-probabilities, and divergences.
+
+All is computed on the device and read together: a step waits for the device only here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from server.engine.torch.batch import Row
+from server.engine.torch.sampler import Draw, RowLogprobs, Sample, Scores, sample, score
+from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.transfer import fetch, send
+
+_FARTHEST: Final = 9999.0  # JSON has no infinity
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The next token of a sequence, and what its request wants to know about it."""
+
+    sequence: EngineSequence
+    token: int
+    logprobs: RowLogprobs | None
+    divergence: float | None  # see `_divergences`
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """Of all rows of a step. What is said of a sequence that has one in `not_numbers` is void."""
+
+    not_numbers: list[Row]  # whose best logit is not a finite number
+    scored: list[tuple[Row, RowLogprobs]]  # of the prompts' next tokens
+    drawn: list[Drawn]
+
+
+class _Computed(NamedTuple):
+    """Tensors, on the device and then on the host."""
+
+    finite: Tensor  # (rows,) bool
+    prompts: Scores
+    divergences: Tensor  # (n,) float32, of the sequences that have a row of the base model's
+    sample: Sample
+    scores: Scores  # of the drawn tokens, where they are wanted
+
+
+def read_out(rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw]) -> Readout:
+    """Score and draw. Waits for the device once, or twice where filters keep unusually much.
+
+    Args:
+        logits: (rows, vocabulary) float32, in the order of `rows`.
+        draws: of the rows that draw, in that order.
+    """
+    scored = [i for i, row in enumerate(rows) if row.scores]
+    drawn = [i for i, row in enumerate(rows) if row.draws]
+    based = _with_bases(rows, drawn)
+    finite = logits.amax(dim=-1).isfinite()  # NaN counts as the largest
+    prompts = _score_prompts([rows[i] for i in scored], _select(logits, scored))
+    divergences = _divergences(_select(logits, list(based)), _select(logits, list(based.values())))
+    wanted = {
+        i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
+    }
+    unsure: list[int] = []
+    while True:
+        sampled = sample(_select(logits, drawn), draws, sorted_rows=unsure)
+        scores = score(
+            _select(logits, list(wanted)),
+            _select(sampled.tokens, [place for place, i in enumerate(drawn) if i in wanted]),
+            max(wanted.values(), default=0),
+        )
+        computed = fetch(_Computed(finite, prompts, divergences, sampled, scores))
+        unsure = [place for place, sure in enumerate(computed.sample.sure.tolist()) if not sure]
+        if not unsure:
+            break
+    logprobs = dict(zip(wanted, computed.scores.read(list(wanted.values())), strict=True))
+    moved = dict(zip(based, computed.divergences.tolist(), strict=True))
+    prompt_counts = [rows[i].sequence.request.sampling.prompt_logprobs or 0 for i in scored]
+    return Readout(
+        [row for row, whole in zip(rows, computed.finite.tolist(), strict=True) if not whole],
+        list(zip((rows[i] for i in scored), computed.prompts.read(prompt_counts), strict=True)),
+        [
+            Drawn(
+                (sequence := rows[i].sequence),
+                token,
+                logprobs.get(i),
+                moved.get(i, 0.0) if sequence.request.with_divergence else None,
+            )
+            for i, token in zip(drawn, computed.sample.tokens.tolist(), strict=True)
+        ],
+    )
+
+
+def _score_prompts(rows: Sequence[Row], logits: Tensor) -> Scores:
+    """How likely the prompts' next tokens are."""
+    tokens = [row.sequence.tokens[row.place + 1] for row in rows]
+    counts = [row.sequence.request.sampling.prompt_logprobs or 0 for row in rows]
+    return score(logits, send(tokens, logits.device, torch.int64), max(counts, default=0))
+
+
+def _with_bases(rows: Sequence[Row], drawn: Sequence[int]) -> dict[int, int]:
+    """The rows that draw and have another of the base model's -> that one."""
+    bases = {row.sequence: i for i, row in enumerate(rows) if row.base}
+    return {i: bases[rows[i].sequence] for i in drawn if rows[i].sequence in bases}
+
+
+def _divergences(steered: Tensor, base: Tensor) -> Tensor:
+    """How far steering has moved the distributions that tokens are drawn from.
+
+    The Kullback-Leibler divergence of the base model's distribution from the steered one, in nats:
+    of the logits (n, vocabulary) float32 of both -> (n,) float32.
+    """
+    terms = kl_div(
+        base.log_softmax(dim=-1),
+        steered.log_softmax(dim=-1),
+        reduction="none",
+        log_target=True,
+    )
+    # A token that is impossible to both adds nothing; one that is to the base alone, a lot.
+    return terms.nan_to_num(nan=0.0).sum(dim=-1).clamp(0.0, _FARTHEST)
+
+
+def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, in order; without a copy where they are all or none."""
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor[send(rows, tensor.device)] if rows else tensor[:0]

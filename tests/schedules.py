@@ -1,0 +1,18 @@
+"""What a step does to its sequences, without a model."""
+
+from server.engine.torch.scheduler import Chunk, Scheduler
+
+
+def step(schedule: Scheduler) -> list[Chunk]:
+    """One step's chunks, as if they were computed; sequences that finish are removed."""
+    chunks = schedule.schedule().chunks
+    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+    for chunk in chunks:
+        chunk.sequence.scored += len(chunk.scores)
+        chunk.sequence.computed += chunk.count
+    for each in sampling:
+        each.tokens.append(0)
+        if len(each.tokens) == each.max_length:
+            schedule.remove(each)
+    schedule.check()
+    return chunks

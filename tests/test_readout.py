@@ -1,0 +1,114 @@
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+import torch
+
+from server.engine.base import Request, SamplingSettings
+from server.engine.torch import readout
+from server.engine.torch.batch import Row
+from server.engine.torch.readout import Readout, read_out
+from server.engine.torch.sampler import Draw
+from server.engine.torch.sequence import Sequence
+from server.engine.torch.transfer import fetch
+
+VOCABULARY = 3000
+T = TypeVar("T")
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was fetched, each time that the device was waited for."""
+    fetched: list[object] = []
+
+    def counted(tree: T) -> T:
+        fetched.append(tree)
+        return fetch(tree)
+
+    monkeypatch.setattr(readout, "fetch", counted)
+    return fetched
+
+
+def sequence(sampling: SamplingSettings, with_divergence: bool = False) -> Sequence:
+    return Sequence.of(Request("test", (5, 6, 7), sampling, with_divergence=with_divergence))
+
+
+def logits_of(rows: int, spread: float = 3.0) -> torch.Tensor:
+    return spread * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
+
+
+def read(rows: list[Row], logits: torch.Tensor) -> Readout:
+    return read_out(
+        rows, logits, [Draw(row.sequence.request.sampling, 0.4) for row in rows if row.draws]
+    )
+
+
+def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
+    greedy = SamplingSettings(4, temperature=0)
+    scoring = sequence(replace(greedy, logprobs=2, prompt_logprobs=1))
+    moved = sequence(SamplingSettings(4, top_p=0.9, logprobs=0), with_divergence=True)
+    plain = sequence(SamplingSettings(4))
+    rows = [
+        Row(scoring, 0),
+        Row(scoring, 1),
+        Row(scoring, 2),
+        Row(moved, 2),
+        Row(moved, 2, base=True),
+        Row(plain, 2),
+    ]
+    logits = logits_of(len(rows))
+    expected = logits.log_softmax(-1)
+    found = read(rows, logits)
+    assert len(waits) == 1
+    assert not found.not_numbers
+    assert [row.place for row, _ in found.scored] == [0, 1]
+    for (row, value), token in zip(found.scored, (6, 7), strict=True):
+        assert value.sampled == pytest.approx(float(expected[row.place, token]))
+        assert len(value.top) == 1
+    first, second, third = found.drawn
+    assert [each.sequence for each in found.drawn] == [scoring, moved, plain]
+    assert first.token == int(logits[2].argmax())
+    assert first.logprobs is not None
+    assert [token for token, _ in first.logprobs.top] == logits[2].topk(2).indices.tolist()
+    assert second.logprobs is not None
+    assert second.logprobs.sampled == pytest.approx(float(expected[3, second.token]))
+    assert second.logprobs.top == ()
+    divergence = float((expected[3].exp() * (expected[3] - expected[4])).sum())
+    assert second.divergence == pytest.approx(divergence, rel=1e-4)
+    assert (first.divergence, third.divergence, third.logprobs) == (None, None, None)
+
+
+def test_who_keeps_unusually_much_is_sorted_alone(waits: list[object]) -> None:
+    """Its neighbours draw what they draw without it."""
+    flat = sequence(SamplingSettings(4, top_p=0.99, logprobs=1))
+    peaked = sequence(SamplingSettings(4, top_p=0.5, logprobs=1))
+    logits = torch.cat((logits_of(1, spread=0.01), logits_of(1)))
+    both = read([Row(flat, 2), Row(peaked, 2)], logits)
+    assert len(waits) == 2
+    [alone] = read([Row(peaked, 2)], logits[1:]).drawn
+    assert len(waits) == 3
+    assert both.drawn[1] == alone
+    first = both.drawn[0]
+    assert first.logprobs is not None
+    assert first.logprobs.sampled == pytest.approx(float(logits[0].log_softmax(-1)[first.token]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingSettings(4, temperature=0), SamplingSettings(4), SamplingSettings(4, top_p=0.5)],
+)
+def test_a_row_that_is_no_number_is_named_and_harms_nobody(
+    value: float, sampling: SamplingSettings
+) -> None:
+    lost, kept = sequence(sampling), sequence(sampling)
+    logits = logits_of(2)
+    [expected] = read([Row(kept, 2)], logits[1:]).drawn
+    logits[0, 7] = value
+    found = read([Row(lost, 2), Row(kept, 2)], logits)
+    assert [row.sequence for row in found.not_numbers] == [lost]
+    assert found.drawn[1] == expected
+
+
+def test_a_step_without_rows_says_nothing() -> None:
+    assert read([], logits_of(0)) == Readout([], [], [])
