@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_PACKED_FROM: Final = 4  # rows; fewer are as fast on weights as they are
+_PACKED_FROM: Final = 4  # rows; fewer are as fast on weights as they are, read in two parts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +49,11 @@ class RewardHead:
 
     def units(self, h: Tensor) -> Tensor:
         """W1 h + b1 of each row, before the ReLU: (..., d) -> (..., m) float32."""
-        if self.packed is None or len(h) < _PACKED_FROM:
+        if self.packed is None:
             return linear(h, self.w1, self.b1)
+        if len(h) < _PACKED_FROM:
+            parts = torch.bmm(self._parts, h.T.expand(len(self._parts), *h.T.shape))
+            return parts.flatten(0, 1).T + self.b1
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             h, self.packed[0], self.b1, "none", [], ""
         )
@@ -58,12 +61,24 @@ class RewardHead:
 
     def back(self, weights: Tensor) -> Tensor:
         """W1^T times each row: (n, m) -> (n, d) float32."""
-        if self.packed is None or len(weights) < _PACKED_FROM:
+        if self.packed is None:
             return weights @ self.w1
+        if len(weights) < _PACKED_FROM:
+            halves = weights.view(len(weights), *self._parts.shape[:2]).transpose(0, 1)
+            return torch.bmm(halves, self._parts).sum(0)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             weights, self.packed[1], None, "none", [], ""
         )
         return output
+
+    @property
+    def _parts(self) -> Tensor:
+        """W1 in two: (2, m / 2, d), or (1, m, d) where m is odd.
+
+        A batch of matrices is read at the memory's speed, a single one at a third of it.
+        """
+        m, d = self.w1.shape
+        return self.w1.view(1 if m % 2 else 2, -1, d)
 
 
 def _pack(w1: Tensor) -> tuple[Tensor, Tensor] | None:

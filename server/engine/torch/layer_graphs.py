@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from server.engine.torch.attention_step import AttentionStep
 from server.engine.torch.decoder import DecoderLayers, Record, template_of
+from server.engine.torch.packed import OneProduct
 from steering.affine import AffineMap
 from steering.bank import SiteMaps
 from steering.site_edit import CHILD, STEP_TENSORS, SiteEdit, site_tensors
@@ -21,6 +22,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "cpp.threads": 1,
     "compile_threads": 1,  # no pool of processes
     "size_asserts": False,  # packed weights have no strides
+    "post_grad_custom_pre_pass": OneProduct(),
     # All that guards would check is constant here, but for the number of tokens.
     "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
 }
