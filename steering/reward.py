@@ -47,6 +47,8 @@ class RewardHead:
 
     def to(self, device: torch.device) -> "RewardHead":
         """The same head on a device, ready to be applied to many rows."""
+        if self.prepared is not None and self.w1.device == device:
+            return self
         w1, direction = self.w1.to(device), self.direction.to(device)
         return RewardHead(
             w1=w1,
@@ -107,9 +109,8 @@ def _halves(w1: Tensor) -> Tensor:
 
 
 def _prepare(w1: Tensor, direction: Tensor) -> Prepared | None:
-    if (
-        w1.device.type != "cpu" or len(w1) > _MOST_UNITS or not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    ):
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if w1.device.type != "cpu" or len(w1) > _MOST_UNITS or not has_onednn:
         return None
     pack = torch.ops.mkldnn._reorder_linear_weight
     return Prepared(pack(w1), pack(w1.T.contiguous()), w1 @ w1.T, w1 @ direction)

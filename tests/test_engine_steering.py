@@ -9,9 +9,11 @@ from torch import Tensor
 from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.interventions import Parameters
 from server.engine.torch.sequence import Sequence
 from steering.bank import Bank
 from steering.dose import DoseMeter
+from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.oracles import Oracle
@@ -133,3 +135,21 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
     assert len(beside_base) == NEW_TOKENS
     for name in ("a", "b then a", "a support", "wide", "a on what is generated"):
         assert logprobs_beside(STACKS[name]) == beside_base, name
+
+
+async def test_what_a_head_needs_is_made_before_the_engine_thread_has_it(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_engine(interventions_of())
+    given: list[object] = []
+    put = Bank.put
+
+    def spy(self: Bank, slot: int, parameters: Parameters) -> None:
+        given.append(parameters)
+        put(self, slot, parameters)
+
+    monkeypatch.setattr(Bank, "put", spy)
+    await generate(engine, PROMPTS[0], STACKS["r"])
+    [head] = [each for each in given if isinstance(each, RewardHead)]
+    assert head.prepared is not None
+    assert head.to(head.w1.device) is head

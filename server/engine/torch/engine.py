@@ -7,6 +7,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, TypeVar
 
+import torch
+
 from interventions.model import ModelDescription
 from server.engine.base import (
     EngineStats,
@@ -25,6 +27,7 @@ from server.engine.torch.reads import SharedReads
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.sequence import lanes_of
 from server.engine.torch.thread import EngineThread
+from steering.reward import RewardHead
 
 T = TypeVar("T")
 LAST_STEP_SECONDS: Final = 5.0  # how long the step that is computed at the end may still take
@@ -54,7 +57,7 @@ class TorchEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._admissions: set[asyncio.Task[list[TorchGeneration]]] = set()
         self._generations: dict[EngineSequence, TorchGeneration] = {}
-        self._reads = SharedReads(source)
+        self._reads = SharedReads(partial(_ready, source, loaded.model.device))
         self._admitting = 0  # requests on their way to the scheduler's queue, but for background
 
     @property
@@ -264,3 +267,9 @@ def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
     if not admission.cancelled() and admission.exception() is None:
         for generation in admission.result():
             generation.cancel()
+
+
+def _ready(source: Callable[[str], Parameters], device: torch.device, digest: str) -> Parameters:
+    """Read an intervention, and make of it what the engine thread would have to make."""
+    parameters = source(digest)
+    return parameters.to(device) if isinstance(parameters, RewardHead) else parameters
