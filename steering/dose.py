@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, TypeAlias
 
 import torch
@@ -98,15 +99,23 @@ class DoseMeter:
         A dose is the mean over the span's edited tokens (or rows) and the edit's sites, and None
         where the edit acted on none of them.
         """
-        sums = {
-            place: (each.doses.tolist(), each.edits.tolist()) for place, each in self._sums.items()
-        }
+        sums = self._read_sums()
         found = []
         first = 0
         for span in spans:
             found.append(_doses_of(span, range(first, first + span.count), sums))
             first += span.count
         return found
+
+    def _read_sums(self) -> dict[_Place, tuple[list[float], list[float]]]:
+        """All sums, by one copy from the device."""
+        tensors = [tensor for each in self._sums.values() for tensor in (each.doses, each.edits)]
+        if not tensors:
+            return {}
+        joined: list[float] = torch.cat([each.to(tensors[0].device) for each in tensors]).tolist()
+        rest = iter(joined)
+        lists = [list(islice(rest, len(tensor))) for tensor in tensors]
+        return dict(zip(self._sums, zip(lists[::2], lists[1::2], strict=True), strict=True))
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:

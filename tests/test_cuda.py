@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from server.engine.base import Edit, StepOutput
+from server.engine.base import Edit, Request, SamplingSettings, StepOutput
 from server.engine.torch import kv_plan, readout
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
@@ -17,6 +17,7 @@ from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.loader import LoadedModel, load_model
 from server.engine.torch.paged_attention import PagedMemory
 from server.engine.torch.postprocess import Delivery
+from server.engine.torch.sequence import Sequence
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
 from server.engine.torch.transfer import fetch
@@ -24,7 +25,15 @@ from server.engine.torch.varlen import GatheredForm, PagedForm, available_forms
 from server.engine.torch.varlen_check import check_form
 from steering.settings import AffineSettings
 from tests.oracles import Oracle
-from tests.steered import PROMPTS, STACKS, interventions_of, logprobs_of, stack_of, tokens_of
+from tests.steered import (
+    NEW_TOKENS,
+    PROMPTS,
+    STACKS,
+    interventions_of,
+    logprobs_of,
+    stack_of,
+    tokens_of,
+)
 from tests.stepped import finish, sequence
 
 T = TypeVar("T")
@@ -156,14 +165,24 @@ def test_a_step_waits_for_the_device_when_it_is_read_only(
     load_on_gpu: LoadOnGpu, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
     """Prompts and decoding, steered in all ways; once all is captured."""
-    options = replace(OPTIONS, cuda_graphs=graphs, prefix_cache=False, dose_interval=0)
+    options = replace(OPTIONS, cuda_graphs=graphs, dose_interval=0)
     core = build_core(load_on_gpu(), options)
     if graphs:
         need_graphs(core)
 
     def load() -> None:
         names = ("base", "a", "a and r", "four")
-        finish(core, [sequence(PROMPTS[0], STACKS[name]) for name in names])
+        asked = [
+            Request("test", tuple(PROMPTS[0]), settings, STACKS["a"], with_divergence=divergence)
+            for settings, divergence in (
+                (SamplingSettings(NEW_TOKENS, logprobs=2, prompt_logprobs=1), False),
+                (SamplingSettings(NEW_TOKENS, temperature=0.7, top_k=40), False),
+                (SamplingSettings(NEW_TOKENS, min_p=0.1, presence_penalty=0.5), False),
+                (SamplingSettings(NEW_TOKENS, repetition_penalty=1.2, temperature=0), True),
+            )
+        ]
+        sequences = [sequence(PROMPTS[0], STACKS[name]) for name in names]
+        finish(core, [*sequences, *map(Sequence.of, asked)])
 
     load()
     step = core.step

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
+import torch
 
 from server.engine.base import (
     BankFullError,
@@ -374,6 +375,21 @@ async def test_a_dead_engine_says_so_to_everybody(
     assert not engine.ready
     with pytest.raises(EngineDeadError):
         await submit(engine, request())
+
+
+async def test_a_device_that_computes_nothing_more_ends_the_engine(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an error of CUDA comes again in every step; whoever starts servers has to know."""
+    engine = await start_engine(INTERVENTIONS)
+
+    def broken(*_args: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._core._runner, "run", broken)
+    with pytest.raises(EngineDeadError):
+        await finish(await submit(engine, request()))
+    assert not engine.ready
 
 
 async def test_closing_ends_what_runs(start_engine: StartEngine) -> None:

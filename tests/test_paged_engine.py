@@ -3,21 +3,23 @@
 What a GPU adds is in `test_cuda.py`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 from torch import Tensor, nn
 
-from server.engine.base import Edit, Request
+from server.engine.base import Edit, Request, StepFailedError
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner, buckets
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.staged_runner import StagedRunner
 from server.engine.torch.varlen import VarlenFunction
+from steering.bank import Bank
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import LoadTiny
 from tests.oracles import Oracle
@@ -33,7 +35,7 @@ from tests.steered import (
 )
 from tests.stepped import finish, sequence
 from tests.tiny import random_maps, tiny_model
-from tests.varlen import paged_varlen, plain_varlen, use_pages
+from tests.varlen import EagerCapture, paged_varlen, plain_varlen, use_pages
 
 OPTIONS = EngineOptions(
     kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=20, check_invariants=True
@@ -187,6 +189,63 @@ def test_a_graph_that_gives_something_else_is_not_used(
     assert_equal_to_oracle(outputs, *expected)
 
 
+@pytest.mark.parametrize("fault", ["frozen", "unedited"])
+def test_a_graph_that_follows_no_inputs_or_edits_nothing_is_not_used(
+    load_tiny: LoadTiny,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    calls = type(capture).__call__
+
+    def unedited(_bank: object, _site: str, output: Tensor, *_others: object) -> Tensor:
+        return output
+
+    def faulty(self: EagerCapture, function: Callable[[], Sequence[Tensor]]) -> object:
+        if fault == "frozen":
+            _replay, results = calls(self, function)
+            return lambda: None, results
+
+        def without_edits() -> Sequence[Tensor]:
+            with monkeypatch.context() as patch:
+                patch.setattr(Bank, "edit_site", unedited)
+                return function()
+
+        return calls(self, without_edits)
+
+    monkeypatch.setattr(type(capture), "__call__", faulty)
+    core = build_core(load_tiny(), replace(OPTIONS, dose_interval=0))
+    assert graphs_of(core).graphs == (0 if fault == "frozen" else len(graphs_of(core)._buckets))
+    before = graphs_of(core).graphs
+    [outputs] = finish(core, [sequence(PROMPTS[0], STACKS["a"])])
+    assert graphs_of(core).graphs == before
+    assert "off by" in caplog.text
+    expected = expected_of(Oracle(tiny_model("llama")), "llama", PROMPTS[0], STACKS["a"])
+    assert_equal_to_oracle(outputs, *expected)
+
+
+def test_a_sequence_that_cannot_begin_gives_its_pages_back(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), OPTIONS)
+    memory = core.store.memory
+    assert isinstance(memory, PagedMemory)
+    free = memory.pool.free
+
+    def fail(*_args: object) -> None:
+        raise RuntimeError("out of luck")
+
+    core.admit([sequence(PROMPTS[0])], {})
+    with monkeypatch.context() as patch:
+        patch.setattr(core.store.prefixes, "load", fail)
+        [(_, output)] = core.step()
+    assert isinstance(output, StepFailedError)
+    assert memory.pool.free == free
+    finish(core, [sequence(PROMPTS[0])])
+
+
 def test_what_begins_alike_is_read_from_the_prefix_cache(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +284,7 @@ def test_a_divergence_takes_two_lanes_of_pages(
         request = Request(
             "test", tuple(PROMPTS[0]), GREEDY, STACKS["a and r"], with_divergence=True
         )
-        [outputs] = finish(core, [Sequence.of(request)])
+        [outputs] = finish(core, [EngineSequence.of(request)])
         return [value for output in outputs for value in output.divergences]
 
     expected = divergences(build_core(load_tiny(), OPTIONS))

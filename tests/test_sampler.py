@@ -160,6 +160,16 @@ def penalties_of(
     return penalties
 
 
+def test_a_long_prompt_costs_nothing_where_only_the_completion_is_penalized() -> None:
+    settings = SamplingSettings(1, temperature=0, presence_penalty=2.0)
+    penalties = penalties_of(settings, tuple(range(1000)), ())
+    assert penalties is not None
+    assert drawn_tokens(LOGITS[None], [Draw(settings, 0.5, penalties)]) == [1]
+    penalties.push(1)
+    assert penalties.tokens == [1]
+    assert drawn_tokens(LOGITS[None], [Draw(settings, 0.5, penalties)]) == [2]
+
+
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 500, generator=random)

@@ -1,5 +1,6 @@
 """Which form of torch's function is used, and what is asked of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def test_the_torch_that_is_installed_has_a_form() -> None:
     assert isinstance(available_forms(varlen_attn)[-1], GatheredForm)
 
 
-def asked(window: int | None, arguments: frozenset[str] | None) -> dict[str, Any]:
+def asked(
+    window: int | None, arguments: frozenset[str] | None, index: PagedIndex = INDEX
+) -> dict[str, Any]:
     """What a form asks of its function; `arguments` None for the paged one."""
     seen: dict[str, Any] = {}
 
@@ -60,13 +63,15 @@ def asked(window: int | None, arguments: frozenset[str] | None) -> dict[str, Any
         return query
 
     form = PagedForm(function) if arguments is None else GatheredForm(function, arguments)
-    form.attend(QUERY, PAGES, PAGES, INDEX, How(0.25, window, None))
+    form.attend(QUERY, PAGES, PAGES, index, How(0.25, window, None))
     return seen
 
 
 def test_a_window_counts_the_querys_own_key() -> None:
     assert asked(7, None)["window_size"] == (6, 0)
-    assert asked(None, None)["window_size"] == (-1, 0)
+    several = replace(INDEX, most_queries=2)
+    assert asked(None, None, several)["window_size"] == (-1, 0)
+    assert asked(None, None)["window_size"] == (-1, -1)  # nothing comes after a single query
     assert asked(1, frozenset({"window_size"}))["window_size"] == (0, 0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -148,6 +149,8 @@ class EngineCore:
         if plan.chunks:
             try:
                 deliveries += self._compute(plan)
+            except torch.AcceleratorError:
+                raise  # the device computes nothing any more, for nobody
             except Exception:
                 logger.exception("a step of %d sequences failed", len(plan.chunks))
                 error = StepFailedError("the engine failed while computing this request")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final, Protocol
 
 import torch
@@ -53,8 +54,13 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool is lost with its last graph, so one is kept whatever becomes of it.
+        self._last: torch.cuda.CUDAGraph | None = None
 
     def __call__(
         self, function: Callable[[], Sequence[Tensor]]
@@ -67,11 +73,18 @@ class CudaCapture:
                 function()  # libraries set themselves up in a first call, which none may capture
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile, as reading an intervention does.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                results = function()
+            try:
+                # Other threads may use the device meanwhile, as reading an intervention does.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    results = function()
+            except Exception:
+                # Where a capture has failed, its stream stays the current one, and its pool open.
+                torch.cuda.set_stream(current)
+                self._begin_anew()
+                raise
+        self._last = graph
         return graph.replay, results
 
 
@@ -124,7 +137,7 @@ class GraphRunner(StagedRunner):
     def warm_up(self, bank: Bank) -> None:
         """Make the graphs without edits, the largest first, so that all fit in its memory."""
         for rows in reversed(self._buckets):
-            self._graph(_Key(rows, 0, measured=False), bank)
+            self._graph(_Key(rows, 0, measured=False), bank, slot=0)
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
@@ -133,7 +146,9 @@ class GraphRunner(StagedRunner):
         if rows is None:
             return super().run(batch, bank, meter)
         depth = max((layer.depth + 1 for layer in batch.route.affine), default=0)
-        graph = self._graph(_Key(rows, depth, measured=bool(depth) and meter is not None), bank)
+        slot = max(chain.from_iterable(layer.used for layer in batch.route.affine), default=0)
+        key = _Key(rows, depth, measured=bool(depth) and meter is not None)
+        graph = self._graph(key, bank, slot)
         if graph is None:
             return super().run(batch, bank, meter)
         step = paged_step(batch)
@@ -172,23 +187,23 @@ class GraphRunner(StagedRunner):
         logits: Tensor = output.logits
         return logits[0].float()
 
-    def _graph(self, key: _Key, bank: Bank) -> _Graph | None:
-        """The graph for a key, made if it has to be."""
+    def _graph(self, key: _Key, bank: Bank, slot: int) -> _Graph | None:
+        """The graph for a key, made if it has to be, and then checked with the edits of a slot."""
         if bank is not self._bank or bank.version != self._version:
             # Their edits read tensors that are no longer the bank's, or too few.
             self._graphs = {each: graph for each, graph in self._graphs.items() if not each.depth}
             self._bank, self._version = bank, bank.version
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._make(key, bank)
+                self._graphs[key] = self._make(key, bank, slot)
             except Exception as error:
                 logger.warning("steps of %d rows run without a graph: %s", key.rows, error)
                 logger.debug("capturing failed", exc_info=True)
                 self._graphs[key] = None
         return self._graphs[key]
 
-    def _make(self, key: _Key, bank: Bank) -> _Graph:
-        """Capture, and compare with the model.
+    def _make(self, key: _Key, bank: Bank, slot: int) -> _Graph:
+        """Capture, and compare with the model, on other inputs than those of the capture.
 
         Raises:
             GraphError: a replay gives something else.
@@ -197,25 +212,28 @@ class GraphRunner(StagedRunner):
         step = PagedStep(self._memory.pool, self._memory.form, inputs.index())
         route = inputs.route()
         with step.current():
-            call, output = self._decoder.call_of(self._model, inputs)
+            captured = self._decoder.call_of(self._model, inputs)
         places: list[int] = []
 
         def compute() -> Sequence[Tensor]:
             meter = DoseMeter(key.rows, 0) if key.measured else None
             with step.current(), self._hooks.routed(bank, route, meter):
-                hidden: Tensor = call().last_hidden_state
+                hidden: Tensor = captured.call().last_hidden_state
             sums = meter.affine_sums() if meter is not None else {}
             places[:] = sums
             return hidden, *(tensor for pair in sums.values() for tensor in pair)
 
-        expected, *_ = compute()
         replay, (hidden, *sums) = self._capture(compute)
+        vocabulary: int = self._model.config.get_text_config().vocab_size
+        inputs.fill_example(vocabulary, slot)
+        with step.current(), self._hooks.routed(bank, route):
+            expected = self._decoder.call_of(self._model, inputs).hidden
         replay()
         difference = float((hidden - expected).float().norm() / expected.float().norm())
         if not difference < _TOLERANCE:
             raise GraphError(f"a replayed step is off by {difference:.2g}")
         doses = dict(zip(places, zip(sums[::2], sums[1::2], strict=True), strict=True))
-        return _Graph(inputs, replay, hidden, doses, output)
+        return _Graph(inputs, replay, hidden, doses, captured.output)
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -230,6 +248,15 @@ def _rewards(route: Route) -> Route:
 
 class _DecoderOutput(Protocol):
     last_hidden_state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _DecoderCall:
+    """What a model makes of its decoder."""
+
+    call: Callable[[], _DecoderOutput]  # the same again
+    output: type
+    hidden: Tensor  # (1, rows, width)
 
 
 class _Decoder:
@@ -254,19 +281,17 @@ class _Decoder:
         finally:
             self._instead = None
 
-    def call_of(
-        self, model: PreTrainedModel, inputs: DecodeInputs
-    ) -> tuple[Callable[[], _DecoderOutput], type]:
-        """The call that a model makes of it, on some inputs, and the type of what it gives.
+    def call_of(self, model: PreTrainedModel, inputs: DecodeInputs) -> _DecoderCall:
+        """The call that a model makes of it, on some inputs, and what it gives.
 
         Raises:
             GraphError: the model does not give it the inputs themselves.
         """
-        calls: list[tuple[tuple[object, ...], dict[str, object], type]] = []
+        calls: list[tuple[tuple[object, ...], dict[str, object], _DecoderOutput]] = []
 
         def spy(*args: object, **kwargs: object) -> object:
             output = self._own(*args, **kwargs)
-            calls.append((args, kwargs, type(output)))
+            calls.append((args, kwargs, output))
             return output
 
         self._instead = spy
@@ -286,4 +311,6 @@ class _Decoder:
         for tensor in (inputs.input_ids, inputs.position_ids):
             if not any(each is tensor for each in given):
                 raise GraphError(f"{type(model).__name__} gives its decoder other inputs")
-        return lambda: self._own(*args, **kwargs), output
+        return _DecoderCall(
+            lambda: self._own(*args, **kwargs), type(output), output.last_hidden_state
+        )

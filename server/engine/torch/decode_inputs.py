@@ -1,6 +1,6 @@
 """The inputs of a captured decode step: tensors that stay in place while contents change."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class DecodeInputs:
         self._layout = Layout.of(_empty(shape))
         self._buffer = torch.zeros(self._layout.size, dtype=torch.uint8, device=device)
         self._tensors = _Tensors(*self._layout.views(self._buffer))
-        self._send(0)
+        self._send(lambda _tensors: None)
 
     @property
     def input_ids(self) -> Tensor:
@@ -84,20 +84,9 @@ class DecodeInputs:
 
     def fill(self, batch: Batch, index: PagedIndex) -> None:
         """Put in a batch that decodes, of as many rows at most; `index` is its attention's."""
-        self._send(batch.input_ids.numel(), batch, index)
+        count = batch.input_ids.numel()
 
-    def _send(
-        self, count: int, batch: Batch | None = None, index: PagedIndex | None = None
-    ) -> None:
-        """Fill a buffer on the host and copy it; without a batch, all rows are padding."""
-        host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
-        tensors = _Tensors(*self._layout.views(host))
-        torch.arange(self.shape.rows + 1, out=tensors.query_ends)
-        # A row that pads sees one key, the one that it writes to the scratch page.
-        tensors.slots.fill_(SCRATCH * PAGE)
-        tensors.lengths.fill_(1)
-        tensors.tables.fill_(SCRATCH)
-        if batch is not None and index is not None:
+        def put(tensors: _Tensors) -> None:
             tensors.input_ids[:, :count] = batch.input_ids
             tensors.position_ids[:, :count] = batch.position_ids
             tensors.slots[:count] = index.slots
@@ -106,6 +95,33 @@ class DecodeInputs:
             for layer in batch.route.affine:
                 tensors.edit_slots[layer.depth, :count] = layer.slots
                 tensors.strength[layer.depth, :count] = layer.strength
+
+        self._send(put)
+
+    def fill_example(self, vocabulary: int, slot: int) -> None:
+        """Put in tokens at places of the scratch page, all with the edits of a slot."""
+        places = torch.arange(self.shape.rows) % PAGE  # rows at one place are equal
+
+        def put(tensors: _Tensors) -> None:
+            tensors.input_ids[0] = (7 * places + 3) % vocabulary
+            tensors.position_ids[0] = places
+            tensors.slots.copy_(SCRATCH * PAGE + places)
+            tensors.lengths.copy_(places + 1)
+            tensors.edit_slots.fill_(slot)
+            tensors.strength.fill_(0.5)
+
+        self._send(put)
+
+    def _send(self, put: Callable[[_Tensors], None]) -> None:
+        """Have a buffer on the host filled, and copy it; what is not put in is padding."""
+        host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
+        tensors = _Tensors(*self._layout.views(host))
+        torch.arange(self.shape.rows + 1, out=tensors.query_ends)
+        # A row that pads sees one key, the one that it writes to the scratch page.
+        tensors.slots.fill_(SCRATCH * PAGE)
+        tensors.lengths.fill_(1)
+        tensors.tables.fill_(SCRATCH)
+        put(tensors)
         tensors.key_ends[1:] = tensors.lengths.cumsum(0)
         self._buffer.copy_(host, non_blocking=True)
 

@@ -43,11 +43,10 @@ class KVStore:
     def _begin(self, chunk: Chunk) -> None:
         """Give a sequence its lanes, with what the prefix cache has of it."""
         sequence = chunk.sequence
-        lanes = tuple(self.memory.lane() for _ in range(sequence.lanes))
+        lanes = self.lanes[sequence] = tuple(self.memory.lane() for _ in range(sequence.lanes))
         for lane in lanes:
             lane.reserve(chunk.end)
         self.prefixes.load(sequence, lanes)
-        self.lanes[sequence] = lanes
         sequence.checked = sequence.computed
 
     def keep_prompts(self, deliveries: Iterable[Delivery]) -> None:

@@ -40,7 +40,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), bfloat16."""
-        if torch.compiler.is_compiling():  # `OneProduct` unites the calls of joined layers
+        if torch.compiler.is_dynamo_compiling():  # `OneProduct` unites the calls of joined layers
             product = self._multiply(rows)
         else:
             product = self._kept.of(rows, self._multiply)
@@ -120,17 +120,19 @@ def _with_equal_inputs(model: PreTrainedModel) -> list[list[tuple[str, nn.Linear
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     inputs: dict[str, list[Tensor]] = {path: [] for path in linears}
 
-    def recorder(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: inputs[path].append(args[0])
+    def recorder(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        return lambda _module, args, kwargs: inputs[path].append([*args, *kwargs.values()][0])
 
     with ExitStack() as hooks:
         for path, linear in linears.items():
-            hooks.callback(linear.register_forward_pre_hook(recorder(path)).remove)
+            hook = linear.register_forward_pre_hook(recorder(path), with_kwargs=True)
+            hooks.callback(hook.remove)
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     groups: dict[object, list[tuple[str, nn.Linear]]] = {}
     for path, linear in linears.items():
         # What does not run once in each pass stays alone.
-        key = (id(inputs[path][0]), linear.bias is None) if len(inputs[path]) == 1 else path
+        alone = len(inputs[path]) != 1
+        key = path if alone else (id(inputs[path][0]), linear.weight.dtype, linear.bias is None)
         groups.setdefault(key, []).append((path, linear))
     return list(groups.values())
 

@@ -33,8 +33,9 @@ class Penalties:
         self.subtracted: list[float] = []
         for token, bias in request.sampling.logit_bias:
             self.bias[self._place(token)] += bias
-        for token in request.prompt:
-            self.repetition[self._place(token)] = self._settings.repetition_penalty
+        if self._settings.repetition_penalty != 1:  # prompts can be long, and this is every step
+            for token in request.prompt:
+                self.repetition[self._place(token)] = self._settings.repetition_penalty
 
     def push(self, token: int) -> None:
         """The completion has one more token."""
@@ -66,7 +67,11 @@ def penalize(logits: Tensor, rows: Sequence[Penalties | None]) -> Tensor:
         logits: (rows, vocabulary) float32.
         rows: None where a row's logits stay as they are.
     """
-    changed = {row: penalties for row, penalties in enumerate(rows) if penalties is not None}
+    changed = {
+        row: penalties
+        for row, penalties in enumerate(rows)
+        if penalties is not None and penalties.tokens
+    }
     if not changed:
         return logits
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.interventions import Parameters
 from server.own_thread import in_own_thread
@@ -44,7 +46,7 @@ class SharedReads:
         try:
             # Whoever stops waiting leaves the read to the others.
             return await asyncio.shield(self._reads[digest])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
             self._reads.pop(digest, None)  # the next one may try again
             raise UnservableInterventionError(
                 f"The intervention cannot be read: {error}"

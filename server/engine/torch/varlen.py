@@ -83,7 +83,7 @@ class PagedForm(VarlenForm):
             index.most_queries,
             index.most_keys,
             scale=how.scaling,
-            window_size=_window(how),
+            window_size=_window(how, index),
             enable_gqa=True,
             seqused_k=index.lengths,
             block_table=index.tables,
@@ -115,15 +115,15 @@ class GatheredForm(VarlenForm):
             index.key_ends,
             index.most_queries,
             index.most_keys,
-            **self._options(how),
+            **self._options(how, index),
         )
         return output
 
-    def _options(self, how: How) -> dict[str, object]:
+    def _options(self, how: How, index: PagedIndex) -> dict[str, object]:
         """What this torch takes beside the tensors."""
         options: dict[str, object] = {"scale": how.scaling}
         if "window_size" in self._arguments:
-            options["window_size"] = _window(how)
+            options["window_size"] = _window(how, index)
         elif how.window is None:
             options["is_causal"] = True
         else:
@@ -146,9 +146,13 @@ def available_forms(function: VarlenFunction) -> list[VarlenForm]:
     return forms
 
 
-def _window(how: How) -> tuple[int, int]:
+def _window(how: How, index: PagedIndex) -> tuple[int, int]:
     """How many keys before a query's own it sees, and how many after; -1 for all."""
-    return (-1 if how.window is None else how.window - 1, 0)
+    if how.window is None:
+        # None come after the last. Told so, kernels read K and V once for the heads that share
+        # them; where they have to look who comes after whom, once for each query head.
+        return (-1, -1 if index.most_queries == 1 else 0)
+    return (how.window - 1, 0)
 
 
 def _refuse_softcap(how: How) -> None:
