@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from benchmarks.core import Bench, BenchmarkError, random_head, random_maps
 from benchmarks.options import Options
 from benchmarks.report import Section
-from benchmarks.steering import measured, stacks
-from server.cli.bench_stats import Pair, Spread
+from benchmarks.steering import measured, pairs_with_none, stacks
+from server.cli.bench_stats import Spread
 from server.cli.bench_tables import Rows, throughput_rows
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.loader import LoadedModel, describe, load_model
@@ -93,20 +93,9 @@ def measure_on(
     outcome = []
     alone: list[float] = []  # seconds a step of one unsteered sequence
     for batch in batches:
-        pairs: dict[str, list[Pair]] = {name: [] for name in arms}
-        for number in range(options.rounds + 1):
-            for name, edits in arms.items():
-                pair = bench.pair(
-                    [()] * batch,
-                    [edits] * batch,
-                    options.prompt_tokens,
-                    options.burst_steps,
-                    number,
-                )
-                if number:  # the first round warms up
-                    pairs[name].append(pair)
-                    alone += [pair[0]] if batch == 1 else []
-            bar.advance(task)
+        pairs = pairs_with_none(bench, arms, batch, options, lambda: bar.advance(task))
+        if batch == 1:
+            alone = [unsteered for each in pairs.values() for unsteered, _ in each]
         outcome += [measured(name, batch, seconds) for name, seconds in pairs.items()]
     step = Spread.of(alone)
     moved = step_bytes(bench, options.prompt_tokens + options.burst_steps // 2)

@@ -1,5 +1,6 @@
 """(a) What steering costs: steered over unsteered decode speed."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from rich.progress import Progress
@@ -33,25 +34,37 @@ def measured(label: str, batch: int, pairs: list[Pair]) -> Measured:
     return Measured(label, batch, batch / base, batch / other, comparison)
 
 
+def pairs_with_none(
+    bench: Bench,
+    arms: Mapping[str, Edits],
+    batch: int,
+    options: Options,
+    advance: Callable[[], None],
+) -> dict[str, list[Pair]]:
+    """Each arm's bursts beside unsteered ones; `advance` is called after each round."""
+    pairs: dict[str, list[Pair]] = {name: [] for name in arms}
+    for number in range(options.rounds + 1):
+        for name, edits in arms.items():
+            pair = bench.pair(
+                [()] * batch,
+                [edits] * batch,
+                options.prompt_tokens,
+                options.burst_steps,
+                number,
+            )
+            if number:  # the first round warms up
+                pairs[name].append(pair)
+        advance()
+    return pairs
+
+
 def measure_steering(bench: Bench, options: Options, bar: Progress) -> Section:
     """Each stack in pairs of bursts with none, at each batch."""
     arms = stacks(bench)
     task = bar.add_task("steering", total=len(options.batches) * (options.rounds + 1))
     outcome = []
     for batch in options.batches:
-        pairs: dict[str, list[Pair]] = {name: [] for name in arms}
-        for number in range(options.rounds + 1):
-            for name, edits in arms.items():
-                pair = bench.pair(
-                    [()] * batch,
-                    [edits] * batch,
-                    options.prompt_tokens,
-                    options.burst_steps,
-                    number,
-                )
-                if number:  # the first round warms up
-                    pairs[name].append(pair)
-            bar.advance(task)
+        pairs = pairs_with_none(bench, arms, batch, options, lambda: bar.advance(task))
         outcome += [measured(name, batch, seconds) for name, seconds in pairs.items()]
     title = f"Decode speed, steered ÷ unsteered. {TARGETS}"
     return Section(

@@ -23,7 +23,7 @@ _ROWS: Final = 32
 class PackedLinear(nn.Module):
     """What an `nn.Linear` of a CPU computes, on packed weights: (..., in) -> (..., out)."""
 
-    packed: Tensor  # (out of all joined layers, in), whose buffer this is too
+    packed: Tensor  # (out of all joined layers, in), the same in each of them
     bias: Tensor | None  # (out of all joined layers,)
 
     def __init__(
