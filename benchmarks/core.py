@@ -1,4 +1,4 @@
-"""The engine in this process: its model, the interventions that are measured, bursts of steps."""
+"""The engine in this process: its model, and the interventions that are measured."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,10 @@ import torch
 
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
-from server.cli.bench_stats import Pair
-from server.engine.base import Edit, EngineError, Request, SamplingSettings
 from server.engine.torch.build import EngineOptions, build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
-from server.engine.torch.sequence import Sequence as EngineSequence
 from steering.affine import AffineMap
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
@@ -22,15 +19,10 @@ from steering.sites import default_sites, match_sites
 
 POLL_SECONDS = 0.1
 HEAD_UNITS = 1024  # as in the paper
-READ_AT_LEAST = 256  # tokens of prompts in a step, until all are read
 # All prompts are read at once, before anything is measured.
 OPTIONS = EngineOptions(compile_layers=True, prefill_tokens=512)
 ARGRE = RewardSettings(eta=0.5, iterations=5, direction_scale=1.0)
 LINEAS = AffineSettings(1.0)
-
-Edits = tuple[Edit, ...]
-Rows = Sequence[Edits]
-"""What steers each of the sequences that run at once."""
 
 
 class BenchmarkError(Exception):
@@ -46,7 +38,6 @@ class Bench:
     parameters: dict[str, Parameters]
     lineas: str  # the digest of an affine intervention at all default sites
     argre: str  # the digest of a reward intervention
-    _burst: int = 0
 
     @property
     def dtype(self) -> str:
@@ -58,59 +49,6 @@ class Bench:
         """Where an affine intervention of this model edits by default."""
         pattern = default_sites(type(self.loaded.model).__name__)
         return match_sites(pattern, self.loaded.description.site_widths)
-
-    @torch.inference_mode()
-    def decode_seconds(self, rows: Rows, prompt_tokens: int, steps: int) -> float:
-        """Seconds of `steps` decode steps of a full batch; reading the prompts is not counted.
-
-        Raises:
-            BenchmarkError: a sequence ended before its last step.
-        """
-        self._burst += 1
-        sequences = [
-            self._sequence(row, edits, len(rows), prompt_tokens, steps)
-            for row, edits in enumerate(rows)
-        ]
-        self.core.admit(sequences, self.parameters)
-        while any(sequence.pending != 1 for sequence in sequences):
-            self._step()
-        _synchronize()
-        began = time.perf_counter()
-        for _ in range(steps):
-            if self._step() != len(rows):
-                raise BenchmarkError("a step did not advance every sequence")
-        _synchronize()
-        seconds = time.perf_counter() - began
-        for sequence in sequences:
-            self.core.remove(sequence)
-        return seconds
-
-    def _sequence(
-        self, row: int, edits: Edits, rows: int, prompt_tokens: int, steps: int
-    ) -> EngineSequence:
-        # Another prompt in every row and burst. More tokens than are measured, as those that were
-        # read first decode while the others' prompts are read, and none may end on the clock.
-        reading = 2 + rows * prompt_tokens // READ_AT_LEAST
-        sampling = SamplingSettings(steps + reading, temperature=0, ignore_eos=True)
-        prompt = _tokens(self._burst * 64 + row, prompt_tokens, self.loaded.description.vocab_size)
-        return EngineSequence.of(Request("bench", prompt, sampling, edits))
-
-    def _step(self) -> int:
-        deliveries = self.core.step()
-        for _, output in deliveries:
-            if isinstance(output, EngineError):
-                raise BenchmarkError(f"a sequence was lost: {output}")
-        return len(deliveries)
-
-    def pair(self, base: Rows, other: Rows, prompt_tokens: int, steps: int, number: int) -> Pair:
-        """Seconds a step of the base and of the other arm; every other pair backwards."""
-        if number % 2:
-            after = self.decode_seconds(other, prompt_tokens, steps)
-            before = self.decode_seconds(base, prompt_tokens, steps)
-        else:
-            before = self.decode_seconds(base, prompt_tokens, steps)
-            after = self.decode_seconds(other, prompt_tokens, steps)
-        return before / steps, after / steps
 
 
 def open_bench(model: str, device: str = "cpu") -> Bench:
@@ -171,13 +109,3 @@ def head_bytes(head: RewardHead) -> int:
     """The parameters of a head, as they are stored."""
     tensors = (head.w1, head.b1, head.w2, head.b2, head.direction, head.positive_reward)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _tokens(seed: int, count: int, vocabulary: int) -> tuple[int, ...]:
-    random = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(vocabulary, (count,), generator=random).tolist())
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

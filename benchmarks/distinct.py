@@ -1,14 +1,17 @@
 """(b) Whether distinct configurations in one batch cost more than equal ones."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from rich.progress import Progress
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.core import ARGRE, LINEAS, Bench, Rows, head_bytes, random_head, random_maps
+from benchmarks.core import ARGRE, LINEAS, Bench, head_bytes, random_head, random_maps
 from benchmarks.options import Options
 from benchmarks.report import Section
 from benchmarks.steering import measured
+from benchmarks.turns import Rows, take_turns
 from server.cli.bench_stats import Spread
 from server.cli.bench_tables import MILLI, throughput_rows
 from server.cli.bench_tables import Rows as TableRows
@@ -16,9 +19,15 @@ from server.engine.base import Edit
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 
+_NONE: Final = "none"
+_EQUAL: Final = "equal"
+_MAPS: Final = "distinct affine maps, distinct strengths"
+_STRENGTHS: Final = "one affine map, distinct strengths"
+_ETAS: Final = "one reward head, distinct step sizes"
+
 
 @dataclass(frozen=True, slots=True)
-class HeadsMeasured:
+class HeadsCost:
     """What some distinct heads in one batch cost in each step; seconds."""
 
     heads: int
@@ -43,95 +52,92 @@ def measure_distinct(bench: Bench, options: Options, bar: Progress) -> Section:
     """Distinct maps and settings over equal ones, and what distinct heads cost."""
     count = options.distinct
     bandwidth = read_bandwidth(options.device)
-    arms = _equal_and_distinct(bench, count)
-    task = bar.add_task("distinct", total=len(arms) + len(options.head_counts))
-    outcome = []
-    for label, (equal, distinct) in arms.items():
-        pairs = _pairs(bench, options, equal, distinct)
-        outcome.append(measured(label, count, pairs))
-        bar.advance(task)
-    heads = []
-    for number in options.head_counts:
-        heads.append(_heads(bench, options, number, bandwidth))
-        bar.advance(task)
+    task = bar.add_task("distinct", total=2 * (options.rounds + 1))
+
+    def turns(arms: Mapping[str, Rows]) -> dict[str, list[float]]:
+        return take_turns(bench, arms, options.turns, lambda: bar.advance(task))
+
+    maps, heads = turns(_maps(bench, count)), turns(_heads(bench, count, options.head_counts))
+    outcome = [
+        measured(label, count, seconds[_EQUAL], seconds[label])
+        for seconds, label in ((maps, _MAPS), (maps, _STRENGTHS), (heads, _ETAS))
+    ]
+    costs = [_cost(bench, number, count, heads, bandwidth) for number in options.head_counts]
     title = f"Decode speed of a batch of {count}, distinct ÷ equal. Target: ≥ 0.98."
     return Section(
         "distinct",
         "Distinct configurations in one batch",
-        f"{options.burst_conditions} Maps are at the "
-        f"{len(bench.default_sites)} default sites; every reward head takes {ARGRE.iterations} "
-        "iterations.",
+        f"{options.conditions} Maps are at the {len(bench.default_sites)} default sites; every "
+        f"reward head takes {ARGRE.iterations} iterations.",
         bench.dtype,
-        [throughput_rows(title, "equal", outcome), _head_table(heads, count, bandwidth)],
+        [throughput_rows(title, "equal", outcome), _head_table(costs, count, bandwidth)],
         {
             "distinct": [asdict(each) for each in outcome],
-            "heads": [asdict(each) for each in heads],
+            "heads": [asdict(each) for each in costs],
             "bandwidth_bytes_per_second": bandwidth,
         },
     )
 
 
-def _pairs(bench: Bench, options: Options, base: Rows, other: Rows) -> list[tuple[float, float]]:
-    pairs = [
-        bench.pair(base, other, options.prompt_tokens, options.burst_steps, number)
-        for number in range(options.rounds + 1)
-    ]
-    return pairs[1:]  # the first warms up
-
-
-def _equal_and_distinct(bench: Bench, count: int) -> dict[str, tuple[Rows, Rows]]:
-    """By label: a batch of equal requests, and one in which no two are."""
+def _maps(bench: Bench, count: int) -> dict[str, Rows]:
+    """A batch of equal affine edits, and two in which none is like another."""
     # The first is the real one, so that equal requests use what everybody uses.
-    maps = [bench.lineas, *(f"map {seed}" for seed in range(1, count))]
-    for seed, digest in enumerate(maps[1:], 1):
+    digests = [bench.lineas, *(f"map {seed}" for seed in range(1, count))]
+    for seed, digest in enumerate(digests[1:], 1):
         bench.parameters[digest] = random_maps(bench.loaded, bench.default_sites, seed)
     strengths = [AffineSettings((place + 1) / count) for place in range(count)]
-    etas = [
-        RewardSettings(ARGRE.eta * (place + 1) / count, ARGRE.iterations) for place in range(count)
-    ]
-    equal_maps: Rows = [(Edit(bench.lineas, LINEAS),)] * count
-    equal_heads: Rows = [(Edit(bench.argre, ARGRE),)] * count
     return {
-        f"{count} affine maps, {count} strengths": (
-            equal_maps,
-            [(Edit(digest, each),) for digest, each in zip(maps, strengths, strict=True)],
-        ),
-        f"one affine map, {count} strengths": (
-            equal_maps,
-            [(Edit(bench.lineas, each),) for each in strengths],
-        ),
-        f"one reward head, {count} step sizes": (
-            equal_heads,
-            [(Edit(bench.argre, each),) for each in etas],
-        ),
+        _EQUAL: [(Edit(bench.lineas, LINEAS),)] * count,
+        _MAPS: [(Edit(digest, each),) for digest, each in zip(digests, strengths, strict=True)],
+        _STRENGTHS: [(Edit(bench.lineas, each),) for each in strengths],
     }
 
 
-def _heads(bench: Bench, options: Options, number: int, bandwidth: float) -> HeadsMeasured:
-    """A batch that uses `number` distinct heads, beside one without and one with a single head."""
-    digests = [bench.argre, *(f"head {seed}" for seed in range(1, number))]
-    for seed, digest in enumerate(digests[1:], 1):
-        bench.parameters[digest] = random_head(bench.loaded, seed)
-    count = options.distinct
-    rows: Rows = [(Edit(digests[row % number], ARGRE),) for row in range(count)]
-    one: Rows = [(Edit(bench.argre, ARGRE),)] * count
-    plain = _pairs(bench, options, [()] * count, rows)
-    single = _pairs(bench, options, one, rows)
+def _heads(bench: Bench, count: int, numbers: Sequence[int]) -> dict[str, Rows]:
+    """Batches without a head, with one in equal settings or in distinct ones, and with several."""
+    etas = [
+        RewardSettings(ARGRE.eta * (place + 1) / count, ARGRE.iterations) for place in range(count)
+    ]
+    arms: dict[str, Rows] = {
+        _NONE: [()] * count,
+        _EQUAL: [(Edit(bench.argre, ARGRE),)] * count,
+        _ETAS: [(Edit(bench.argre, each),) for each in etas],
+    }
+    for number in numbers:
+        digests = _head_digests(bench, number)
+        for seed, digest in enumerate(digests[1:], 1):
+            bench.parameters[digest] = random_head(bench.loaded, seed)
+        arms[str(number)] = [(Edit(digests[row % number], ARGRE),) for row in range(count)]
+    return arms
+
+
+def _head_digests(bench: Bench, number: int) -> list[str]:
+    return [bench.argre, *(f"head {seed}" for seed in range(1, number))]
+
+
+def _cost(
+    bench: Bench, number: int, batch: int, seconds: Mapping[str, Sequence[float]], bandwidth: float
+) -> HeadsCost:
+    """What `number` heads took more than none, and than one."""
     stored = sum(
         head_bytes(head)
-        for digest in digests
+        for digest in _head_digests(bench, number)
         if isinstance(head := bench.parameters[digest], RewardHead)
     )
-    return HeadsMeasured(
+    return HeadsCost(
         number,
-        count,
-        Spread.of([other - base for base, other in plain]),
-        Spread.of([other - base for base, other in single]),
+        batch,
+        _more(seconds[str(number)], seconds[_NONE]),
+        _more(seconds[str(number)], seconds[_EQUAL]),
         stored / bandwidth,
     )
 
 
-def _head_table(heads: list[HeadsMeasured], count: int, bandwidth: float) -> TableRows:
+def _more(seconds: Sequence[float], base: Sequence[float]) -> Spread:
+    return Spread.of([other - before for other, before in zip(seconds, base, strict=True)])
+
+
+def _head_table(heads: list[HeadsCost], count: int, bandwidth: float) -> TableRows:
     return TableRows(
         f"Distinct reward heads in a batch of {count}: milliseconds a step [quartiles], beside "
         f"reading their stored bytes once at the {bandwidth / 1e9:.1f} GB/s measured in this run. "

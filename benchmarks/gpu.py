@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from benchmarks.core import Bench, BenchmarkError, random_head, random_maps
 from benchmarks.options import Options
 from benchmarks.report import Section
-from benchmarks.steering import measured, pairs_with_none, stacks
+from benchmarks.steering import beside_none, stacks
 from server.cli.bench_stats import Spread
 from server.cli.bench_tables import Rows, throughput_rows
 from server.engine.torch.build import EngineOptions, build_core
@@ -83,26 +83,26 @@ def open_random(loaded: LoadedModel, max_batch_size: int) -> Bench:
 def measure_on(
     bench: Bench, bandwidth: float, batches: tuple[int, ...], options: Options, bar: Progress
 ) -> Section:
-    """Each stack in pairs of bursts with none, at each batch.
+    """Each stack beside none, at each batch.
 
     Args:
         bandwidth: of the device's memory, bytes a second.
     """
-    arms = stacks(bench)
-    task = bar.add_task("gpu", total=len(batches) * (options.rounds + 1))
-    outcome = []
-    alone: list[float] = []  # seconds a step of one unsteered sequence
-    for batch in batches:
-        pairs = pairs_with_none(bench, arms, batch, options, lambda: bar.advance(task))
-        if batch == 1:
-            alone = [unsteered for each in pairs.values() for unsteered, _ in each]
-        outcome += [measured(name, batch, seconds) for name, seconds in pairs.items()]
-    step = Spread.of(alone)
-    moved = step_bytes(bench, options.prompt_tokens + options.burst_steps // 2)
+    arms, turns = stacks(bench), options.turns
+    task = bar.add_task("gpu", total=len(batches) * len(arms) * (turns.rounds + 1))
+    # One by one, as the keys and values of all arms at once would not fit.
+    outcome = [
+        each
+        for batch in batches
+        for name, edits in arms.items()
+        for each in beside_none(bench, {name: edits}, batch, turns, lambda: bar.advance(task))
+    ]
+    step = next(each.comparison.base_seconds for each in outcome if each.batch == 1)
+    moved = step_bytes(bench, turns.prompt_tokens + turns.tokens // 2)
     return Section(
         "gpu",
         "What steering costs on a GPU",
-        f"{options.burst_conditions} The model is {bench.loaded.description.id}.",
+        f"{options.conditions} The model is {bench.loaded.description.id}.",
         bench.dtype,
         [
             throughput_rows(_TITLE, "unsteered", outcome),

@@ -3,15 +3,16 @@
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.core import LINEAS, Bench, Edits, random_maps
+from benchmarks.core import LINEAS, Bench, random_maps
 from benchmarks.options import Options
 from benchmarks.report import Section
-from benchmarks.steering import measured, stacks
+from benchmarks.steering import beside_none, stacks
+from benchmarks.turns import Edits
 from interventions.bundled import bundled_artifacts
 from interventions.registry import Registry
 from server.cli.bench_load import Measured
@@ -36,18 +37,14 @@ class Point:
 
 def measure_growth(bench: Bench, options: Options, bar: Progress) -> Section:
     """Steered beside unsteered decode speed, as each quantity grows by itself."""
-    points = list(_points(bench, options))
-    task = bar.add_task("growth", total=len(points) + len(options.registered))
+    task = bar.add_task("growth", total=None)
     outcome: dict[str, list[Measured]] = {}
-    for point in points:
-        base: list[Edits] = [()] * point.batch
-        pairs = [
-            bench.pair(base, [point.edits] * point.batch, point.context, options.burst_steps, turn)
-            for turn in range(options.fewer_rounds + 1)
-        ]
-        row = measured(point.label, point.batch, pairs[1:])  # the first warms up
-        outcome.setdefault(point.kind, []).append(row)
-        bar.advance(task)
+    for point in _points(bench, options):
+        turns = replace(options.turns, prompt_tokens=point.context)
+        row = beside_none(
+            bench, {point.label: point.edits}, point.batch, turns, lambda: bar.advance(task)
+        )
+        outcome.setdefault(point.kind, []).extend(row)
     lookups: dict[int, Spread] = {}
     for count in options.registered:
         lookups[count] = _lookup_seconds(count)
@@ -62,7 +59,7 @@ def measure_growth(bench: Bench, options: Options, bar: Progress) -> Section:
     return Section(
         "growth",
         "How the cost of steering grows",
-        f"{options.burst_conditions} Here {options.fewer_rounds} pairs each.",
+        options.conditions,
         bench.dtype,
         [*tables, _lookup_table(lookups)],
         {

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.turns import Turns
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -10,10 +12,12 @@ class Options:
 
     model: str
     device: str
-    rounds: int  # pairs of bursts, or turns of each engine
+    rounds: int  # of all arms, or turns of each engine
     vllm_python: Path | None
     batches: tuple[int, ...] = (1, 8, 32)
-    burst_steps: int = 16  # a multiple of those among which one is measured for its dose
+    steps: int = (
+        16  # of each arm in a round: as many as those of which one is measured for its dose
+    )
     prompt_tokens: int = 32
     new_tokens: int = 128  # of each request of an engine that is compared
     distinct: int = 32
@@ -31,12 +35,17 @@ class Options:
         return max(1, self.rounds // 3)
 
     @property
-    def burst_conditions(self) -> str:
-        """What bursts in the engine are, for the head of a page."""
+    def turns(self) -> Turns:
+        """Of arms in the engine."""
+        return Turns(self.rounds, self.steps, self.prompt_tokens)
+
+    @property
+    def conditions(self) -> str:
+        """What is done with them, for the head of a page."""
         return (
-            f"Decode steps in the engine on {self.model}, {self.prompt_tokens} prompt tokens: "
-            f"{self.rounds} pairs of bursts of {self.burst_steps} steps, one arm and the other in "
-            "turns, medians."
+            f"Decode steps in the engine on {self.model}, {self.prompt_tokens} prompt tokens and "
+            f"{self.turns.tokens} generated ones in each sequence. All arms of a batch take a step "
+            f"in turns; the time of {self.steps} steps is one value, {self.rounds} values each."
         )
 
     @classmethod
@@ -48,7 +57,7 @@ class Options:
             rounds=1,
             vllm_python=vllm_python,
             batches=(1, 2),
-            burst_steps=2,
+            steps=2,
             prompt_tokens=4,
             new_tokens=8,
             distinct=4,

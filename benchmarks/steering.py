@@ -1,19 +1,21 @@
 """(a) What steering costs: steered over unsteered decode speed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from rich.progress import Progress
 
-from benchmarks.core import ARGRE, LINEAS, Bench, Edits
+from benchmarks.core import ARGRE, LINEAS, Bench
 from benchmarks.options import Options
 from benchmarks.report import Section
+from benchmarks.turns import Edits, Rows, Turns, take_turns
 from server.cli.bench_load import Measured
-from server.cli.bench_stats import Comparison, Pair
+from server.cli.bench_stats import Comparison
 from server.cli.bench_tables import throughput_rows
 from server.engine.base import Edit
 
 TARGETS = "Targets: LinEAS ≥ 0.98, ARGRE ≥ 0.95, both ≥ 0.93."
+_NONE = "none"
 
 
 def stacks(bench: Bench) -> dict[str, Edits]:
@@ -27,50 +29,41 @@ def stacks(bench: Bench) -> dict[str, Edits]:
     }
 
 
-def measured(label: str, batch: int, pairs: list[Pair]) -> Measured:
-    """Pairs of seconds a step, as tokens a second."""
-    comparison = Comparison.of(pairs)
-    base, other = comparison.base_seconds.median, comparison.other_seconds.median
-    return Measured(label, batch, batch / base, batch / other, comparison)
+def measured(label: str, batch: int, base: Sequence[float], other: Sequence[float]) -> Measured:
+    """Seconds a step of two arms in the same rounds, as tokens a second."""
+    comparison = Comparison.of(list(zip(base, other, strict=True)))
+    before, after = comparison.base_seconds.median, comparison.other_seconds.median
+    return Measured(label, batch, batch / before, batch / after, comparison)
 
 
-def pairs_with_none(
+def beside_none(
     bench: Bench,
     arms: Mapping[str, Edits],
     batch: int,
-    options: Options,
+    turns: Turns,
     advance: Callable[[], None],
-) -> dict[str, list[Pair]]:
-    """Each arm's bursts beside unsteered ones; `advance` is called after each round."""
-    pairs: dict[str, list[Pair]] = {name: [] for name in arms}
-    for number in range(options.rounds + 1):
-        for name, edits in arms.items():
-            pair = bench.pair(
-                [()] * batch,
-                [edits] * batch,
-                options.prompt_tokens,
-                options.burst_steps,
-                number,
-            )
-            if number:  # the first round warms up
-                pairs[name].append(pair)
-        advance()
-    return pairs
+) -> list[Measured]:
+    """Batches that are steered alike, in turns with one that is not."""
+    rows: dict[str, Rows] = {name: [edits] * batch for name, edits in arms.items()}
+    seconds = take_turns(bench, {_NONE: [()] * batch, **rows}, turns, advance)
+    return [measured(name, batch, seconds[_NONE], seconds[name]) for name in arms]
 
 
 def measure_steering(bench: Bench, options: Options, bar: Progress) -> Section:
-    """Each stack in pairs of bursts with none, at each batch."""
-    arms = stacks(bench)
-    task = bar.add_task("steering", total=len(options.batches) * (options.rounds + 1))
-    outcome = []
-    for batch in options.batches:
-        pairs = pairs_with_none(bench, arms, batch, options, lambda: bar.advance(task))
-        outcome += [measured(name, batch, seconds) for name, seconds in pairs.items()]
+    """Each stack, and none once more, beside none, at each batch."""
+    arms = {"none, once more": (), **stacks(bench)}
+    turns = options.turns
+    task = bar.add_task("steering", total=len(options.batches) * (turns.rounds + 1))
+    outcome = [
+        each
+        for batch in options.batches
+        for each in beside_none(bench, arms, batch, turns, lambda: bar.advance(task))
+    ]
     title = f"Decode speed, steered ÷ unsteered. {TARGETS}"
     return Section(
         "steering",
         "What steering costs",
-        options.burst_conditions,
+        options.conditions,
         bench.dtype,
         [throughput_rows(title, "unsteered", outcome)],
         {"steering": [asdict(each) for each in outcome]},

@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import main
 from benchmarks.core import BenchmarkError, open_bench
 from benchmarks.processes import Worker
+from benchmarks.turns import Turns, take_turns
 from benchmarks.workers.steerserve_worker import generate
 from benchmarks.workers.transformers_worker import load, static_batch
 from server.engine.base import Edit
+from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import load_model
 from steering.bank import SiteMaps
+from steering.dose import DoseMeter
 from steering.route import Route
 from steering.settings import AffineSettings
 from tests.serving import eventually
@@ -69,7 +72,7 @@ def test_the_engine_is_measured_in_this_process(tiny_llama: str, tmp_path: Path)
         assert page["dtype"] in ("bfloat16", "float32")
         assert page["command"] in (tmp_path / f"{name}.md").read_text()
     labels = [(each["batch"], each["label"]) for each in pages["steering"]["steering"]]
-    arms = ("LinEAS at 2 sites", "ARGRE, 5 iterations", "both")
+    arms = ("none, once more", "LinEAS at 2 sites", "ARGRE, 5 iterations", "both")
     assert labels == [(batch, arm) for batch in (1, 2) for arm in arms]
     assert [each["heads"] for each in pages["distinct"]["heads"]] == [1, 4]
     assert pages["distinct"]["bandwidth_bytes_per_second"] > 1e8
@@ -77,33 +80,56 @@ def test_the_engine_is_measured_in_this_process(tiny_llama: str, tmp_path: Path)
     assert set(pages["growth"]["lookup_seconds"]) == {"1", "10"}
 
 
-def test_a_burst_steers_what_it_should_and_leaves_nothing(tiny_llama: str) -> None:
+def test_each_arm_is_steered_as_it_should_and_nothing_is_left(tiny_llama: str) -> None:
     bench = open_bench(tiny_llama)
+    steered = (Edit(bench.lineas, AffineSettings(1.0)),)
     bank = bench.core.interventions.bank
     acting = bank.acting
-    seen: list[int] = []
+    seen: list[bool] = []
 
     def recording(route: Route) -> dict[str, SiteMaps]:
         found = acting(route)
-        seen.append(len(found))
+        assert len(found) in (0, len(bench.default_sites))
+        seen.append(bool(found))
         return found
 
+    turns = Turns(rounds=2, steps=2, prompt_tokens=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bank, "acting", recording)
-        bench.decode_seconds([(Edit(bench.lineas, AffineSettings(1.0)),)] * 2, 4, 3)
-        steered, seen[:] = set(seen), []
-        assert bench.decode_seconds([()] * 2, 4, 3) > 0
-    assert steered == {len(bench.default_sites)}
-    assert set(seen) == {0}
+        seconds = take_turns(
+            bench, {"plain": [()] * 2, "steered": [steered] * 2}, turns, lambda: None
+        )
+    # Forwards and backwards, in each of three rounds, the first of which warms up.
+    assert seen[-12:] == [False, True, True, False] * 3
+    assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
     bench.core.check()
     assert not bench.core.has_work
+
+
+def test_doses_are_measured_as_often_in_each_arm(tiny_llama: str) -> None:
+    bench = open_bench(tiny_llama)
+    measured: list[int] = []
+    meter = bench.core._meter
+
+    def recording(batch: Batch) -> DoseMeter | None:
+        found = meter(batch)
+        if found is not None:
+            measured.append(len(batch.rows))
+        return found
+
+    steered = (Edit(bench.lineas, AffineSettings(1.0)),)
+    turns = Turns(rounds=1, steps=16, prompt_tokens=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.core, "_meter", recording)
+        take_turns(bench, {"one": [steered], "two": [steered] * 2}, turns, lambda: None)
+    assert measured[-4:] == [1, 2, 1, 2]
 
 
 def test_an_intervention_that_breaks_the_model_is_not_measured(tiny_llama: str) -> None:
     bench = open_bench(tiny_llama)
     edits = (Edit(bench.lineas, AffineSettings(float("1e38"))),)
     with pytest.raises(BenchmarkError, match="a sequence was lost"):
-        bench.decode_seconds([edits], 4, 3)
+        take_turns(bench, {"broken": [edits]}, Turns(1, 3, 4), lambda: None)
 
 
 def wait_until_stopped(process: psutil.Process) -> None:

@@ -61,7 +61,7 @@ class EngineCore:
         self._postprocessor = Postprocessor(Vocabulary(self._tokenizer), eos_tokens)
         self._check_invariants = check_invariants
         self._dose_interval = dose_interval
-        self._steered_steps = 0
+        self.steered_steps = 0
         self.measured_seconds = 0.0  # that the measured steps took
         self.edit_seconds = 0.0  # that the edits took of it
         self._device = model.device
@@ -185,8 +185,8 @@ class EngineCore:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
         if not self._dose_interval or not (batch.route.affine or batch.route.reward):
             return None
-        self._steered_steps += 1
-        if (self._steered_steps - 1) % self._dose_interval:
+        self.steered_steps += 1
+        if (self.steered_steps - 1) % self._dose_interval:
             return None
         return DoseMeter(batch.input_ids.numel(), len(batch.rows))
 
