@@ -11,7 +11,8 @@ from torch import Tensor
 
 from steering.affine import AffineMap, AffineParameters, edit_tokens
 from steering.dose import DoseMeter
-from steering.reward import RewardHead, apply_reward
+from steering.refine import refine
+from steering.reward import RewardHead
 from steering.route import AffineLayer, Route
 
 
@@ -167,17 +168,17 @@ class Bank:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
         h = hidden.reshape(-1, hidden.shape[-1]).float()
-        for group in route.on(hidden.device).reward:
-            rows = h[group.rows]
-            edited = apply_reward(
+        for layer in route.on(hidden.device).reward:
+            rows = h[layer.rows]
+            edited = refine(
                 rows,
-                head=self._head(group.slot, hidden.device),
-                eta=group.eta,
-                iterations=group.iterations,
-                direction_scale=group.direction_scale,
-                max_iterations=group.max_iterations,
+                [(self._head(slot, hidden.device), count) for slot, count in layer.heads],
+                eta=layer.eta,
+                iterations=layer.iterations,
+                direction_scale=layer.direction_scale,
+                max_iterations=layer.max_iterations,
             )
             if meter is not None:
-                meter.reward(group.depth, rows, edited, group.rows)
-            h = h.index_copy(0, group.rows, edited)
+                meter.reward(layer.depth, rows, edited, layer.rows)
+            h = h.index_copy(0, layer.rows, edited)
         return h.to(hidden.dtype).view_as(hidden)

@@ -3,7 +3,7 @@
 Computed once a step on the host; the hooks in the model only index the bank by it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -40,18 +40,18 @@ class AffineLayer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RewardGroup:
-    """The rows that one head edits at one place of their stacks."""
+class RewardLayer:
+    """The k-th reward edit of those rows that have one: the rows of one head after another's."""
 
-    depth: int  # the place, among the stack's reward edits, from 0
-    slot: int
+    depth: int  # k, from 0
+    heads: tuple[tuple[int, int], ...]  # slots, and how many rows each edits
     rows: Tensor  # (n,) int64
     eta: Tensor  # (n, 1) float32
     iterations: Tensor  # (n, 1) int64
     direction_scale: Tensor  # (n, 1) float32
     max_iterations: int
 
-    def to(self, device: torch.device) -> "RewardGroup":
+    def to(self, device: torch.device) -> "RewardLayer":
         """The same on a device."""
         return replace(
             self,
@@ -67,7 +67,7 @@ class Route:
     """A step's edits, in the order in which they apply. Empty where nothing is steered."""
 
     affine: tuple[AffineLayer, ...]
-    reward: tuple[RewardGroup, ...]
+    reward: tuple[RewardLayer, ...]
     device: torch.device  # that the tensors are on
     _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
 
@@ -81,7 +81,7 @@ class Route:
         if device not in self._copies:
             self._copies[device] = Route(
                 tuple(layer.to(device) for layer in self.affine),
-                tuple(group.to(device) for group in self.reward),
+                tuple(layer.to(device) for layer in self.reward),
                 device,
             )
         return self._copies[device]
@@ -95,16 +95,19 @@ def build_route(spans: Sequence[Span], device: torch.device) -> Route:
     """The route of a step whose tokens are those of `spans`, one span after the other."""
     affine = [_affine_edits(span) for span in spans]
     reward = [_reward_edits(span) for span in spans]
-    layers = (
+    affine_layers = (
         _affine_layer(spans, affine, depth, device)
         for depth in range(max(map(len, affine), default=0))
     )
-    groups = (
-        group
+    reward_layers = (
+        _reward_layer(spans, reward, depth, device)
         for depth in range(max(map(len, reward), default=0))
-        for group in _reward_groups(spans, reward, depth, device)
     )
-    return Route(tuple(layer for layer in layers if layer.used), tuple(groups), device)
+    return Route(
+        tuple(layer for layer in affine_layers if layer.used),
+        tuple(layer for layer in reward_layers if layer.heads),
+        device,
+    )
 
 
 def _affine_edits(span: Span) -> list[_AffineEdit]:
@@ -161,34 +164,27 @@ def _affine_layer(
     )
 
 
-def _reward_groups(
+def _reward_layer(
     spans: Sequence[Span],
     edits: Sequence[Sequence[_RewardEdit]],
     depth: int,
     device: torch.device,
-) -> Iterable[RewardGroup]:
+) -> RewardLayer:
     by_slot: dict[int, list[tuple[int, RewardSettings]]] = {}
     for span, stack in zip(spans, edits, strict=True):
-        if depth < len(stack):
+        if depth < len(stack) and span.rows:
             slot, settings = stack[depth]
             by_slot.setdefault(slot, []).extend((row, settings) for row in span.rows)
-    for slot, rows in by_slot.items():
-        if rows:
-            yield _reward_group(depth, slot, rows, device)
-
-
-def _reward_group(
-    depth: int, slot: int, rows: Sequence[tuple[int, RewardSettings]], device: torch.device
-) -> RewardGroup:
+    rows = [each for own in by_slot.values() for each in own]
     iterations = [settings.iterations for _, settings in rows]
-    return RewardGroup(
+    return RewardLayer(
         depth=depth,
-        slot=slot,
-        rows=torch.tensor([row for row, _ in rows], device=device),
+        heads=tuple((slot, len(own)) for slot, own in by_slot.items()),
+        rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
         eta=_column([settings.eta for _, settings in rows], device),
-        iterations=torch.tensor(iterations, device=device)[:, None],
+        iterations=torch.tensor(iterations, dtype=torch.int64, device=device)[:, None],
         direction_scale=_column([settings.direction_scale for _, settings in rows], device),
-        max_iterations=max(iterations),
+        max_iterations=max(iterations, default=0),
     )
 
 

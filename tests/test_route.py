@@ -55,17 +55,22 @@ def test_edits_apply_in_list_order_each_kind_by_itself() -> None:
     strengths = [layer.strength[0, 0].item() for layer in route.affine]
     torch.testing.assert_close(strengths, [0.2, 0.1], rtol=1e-6, atol=0)
     assert [layer.used for layer in route.affine] == [{2}, {1}]
-    assert [group.slot for group in route.reward] == [7, 6]
-    assert [group.max_iterations for group in route.reward] == [1, 2]
+    assert [layer.heads for layer in route.reward] == [((7, 1),), ((6, 1),)]
+    assert [layer.max_iterations for layer in route.reward] == [1, 2]
 
 
-def test_rows_of_one_head_form_one_group() -> None:
-    def user(eta: float, row: int) -> Span:
-        return span(SlottedEdit(5, RewardSettings(eta, 2)), count=1, rows=range(row, row + 1))
+def test_rows_of_one_head_come_after_one_another() -> None:
+    def user(slot: int, eta: float, row: int) -> Span:
+        edit = SlottedEdit(slot, RewardSettings(eta, slot))
+        return span(edit, count=1, rows=range(row, row + 1))
 
-    (group,) = route_of(user(0.25, 0), span(count=1, rows=range(1, 2)), user(0.5, 2)).reward
-    assert group.rows.tolist() == [0, 2]
-    assert group.eta.tolist() == [[0.25], [0.5]]
+    plain = span(count=1, rows=range(1, 2))
+    (layer,) = route_of(user(5, 0.25, 0), plain, user(3, 0.125, 2), user(5, 0.5, 3)).reward
+    assert layer.heads == ((5, 2), (3, 1))
+    assert layer.rows.tolist() == [0, 3, 2]
+    assert layer.eta.tolist() == [[0.25], [0.5], [0.125]]
+    assert layer.iterations.tolist() == [[5], [5], [3]]
+    assert layer.max_iterations == 5
 
 
 def test_a_span_without_logits_rows_needs_no_reward() -> None:

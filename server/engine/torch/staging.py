@@ -41,8 +41,8 @@ def route_tensors(route: Route) -> list[Tensor]:
     tensors = []
     for layer in route.affine:
         tensors += [layer.slots, layer.strength]
-    for group in route.reward:
-        tensors += [group.rows, group.eta, group.iterations, group.direction_scale]
+    for each in route.reward:
+        tensors += [each.rows, each.eta, each.iterations, each.direction_scale]
     return tensors
 
 
@@ -52,12 +52,12 @@ def with_route_tensors(route: Route, tensors: Sequence[Tensor], device: torch.de
     affine = tuple(replace(layer, slots=next(rest), strength=next(rest)) for layer in route.affine)
     reward = tuple(
         replace(
-            group,
+            layer,
             rows=next(rest),
             eta=next(rest),
             iterations=next(rest),
             direction_scale=next(rest),
         )
-        for group in route.reward
+        for layer in route.reward
     )
     return Route(affine, reward, device)

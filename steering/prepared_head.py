@@ -1,0 +1,106 @@
+"""A reward head as a CPU applies it fastest, made once for each head."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_PACKED_FROM: Final = 4  # rows; fewer are as fast on weights as they are, read in two parts
+_MOST_UNITS: Final = 2048  # of a head whose Gram matrix is kept: 16 MB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedHead:
+    """A head's parameters, W1 in several forms. All tensors are float32."""
+
+    w1: Tensor  # (m, d)
+    b1: Tensor  # (m,)
+    w2: Tensor  # (m,)
+    wanted: Tensor  # (1,), what w2 . relu(W1 h + b1) is where the gap is closed
+    packed: Tensor | None  # W1, laid out as oneDNN reads it; None where there is no oneDNN
+    packed_back: Tensor | None  # W1^T, the same
+    # (m, d + m), [W1 | W1 W1^T]: what a unit's slope adds to the gradient, and to the change that
+    # a step along the gradient makes to the units. Only (m, d) where that would be too large.
+    rows: Tensor
+    step: Tensor  # (d + m,), [direction | W1 direction]
+
+    @property
+    def units(self) -> int:
+        """m."""
+        return len(self.w1)
+
+    def forth(self, rows: Tensor) -> Tensor:
+        """W1 of each row: (n, d) -> (n, m)."""
+        if self.packed is None:
+            return rows @ self.w1.T
+        if len(rows) >= _PACKED_FROM:
+            return _packed_linear(rows, self.packed)
+        halves = _halves(self.w1)
+        columns = torch.bmm(halves, rows.T.expand(len(halves), *rows.T.shape))
+        return columns.flatten(0, 1).T
+
+    def back(self, slopes: Tensor) -> Tensor:
+        """W1^T of each row: (n, m) -> (n, d)."""
+        if self.packed_back is None:
+            return slopes @ self.w1
+        if len(slopes) >= _PACKED_FROM:
+            return _packed_linear(slopes, self.packed_back)
+        halves = _halves(self.w1)
+        parts = slopes.reshape(len(slopes), *halves.shape[:2]).transpose(0, 1)
+        return torch.bmm(parts, halves).sum(0)
+
+    def along(self, slopes: Tensor) -> Tensor:
+        """The gradient of each row, and its change of the units: (n, m or more) -> (n, d + m)."""
+        gradient = self.back(slopes[:, : self.units])
+        return torch.cat((gradient, self.forth(gradient)), dim=1)
+
+    def along_few(self, units: Tensor, firsts: Tensor, slopes: Tensor) -> Tensor:
+        """The same, of rows in which few slopes are not zero.
+
+        Args:
+            units: (k,) int64, of which units; those of the first row, then of the second.
+            firsts: (n,) int64, where each row's begin.
+            slopes: (k,) float32, what theirs are.
+        """
+        sums: Tensor = torch.embedding_bag(
+            self.rows, units, firsts, mode=0, per_sample_weights=slopes
+        )[0]
+        if sums.shape[1] == len(self.step):
+            return sums
+        return torch.cat((sums, self.forth(sums)), dim=1)
+
+
+def prepare(w1: Tensor, b1: Tensor, w2: Tensor, wanted: Tensor, direction: Tensor) -> PreparedHead:
+    """Of a head's parameters on the CPU, all float32.
+
+    Args:
+        w1: (m, d); b1, w2: (m,); direction: (d,).
+        wanted: (), the mean reward of the training positives without the head's last bias.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    return PreparedHead(
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        wanted=wanted[None],
+        packed=pack(w1) if has_onednn else None,
+        packed_back=pack(w1.T.contiguous()) if has_onednn else None,
+        rows=torch.cat((w1, w1 @ w1.T), dim=1) if len(w1) <= _MOST_UNITS else w1,
+        step=torch.cat((direction, w1 @ direction)),
+    )
+
+
+def _packed_linear(rows: Tensor, packed: Tensor) -> Tensor:
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    return output
+
+
+def _halves(w1: Tensor) -> Tensor:
+    """(2, m / 2, d), or (1, m, d) where m is odd.
+
+    A batch of matrices is read at the memory's speed, a single one at a third of it.
+    """
+    m, d = w1.shape
+    return w1.view(1 if m % 2 else 2, -1, d)

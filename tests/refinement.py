@@ -1,0 +1,26 @@
+"""Settings of rows that reward heads refine."""
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steering.settings import RewardSettings
+
+SETTINGS = st.builds(
+    RewardSettings,
+    eta=st.floats(0, 1),
+    iterations=st.integers(0, 6),
+    direction_scale=st.floats(0, 2),
+)
+
+
+def columns(settings: Sequence[RewardSettings]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Each row's, as a refinement takes them."""
+    return (
+        torch.tensor([row.eta for row in settings])[:, None],
+        torch.tensor([row.iterations for row in settings])[:, None],
+        torch.tensor([row.direction_scale for row in settings])[:, None],
+        max(row.iterations for row in settings),
+    )
