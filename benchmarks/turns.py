@@ -10,6 +10,8 @@ import torch
 from benchmarks.core import Bench, BenchmarkError
 from server.engine.base import Edit, EngineError, Request, SamplingSettings
 from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.slab import SlabShape
+from server.engine.torch.slab_attention import SlabMemory
 
 _READ_AT_LEAST: Final = 256  # tokens of prompts in a step, until all are read
 
@@ -85,7 +87,11 @@ def _begin(bench: Bench, rows: Rows, turns: Turns) -> _Arm:
         )
         for row, edits in enumerate(rows)
     ]
-    scheduler = bench.core.scheduler
+    scheduler, store = bench.core.scheduler, bench.core.store
+    if isinstance(store.memory, SlabMemory):
+        # Of its own, or slabs of one arm would lie between those of another, and no longer be
+        # attended to in one call.
+        store.memory = SlabMemory(SlabShape.of(bench.loaded.model))
     bench.core.admit(sequences, bench.parameters)
     while scheduler.waiting or any(sequence.pending != 1 for sequence in sequences):
         _step(bench)
