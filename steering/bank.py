@@ -173,10 +173,8 @@ class Bank:
             edited = refine(
                 rows,
                 [(self._head(slot, hidden.device), count) for slot, count in layer.heads],
-                eta=layer.eta,
-                iterations=layer.iterations,
                 direction_scale=layer.direction_scale,
-                max_iterations=layer.max_iterations,
+                step_sizes=layer.step_sizes,
             )
             if meter is not None:
                 meter.reward(layer.depth, rows, edited, layer.rows)

@@ -16,26 +16,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steering.prepared_head import PreparedHead
-from steering.reward import RewardHead, apply_reward, slopes, stays_as_it_is, step_sizes
+from steering.reward import RewardHead, apply_reward, slopes, stays_as_it_is
 
 Heads: TypeAlias = Sequence[tuple[RewardHead, int]]
 """Heads, and how many rows each edits: first come the rows of the first."""
 
 
-def refine(
-    h: Tensor,
-    heads: Heads,
-    eta: Tensor,
-    iterations: Tensor,
-    direction_scale: Tensor,
-    max_iterations: int,
-) -> Tensor:
+def refine(h: Tensor, heads: Heads, direction_scale: Tensor, step_sizes: Tensor) -> Tensor:
     """Refine n rows, each by its own head with its own settings; see `apply_reward`.
 
     Args:
         h: (n, d) float32.
         heads: all of width d, with n rows together.
-        eta, iterations, direction_scale, max_iterations: as `apply_reward` takes them.
+        direction_scale, step_sizes: as `apply_reward` takes them.
 
     Returns:
         (n, d) float32.
@@ -43,14 +36,13 @@ def refine(
     prepared = [head.prepared for head, _ in heads if head.prepared is not None]
     counts = [count for _, count in heads]
     if len(prepared) == len(heads):
-        return _climb(h, _Stack(prepared, counts), eta, iterations, direction_scale, max_iterations)
+        return _climb(h, _Stack(prepared, counts), direction_scale, step_sizes)
     edited = []
     first = 0
     for head, count in heads:
         own = slice(first, first + count)
         first += count
-        settings = (eta[own], iterations[own], direction_scale[own])
-        edited.append(apply_reward(h[own], head, *settings, max_iterations))
+        edited.append(apply_reward(h[own], head, direction_scale[own], step_sizes[own]))
     return torch.cat(edited)
 
 
@@ -101,14 +93,7 @@ class _Stack:
                 motion[own, : along.shape[1]].add_(along)
 
 
-def _climb(
-    h: Tensor,
-    stack: _Stack,
-    eta: Tensor,
-    iterations: Tensor,
-    direction_scale: Tensor,
-    max_iterations: int,
-) -> Tensor:
+def _climb(h: Tensor, stack: _Stack, direction_scale: Tensor, step_sizes: Tensor) -> Tensor:
     d, m = h.shape[1], stack.units
     w2 = stack.of_rows([head.w2 for head in stack.heads])
     units = stack.each(PreparedHead.forth, h, m) + stack.of_rows([head.b1 for head in stack.heads])
@@ -118,16 +103,16 @@ def _climb(
     stays = stays_as_it_is(gap, direction_scale)
     state = torch.cat((h, units), dim=1)
     state = torch.where(stays, state, state + direction_scale * gap * step)
-    if not max_iterations:
+    if not step_sizes.shape[1]:
         return state[:, :d]
     slope = slopes(state[:, d:], w2)
     motion = stack.each(PreparedHead.along, slope, d + m)
-    first, *others = step_sizes(eta, iterations, max_iterations)
+    first, *others = torch.unbind(step_sizes[:, :, None], dim=1)
     state.addcmul_(first, motion)
-    for each in others:
+    for eta in others:
         before, slope = slope, slopes(state[:, d:], w2)
         stack.add_along(motion, slope - before)
-        state.addcmul_(each, motion)
+        state.addcmul_(eta, motion)
     return state[:, :d]
 
 

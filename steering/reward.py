@@ -67,21 +67,16 @@ def slopes(units: Tensor, w2: Tensor) -> Tensor:
 def apply_reward(
     h: Tensor,
     head: RewardHead,
-    eta: Tensor,
-    iterations: Tensor,
     direction_scale: Tensor,
-    max_iterations: int,
+    step_sizes: Tensor,
 ) -> Tensor:
     """Refine n rows by one head, each row with its own settings, as the equations have it.
 
     Args:
         h: (n, d) float32.
         head: the head that all rows use.
-        eta: (n, 1) float32, the step size.
-        iterations: (n, 1) int64, gradient steps of each row.
         direction_scale: (n, 1) float32.
-        max_iterations: no less than the largest of `iterations`, known on the host so that no
-            step waits for the device.
+        step_sizes: (n, most iterations) float32, eta of each, and 0 where a row has done its own.
 
     Returns:
         (n, d) float32.
@@ -89,9 +84,9 @@ def apply_reward(
     gap = (head.positive_reward - reward(head, h))[:, None]
     stays = stays_as_it_is(gap, direction_scale)
     h = torch.where(stays, h, h + direction_scale * gap * head.direction)
-    for each in step_sizes(eta, iterations, max_iterations):
+    for eta in torch.unbind(step_sizes[:, :, None], dim=1):
         units = linear(h, head.w1, head.b1)
-        h = torch.addcmul(h, each, slopes(units, head.w2.expand_as(units)) @ head.w1)
+        h = torch.addcmul(h, eta, slopes(units, head.w2.expand_as(units)) @ head.w1)
     return h
 
 
@@ -101,11 +96,3 @@ def stays_as_it_is(gap: Tensor, direction_scale: Tensor) -> Tensor:
     A reward that is not a number must show, and not leave the row as it is.
     """
     return (gap <= 0) | (direction_scale == 0)
-
-
-def step_sizes(eta: Tensor, iterations: Tensor, max_iterations: int) -> tuple[Tensor, ...]:
-    """Of each iteration, (n, 1) float32: 0 for rows that have done theirs."""
-    if not max_iterations:
-        return ()
-    steps = torch.arange(max_iterations, device=eta.device)
-    return torch.split(torch.where(iterations > steps, eta, 0.0), 1, dim=1)

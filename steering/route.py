@@ -46,19 +46,16 @@ class RewardLayer:
     depth: int  # k, from 0
     heads: tuple[tuple[int, int], ...]  # slots, and how many rows each edits
     rows: Tensor  # (n,) int64
-    eta: Tensor  # (n, 1) float32
-    iterations: Tensor  # (n, 1) int64
     direction_scale: Tensor  # (n, 1) float32
-    max_iterations: int
+    step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
 
     def to(self, device: torch.device) -> "RewardLayer":
         """The same on a device."""
         return replace(
             self,
             rows=self.rows.to(device),
-            eta=self.eta.to(device),
-            iterations=self.iterations.to(device),
             direction_scale=self.direction_scale.to(device),
+            step_sizes=self.step_sizes.to(device),
         )
 
 
@@ -176,17 +173,18 @@ def _reward_layer(
             slot, settings = stack[depth]
             by_slot.setdefault(slot, []).extend((row, settings) for row in span.rows)
     rows = [each for own in by_slot.values() for each in own]
-    iterations = [settings.iterations for _, settings in rows]
+    most = max((settings.iterations for _, settings in rows), default=0)
+    steps = [[settings.direction_scale, *_step_sizes(settings, most)] for _, settings in rows]
+    table = torch.tensor(steps, dtype=torch.float32, device=device).view(len(rows), 1 + most)
     return RewardLayer(
         depth=depth,
         heads=tuple((slot, len(own)) for slot, own in by_slot.items()),
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
-        eta=_column([settings.eta for _, settings in rows], device),
-        iterations=torch.tensor(iterations, dtype=torch.int64, device=device)[:, None],
-        direction_scale=_column([settings.direction_scale for _, settings in rows], device),
-        max_iterations=max(iterations, default=0),
+        direction_scale=table[:, :1],
+        step_sizes=table[:, 1:],
     )
 
 
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+def _step_sizes(settings: RewardSettings, most: int) -> list[float]:
+    """Of `most` iterations, some of which are not the row's."""
+    return [settings.eta] * settings.iterations + [0.0] * (most - settings.iterations)

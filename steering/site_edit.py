@@ -16,7 +16,6 @@ from steering.dose import relative_change
 from steering.route import Route
 
 CHILD: Final = "steering"  # what it is called in the site's module
-STEP_TENSORS: Final = ("slots", "strength", "doses")  # that have one place a token
 
 
 class SiteEdit(nn.Module):
@@ -37,7 +36,7 @@ class SiteEdit(nn.Module):
     def __init__(self, depth: int, has_support: bool) -> None:
         super().__init__()
         self._depth = depth
-        for name in (*STEP_TENSORS, "present", "delta", "bias"):
+        for name in ("slots", "strength", "doses", "present", "delta", "bias"):
             self.register_buffer(name, torch.empty(0))
         for name in ("low", "high"):
             self.register_buffer(name, torch.empty(0) if has_support else None)

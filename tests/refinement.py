@@ -16,11 +16,11 @@ SETTINGS = st.builds(
 )
 
 
-def columns(settings: Sequence[RewardSettings]) -> tuple[Tensor, Tensor, Tensor, int]:
+def columns(settings: Sequence[RewardSettings]) -> tuple[Tensor, Tensor]:
     """Each row's, as a refinement takes them."""
+    most = max(row.iterations for row in settings)
+    etas = [[row.eta if step < row.iterations else 0.0 for step in range(most)] for row in settings]
     return (
-        torch.tensor([row.eta for row in settings])[:, None],
-        torch.tensor([row.iterations for row in settings])[:, None],
         torch.tensor([row.direction_scale for row in settings])[:, None],
-        max(row.iterations for row in settings),
+        torch.tensor(etas).view(len(settings), most),
     )

@@ -37,12 +37,7 @@ def test_refinement_runs_where_the_gap_is_closed_and_the_directional_step_does_n
     def refined(iterations: int) -> torch.Tensor:
         rows = len(above)
         return apply_reward(
-            above,
-            head,
-            eta=torch.full((rows, 1), 0.5),
-            iterations=torch.full((rows, 1), iterations),
-            direction_scale=torch.ones(rows, 1),
-            max_iterations=iterations,
+            above, head, torch.ones(rows, 1), step_sizes=torch.full((rows, iterations), 0.5)
         )
 
     assert torch.equal(refined(0), above)

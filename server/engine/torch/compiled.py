@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,15 +43,10 @@ class _Layer:
     variant: Variant
     tensors: Tensors  # its own, and the maps of its sites
     position: Tensor  # () int64, which layer it is
-    paths: tuple[str, ...]  # of the sites that are edited
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How the layers are computed while the same sites are edited."""
-
-    layers: list[_Layer]
-    paths: frozenset[str]  # of all their edited sites
+# How the layers are computed while the same sites are edited.
+_Plan: TypeAlias = list[_Layer]
 
 
 class CompiledLayers:
@@ -98,15 +93,14 @@ class CompiledLayers:
     ) -> Iterator[None]:
         """Within the context, a step's layers run compiled, where they are."""
         plan = self._plan(bank.acting(route), len(route.affine))
-        edits = step_tensors(route, tokens) if plan.paths else {}
-        inputs = {path: named_tensors(path, edits) for path in plan.paths}
-        with self._layers.replaced_by([self._call(layer, inputs, tokens) for layer in plan.layers]):
+        edits = step_tensors(route, tokens) if any(layer.variant.sites for layer in plan) else {}
+        with self._layers.replaced_by([self._call(layer, edits, tokens) for layer in plan]):
             yield
         if meter is not None and edits:
             for layer, doses, counts in zip(route.affine, *edits["doses"], strict=True):
                 meter.add_affine(layer.depth, doses, counts)
 
-    def _plan(self, acting: Mapping[str, SiteMaps], depth: int) -> "_Plan":
+    def _plan(self, acting: Mapping[str, SiteMaps], depth: int) -> _Plan:
         """What does not change from one step to the next, as long as the same sites are edited."""
         key = (depth, *((site, maps, maps.low is None) for site, maps in acting.items()))
         if key not in self._plans:
@@ -115,7 +109,7 @@ class CompiledLayers:
             self._plans[key] = self._make_plan(acting, depth)
         return self._plans[key]
 
-    def _make_plan(self, acting: Mapping[str, SiteMaps], depth: int) -> "_Plan":
+    def _make_plan(self, acting: Mapping[str, SiteMaps], depth: int) -> _Plan:
         layers = self._layers
         edited: list[dict[str, SiteMaps]] = [{} for _ in layers.modules]
         for site, maps in acting.items():
@@ -129,24 +123,20 @@ class CompiledLayers:
             tensors = dict(layers.tensors[index])
             for path, maps in found.items():
                 tensors |= named_tensors(path, site_tensors(maps))
-            planned.append(_Layer(variant, tensors, layers.positions[index], tuple(found)))
-        return _Plan(planned, frozenset(path for found in edited for path in found))
+            planned.append(_Layer(variant, tensors, layers.positions[index]))
+        return planned
 
-    def _call(
-        self, layer: "_Layer", inputs: Mapping[str, Tensors], tokens: int
-    ) -> LayerCall | None:
+    def _call(self, layer: _Layer, edits: Tensors, tokens: int) -> LayerCall | None:
         """What computes a layer in this step; None: the layer itself."""
         graphs = self._find(layer.variant)
         if graphs is None:
             return None
         graph = graphs.one_token if tokens == 1 else graphs.more_tokens
-        tensors = layer.tensors
-        for path in layer.paths:
-            tensors = {**tensors, **inputs[path]}
+        own = edits if layer.variant.sites else {}
 
         def call(*args: object, **kwargs: object) -> object:
             kwargs["layer_index"] = layer.position
-            return graph(tensors, args, kwargs)
+            return graph(layer.tensors, own, args, kwargs)
 
         return call
 

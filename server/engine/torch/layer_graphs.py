@@ -14,7 +14,7 @@ from server.engine.torch.decoder import DecoderLayers, Record, template_of
 from server.engine.torch.packed import OneProduct
 from steering.affine import AffineMap
 from steering.bank import SiteMaps
-from steering.site_edit import CHILD, STEP_TENSORS, SiteEdit, site_tensors
+from steering.site_edit import CHILD, SiteEdit, site_tensors
 
 _OPTIONS: Final[Mapping[str, Any]] = {
     # What a layer's fused loops compute is small beside its products. On two cores, threads of
@@ -30,8 +30,9 @@ _OPTIONS: Final[Mapping[str, Any]] = {
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 1e-2}
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-_Inputs: TypeAlias = tuple[Tensors, Sequence[object], Mapping[str, object]]
-Graph: TypeAlias = Callable[[Tensors, Sequence[object], Mapping[str, object]], object]
+# A layer's tensors, what its edits take of the step, and the layer's own arguments.
+_Inputs: TypeAlias = tuple[Tensors, Tensors, Sequence[object], Mapping[str, object]]
+Graph: TypeAlias = Callable[[Tensors, Tensors, Sequence[object], Mapping[str, object]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +85,30 @@ def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant
     """
     template = _template(layers.structures[variant.structure], variant)
 
-    def run(tensors: Tensors, args: Sequence[object], kwargs: Mapping[str, Any]) -> object:
-        return functional_call(template, dict(tensors), tuple(args), dict(kwargs), strict=True)
+    def run(
+        tensors: Tensors, step: Tensors, args: Sequence[object], kwargs: Mapping[str, Any]
+    ) -> object:
+        named = dict(tensors)
+        for site in variant.sites:
+            named |= named_tensors(site.path, step)
+        return functional_call(template, named, tuple(args), dict(kwargs), strict=True)
 
     return Graphs(*(_graph(layers, variant, run, probe) for probe in probes))
 
 
 def _graph(layers: DecoderLayers, variant: Variant, run: Graph, probe: Probe) -> Graph:
     alike = [i for i, each in enumerate(layers.structure_of) if each == variant.structure]
-    edited = _example_edits(variant, probe.record.tokens)
+    maps, step = _example_maps(variant), _example_step(variant, probe.record.tokens)
 
     def inputs(index: int) -> _Inputs:
         args, kwargs = probe.record.inputs[index]
-        tensors = {**layers.tensors[index], **edited}
-        return tensors, args, {**kwargs, "layer_index": layers.positions[index]}
+        tensors = {**layers.tensors[index], **maps}
+        return tensors, step, args, {**kwargs, "layer_index": layers.positions[index]}
 
     with probe.attention.current():
         graph = _compiled_ahead(run, inputs(alike[0]), probe.record.tokens)
         for index in alike:
-            expected = run(*inputs(index)) if edited else probe.record.outputs[index]
+            expected = run(*inputs(index)) if variant.sites else probe.record.outputs[index]
             _compare(graph(*inputs(index)), expected)
     return graph
 
@@ -120,17 +126,9 @@ def _template(structure: nn.Module, variant: Variant) -> nn.Module:
     return template
 
 
-def _example_edits(variant: Variant, tokens: int) -> dict[str, Tensor]:
-    """Inputs that edit every second token or so."""
-    if not variant.sites:
-        return {}
+def _example_maps(variant: Variant) -> dict[str, Tensor]:
+    """Of a bank whose first slot is filled."""
     random = torch.Generator().manual_seed(0)
-    slots = torch.arange(tokens * variant.depth).remainder(2).view(variant.depth, tokens)
-    edits = {
-        "slots": slots,
-        "strength": torch.full((variant.depth, tokens, 1), 0.5),
-        "doses": torch.zeros(2, variant.depth, tokens),
-    }
     inputs: dict[str, Tensor] = {}
     for site in variant.sites:
         maps = SiteMaps(site.slots, site.width, torch.device("cpu"))
@@ -144,16 +142,26 @@ def _example_edits(variant: Variant, tokens: int) -> dict[str, Tensor]:
                 high=high if site.has_support else None,
             ),
         )
-        inputs |= named_tensors(site.path, site_tensors(maps)) | named_tensors(site.path, edits)
+        inputs |= named_tensors(site.path, site_tensors(maps))
     return inputs
 
 
+def _example_step(variant: Variant, tokens: int) -> Tensors:
+    """A step that edits every second token or so."""
+    if not variant.sites:
+        return {}
+    slots = torch.arange(tokens * variant.depth).remainder(2).view(variant.depth, tokens)
+    return {
+        "slots": slots,
+        "strength": torch.full((variant.depth, tokens, 1), 0.5),
+        "doses": torch.zeros(2, variant.depth, tokens),
+    }
+
+
 def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
-    tensors, args, kwargs = inputs
     if tokens > 1:
-        # Not among weights and maps, whose sizes may be the same number by chance.
-        edits = [each for name, each in tensors.items() if name.rpartition(".")[2] in STEP_TENSORS]
-        for tensor in tree_leaves((edits, args, kwargs)):
+        # Not of weights and maps, whose sizes may be the same number by chance.
+        for tensor in tree_leaves(inputs[1:]):
             for dim, size in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
                 if size == tokens:
                     torch._dynamo.mark_dynamic(tensor, dim)

@@ -42,7 +42,7 @@ def route_tensors(route: Route) -> list[Tensor]:
     for layer in route.affine:
         tensors += [layer.slots, layer.strength]
     for each in route.reward:
-        tensors += [each.rows, each.eta, each.iterations, each.direction_scale]
+        tensors += [each.rows, each.direction_scale, each.step_sizes]
     return tensors
 
 
@@ -54,9 +54,8 @@ def with_route_tensors(route: Route, tensors: Sequence[Tensor], device: torch.de
         replace(
             layer,
             rows=next(rest),
-            eta=next(rest),
-            iterations=next(rest),
             direction_scale=next(rest),
+            step_sizes=next(rest),
         )
         for layer in route.reward
     )
