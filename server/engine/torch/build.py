@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
-from server.engine.torch.cuda_graphs import CudaCapture, GraphRunner
+from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.decoder import DecoderLayers
+from server.engine.torch.graph_capture import CudaCapture
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.kv_plan import KVPlan, KVWishes, plan_kv

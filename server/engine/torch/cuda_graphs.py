@@ -7,18 +7,19 @@ of rows, a number of stacked affine edits, and whether they are measured.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Final, Protocol
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch.batch import Batch
 from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.decoder_call import Decoder
+from server.engine.torch.graph_capture import Capture
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory, PagedStep
 from server.engine.torch.staged_runner import StagedRunner, paged_step
@@ -36,56 +37,7 @@ _TOLERANCE: Final = 1e-3
 
 
 class GraphError(Exception):
-    """A graph cannot be made, or gives something else than the model."""
-
-
-class Capture(Protocol):
-    """Makes a function that can be replayed, of one that reads and writes the same tensors."""
-
-    def __call__(
-        self, function: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """What computes the function anew, and the tensors that its results come to be in."""
-        ...
-
-
-class CudaCapture:
-    """Captures on a stream of its own; all graphs share the memory between inputs and results."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-        # A pool is lost with its last graph, so one is kept whatever becomes of it.
-        self._last: torch.cuda.CUDAGraph | None = None
-
-    def __call__(
-        self, function: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """As every capture's; see `Capture`."""
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                function()  # libraries set themselves up in a first call, which none may capture
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may use the device meanwhile, as reading an intervention does.
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    results = function()
-            except Exception:
-                # Where a capture has failed, its stream stays the current one, and its pool open.
-                torch.cuda.set_stream(current)
-                self._begin_anew()
-                raise
-        self._last = graph
-        return graph.replay, results
+    """A graph gives something else than the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +75,7 @@ class GraphRunner(StagedRunner):
         self._capture = capture
         self._buckets = buckets(max_rows)
         self._pages = -(-max_tokens // PAGE)
-        self._decoder = _Decoder(model)
+        self._decoder = Decoder(model)
         self._graphs: dict[_Key, _Graph | None] = {}  # None: cannot be made
         self._bank: Bank | None = None  # whose edits the graphs hold,
         self._version = 0  # and which of its versions
@@ -244,73 +196,3 @@ def buckets(most: int) -> tuple[int, ...]:
 
 def _rewards(route: Route) -> Route:
     return replace(route, affine=())
-
-
-class _DecoderOutput(Protocol):
-    last_hidden_state: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _DecoderCall:
-    """What a model makes of its decoder."""
-
-    call: Callable[[], _DecoderOutput]  # the same again
-    output: type
-    hidden: Tensor  # (1, rows, width)
-
-
-class _Decoder:
-    """The part of a model that gives the hidden states, which may be given instead."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        module: object = model.get_decoder()  # type: ignore[no-untyped-call]
-        assert isinstance(module, nn.Module)
-        self._own: Callable[..., _DecoderOutput] = module.forward
-        self._instead: Callable[..., object] | None = None
-        module.forward = self._forward
-
-    def _forward(self, *args: object, **kwargs: object) -> object:
-        return (self._instead or self._own)(*args, **kwargs)
-
-    @contextmanager
-    def gives(self, output: type, hidden: Tensor) -> Iterator[None]:
-        """Within the context, it computes nothing and gives these hidden states."""
-        self._instead = lambda *_args, **_kwargs: output(last_hidden_state=hidden)
-        try:
-            yield
-        finally:
-            self._instead = None
-
-    def call_of(self, model: PreTrainedModel, inputs: DecodeInputs) -> _DecoderCall:
-        """The call that a model makes of it, on some inputs, and what it gives.
-
-        Raises:
-            GraphError: the model does not give it the inputs themselves.
-        """
-        calls: list[tuple[tuple[object, ...], dict[str, object], _DecoderOutput]] = []
-
-        def spy(*args: object, **kwargs: object) -> object:
-            output = self._own(*args, **kwargs)
-            calls.append((args, kwargs, output))
-            return output
-
-        self._instead = spy
-        try:
-            model(
-                input_ids=inputs.input_ids,
-                position_ids=inputs.position_ids,
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        finally:
-            self._instead = None
-        if len(calls) != 1:
-            raise GraphError(f"{type(model).__name__} calls its decoder {len(calls)} times")
-        [(args, kwargs, output)] = calls
-        given = [*args, *kwargs.values()]
-        for tensor in (inputs.input_ids, inputs.position_ids):
-            if not any(each is tensor for each in given):
-                raise GraphError(f"{type(model).__name__} gives its decoder other inputs")
-        return _DecoderCall(
-            lambda: self._own(*args, **kwargs), type(output), output.last_hidden_state
-        )
