@@ -172,7 +172,10 @@ class Bank:
             rows = h[layer.rows]
             edited = refine(
                 rows,
-                [(self._head(slot, hidden.device), count) for slot, count in layer.heads],
+                [
+                    (self._head(slot, hidden.device), count, most)
+                    for slot, count, most in layer.heads
+                ],
                 direction_scale=layer.direction_scale,
                 step_sizes=layer.step_sizes,
             )

@@ -82,7 +82,7 @@ class DoseMeter:
         }
 
     def reward(self, depth: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
-        """Take in one head's edits at one place of the stacks.
+        """Take in the rows' reward edits at one place of their stacks.
 
         Args:
             before, after: (n, d) float32.

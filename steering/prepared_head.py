@@ -5,23 +5,28 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _PACKED_FROM: Final = 4  # rows; fewer are as fast on weights as they are, read in two parts
-_MOST_UNITS: Final = 2048  # of a head whose Gram matrix is kept: 16 MB
+_MOST_UNITS: Final = 2048  # of a head that is kept in all forms, which take 5 times its memory
+_MULTIPLE: Final = 64  # of units: sums over them are then the same bits beside wider heads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedHead:
-    """A head's parameters, W1 in several forms. All tensors are float32."""
+    """A head's parameters, W1 in several forms. All tensors are float32.
+
+    Units are added that do nothing, up to a multiple of 64: m is then as many.
+    """
 
     w1: Tensor  # (m, d)
     b1: Tensor  # (m,)
     w2: Tensor  # (m,)
     wanted: Tensor  # (1,), what w2 . relu(W1 h + b1) is where the gap is closed
-    packed: Tensor | None  # W1, laid out as oneDNN reads it; None where there is no oneDNN
+    packed: Tensor | None  # W1, laid out as oneDNN reads it; None without oneDNN, or if too large
     packed_back: Tensor | None  # W1^T, the same
     # (m, d + m), [W1 | W1 W1^T]: what a unit's slope adds to the gradient, and to the change that
-    # a step along the gradient makes to the units. Only (m, d) where that would be too large.
+    # a step along the gradient makes to the units. Only W1 where that would be too large.
     rows: Tensor
     step: Tensor  # (d + m,), [direction | W1 direction]
 
@@ -38,7 +43,7 @@ class PreparedHead:
             return _packed_linear(rows, self.packed)
         halves = _halves(self.w1)
         columns = torch.bmm(halves, rows.T.expand(len(halves), *rows.T.shape))
-        return columns.flatten(0, 1).T
+        return columns.flatten(0, 1).T.contiguous()
 
     def back(self, slopes: Tensor) -> Tensor:
         """W1^T of each row: (n, m) -> (n, d)."""
@@ -78,16 +83,19 @@ def prepare(w1: Tensor, b1: Tensor, w2: Tensor, wanted: Tensor, direction: Tenso
         w1: (m, d); b1, w2: (m,); direction: (d,).
         wanted: (), the mean reward of the training positives without the head's last bias.
     """
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    added = -len(w1) % _MULTIPLE
+    w1, b1, w2 = pad(w1, (0, 0, 0, added)), pad(b1, (0, added)), pad(w2, (0, added))
+    small = len(w1) <= _MOST_UNITS
+    packs = small and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     pack = torch.ops.mkldnn._reorder_linear_weight
     return PreparedHead(
         w1=w1,
         b1=b1,
         w2=w2,
         wanted=wanted[None],
-        packed=pack(w1) if has_onednn else None,
-        packed_back=pack(w1.T.contiguous()) if has_onednn else None,
-        rows=torch.cat((w1, w1 @ w1.T), dim=1) if len(w1) <= _MOST_UNITS else w1,
+        packed=pack(w1) if packs else None,
+        packed_back=pack(w1.T.contiguous()) if packs else None,
+        rows=torch.cat((w1, w1 @ w1.T), dim=1) if small else w1,
         step=torch.cat((direction, w1 @ direction)),
     )
 
@@ -98,9 +106,8 @@ def _packed_linear(rows: Tensor, packed: Tensor) -> Tensor:
 
 
 def _halves(w1: Tensor) -> Tensor:
-    """(2, m / 2, d), or (1, m, d) where m is odd.
+    """(2, m / 2, d).
 
     A batch of matrices is read at the memory's speed, a single one at a third of it.
     """
-    m, d = w1.shape
-    return w1.view(1 if m % 2 else 2, -1, d)
+    return w1.view(2, -1, w1.shape[1])

@@ -3,8 +3,8 @@
 Where a CPU computes them, h and its units u = W1 h + b1 are carried through the steps together,
 as one state [h | u] of each row. A step along the gradient g moves it by eta [g | W1 g]. From one
 step to the next, few units (5 of 1024 in a trained head) pass zero: their rows of [W1 | W1 W1^T]
-are all that [g | W1 g] changes by, so that a head's matrices are multiplied three times, however
-many the steps. All but those products is done for all heads' rows together.
+are all that [g | W1 g] changes by, so that a head of common size is multiplied by three times,
+however many the steps. All but those products is done for all heads' rows together.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from steering.prepared_head import PreparedHead
 from steering.reward import RewardHead, apply_reward, slopes, stays_as_it_is
 
-Heads: TypeAlias = Sequence[tuple[RewardHead, int]]
-"""Heads, and how many rows each edits: first come the rows of the first."""
+Heads: TypeAlias = Sequence[tuple[RewardHead, int, int]]
+"""Heads, how many rows each edits, and their most iterations: first come the rows of the first."""
 
 
 def refine(h: Tensor, heads: Heads, direction_scale: Tensor, step_sizes: Tensor) -> Tensor:
@@ -33,16 +33,16 @@ def refine(h: Tensor, heads: Heads, direction_scale: Tensor, step_sizes: Tensor)
     Returns:
         (n, d) float32.
     """
-    prepared = [head.prepared for head, _ in heads if head.prepared is not None]
-    counts = [count for _, count in heads]
+    prepared = [head.prepared for head, _, _ in heads if head.prepared is not None]
     if len(prepared) == len(heads):
+        counts = [count for _, count, _ in heads]
         return _climb(h, _Stack(prepared, counts), direction_scale, step_sizes)
     edited = []
     first = 0
-    for head, count in heads:
+    for head, count, most in heads:
         own = slice(first, first + count)
         first += count
-        edited.append(apply_reward(h[own], head, direction_scale[own], step_sizes[own]))
+        edited.append(apply_reward(h[own], head, direction_scale[own], step_sizes[own, :most]))
     return torch.cat(edited)
 
 
@@ -75,11 +75,11 @@ class _Stack:
         parts = zip(self.heads, torch.split(rows, self.counts), strict=True)
         return torch.cat([_widened(product(head, part), width) for head, part in parts])
 
-    def add_along(self, motion: Tensor, slopes: Tensor) -> None:
-        """Add what few slopes, (n, m) and mostly zero, do to a motion, (n, d + m)."""
-        rows, units = slopes.nonzero(as_tuple=True)
-        weights = slopes[rows, units]
-        firsts = torch.searchsorted(rows, torch.arange(len(slopes)))
+    def add_along(self, motion: Tensor, flips: Tensor) -> None:
+        """Add what flips of slopes, (n, m) and mostly zero, do to a motion, (n, d + m)."""
+        rows, units = flips.nonzero(as_tuple=True)
+        weights = flips[rows, units]
+        firsts = torch.searchsorted(rows, torch.arange(len(flips)))
         if len(self.heads) == 1:
             motion.add_(self.heads[0].along_few(units, firsts, weights))
             return
@@ -108,12 +108,20 @@ def _climb(h: Tensor, stack: _Stack, direction_scale: Tensor, step_sizes: Tensor
     slope = slopes(state[:, d:], w2)
     motion = stack.each(PreparedHead.along, slope, d + m)
     first, *others = torch.unbind(step_sizes[:, :, None], dim=1)
-    state.addcmul_(first, motion)
+    alike = bool(step_sizes.all())
+    state = _moved(state, first, motion, alike)
     for eta in others:
         before, slope = slope, slopes(state[:, d:], w2)
         stack.add_along(motion, slope - before)
-        state.addcmul_(eta, motion)
+        state = _moved(state, eta, motion, alike)
     return state[:, :d]
+
+
+def _moved(state: Tensor, eta: Tensor, motion: Tensor, alike: bool) -> Tensor:
+    """A step of each row; `alike` says that none has done its own before the others."""
+    moved = torch.addcmul(state, eta, motion)
+    # What a row that has would be moved by may be infinite, and 0 times it NaN.
+    return moved if alike else torch.where(eta == 0, state, moved)
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:

@@ -51,11 +51,7 @@ class RewardHead:
 
 def reward(head: RewardHead, h: Tensor) -> Tensor:
     """The reward of each row: (n, d) float32 -> (n,) float32."""
-    return _reward(head, linear(h, head.w1, head.b1))
-
-
-def _reward(head: RewardHead, units: Tensor) -> Tensor:
-    return torch.relu(units) @ head.w2 + head.b2
+    return torch.relu(linear(h, head.w1, head.b1)) @ head.w2 + head.b2
 
 
 def slopes(units: Tensor, w2: Tensor) -> Tensor:
@@ -76,7 +72,7 @@ def apply_reward(
         h: (n, d) float32.
         head: the head that all rows use.
         direction_scale: (n, 1) float32.
-        step_sizes: (n, most iterations) float32, eta of each, and 0 where a row has done its own.
+        step_sizes: (n, most iterations) float32: eta, and 0 from where on a row has done its own.
 
     Returns:
         (n, d) float32.
@@ -86,7 +82,9 @@ def apply_reward(
     h = torch.where(stays, h, h + direction_scale * gap * head.direction)
     for eta in torch.unbind(step_sizes[:, :, None], dim=1):
         units = linear(h, head.w1, head.b1)
-        h = torch.addcmul(h, eta, slopes(units, head.w2.expand_as(units)) @ head.w1)
+        gradient = slopes(units, head.w2.expand_as(units)) @ head.w1
+        # What a row that has done its own would be moved by may be infinite, and 0 times it NaN.
+        h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
     return h
 
 

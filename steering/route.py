@@ -44,7 +44,7 @@ class RewardLayer:
     """The k-th reward edit of those rows that have one: the rows of one head after another's."""
 
     depth: int  # k, from 0
-    heads: tuple[tuple[int, int], ...]  # slots, and how many rows each edits
+    heads: tuple[tuple[int, int, int], ...]  # slot, how many rows it edits, their most iterations
     rows: Tensor  # (n,) int64
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
@@ -178,7 +178,10 @@ def _reward_layer(
     table = torch.tensor(steps, dtype=torch.float32, device=device).view(len(rows), 1 + most)
     return RewardLayer(
         depth=depth,
-        heads=tuple((slot, len(own)) for slot, own in by_slot.items()),
+        heads=tuple(
+            (slot, len(own), max(settings.iterations for _, settings in own))
+            for slot, own in by_slot.items()
+        ),
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
         direction_scale=table[:, :1],
         step_sizes=table[:, 1:],

@@ -18,7 +18,20 @@ CPU = torch.device("cpu")
 SLOW = RewardSettings(eta=0.3, iterations=20, direction_scale=1.0)
 
 
-def expected_of(h: Tensor, heads: Heads, settings: Sequence[RewardSettings]) -> Tensor:
+Counted = Sequence[tuple[RewardHead, int]]
+"""Heads, and how many rows each edits."""
+
+
+def refined_by(h: Tensor, heads: Counted, settings: Sequence[RewardSettings]) -> Tensor:
+    """Rows in the order of their heads, each with its own settings."""
+    rest = iter(settings)
+    with_most: Heads = [
+        (head, count, max(next(rest).iterations for _ in range(count))) for head, count in heads
+    ]
+    return refine(h, with_most, *columns(settings))
+
+
+def expected_of(h: Tensor, heads: Counted, settings: Sequence[RewardSettings]) -> Tensor:
     """Each row by itself, by the slow reference."""
     of_rows = [head for head, count in heads for _ in range(count)]
     rows = zip(h, of_rows, settings, strict=True)
@@ -42,7 +55,7 @@ def test_each_row_is_refined_by_its_own_head_and_settings(
     rows = sum(count for _, count in heads)
     settings = data.draw(st.lists(SETTINGS, min_size=rows, max_size=rows))
     h = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
-    refined = refine(h, heads, *columns(settings))
+    refined = refined_by(h, heads, settings)
     expected = expected_of(h, heads, settings)
     torch.testing.assert_close(refined, expected, rtol=1e-4, atol=1e-4)
 
@@ -53,7 +66,7 @@ def test_many_steps_that_flip_many_units_equal_the_reference(counts: Sequence[in
     heads = [(random_head(place, 96, 1024).to(CPU), count) for place, count in enumerate(counts)]
     rows = sum(counts)
     h = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0))
-    refined = refine(h, heads, *columns([SLOW] * rows))
+    refined = refined_by(h, heads, [SLOW] * rows)
     expected = expected_of(h, heads, [SLOW] * rows)
     w1 = torch.cat([head.w1.expand(count, -1, -1) for head, count in heads])
     b1 = torch.cat([head.b1.expand(count, -1) for head, count in heads])
@@ -65,53 +78,97 @@ def test_many_steps_that_flip_many_units_equal_the_reference(counts: Sequence[in
     assert difference.median() < 1e-5
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("rows", [2, 8])
 @pytest.mark.parametrize("several", [False, True])
-def test_a_rows_bits_do_not_depend_on_the_other_rows(rows: int, several: bool) -> None:
-    head, another = (random_head(seed, width=96, units=256).to(CPU) for seed in (4, 5))
+def test_a_rows_bits_do_not_depend_on_the_other_rows(
+    prepared: bool, rows: int, several: bool
+) -> None:
+    head, another = (random_head(seed, width=96, units=256) for seed in (4, 5))
+    if prepared:
+        head, another = head.to(CPU), another.to(CPU)
     random = torch.Generator().manual_seed(0)
     row = torch.randn(1, 96, generator=random)
     own = RewardSettings(eta=0.5, iterations=4, direction_scale=0.7)
     heads = [(head, 1), (another, rows - 1)] if several else [(head, rows)]
     seen = set()
-    for strength in (0.0, 0.1, 3.0):
-        others = RewardSettings(eta=strength, iterations=9, direction_scale=strength)
+    for strength, iterations in ((0.0, 1), (0.1, 4), (3.0, 9), (3.0, 64)):
+        others = RewardSettings(strength, iterations, direction_scale=strength)
         h = torch.cat((row, torch.randn(rows - 1, 96, generator=random)))
-        refined = refine(h, heads, *columns([own, *[others] * (rows - 1)]))
+        refined = refined_by(h, heads, [own, *[others] * (rows - 1)])
         seen.add(tuple(refined[0].tolist()))
     assert len(seen) == 1
 
 
-def test_a_head_beside_others_does_what_it_does_alone() -> None:
-    """Alone, then interleaved, then compared."""
-    heads = [(random_head(seed, 96, units).to(CPU), 2) for seed, units in ((1, 256), (2, 64))]
-    h = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
-    together = refine(h, heads, *columns([SLOW] * 4))
-    alone = [refine(h[2 * i : 2 * i + 2], [heads[i]], *columns([SLOW] * 2)) for i in range(2)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("units", [24, 255, 256, 1000])
+@pytest.mark.parametrize("others", [7, 256, 1500])
+def test_a_heads_rows_have_the_same_bits_beside_another_head(
+    count: int, units: int, others: int
+) -> None:
+    """Alone, then beside it, before and after, then compared."""
+    head, another = (
+        random_head(seed, 96, size).to(CPU) for seed, size in ((1, units), (2, others))
+    )
+    h = torch.randn(count, 96, generator=torch.Generator().manual_seed(0))
+    neighbours = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    few = RewardSettings(eta=0.3, iterations=3, direction_scale=1.0)
+    alone = refined_by(h, [(head, count)], [few] * count)
+    for most in (0, 3, 5):
+        settings = replace(few, iterations=most)
+        after = refined_by(
+            torch.cat((h, neighbours)),
+            [(head, count), (another, 3)],
+            [few] * count + [settings] * 3,
+        )
+        before = refined_by(
+            torch.cat((neighbours, h)),
+            [(another, 3), (head, count)],
+            [settings] * 3 + [few] * count,
+        )
+        assert torch.equal(after[:count], alone)
+        assert torch.equal(before[3:], alone)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_row_that_has_done_its_steps_is_left_alone(prepared: bool) -> None:
+    """Even where a step of it would overflow, and where it holds zeros with a sign."""
+    head = random_head(1)
+    steep = replace(head, w2=torch.full_like(head.w2, 3e38))
+    if prepared:
+        steep = steep.to(CPU)
+    none, one = RewardSettings(0.5, 0, 0.0), RewardSettings(0.5, 1, 0.0)
+    h = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    h[0, 0] = -0.0
+    refined = refined_by(h, [(steep, 2)], [none, one])
+    assert not refined[1].isfinite().all()
+    assert torch.equal(refined[0], h[0])
+    assert torch.equal(refined[0].signbit(), h[0].signbit())
 
 
 def test_a_head_too_wide_for_its_gram_matrix_is_refined_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("steering.prepared_head._MOST_UNITS", 24)
+    monkeypatch.setattr("steering.prepared_head._MOST_UNITS", 64)
     h = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
     settings = [RewardSettings(0.5, 3, 1.0)] * 5
-    narrow, wide = (random_head(1, units=units).to(CPU) for units in (24, 26))
+    narrow, wide = (random_head(1, units=units).to(CPU) for units in (24, 65))
     assert narrow.prepared is not None
     assert wide.prepared is not None
-    assert (narrow.prepared.rows.shape[1], wide.prepared.rows.shape[1]) == (WIDTH + 24, WIDTH)
+    assert (narrow.prepared.rows.shape[1], wide.prepared.rows.shape[1]) == (WIDTH + 64, WIDTH)
     for heads in ([(narrow, 5)], [(wide, 5)], [(wide, 2), (narrow, 3)]):
         expected = expected_of(h, heads, settings)
-        torch.testing.assert_close(refine(h, heads, *columns(settings)), expected)
+        torch.testing.assert_close(refined_by(h, heads, settings), expected)
 
 
 def test_without_onednn_a_head_is_refined_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     h = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
     heads = [(random_head(1).to(CPU), 5)]
+    assert heads[0][0].prepared is not None
+    assert heads[0][0].prepared.packed is None
     settings = [RewardSettings(0.5, 3, 1.0)] * 5
-    refined = refine(h, heads, *columns(settings))
+    refined = refined_by(h, heads, settings)
     torch.testing.assert_close(refined, expected_of(h, heads, settings))
 
 
@@ -123,5 +180,5 @@ def test_a_reward_that_is_not_a_number_shows(prepared: bool) -> None:
     h = torch.linspace(0.5, 1, WIDTH)[None]
     assert not reward(head, h).isfinite().all()
     nothing, once = RewardSettings(0.0, 0, 0.0), RewardSettings(0.0, 1, 1.0)
-    assert not refine(h, [(head, 1)], *columns([once])).isfinite().all()
-    assert torch.equal(refine(h, [(head, 1)], *columns([nothing])), h)
+    assert not refined_by(h, [(head, 1)], [once]).isfinite().all()
+    assert torch.equal(refined_by(h, [(head, 1)], [nothing]), h)

@@ -55,7 +55,7 @@ def test_edits_apply_in_list_order_each_kind_by_itself() -> None:
     strengths = [layer.strength[0, 0].item() for layer in route.affine]
     torch.testing.assert_close(strengths, [0.2, 0.1], rtol=1e-6, atol=0)
     assert [layer.used for layer in route.affine] == [{2}, {1}]
-    assert [layer.heads for layer in route.reward] == [((7, 1),), ((6, 1),)]
+    assert [layer.heads for layer in route.reward] == [((7, 1, 1),), ((6, 1, 2),)]
     assert [layer.step_sizes.shape[1] for layer in route.reward] == [1, 2]
 
 
@@ -66,7 +66,7 @@ def test_rows_of_one_head_come_after_one_another() -> None:
 
     plain = span(count=1, rows=range(1, 2))
     (layer,) = route_of(user(5, 0.25, 0), plain, user(3, 0.125, 2), user(5, 0.5, 3)).reward
-    assert layer.heads == ((5, 2), (3, 1))
+    assert layer.heads == ((5, 2, 5), (3, 1, 3))
     assert layer.rows.tolist() == [0, 3, 2]
     assert layer.direction_scale.tolist() == [[1.0]] * 3
     assert layer.step_sizes.tolist() == [[0.25] * 5, [0.5] * 5, [0.125] * 3 + [0.0] * 2]

@@ -77,7 +77,7 @@ def test_a_route_keeps_its_places() -> None:
     assert [layer.depth for layer in moved.affine] == [0, 1]
     assert [layer.used for layer in moved.affine] == [layer.used for layer in route.affine]
     assert [(layer.heads, layer.step_sizes.shape) for layer in moved.reward] == [
-        (((2, 2),), (2, 4))
+        (((2, 2, 4),), (2, 4))
     ]
     for before, after in zip(route_tensors(route), route_tensors(moved), strict=True):
         assert torch.equal(before, after)

@@ -122,10 +122,10 @@ class GraphRunner(StagedRunner):
 
     def _tail(self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
         """From the decoder's hidden states to logits, with the edits of rewards."""
-        logits_rows, *groups = stage(
+        logits_rows, *rewards = stage(
             [batch.logits_rows, *route_tensors(_rewards(batch.route))], self._device
         )
-        route = with_route_tensors(_rewards(batch.route), groups, self._device)
+        route = with_route_tensors(_rewards(batch.route), rewards, self._device)
         with (
             self._decoder.gives(graph.output, graph.hidden),
             self._hooks.routed(bank, route, meter),

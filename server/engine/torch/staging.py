@@ -41,8 +41,8 @@ def route_tensors(route: Route) -> list[Tensor]:
     tensors = []
     for layer in route.affine:
         tensors += [layer.slots, layer.strength]
-    for each in route.reward:
-        tensors += [each.rows, each.direction_scale, each.step_sizes]
+    for reward in route.reward:
+        tensors += [reward.rows, reward.direction_scale, reward.step_sizes]
     return tensors
 
 
