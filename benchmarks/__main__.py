@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 def main(
     only: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(SECTIONS),
     rounds: Annotated[
-        int, typer.Option(min=1, help="Pairs of bursts; a third as many of what takes long.")
+        int, typer.Option(min=1, help="Values of each arm; a third as many of what takes long.")
     ] = 15,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = RESULTS,
     vllm_python: Annotated[

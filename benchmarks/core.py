@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,8 +19,14 @@ from steering.sites import default_sites, match_sites
 
 POLL_SECONDS = 0.1
 HEAD_UNITS = 1024  # as in the paper
-# All prompts are read at once, before anything is measured.
-OPTIONS = EngineOptions(compile_layers=True, prefill_tokens=512)
+_PROMPT_TOKENS = 8192  # all prompts are read in one step, before anything is measured
+# Without a prefix cache, as prompts that it has would be read in another way than others.
+OPTIONS = EngineOptions(
+    compile_layers=True,
+    max_batch_tokens=_PROMPT_TOKENS,
+    prefill_tokens=_PROMPT_TOKENS,
+    prefix_cache=False,
+)
 ARGRE = RewardSettings(eta=0.5, iterations=5, direction_scale=1.0)
 LINEAS = AffineSettings(1.0)
 
@@ -92,17 +98,26 @@ def random_maps(loaded: LoadedModel, sites: Sequence[str], seed: int) -> Mapping
 
 
 def random_head(loaded: LoadedModel, seed: int) -> RewardHead:
-    """A reward head as wide as the paper's, whose steps are small."""
+    """A reward head as wide as the paper's, which moves as many units past zero as a trained one.
+
+    On hidden states whose numbers are about 1: some 5 of 1024 in each step of the paper's size.
+    """
     random = torch.Generator().manual_seed(seed)
     width = loaded.description.head_width
     return RewardHead(
         w1=torch.randn(HEAD_UNITS, width, generator=random) / width**0.5,
         b1=0.1 * torch.randn(HEAD_UNITS, generator=random),
-        w2=0.01 * torch.randn(HEAD_UNITS, generator=random) / HEAD_UNITS**0.5,
+        w2=0.6 * torch.randn(HEAD_UNITS, generator=random) / HEAD_UNITS**0.5,
         b2=torch.zeros(()),
         direction=0.01 * torch.randn(width, generator=random),
         positive_reward=torch.tensor(1.0),
     )
+
+
+def permuted_head(head: RewardHead, seed: int) -> RewardHead:
+    """The same function, whose units lie in another order and in memory of its own."""
+    order = torch.randperm(len(head.w1), generator=torch.Generator().manual_seed(seed))
+    return replace(head, w1=head.w1[order], b1=head.b1[order], w2=head.w2[order], prepared=None)
 
 
 def head_bytes(head: RewardHead) -> int:

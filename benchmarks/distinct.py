@@ -7,7 +7,7 @@ from typing import Final
 from rich.progress import Progress
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.core import ARGRE, LINEAS, Bench, head_bytes, random_head, random_maps
+from benchmarks.core import ARGRE, LINEAS, Bench, head_bytes, permuted_head, random_maps
 from benchmarks.options import Options
 from benchmarks.report import Section
 from benchmarks.steering import measured
@@ -68,7 +68,8 @@ def measure_distinct(bench: Bench, options: Options, bar: Progress) -> Section:
         "distinct",
         "Distinct configurations in one batch",
         f"{options.conditions} Maps are at the {len(bench.default_sites)} default sites; every "
-        f"reward head takes {ARGRE.iterations} iterations.",
+        f"reward head takes {ARGRE.iterations} iterations, and distinct heads have the units of "
+        "one in other orders.",
         bench.dtype,
         [throughput_rows(title, "equal", outcome), _head_table(costs, count, bandwidth)],
         {
@@ -103,10 +104,12 @@ def _heads(bench: Bench, count: int, numbers: Sequence[int]) -> dict[str, Rows]:
         _EQUAL: [(Edit(bench.argre, ARGRE),)] * count,
         _ETAS: [(Edit(bench.argre, each),) for each in etas],
     }
+    head = bench.parameters[bench.argre]
+    assert isinstance(head, RewardHead), "not a reward intervention"
     for number in numbers:
         digests = _head_digests(bench, number)
         for seed, digest in enumerate(digests[1:], 1):
-            bench.parameters[digest] = random_head(bench.loaded, seed)
+            bench.parameters[digest] = permuted_head(head, seed)
         arms[str(number)] = [(Edit(digests[row % number], ARGRE),) for row in range(count)]
     return arms
 

@@ -4,7 +4,7 @@ The model is random and of 7B parameters, as speed does not depend on what they 
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 import torch
@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.core import Bench, BenchmarkError, random_head, random_maps
+from benchmarks.core import OPTIONS, Bench, BenchmarkError, random_head, random_maps
 from benchmarks.options import Options
 from benchmarks.report import Section
 from benchmarks.steering import beside_none, stacks
 from server.cli.bench_stats import Spread
 from server.cli.bench_tables import Rows, throughput_rows
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.loader import LoadedModel, describe, load_model
 from server.engine.torch.slab import SlabShape
 
@@ -71,10 +71,13 @@ def random_llama(device: torch.device) -> LoadedModel:
 
 def open_random(loaded: LoadedModel, max_batch_size: int) -> Bench:
     """An engine with random interventions at the model's default sites."""
-    options = EngineOptions(
-        max_batch_size=max_batch_size, max_batch_tokens=2 * max_batch_size + 512
+    bench = Bench(
+        loaded,
+        build_core(loaded, replace(OPTIONS, max_batch_size=max_batch_size)),
+        {},
+        "lineas",
+        "argre",
     )
-    bench = Bench(loaded, build_core(loaded, options), {}, "lineas", "argre")
     bench.parameters["lineas"] = random_maps(loaded, bench.default_sites, 0)
     bench.parameters["argre"] = random_head(loaded, 0)
     return bench
@@ -102,7 +105,7 @@ def measure_on(
     return Section(
         "gpu",
         "What steering costs on a GPU",
-        f"{options.conditions} The model is {bench.loaded.description.id}.",
+        options.conditions_on(bench.loaded.description.id),
         bench.dtype,
         [
             throughput_rows(_TITLE, "unsteered", outcome),

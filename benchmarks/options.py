@@ -15,9 +15,8 @@ class Options:
     rounds: int  # of all arms, or turns of each engine
     vllm_python: Path | None
     batches: tuple[int, ...] = (1, 8, 32)
-    steps: int = (
-        16  # of each arm in a round: as many as those of which one is measured for its dose
-    )
+    # Of each arm in a round: as many as those of which one is measured for its dose.
+    steps: int = 16
     prompt_tokens: int = 32
     new_tokens: int = 128  # of each request of an engine that is compared
     distinct: int = 32
@@ -42,9 +41,13 @@ class Options:
     @property
     def conditions(self) -> str:
         """What is done with them, for the head of a page."""
+        return self.conditions_on(self.model)
+
+    def conditions_on(self, model: str) -> str:
+        """The same, on another model than the one that is chosen."""
         return (
-            f"Decode steps in the engine on {self.model}, {self.prompt_tokens} prompt tokens and "
-            f"{self.turns.tokens} generated ones in each sequence. All arms of a batch take a step "
+            f"Decode steps in the engine on {model}, {self.prompt_tokens} prompt tokens and "
+            f"{self.turns.tokens} generated ones in each sequence. What is compared takes a step "
             f"in turns; the time of {self.steps} steps is one value, {self.rounds} values each."
         )
 

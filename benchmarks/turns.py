@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from itertools import chain
+from typing import TypeAlias
 
 import torch
 
@@ -12,8 +13,6 @@ from server.engine.base import Edit, EngineError, Request, SamplingSettings
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
-
-_READ_AT_LEAST: Final = 256  # tokens of prompts in a step, until all are read
 
 Edits: TypeAlias = tuple[Edit, ...]
 Rows: TypeAlias = Sequence[Edits]
@@ -39,6 +38,7 @@ class _Arm:
     """Sequences that decode together, while those of other arms stand still."""
 
     sequences: list[EngineSequence]
+    running: list[EngineSequence]  # the same, as the scheduler has them
     steered_steps: int = 0  # as the engine counts them: it measures the dose in some
 
 
@@ -48,79 +48,90 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds a step of each arm, in each round; reading the prompts is not counted.
 
-    The arms take a step each, another one first each time, so that whatever else happens on the
+    The arms take a step each, in another order each time, so that whatever else happens on the
     machine happens to all of them. `advance` is called after each round.
 
     Raises:
-        BenchmarkError: a sequence ended before its last step.
+        BenchmarkError: the arms do not fit into memory together, or a step did not advance all
+            of an arm's sequences.
     """
-    begun = {name: _begin(bench, rows, turns) for name, rows in arms.items()}
-    names = list(begun)
+    sequences = {name: _sequences(bench, rows, turns) for name, rows in arms.items()}
+    _check_room(bench, list(chain.from_iterable(sequences.values())))
+    begun = [(name, _begin(bench, each)) for name, each in sequences.items()]
     outcome: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(turns.rounds + 1):
         seconds = dict.fromkeys(arms, 0.0)
         for step in range(turns.steps):
-            first = step % len(names)
-            for name in (*names[first:], *names[:first]):
-                seconds[name] += _step_seconds(bench, begun[name])
+            first = step % len(begun)
+            order = [*begun[first:], *begun[:first]]
+            for name, arm in reversed(order) if step % 2 else order:
+                seconds[name] += _step_seconds(bench, arm)
         if number:
             for name, total in seconds.items():
                 outcome[name].append(total / turns.steps)
         advance()
-    for arm in begun.values():
-        bench.core.scheduler.running = arm.sequences
-        for sequence in tuple(arm.sequences):
+    for _, arm in begun:
+        bench.core.scheduler.running = arm.running
+        for sequence in arm.sequences:
             bench.core.remove(sequence)
     return outcome
 
 
-def _begin(bench: Bench, rows: Rows, turns: Turns) -> _Arm:
-    """Admit an arm, and read its prompts."""
-    # More tokens than are measured, as those that were read first decode while the others'
-    # prompts are read, and none may end on the clock.
-    reading = 2 + len(rows) * turns.prompt_tokens // _READ_AT_LEAST
-    sampling = SamplingSettings(turns.tokens + reading, temperature=0, ignore_eos=True)
+def _sequences(bench: Bench, rows: Rows, turns: Turns) -> list[EngineSequence]:
+    # One token is generated as the prompt is read, and none of those on the clock is the last.
+    sampling = SamplingSettings(turns.tokens + 2, temperature=0, ignore_eos=True)
     vocabulary = bench.loaded.description.vocab_size
-    sequences = [
-        EngineSequence.of(
-            Request("bench", _tokens(row, turns.prompt_tokens, vocabulary), sampling, edits)
-        )
-        for row, edits in enumerate(rows)
+    prompts = [_tokens(row, turns.prompt_tokens, vocabulary) for row in range(len(rows))]
+    return [
+        EngineSequence.of(Request("bench", prompt, sampling, edits))
+        for prompt, edits in zip(prompts, rows, strict=True)
     ]
+
+
+def _check_room(bench: Bench, sequences: Sequence[EngineSequence]) -> None:
+    pool = bench.core.scheduler.pool
+    needed = sum(pool.needed(sequence.max_length) for sequence in sequences)
+    if needed + len(sequences) > pool.free:  # as the scheduler keeps a spare one for each
+        raise BenchmarkError(
+            f"the keys and values of all arms need {needed + len(sequences)} blocks, of which "
+            f"{pool.free} are free: measure fewer rounds"
+        )
+
+
+def _begin(bench: Bench, sequences: list[EngineSequence]) -> _Arm:
+    """Admit an arm, and read its prompts, all in one step: its sequences stay of one length."""
     scheduler, store = bench.core.scheduler, bench.core.store
     if isinstance(store.memory, SlabMemory):
         # Of its own, or slabs of one arm would lie between those of another, and no longer be
         # attended to in one call.
         store.memory = SlabMemory(SlabShape.of(bench.loaded.model))
     bench.core.admit(sequences, bench.parameters)
-    while scheduler.waiting or any(sequence.pending != 1 for sequence in sequences):
-        _step(bench)
-    arm = _Arm(scheduler.running)
+    _step(bench, len(sequences))
+    arm = _Arm(sequences, scheduler.running)
     scheduler.running = []
     return arm
 
 
 def _step_seconds(bench: Bench, arm: _Arm) -> float:
     core = bench.core
-    core.scheduler.running, core.steered_steps = arm.sequences, arm.steered_steps
+    core.scheduler.running, core.steered_steps = arm.running, arm.steered_steps
     _synchronize()
     began = time.perf_counter()
-    advanced = _step(bench)
+    _step(bench, len(arm.sequences))
     _synchronize()
     seconds = time.perf_counter() - began
-    if advanced != len(arm.sequences):
-        raise BenchmarkError("a step did not advance every sequence")
     core.scheduler.running, arm.steered_steps = [], core.steered_steps
     return seconds
 
 
-def _step(bench: Bench) -> int:
-    """Let the engine take a step; how many sequences it advanced."""
+def _step(bench: Bench, sequences: int) -> None:
+    """Let the engine take a step that advances so many."""
     deliveries = bench.core.step()
     for _, output in deliveries:
         if isinstance(output, EngineError):
             raise BenchmarkError(f"a sequence was lost: {output}")
-    return len(deliveries)
+    if len(deliveries) != sequences:
+        raise BenchmarkError(f"a step advanced {len(deliveries)} of {sequences} sequences")
 
 
 def _tokens(seed: int, count: int, vocabulary: int) -> tuple[int, ...]:

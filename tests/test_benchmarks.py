@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,16 +16,18 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import main
-from benchmarks.core import BenchmarkError, open_bench
+from benchmarks.core import OPTIONS, BenchmarkError, open_bench
 from benchmarks.processes import Worker
-from benchmarks.turns import Turns, take_turns
+from benchmarks.turns import Rows, Turns, take_turns
 from benchmarks.workers.steerserve_worker import generate
 from benchmarks.workers.transformers_worker import load, static_batch
 from server.engine.base import Edit
+from server.engine.torch.attention_step import Piece
 from server.engine.torch.batch import Batch
 from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import load_model
+from server.engine.torch.slab_attention import SlabMemory, SlabStep
 from steering.bank import SiteMaps
 from steering.dose import DoseMeter
 from steering.route import Route
@@ -99,11 +102,49 @@ def test_each_arm_is_steered_as_it_should_and_nothing_is_left(tiny_llama: str) -
         seconds = take_turns(
             bench, {"plain": [()] * 2, "steered": [steered] * 2}, turns, lambda: None
         )
-    # Forwards and backwards, in each of three rounds, the first of which warms up.
-    assert seen[-12:] == [False, True, True, False] * 3
+    # In turns, in each step of three rounds, the first of which warms up.
+    assert seen[-12:] == [False, True] * 6
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
     bench.core.check()
     assert not bench.core.has_work
+
+
+def test_sequences_of_an_arm_stay_neighbours_of_one_length(tiny_llama: str) -> None:
+    """So that every arm is attended to in one call, whose mask no arm needs more than another."""
+    bench = open_bench(tiny_llama)
+    step = SlabMemory.step
+    seen: list[tuple[int, int]] = []
+
+    def recording(memory: SlabMemory, pieces: list[Piece]) -> SlabStep:
+        found = step(memory, pieces)
+        seen.append((len(found._parts), len({piece.start for piece in pieces})))
+        return found
+
+    steered = (Edit(bench.lineas, AffineSettings(1.0)),)
+    arms: dict[str, Rows] = {"two": [()] * 2, "four": [steered] * 4, "three": [()] * 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlabMemory, "step", recording)
+        patch.setattr("server.engine.torch.slab._GROUP_TOKENS", 5 * 64)  # five of the smallest
+        take_turns(bench, arms, Turns(rounds=1, steps=4, prompt_tokens=8), lambda: None)
+    assert seen[-24:] == [(1, 1)] * 24
+
+
+def test_arms_that_do_not_fit_together_are_not_measured(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.core.OPTIONS", replace(OPTIONS, kv_cache_gb=0.0001))
+    bench = open_bench(tiny_llama)
+    free = bench.core.scheduler.pool.free
+    with pytest.raises(BenchmarkError, match=f"of which {free} are free"):
+        take_turns(bench, {"plain": [()] * 9, "again": [()] * 9}, Turns(1, 20, 8), lambda: None)
+
+
+def test_a_step_that_advances_too_few_is_no_measurement(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.core.OPTIONS", replace(OPTIONS, max_batch_size=2))
+    with pytest.raises(BenchmarkError, match="advanced 2 of 3"):
+        take_turns(open_bench(tiny_llama), {"plain": [()] * 3}, Turns(1, 2, 4), lambda: None)
 
 
 def test_doses_are_measured_as_often_in_each_arm(tiny_llama: str) -> None:

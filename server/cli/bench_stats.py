@@ -51,7 +51,7 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One arm beside its base, by bursts of equal work that were measured in pairs.
+    """One arm beside its base, by equal work that was measured in pairs.
 
     Ratios are of speeds, other ÷ base: 0.98 is two percent slower. `paired` is the ratio within
     each pair, which a machine that drifts disturbs least.
