@@ -34,8 +34,9 @@ class SiteMaps:
         self.filled.add(slot)
         if site_map.low is not None and site_map.high is not None:
             if self.low is None or self.high is None:
-                self.low = torch.full_like(self.delta, -torch.inf)
-                self.high = torch.full_like(self.delta, torch.inf)
+                # Both or none, also where memory is short.
+                low = torch.full_like(self.delta, -torch.inf)
+                self.low, self.high = low, torch.full_like(self.delta, torch.inf)
             self.low[slot] = site_map.low
             self.high[slot] = site_map.high
 

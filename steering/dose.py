@@ -93,29 +93,36 @@ class DoseMeter:
             sums.doses[rows] += relative_change(before, after)
             sums.edits[rows] += 1
 
-    def read(self, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
-        """Each span's doses, one for each of its edits; this waits for the device.
+    def sums(self, device: torch.device) -> Tensor:
+        """All that was learnt, on a device, to be copied to the host and read: (n,) float32."""
+        tensors = [tensor for each in self._sums.values() for tensor in (each.doses, each.edits)]
+        return torch.cat([tensor.to(device) for tensor in tensors] or [torch.empty(0)])
+
+    def read(self, sums: Tensor, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
+        """Each span's doses, one for each of its edits.
 
         A dose is the mean over the span's edited tokens (or rows) and the edit's sites, and None
         where the edit acted on none of them.
+
+        Args:
+            sums: what `sums` gave, on the host.
         """
-        sums = self._read_sums()
+        by_place = self._divided(sums)
         found = []
         first = 0
         for span in spans:
-            found.append(_doses_of(span, range(first, first + span.count), sums))
+            found.append(_doses_of(span, range(first, first + span.count), by_place))
             first += span.count
         return found
 
-    def _read_sums(self) -> dict[_Place, tuple[list[float], list[float]]]:
-        """All sums, by one copy from the device."""
-        tensors = [tensor for each in self._sums.values() for tensor in (each.doses, each.edits)]
-        if not tensors:
-            return {}
-        joined: list[float] = torch.cat([each.to(tensors[0].device) for each in tensors]).tolist()
-        rest = iter(joined)
-        lists = [list(islice(rest, len(tensor))) for tensor in tensors]
-        return dict(zip(self._sums, zip(lists[::2], lists[1::2], strict=True), strict=True))
+    def _divided(self, sums: Tensor) -> dict[_Place, tuple[list[float], list[float]]]:
+        """What `sums` gave, by place: doses, and how many they were."""
+        values: list[float] = sums.tolist()
+        rest = iter(values)
+        return {
+            place: (list(islice(rest, len(each.doses))), list(islice(rest, len(each.edits))))
+            for place, each in self._sums.items()
+        }
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:

@@ -49,7 +49,7 @@ def measured(spans: list[Span], z: dict[str, Tensor], h: Tensor) -> list[tuple[f
     for site, activations in z.items():
         bank().edit_site(site, activations, route, meter)
     bank().edit_rows(h, route, meter)
-    return meter.read(spans)
+    return meter.read(meter.sums(CPU), spans)
 
 
 def test_each_edit_of_each_span_has_the_mean_of_its_own_tokens_and_sites() -> None:

@@ -140,10 +140,24 @@ def test_base_graphs_outlive_what_is_loaded(
     capture = use_pages(monkeypatch, paged_varlen)
     core = build_core(load_tiny(), OPTIONS)
     made = capture.captured
-    assert made == len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
+    # Without edits, and with one at the default sites, measured and not.
+    assert made == 3 * len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
+    core.interventions.slots.check({})
     core.interventions.install("x", random_maps(1))
     core.interventions.unpin("x")
     finish(core, [sequence(PROMPTS[0])])
+    assert capture.captured == made
+
+
+def test_the_first_maps_at_default_sites_find_their_graphs(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = use_pages(monkeypatch, paged_varlen)
+    core = build_core(load_tiny(), replace(OPTIONS, dose_interval=2))
+    made = capture.captured
+    steered = [sequence(PROMPTS[0], STACKS["a"]) for _ in range(3)]
+    finish(core, [*steered, sequence(PROMPTS[1])])
+    assert capture.replayed > NEW_TOKENS
     assert capture.captured == made
 
 

@@ -78,7 +78,9 @@ def test_a_window_counts_the_querys_own_key() -> None:
 def test_keys_are_never_split_where_that_can_be_said() -> None:
     assert asked(None, None)["num_splits"] == 1
     assert asked(None, frozenset({"window_size", "num_splits"}))["num_splits"] == 1
-    assert "num_splits" not in asked(None, frozenset({"window_size"}))
+    # Where it cannot, keys are split by what else is in the batch, unless there is a last one.
+    older = asked(None, frozenset({"window_size"}))
+    assert older == {"scale": 0.25, "window_size": (-1, 0)}
 
 
 def test_an_older_function_is_asked_for_what_it_has() -> None:

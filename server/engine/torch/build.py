@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from server.engine.base import UnservableInterventionError
 from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.core import EngineCore
@@ -26,13 +27,13 @@ from server.engine.torch.self_test import (
     check_forward,
     check_lm_head,
     dead_sites,
+    probe_map,
     record_layers,
     reference_logits,
 )
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
 from server.engine.torch.staged_runner import StagedRunner
-from steering.bank import Bank
 from steering.hooks import SteeringHooks
 from steering.sites import SiteError, default_sites, match_sites
 
@@ -95,7 +96,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     return EngineCore(
         model,
         loaded.tokenizer,
-        _faster_runner(loaded, hooks, runner, kv, interventions.bank, options),
+        _faster_runner(loaded, hooks, runner, kv, interventions, options),
         scheduler,
         memory,
         prefixes,
@@ -111,7 +112,7 @@ def _faster_runner(
     hooks: SteeringHooks,
     eager: Runner,
     kv: KVPlan,
-    bank: Bank,
+    interventions: LoadedInterventions,
     options: EngineOptions,
 ) -> Runner:
     """A runner that makes what it can ahead of the steps, or the one given."""
@@ -122,11 +123,29 @@ def _faster_runner(
         length = context_length(loaded, options, kv.pool)
         capture = CudaCapture(memory.device)
         graphs = GraphRunner(model, hooks, memory, options.max_batch_size, length, capture)
-        graphs.warm_up(bank)
+        graphs.warm_up(interventions.bank)
+        _rehearse(graphs, interventions, loaded, options)
         return graphs
     if options.compile_layers and model.device.type == "cpu":
         return _compiled_runner(loaded, hooks, eager, options)
     return eager
+
+
+def _rehearse(
+    graphs: GraphRunner,
+    interventions: LoadedInterventions,
+    loaded: LoadedModel,
+    options: EngineOptions,
+) -> None:
+    """Have graphs made for one affine edit at the default sites, before anybody wants it."""
+    widths = loaded.description.site_widths
+    # Not every architecture has default sites, and at some an edit may reach nothing.
+    with suppress(SiteError, UnservableInterventionError):
+        sites = match_sites(default_sites(loaded.description.architecture), widths)
+        with interventions.rehearsed({site: probe_map(widths[site]) for site in sites}) as slot:
+            graphs.warm_up(interventions.bank, slot)
+            if options.dose_interval:
+                graphs.warm_up(interventions.bank, slot, measured=True)
 
 
 def _has_changing_rope(model: PreTrainedModel) -> bool:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Sequence as Items
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Plan, Scheduler
 from server.engine.torch.sequence import Sequence
+from server.engine.torch.transfer import start_copy
 from server.engine.torch.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
@@ -172,14 +174,16 @@ class EngineCore:
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)
+        # They arrive with the tokens that the step waits for.
+        doses = start_copy(meter.sums(logits.device)) if meter is not None else None
         deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
         self.store.keep_prompts(deliveries)
-        if meter is None:
+        if meter is None or doses is None:
             return deliveries
         if self._device.type == "cpu":  # what a GPU does goes on while it is asked for more
             self.measured_seconds += time.perf_counter() - began - meter.own_seconds
             self.edit_seconds += meter.edit_seconds
-        return _with_doses(deliveries, batch, meter)
+        return _with_doses(deliveries, batch, meter.read(doses, batch.spans))
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
@@ -206,9 +210,10 @@ def _gave_way() -> GaveWayError:
     return GaveWayError("background work was ended, as requests want its room")
 
 
-def _with_doses(deliveries: Iterable[Delivery], batch: Batch, meter: DoseMeter) -> list[Delivery]:
+def _with_doses(
+    deliveries: Iterable[Delivery], batch: Batch, doses: Items[tuple[float | None, ...]]
+) -> list[Delivery]:
     """The outputs of a measured step, each with what its own edits did."""
-    doses = meter.read(batch.spans)
     return [
         (sequence, output)
         if isinstance(output, EngineError)

@@ -86,10 +86,13 @@ class GraphRunner(StagedRunner):
         return sum(graph is not None for graph in self._graphs.values())
 
     @torch.inference_mode()
-    def warm_up(self, bank: Bank) -> None:
-        """Make the graphs without edits, the largest first, so that all fit in its memory."""
+    def warm_up(self, bank: Bank, slot: int = 0, measured: bool = False) -> None:
+        """Make the graphs of steps without edits, or with one of the maps in a slot.
+
+        The largest first, so that all fit in its memory.
+        """
         for rows in reversed(self._buckets):
-            self._graph(_Key(rows, 0, measured=False), bank, slot=0)
+            self._graph(_Key(rows, 1 if slot else 0, measured), bank, slot)
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """The interventions that the engine has loaded: bank, slots and hooks kept in step."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final, TypeAlias
 
 import torch
 
@@ -14,6 +15,8 @@ from steering.hooks import SteeringHooks
 from steering.reward import RewardHead
 
 Parameters: TypeAlias = AffineParameters | RewardHead
+
+_REHEARSAL: Final = ""  # no digest
 
 
 class LoadedInterventions:
@@ -77,6 +80,19 @@ class LoadedInterventions:
             self.slots.drop(digest)
             raise
         return slot
+
+    @contextmanager
+    def rehearsed(self, parameters: Parameters) -> Iterator[int]:
+        """Within the context, the slot of an intervention that nobody has asked for.
+
+        Its sites stay hooked, tested, and in the bank. Raises as `install`.
+        """
+        slot = self.install(_REHEARSAL, parameters)
+        try:
+            yield slot
+        finally:
+            self.slots.drop(_REHEARSAL)
+            self.bank.clear(slot)
 
     def _check_fit(self, parameters: Parameters) -> None:
         # The registry's artifacts were checked against the model before; nothing else was.

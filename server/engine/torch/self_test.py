@@ -133,7 +133,7 @@ def dead_sites(
         group = ordered[first : first + sites_a_batch]
         bank = Bank(len(group), model.device)
         for slot, site in enumerate(group, start=1):
-            bank.put(slot, {site: _probe_map(widths[site])})
+            bank.put(slot, {site: probe_map(widths[site])})
         edits = [SlottedEdit(slot, AffineSettings(1.0)) for slot in range(1, len(group) + 1)]
         reached = _reaches(model, runner, memory, bank, edits)
         dead.update(site for site, alive in zip(group, reached, strict=True) if not alive)
@@ -187,7 +187,7 @@ def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> Engine
     return EngineSequence(request, list(prompt), edits)
 
 
-def _probe_map(width: int) -> AffineMap:
+def probe_map(width: int) -> AffineMap:
     """A map far from the identity: it negates and shifts."""
     return AffineMap(weight=torch.full((width,), -1.0), bias=torch.linspace(-1.0, 1.0, width))
 

@@ -69,12 +69,15 @@ def fetch(tree: T) -> T:
     devices = {tensor.device for tensor in tree_leaves(tree) if tensor.is_cuda}
     if not devices:
         return tree
-    fetched: T = tree_map(_start_copy, tree)
+    fetched: T = tree_map(start_copy, tree)
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return fetched
 
 
-def _start_copy(tensor: Tensor) -> Tensor:
+def start_copy(tensor: Tensor) -> Tensor:
+    """On the host, where it has arrived once anybody has waited for its device."""
+    if not tensor.is_cuda:
+        return tensor
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

@@ -123,7 +123,10 @@ class GatheredForm(VarlenForm):
         """What this torch takes beside the tensors."""
         options: dict[str, object] = {"scale": how.scaling}
         if "window_size" in self._arguments:
-            options["window_size"] = _window(how, index)
+            one_split = "num_splits" in self._arguments
+            # Where splits cannot be forbidden, kernels split keys by what else is in the batch,
+            # but not where they have to look who comes after whom.
+            options["window_size"] = _window(how, index) if one_split else (_before(how), 0)
         elif how.window is None:
             options["is_causal"] = True
         else:
@@ -148,11 +151,14 @@ def available_forms(function: VarlenFunction) -> list[VarlenForm]:
 
 def _window(how: How, index: PagedIndex) -> tuple[int, int]:
     """How many keys before a query's own it sees, and how many after; -1 for all."""
-    if how.window is None:
-        # None come after the last. Told so, kernels read K and V once for the heads that share
-        # them; where they have to look who comes after whom, once for each query head.
-        return (-1, -1 if index.most_queries == 1 else 0)
-    return (how.window - 1, 0)
+    # None come after the last. Told so, kernels read K and V once for the heads that share them;
+    # where they have to look who comes after whom, once for each query head.
+    sees_all = how.window is None and index.most_queries == 1
+    return (_before(how), -1 if sees_all else 0)
+
+
+def _before(how: How) -> int:
+    return -1 if how.window is None else how.window - 1
 
 
 def _refuse_softcap(how: How) -> None:
