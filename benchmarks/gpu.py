@@ -71,13 +71,8 @@ def random_llama(device: torch.device) -> LoadedModel:
 
 def open_random(loaded: LoadedModel, max_batch_size: int) -> Bench:
     """An engine with random interventions at the model's default sites."""
-    bench = Bench(
-        loaded,
-        build_core(loaded, replace(OPTIONS, max_batch_size=max_batch_size)),
-        {},
-        "lineas",
-        "argre",
-    )
+    options = replace(OPTIONS, max_batch_size=max_batch_size, compile_layers=False)
+    bench = Bench(loaded, build_core(loaded, options), {}, "lineas", "argre")
     bench.parameters["lineas"] = random_maps(loaded, bench.default_sites, 0)
     bench.parameters["argre"] = random_head(loaded, 0)
     return bench

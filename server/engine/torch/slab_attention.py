@@ -109,8 +109,11 @@ class _Decoding:
     def attend(self, layer: int, query: Tensor, new: Tensor, how: How) -> Tensor:
         """(heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim)."""
         stored = self._group.layers[layer][:, self._rows]  # (2, n, kv_heads, capacity, head_dim)
-        rows, places = self._index(stored.device)
-        stored[:, rows, :, places] = new.permute(2, 0, 1, 3)
+        if len(self._places) == 1:  # an index of tensors costs more than what it moves
+            stored[:, :, :, self._places[0]] = new.transpose(1, 2)
+        else:
+            rows, places = self._index(stored.device)
+            stored[:, rows, :, places] = new.permute(2, 0, 1, 3)
         first = _first_key(min(self._places), how.window)
         keys, values = stored[:, :, :, first : max(self._places) + 1]
         heads, count, head_dim = query.shape
