@@ -143,6 +143,7 @@ def test_base_graphs_outlive_what_is_loaded(
     # Without edits, and with one at the default sites, measured and not.
     assert made == 3 * len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
     core.interventions.slots.check({})
+    assert not any(maps.filled for maps in core.interventions.bank._sites.values())
     core.interventions.install("x", random_maps(1))
     core.interventions.unpin("x")
     finish(core, [sequence(PROMPTS[0])])

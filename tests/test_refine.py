@@ -101,7 +101,7 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("units", [24, 255, 256, 1000])
+@pytest.mark.parametrize("units", [24, 250, 255, 256, 1002])
 @pytest.mark.parametrize("others", [7, 256, 1500])
 def test_a_heads_rows_have_the_same_bits_beside_another_head(
     count: int, units: int, others: int
