@@ -146,7 +146,7 @@ async def test_a_graph_that_is_wrong_for_a_layer_is_not_used(
     with caplog.at_level(logging.WARNING):
         engine = await start_engine(interventions_of("gpt2"), "gpt2", OPTIONS)
         await everything_compiled(engine)
-    assert "a compiled layer is off by" in caplog.text
+    assert "what was compiled is off by" in caplog.text
     outputs = await generate(engine, PROMPTS[0], STACKS["a"])
     oracle = Oracle(tiny_model("gpt2"))
     assert_equal_to_oracle(outputs, *expected_of(oracle, "gpt2", PROMPTS[0], STACKS["a"]))

@@ -6,7 +6,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from server.engine.torch.packed import OneProduct, PackedLinear, pack_linear_layers
+from server.engine.torch import compiled_head, packed
+from server.engine.torch.ahead import CompiledWronglyError
+from server.engine.torch.compiled_head import compile_head
+from server.engine.torch.packed import (
+    OneProduct,
+    PackedLinear,
+    multiply_one_row,
+    pack_linear_layers,
+)
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -117,6 +125,90 @@ def test_a_compiled_graph_has_one_call_of_equal_ones() -> None:
         ]
         assert multiplied.count == calls
         assert torch.allclose(found, expected, atol=0.02, rtol=0.02)
+
+
+def one_row_of(model: PreTrainedModel) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(1, 1, model.config.hidden_size, generator=random).to(torch.bfloat16)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt-350m"])  # the latter two have biases
+def test_a_single_row_is_multiplied_as_several_are(family: str) -> None:
+    model = bfloat16(family)
+    pack_linear_layers(model, will_compile=True)
+    random = torch.Generator().manual_seed(0)
+    for layer in packed_layers(model).values():
+        row = torch.randn(1, layer.in_features, generator=random).to(torch.bfloat16)
+        assert layer.plain is not None
+        found = multiply_one_row(row, layer.plain, layer.bias)
+        assert torch.allclose(found.float(), layer._multiply(row).float(), atol=0.02, rtol=0.02)
+
+
+@torch.inference_mode()
+def test_a_compiled_single_row_takes_no_packed_weights() -> None:
+    model = bfloat16("llama")
+    mlp = model.get_submodule("model.layers.0.mlp")
+    pack_linear_layers(model, will_compile=True)
+    row = one_row_of(model)
+    expected = mlp(row).float()
+    compiled = torch.compile(mlp, fullgraph=True, options={"size_asserts": False})
+    compiled(row)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        found = compiled(row).float()
+    assert "mkldnn::_linear_pointwise" not in {each.key for each in profiled.key_averages()}
+    assert torch.allclose(found, expected, atol=0.02, rtol=0.02)
+
+
+def test_plain_weights_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bytes_free, will_compile, kept in (
+        (10**9, True, True),
+        (10**5, True, False),
+        (10**9, False, False),
+    ):
+        monkeypatch.setattr(packed, "free_memory", lambda _device, free=bytes_free: free)
+        model = bfloat16("llama")
+        pack_linear_layers(model, will_compile)
+        assert {layer.plain is not None for layer in packed_layers(model).values()} == {kept}
+
+
+def test_weights_that_are_tied_are_kept_without_a_copy() -> None:
+    model = bfloat16("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    pack_linear_layers(model, will_compile=True)
+    plain = packed_layers(model)["lm_head"].plain
+    assert plain is not None
+    embeddings = model.get_submodule("model.embed_tokens")
+    assert plain.data_ptr() == next(embeddings.parameters()).data_ptr()
+
+
+@torch.inference_mode()
+def test_lm_head_multiplies_single_rows_compiled() -> None:
+    model = bfloat16("llama")
+    pack_linear_layers(model, will_compile=True)
+    head, row = packed_layers(model)["lm_head"], one_row_of(model)
+    several = torch.cat([row, -row], dim=1)
+    expected = head(several).float()
+    compile_head(head)
+    assert head.one_row is not None
+    assert torch.allclose(head(row).float(), expected[:, :1], atol=0.02, rtol=0.02)
+    assert torch.equal(head(several).float(), expected)  # as before
+
+
+@torch.inference_mode()
+def test_a_wrong_loop_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bfloat16("llama")
+    pack_linear_layers(model, will_compile=True)
+    head = packed_layers(model)["lm_head"]
+    monkeypatch.setattr(
+        compiled_head,
+        "multiply_one_row",
+        lambda row, plain, bias: -multiply_one_row(row, plain, bias),
+    )
+    with pytest.raises(CompiledWronglyError):
+        compile_head(head)
+    assert head.one_row is None
 
 
 def test_other_processors_keep_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     """
     model = loaded.model
     expected = reference_logits(model)
-    pack_linear_layers(model)
+    pack_linear_layers(model, will_compile=options.compile_layers)
     use_engine_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
     kv = plan_kv(model, KVWishes(options.kv_cache_gb, options.max_batch_size, options.prefix_cache))
@@ -163,7 +163,7 @@ def _compiled_runner(
     memory = SlabMemory(SlabShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, eager, memory)
-    compiled = CompiledLayers(layers, one_token, more_tokens)
+    compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head)
     with suppress(SiteError):  # not every architecture has default sites
         sites = match_sites(default_sites(loaded.description.architecture), widths)
         compiled.expect(

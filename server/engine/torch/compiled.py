@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from server.engine.torch.background import Background
+from server.engine.torch.compiled_head import compile_head
 from server.engine.torch.decoder import DecoderLayers, LayerCall
 from server.engine.torch.layer_graphs import (
     Graphs,
@@ -52,7 +53,9 @@ _Plan: TypeAlias = list[_Layer]
 class CompiledLayers:
     """Used on the engine thread, but for `_make`."""
 
-    def __init__(self, layers: DecoderLayers, one_token: Probe, more_tokens: Probe) -> None:
+    def __init__(
+        self, layers: DecoderLayers, one_token: Probe, more_tokens: Probe, lm_head: nn.Module
+    ) -> None:
         self._layers = layers
         self._probes = (one_token, more_tokens)
         self._graphs: dict[Variant, Graphs] = {}
@@ -61,6 +64,7 @@ class CompiledLayers:
         self._background = Background("compiler")
         for structure in range(len(layers.structures)):
             self._find(Variant(structure))
+        self._background.run(lambda: self._make_head(lm_head))
 
     @property
     def pending(self) -> int:
@@ -155,10 +159,19 @@ class CompiledLayers:
             with torch.inference_mode():
                 self._graphs[variant] = make_graphs(self._layers, self._probes, variant)
         except Exception as error:
-            logger.warning("layers run uncompiled, which is slower: %s", _first_line(error))
-            logger.debug("compiling %s failed", variant, exc_info=True)
+            _warn("layers run", variant, error)
         else:
             logger.info("compiled the layers of %s", variant)
+
+    def _make_head(self, lm_head: nn.Module) -> None:
+        """On the background's thread."""
+        if Variant(0) not in self._graphs:
+            return  # there is no compiler; that was said when it was not found
+        try:
+            with torch.inference_mode():
+                compile_head(lm_head)
+        except Exception as error:
+            _warn("lm_head runs", lm_head, error)
 
 
 def _site(path: str, maps: SiteMaps) -> Site:
@@ -166,5 +179,7 @@ def _site(path: str, maps: SiteMaps) -> Site:
     return Site(path, slots, width, maps.low is not None)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+def _warn(who: str, part: object, error: Exception) -> None:
+    first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    logger.warning("%s uncompiled, which is slower: %s", who, first_line)
+    logger.debug("compiling %s failed", part, exc_info=error)

@@ -2,32 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from server.engine.torch.ahead import compare, compile_ahead
 from server.engine.torch.attention_step import AttentionStep
 from server.engine.torch.decoder import DecoderLayers, Record, template_of
-from server.engine.torch.packed import OneProduct
 from steering.affine import AffineMap
 from steering.bank import SiteMaps
 from steering.site_edit import CHILD, SiteEdit, site_tensors
-
-_OPTIONS: Final[Mapping[str, Any]] = {
-    # What a layer's fused loops compute is small beside its products. On two cores, threads of
-    # their own would fight for them with those of the products.
-    "cpp.threads": 1,
-    "compile_threads": 1,  # no pool of processes
-    "size_asserts": False,  # packed weights have no strides
-    "post_grad_custom_pre_pass": OneProduct(),
-    # All that guards would check is constant here, but for the number of tokens.
-    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-}
-# Of a layer's output, compiled and not, in the norm.
-_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 1e-2}
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 # A layer's tensors, what its edits take of the step, and the layer's own arguments.
@@ -70,10 +57,6 @@ class Probe:
     attention: AttentionStep
 
 
-class CompiledWronglyError(Exception):
-    """What a compiler made gives other results."""
-
-
 def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant) -> Graphs:
     """Compile a variant for one token and for more, and compare with what is not compiled.
 
@@ -109,7 +92,7 @@ def _graph(layers: DecoderLayers, variant: Variant, run: Graph, probe: Probe) ->
         graph = _compiled_ahead(run, inputs(alike[0]), probe.record.tokens)
         for index in alike:
             expected = run(*inputs(index)) if variant.sites else probe.record.outputs[index]
-            _compare(graph(*inputs(index)), expected)
+            compare(graph(*inputs(index)), expected)
     return graph
 
 
@@ -165,20 +148,6 @@ def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
             for dim, size in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
                 if size == tokens:
                     torch._dynamo.mark_dynamic(tensor, dim)
-    # A copy: torch takes something out of it.
-    compiled: Any = torch.compile(run, fullgraph=True, options=dict(_OPTIONS))
-    # Numbers of the model's code are constants, as those of its configuration are.
-    with torch._dynamo.config.patch(specialize_float=True):
-        ahead = compiled.aot_compile((inputs, {}))
-    ahead.disable_guard_check()
-    graph: Graph = ahead
-    return graph
-
-
-def _compare(got: object, expected: object) -> None:
-    """Raise CompiledWronglyError unless two outputs of a layer are the same, nearly."""
-    for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
-        if isinstance(other, Tensor):
-            difference = float((one - other).norm() / other.norm())
-            if not difference < _TOLERANCE[other.dtype]:
-                raise CompiledWronglyError(f"a compiled layer is off by {difference:.2g}")
+    # A single token's products are loops that the compiler makes. All that it makes for more is
+    # small beside their products, with whose threads its own would fight for the processors.
+    return compile_ahead(run, inputs, threads=-1 if tokens == 1 else 1)

@@ -3,45 +3,69 @@
 Those that read the same input (queries, keys and values; gate and up) become one product, as small
 ones are far from the memory's speed. On a CPU with bfloat16 instructions both together are worth
 1.5 to 2 times the speed of a decode step's products (SmolLM2-135M, batch 1 to 32).
+
+A single row is another matter: oneDNN reads its layout at half of the memory's speed or less, and a
+loop over rows of weights as they were, which torch's compiler makes, nearly at all of it. So they
+are kept beside the packed ones, where there is room for both.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from transformers import PreTrainedModel
 
+from server.engine.torch.devices import free_memory
 from server.engine.torch.operators import define_operator
 
 # Of rows: oneDNN chooses a layout by it, which serves any other number as well.
 _ROWS: Final = 32
+# Of the memory that is free, for weights that are kept beside the packed ones.
+_PLAIN_SHARE: Final = 0.25
+
+OneRow: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`multiply_one_row`, compiled."""
 
 
 class PackedLinear(nn.Module):
     """What an `nn.Linear` of a CPU computes, on packed weights: (..., in) -> (..., out)."""
 
     packed: Tensor  # (out of all joined layers, in), the same in each of them
+    plain: Tensor | None  # the same numbers, row by row; None where there is no room for both
     bias: Tensor | None  # (out of all joined layers,)
 
     def __init__(
-        self, packed: Tensor, bias: Tensor | None, outputs: range, kept: "_LastProduct"
+        self,
+        packed: Tensor,
+        plain: Tensor | None,
+        bias: Tensor | None,
+        outputs: range,
+        kept: "_LastProduct",
     ) -> None:
         """Its own `outputs` are some of the product's."""
         super().__init__()
         self.in_features = packed.shape[1]
         self.out_features = len(outputs)
+        self.one_row: OneRow | None = None  # for who calls it uncompiled
         self._first = outputs.start
         self._kept = kept
         self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("plain", plain, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), bfloat16."""
+        plain = self.plain if rows.numel() == self.in_features else None
         if torch.compiler.is_dynamo_compiling():  # `OneProduct` unites the calls of joined layers
-            product = self._multiply(rows)
+            if plain is None:
+                product = self._multiply(rows)
+            else:
+                product = multiply_one_row(rows, plain, self.bias)
+        elif plain is not None and self.one_row is not None:
+            product = self.one_row(rows, plain, self.bias)
         else:
             product = self._kept.of(rows, self._multiply)
         return product.narrow(-1, self._first, self.out_features)
@@ -49,6 +73,15 @@ class PackedLinear(nn.Module):
     def _multiply(self, rows: Tensor) -> Tensor:
         product: Tensor = torch.ops.steerserve.packed_linear(rows, self.packed, self.bias)
         return product
+
+
+def multiply_one_row(row: Tensor, plain: Tensor, bias: Tensor | None) -> Tensor:
+    """A product that a compiler makes one loop of: (..., in) of one row -> (..., out).
+
+    Not to be called uncompiled: it would fill memory with as many numbers as the weights have.
+    """
+    product = (plain.float() * row.float()[..., None, :]).sum(-1)
+    return (product if bias is None else product + bias.float()).to(row.dtype)
 
 
 class _LastProduct:
@@ -90,27 +123,33 @@ class OneProduct(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def pack_linear_layers(model: PreTrainedModel) -> None:
+def pack_linear_layers(model: PreTrainedModel, will_compile: bool = False) -> None:
     """Replace the linear layers of a model, where its processor gains by it.
 
-    The weights themselves go, but for those that something else uses (tied embeddings).
+    The weights themselves go, but for those that something else uses (tied embeddings), or that a
+    compiler can make use of.
     """
     if not _is_worth_it(model):
         return
-    for group in _with_equal_inputs(model):
-        _join(model, group)
+    groups = _with_equal_inputs(model)
+    size = sum(linear.weight.nbytes for group in groups for _, linear in group)
+    keep_plain = will_compile and size <= _PLAIN_SHARE * free_memory(model.device)
+    for group in groups:
+        _join(model, group, keep_plain)
 
 
-def _join(model: PreTrainedModel, group: Sequence[tuple[str, nn.Linear]]) -> None:
-    weights = torch.cat([linear.weight.detach() for _, linear in group])
-    packed = torch.ops.mkldnn._reorder_linear_weight(weights, _ROWS)
+def _join(model: PreTrainedModel, group: Sequence[tuple[str, nn.Linear]], keep_plain: bool) -> None:
+    weights = [linear.weight.detach() for _, linear in group]
+    plain = torch.cat(weights) if len(weights) > 1 else weights[0]  # which may be tied
+    packed = torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
     biases = [linear.bias.detach() for _, linear in group if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
     kept = _LastProduct(len(group))
     first = 0
     for path, linear in group:
         outputs = range(first, first + linear.out_features)
-        model.set_submodule(path, PackedLinear(packed, bias, outputs, kept))
+        layer = PackedLinear(packed, plain if keep_plain else None, bias, outputs, kept)
+        model.set_submodule(path, layer)
         first = outputs.stop
 
 
