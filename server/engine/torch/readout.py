@@ -3,7 +3,7 @@
 All is computed on the device and read together: a step waits for the device only here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -42,10 +42,11 @@ class _Computed(NamedTuple):
     """Tensors, on the device and then on the host."""
 
     finite: Tensor  # (rows,) bool
-    prompts: Scores
-    divergences: Tensor  # (n,) float32, of the sequences that have a row of the base model's
     sample: Sample
-    scores: Scores  # of the drawn tokens, where they are wanted
+    # None where nobody wants any, which is most often.
+    prompts: Scores | None
+    divergences: Tensor | None  # (n,) float32, of the sequences that have a row of the base model's
+    scores: Scores | None  # of the drawn tokens
 
 
 def read_out(rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw]) -> Readout:
@@ -59,29 +60,26 @@ def read_out(rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw]) -> Read
     drawn = [i for i, row in enumerate(rows) if row.draws]
     based = _with_bases(rows, drawn)
     finite = logits.amax(dim=-1).isfinite()  # NaN counts as the largest
-    prompts = _score_prompts([rows[i] for i in scored], _select(logits, scored))
-    divergences = _divergences(_select(logits, list(based)), _select(logits, list(based.values())))
+    prompts = _score_prompts(rows, logits, scored) if scored else None
+    divergences = _divergences(logits, based) if based else None
     wanted = {
         i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
     }
     unsure: list[int] = []
     while True:
         sampled = sample(_select(logits, drawn), draws, sorted_rows=unsure)
-        scores = score(
-            _select(logits, list(wanted)),
-            _select(sampled.tokens, [place for place, i in enumerate(drawn) if i in wanted]),
-            max(wanted.values(), default=0),
-        )
-        computed = fetch(_Computed(finite, prompts, divergences, sampled, scores))
+        scores = _score_drawn(logits, drawn, sampled, wanted) if wanted else None
+        computed = fetch(_Computed(finite, sampled, prompts, divergences, scores))
         unsure = [place for place, sure in enumerate(computed.sample.sure.tolist()) if not sure]
         if not unsure:
             break
-    logprobs = dict(zip(wanted, computed.scores.read(list(wanted.values())), strict=True))
-    moved = dict(zip(based, computed.divergences.tolist(), strict=True))
-    prompt_counts = [rows[i].sequence.request.sampling.prompt_logprobs or 0 for i in scored]
+    logprobs = _by_row(computed.scores, wanted)
+    divergent = [] if computed.divergences is None else computed.divergences.tolist()
+    moved = dict(zip(based, divergent, strict=True))
+    prompt_counts = {i: rows[i].sequence.request.sampling.prompt_logprobs or 0 for i in scored}
     return Readout(
         [row for row, whole in zip(rows, computed.finite.tolist(), strict=True) if not whole],
-        list(zip((rows[i] for i in scored), computed.prompts.read(prompt_counts), strict=True)),
+        [(rows[i], found) for i, found in _by_row(computed.prompts, prompt_counts).items()],
         [
             Drawn(
                 (sequence := rows[i].sequence),
@@ -94,11 +92,26 @@ def read_out(rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw]) -> Read
     )
 
 
-def _score_prompts(rows: Sequence[Row], logits: Tensor) -> Scores:
+def _score_prompts(rows: Sequence[Row], logits: Tensor, scored: Sequence[int]) -> Scores:
     """How likely the prompts' next tokens are."""
-    tokens = [row.sequence.tokens[row.place + 1] for row in rows]
-    counts = [row.sequence.request.sampling.prompt_logprobs or 0 for row in rows]
-    return score(logits, send(tokens, logits.device, torch.int64), max(counts, default=0))
+    prompts = [rows[i] for i in scored]
+    tokens = [row.sequence.tokens[row.place + 1] for row in prompts]
+    most = max(row.sequence.request.sampling.prompt_logprobs or 0 for row in prompts)
+    return score(_select(logits, scored), send(tokens, logits.device, torch.int64), most)
+
+
+def _score_drawn(
+    logits: Tensor, drawn: Sequence[int], sampled: Sample, wanted: Mapping[int, int]
+) -> Scores:
+    """How likely the drawn tokens are whose requests want to know it."""
+    tokens = _select(sampled.tokens, [place for place, i in enumerate(drawn) if i in wanted])
+    return score(_select(logits, list(wanted)), tokens, max(wanted.values()))
+
+
+def _by_row(scores: Scores | None, counts: Mapping[int, int]) -> dict[int, RowLogprobs]:
+    """Of each row, with as many alternatives as it wants."""
+    read = [] if scores is None else scores.read(list(counts.values()))
+    return dict(zip(counts, read, strict=True))
 
 
 def _with_bases(rows: Sequence[Row], drawn: Sequence[int]) -> dict[int, int]:
@@ -107,12 +120,13 @@ def _with_bases(rows: Sequence[Row], drawn: Sequence[int]) -> dict[int, int]:
     return {i: bases[rows[i].sequence] for i in drawn if rows[i].sequence in bases}
 
 
-def _divergences(steered: Tensor, base: Tensor) -> Tensor:
+def _divergences(logits: Tensor, based: Mapping[int, int]) -> Tensor:
     """How far steering has moved the distributions that tokens are drawn from.
 
     The Kullback-Leibler divergence of the base model's distribution from the steered one, in nats:
-    of the logits (n, vocabulary) float32 of both -> (n,) float32.
+    (n,) float32, of n rows and their bases.
     """
+    steered, base = _select(logits, list(based)), _select(logits, list(based.values()))
     terms = kl_div(
         base.log_softmax(dim=-1),
         steered.log_softmax(dim=-1),

@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = TypeVar("T")
 
@@ -65,11 +65,12 @@ def send(values: Sequence[float], device: torch.device, dtype: torch.dtype | Non
 
 
 def fetch(tree: T) -> T:
-    """The same nest of tuples of tensors, with copies on the host; this waits for the devices."""
-    devices = {tensor.device for tensor in tree_leaves(tree) if tensor.is_cuda}
+    """The same nest of tuples, with copies of its tensors on the host; waits for the devices."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     if not devices:
         return tree
-    fetched: T = tree_map(start_copy, tree)
+    fetched: T = tree_map_only(Tensor, start_copy, tree)
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return fetched
