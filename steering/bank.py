@@ -93,6 +93,7 @@ class Bank:
         # Counts what changes which tensors an edit reads: new sites, and the first supports. To
         # fill a slot changes the tensors' contents only.
         self.version = 0
+        self.fillings = 0  # counts every change of what a slot holds
 
     # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
     @torch.inference_mode()
@@ -109,6 +110,7 @@ class Bank:
                 self.version += had_support is not (maps.low is not None)
         else:
             self._heads[slot] = parameters.to(self._device)
+        self.fillings += 1
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
@@ -116,6 +118,7 @@ class Bank:
         self._heads.pop(slot, None)
         for stack in self._sites.values():
             stack.clear(slot)
+        self.fillings += 1
 
     def _site(self, site: str, width: int) -> SiteMaps:
         if site not in self._sites:
@@ -125,7 +128,7 @@ class Bank:
 
     def acting(self, route: Route) -> dict[str, SiteMaps]:
         """The maps of each site at which the step's affine edits do anything."""
-        used = frozenset[int]().union(*(layer.used for layer in route.affine))
+        used = route.used_slots
         return {site: maps for site, maps in self._sites.items() if maps.filled & used}
 
     def edit_site(

@@ -68,6 +68,11 @@ class Route:
     device: torch.device  # that the tensors are on
     _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
 
+    @property
+    def used_slots(self) -> frozenset[int]:
+        """The slots of all affine edits, known on the host."""
+        return frozenset[int]().union(*(layer.used for layer in self.affine))
+
     def on(self, device: torch.device) -> "Route":
         """The route with its tensors on a device, copied there once a step.
 

@@ -7,10 +7,10 @@ layer runs as it is, with its hooks.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,17 @@ _MOST_PLANS: Final = 64
 class _Layer:
     """How one layer is computed in a step."""
 
-    variant: Variant
+    variant: int  # which of the plan's
     tensors: Tensors  # its own, and the maps of its sites
     position: Tensor  # () int64, which layer it is
 
 
-# How the layers are computed while the same sites are edited.
-_Plan: TypeAlias = list[_Layer]
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the layers are computed while slots hold what they do, and the same are used."""
+
+    variants: tuple[Variant, ...]
+    layers: list[_Layer]
 
 
 class CompiledLayers:
@@ -60,7 +64,7 @@ class CompiledLayers:
         self._probes = (one_token, more_tokens)
         self._graphs: dict[Variant, Graphs] = {}
         self._asked: set[Variant] = set()
-        self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._plans: dict[tuple[Bank, int, frozenset[int], int], _Plan] = {}
         self._background = Background("compiler")
         for structure in range(len(layers.structures)):
             self._find(Variant(structure))
@@ -96,21 +100,22 @@ class CompiledLayers:
         self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
     ) -> Iterator[None]:
         """Within the context, a step's layers run compiled, where they are."""
-        plan = self._plan(bank.acting(route), len(route.affine))
-        edits = step_tensors(route, tokens) if any(layer.variant.sites for layer in plan) else {}
-        with self._layers.replaced_by([self._call(layer, edits, tokens) for layer in plan]):
+        plan = self._plan(bank, route)
+        steered = any(variant.sites for variant in plan.variants)
+        edits = step_tensors(route, tokens) if steered else {}
+        calls = [self._calls(variant, edits, tokens) for variant in plan.variants]
+        with self._layers.replaced_by([calls[layer.variant](layer) for layer in plan.layers]):
             yield
         if meter is not None and edits:
             for layer, doses, counts in zip(route.affine, *edits["doses"], strict=True):
                 meter.add_affine(layer.depth, doses, counts)
 
-    def _plan(self, acting: Mapping[str, SiteMaps], depth: int) -> _Plan:
-        """What does not change from one step to the next, as long as the same sites are edited."""
-        key = (depth, *((site, maps, maps.low is None) for site, maps in acting.items()))
+    def _plan(self, bank: Bank, route: Route) -> _Plan:
+        key = bank, bank.fillings, route.used_slots, len(route.affine)
         if key not in self._plans:
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = self._make_plan(acting, depth)
+            self._plans[key] = self._make_plan(bank.acting(route), len(route.affine))
         return self._plans[key]
 
     def _make_plan(self, acting: Mapping[str, SiteMaps], depth: int) -> _Plan:
@@ -120,6 +125,7 @@ class CompiledLayers:
             if (place := layers.place(site)) is not None:
                 index, path = place
                 edited[index][path] = maps
+        variants: dict[Variant, int] = {}
         planned = []
         for index, found in enumerate(edited):
             sites = tuple(_site(path, maps) for path, maps in sorted(found.items()))
@@ -127,22 +133,28 @@ class CompiledLayers:
             tensors = dict(layers.tensors[index])
             for path, maps in found.items():
                 tensors |= named_tensors(path, site_tensors(maps))
-            planned.append(_Layer(variant, tensors, layers.positions[index]))
-        return planned
+            number = variants.setdefault(variant, len(variants))
+            planned.append(_Layer(number, tensors, layers.positions[index]))
+        return _Plan(tuple(variants), planned)
 
-    def _call(self, layer: _Layer, edits: Tensors, tokens: int) -> LayerCall | None:
-        """What computes a layer in this step; None: the layer itself."""
-        graphs = self._find(layer.variant)
+    def _calls(
+        self, variant: Variant, edits: Tensors, tokens: int
+    ) -> Callable[[_Layer], LayerCall | None]:
+        """What computes a layer of some variant in this step; None: the layer itself."""
+        graphs = self._find(variant)
         if graphs is None:
-            return None
+            return lambda _layer: None
         graph = graphs.one_token if tokens == 1 else graphs.more_tokens
-        own = edits if layer.variant.sites else {}
+        own = edits if variant.sites else {}
 
-        def call(*args: object, **kwargs: object) -> object:
-            kwargs["layer_index"] = layer.position
-            return graph(layer.tensors, own, args, kwargs)
+        def call_of(layer: _Layer) -> LayerCall:
+            def call(*args: object, **kwargs: object) -> object:
+                kwargs["layer_index"] = layer.position
+                return graph(layer.tensors, own, args, kwargs)
 
-        return call
+            return call
+
+        return call_of
 
     def _find(self, variant: Variant) -> Graphs | None:
         """A variant's graphs, if they are ready; asks for them if nobody has."""
