@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks.core import Bench, BenchmarkError
+from benchmarks.core import Bench, BenchmarkError, at_full_speed
 from server.engine.base import Edit, EngineError, Request, SamplingSettings
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.slab import SlabShape
@@ -58,6 +58,7 @@ def take_turns(
     sequences = {name: _sequences(bench, rows, turns) for name, rows in arms.items()}
     _check_room(bench, list(chain.from_iterable(sequences.values())))
     begun = [(name, _begin(bench, each)) for name, each in sequences.items()]
+    at_full_speed(bench.core)  # what the arms have asked for is compiled now
     outcome: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(turns.rounds + 1):
         seconds = dict.fromkeys(arms, 0.0)

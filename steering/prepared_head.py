@@ -1,5 +1,6 @@
 """A reward head as a CPU applies it fastest, made once for each head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +35,17 @@ class PreparedHead:
     def units(self) -> int:
         """m."""
         return len(self.w1)
+
+    @property
+    def one_row(self) -> Mapping[str, Tensor]:
+        """What `begin_one_row` takes of it."""
+        return {
+            "w1": self.w1,
+            "b1": self.b1,
+            "w2": self.w2,
+            "wanted": self.wanted,
+            "step": self.step,
+        }
 
     def forth(self, rows: Tensor) -> Tensor:
         """W1 of each row: (n, d) -> (n, m)."""

@@ -9,7 +9,7 @@ however many the steps. All but those products is done for all heads' rows toget
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,25 +18,46 @@ from torch.nn.functional import pad
 from steering.prepared_head import PreparedHead
 from steering.reward import RewardHead, apply_reward, slopes, stays_as_it_is
 
-Heads: TypeAlias = Sequence[tuple[RewardHead, int, int]]
-"""Heads, how many rows each edits, and their most iterations: first come the rows of the first."""
+_FIRST: Final = torch.zeros(1, dtype=torch.int64)
 
 
-def refine(h: Tensor, heads: Heads, direction_scale: Tensor, step_sizes: Tensor) -> Tensor:
+class Headed(NamedTuple):
+    """A head, and the rows that it edits: those after the rows of the head before it."""
+
+    head: RewardHead
+    rows: int
+    most_iterations: int
+
+
+Begin: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""`begin_one_row`, as it is or compiled."""
+
+
+def refine(
+    h: Tensor,
+    heads: Sequence[Headed],
+    direction_scale: Tensor,
+    step_sizes: Tensor,
+    alike: bool,
+    compiled: Callable[[PreparedHead], Begin | None] = lambda _head: None,
+) -> Tensor:
     """Refine n rows, each by its own head with its own settings; see `apply_reward`.
 
     Args:
         h: (n, d) float32.
         heads: all of width d, with n rows together.
         direction_scale, step_sizes: as `apply_reward` takes them.
+        alike: whether none of the step sizes is 0.
+        compiled: what begins a single row by some head; None where nothing faster is at hand.
 
     Returns:
         (n, d) float32.
     """
     prepared = [head.prepared for head, _, _ in heads if head.prepared is not None]
     if len(prepared) == len(heads):
-        counts = [count for _, count, _ in heads]
-        return _climb(h, _Stack(prepared, counts), direction_scale, step_sizes)
+        stack = _Stack(prepared, [each.rows for each in heads])
+        begin = compiled(prepared[0]) if len(h) == 1 and step_sizes.shape[1] else None
+        return _climb(h, stack, direction_scale, step_sizes, alike, begin)
     edited = []
     first = 0
     for head, count, most in heads:
@@ -79,7 +100,8 @@ class _Stack:
         """Add what flips of slopes, (n, m) and mostly zero, do to a motion, (n, d + m)."""
         rows, units = flips.nonzero(as_tuple=True)
         weights = flips[rows, units]
-        firsts = torch.searchsorted(rows, torch.arange(len(flips)))
+        single = len(flips) == 1
+        firsts = _FIRST if single else torch.searchsorted(rows, torch.arange(len(flips)))
         if len(self.heads) == 1:
             motion.add_(self.heads[0].along_few(units, firsts, weights))
             return
@@ -93,28 +115,73 @@ class _Stack:
                 motion[own, : along.shape[1]].add_(along)
 
 
-def _climb(h: Tensor, stack: _Stack, direction_scale: Tensor, step_sizes: Tensor) -> Tensor:
+def _climb(
+    h: Tensor,
+    stack: _Stack,
+    direction_scale: Tensor,
+    step_sizes: Tensor,
+    alike: bool,
+    begin: Begin | None,
+) -> Tensor:
     d, m = h.shape[1], stack.units
     w2 = stack.of_rows([head.w2 for head in stack.heads])
-    units = stack.each(PreparedHead.forth, h, m) + stack.of_rows([head.b1 for head in stack.heads])
-    wanted = stack.of_rows([head.wanted for head in stack.heads])
-    gap = wanted - (torch.relu(units) * w2).sum(dim=1, keepdim=True)
-    step = stack.of_rows([head.step for head in stack.heads])
-    stays = stays_as_it_is(gap, direction_scale)
-    state = torch.cat((h, units), dim=1)
-    state = torch.where(stays, state, state + direction_scale * gap * step)
-    if not step_sizes.shape[1]:
-        return state[:, :d]
-    slope = slopes(state[:, d:], w2)
-    motion = stack.each(PreparedHead.along, slope, d + m)
+    if begin is not None:
+        state, slope, motion = begin(h, direction_scale, **stack.heads[0].one_row)
+    else:
+        state = _directed(h, stack, w2, direction_scale)
+        if not step_sizes.shape[1]:
+            return state[:, :d]
+        slope = slopes(state[:, d:], w2)
+        motion = stack.each(PreparedHead.along, slope, d + m)
     first, *others = torch.unbind(step_sizes[:, :, None], dim=1)
-    alike = bool(step_sizes.all())
     state = _moved(state, first, motion, alike)
     for eta in others:
         before, slope = slope, slopes(state[:, d:], w2)
         stack.add_along(motion, slope - before)
         state = _moved(state, eta, motion, alike)
     return state[:, :d]
+
+
+def _directed(h: Tensor, stack: _Stack, w2: Tensor, direction_scale: Tensor) -> Tensor:
+    """The state of each row after its directional step: (n, d + m)."""
+    m = stack.units
+    units = stack.each(PreparedHead.forth, h, m) + stack.of_rows([head.b1 for head in stack.heads])
+    wanted = stack.of_rows([head.wanted for head in stack.heads])
+    step = stack.of_rows([head.step for head in stack.heads])
+    gap = wanted - (torch.relu(units) * w2).sum(dim=1, keepdim=True)
+    state = torch.cat((h, units), dim=1)
+    moved = state + direction_scale * gap * step
+    return torch.where(stays_as_it_is(gap, direction_scale), state, moved)
+
+
+def begin_one_row(
+    h: Tensor,
+    direction_scale: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    wanted: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A single row's directional step and first gradient, in loops that a compiler can fuse.
+
+    Uncompiled, it would be slower than what it is compiled for.
+
+    Args:
+        h: (1, d); direction_scale: (1, 1); the rest as `PreparedHead` has it. All float32.
+
+    Returns:
+        The state after the directional step, (1, d + m); its slopes, (1, m); the motion along the
+        gradient, (1, d + m).
+    """
+    units = (w1 * h).sum(dim=1)[None] + b1
+    gap = wanted - (torch.relu(units) * w2).sum(dim=1, keepdim=True)
+    state = torch.cat((h, units), dim=1)
+    moved = state + direction_scale * gap * step
+    state = torch.where(stays_as_it_is(gap, direction_scale), state, moved)
+    slope = slopes(state[:, h.shape[1] :], w2[None])
+    gradient = (w1 * slope.T).sum(dim=0)[None]
+    return state, slope, torch.cat((gradient, (w1 * gradient).sum(dim=1)[None]), dim=1)
 
 
 def _moved(state: Tensor, eta: Tensor, motion: Tensor, alike: bool) -> Tensor:

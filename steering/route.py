@@ -5,7 +5,7 @@ Computed once a step on the host; the hooks in the model only index the bank by 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,15 +39,24 @@ class AffineLayer:
         return replace(self, slots=self.slots.to(device), strength=self.strength.to(device))
 
 
+class HeadRows(NamedTuple):
+    """How many of a layer's rows a head edits, after the rows of the head before it."""
+
+    slot: int
+    rows: int
+    most_iterations: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardLayer:
     """The k-th reward edit of those rows that have one: the rows of one head after another's."""
 
     depth: int  # k, from 0
-    heads: tuple[tuple[int, int, int], ...]  # slot, how many rows it edits, their most iterations
+    heads: tuple[HeadRows, ...]
     rows: Tensor  # (n,) int64
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
+    alike: bool  # whether none of the step sizes is 0, as the host knows
 
     def to(self, device: torch.device) -> "RewardLayer":
         """The same on a device."""
@@ -184,12 +193,13 @@ def _reward_layer(
     return RewardLayer(
         depth=depth,
         heads=tuple(
-            (slot, len(own), max(settings.iterations for _, settings in own))
+            HeadRows(slot, len(own), max(settings.iterations for _, settings in own))
             for slot, own in by_slot.items()
         ),
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
         direction_scale=table[:, :1],
         step_sizes=table[:, 1:],
+        alike=all(size for _, *sizes in steps for size in sizes),
     )
 
 

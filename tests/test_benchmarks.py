@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import typer
+from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import main
@@ -28,9 +29,8 @@ from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import load_model
 from server.engine.torch.slab_attention import SlabMemory, SlabStep
-from steering.bank import SiteMaps
+from steering.bank import Bank
 from steering.dose import DoseMeter
-from steering.route import Route
 from steering.settings import AffineSettings
 from tests.serving import eventually
 
@@ -86,19 +86,19 @@ def test_the_engine_is_measured_in_this_process(tiny_llama: str, tmp_path: Path)
 def test_each_arm_is_steered_as_it_should_and_nothing_is_left(tiny_llama: str) -> None:
     bench = open_bench(tiny_llama)
     steered = (Edit(bench.lineas, AffineSettings(1.0)),)
-    bank = bench.core.interventions.bank
-    acting = bank.acting
+    runner = bench.core._runner
+    run = runner.run
     seen: list[bool] = []
 
-    def recording(route: Route) -> dict[str, SiteMaps]:
-        found = acting(route)
+    def recording(batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
+        found = bank.acting(batch.route)
         assert len(found) in (0, len(bench.default_sites))
         seen.append(bool(found))
-        return found
+        return run(batch, bank, meter)
 
     turns = Turns(rounds=2, steps=2, prompt_tokens=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank, "acting", recording)
+        patch.setattr(runner, "run", recording)
         seconds = take_turns(
             bench, {"plain": [()] * 2, "steered": [steered] * 2}, turns, lambda: None
         )

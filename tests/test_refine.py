@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering.refine import Heads, refine
+from steering.refine import Headed, refine
 from steering.reward import RewardHead, reward
 from steering.settings import RewardSettings
 from tests import oracles
@@ -25,10 +25,12 @@ Counted = Sequence[tuple[RewardHead, int]]
 def refined_by(h: Tensor, heads: Counted, settings: Sequence[RewardSettings]) -> Tensor:
     """Rows in the order of their heads, each with its own settings."""
     rest = iter(settings)
-    with_most: Heads = [
-        (head, count, max(next(rest).iterations for _ in range(count))) for head, count in heads
+    with_most = [
+        Headed(head, count, max(next(rest).iterations for _ in range(count)))
+        for head, count in heads
     ]
-    return refine(h, with_most, *columns(settings))
+    direction_scale, step_sizes = columns(settings)
+    return refine(h, with_most, direction_scale, step_sizes, bool(step_sizes.all()))
 
 
 def expected_of(h: Tensor, heads: Counted, settings: Sequence[RewardSettings]) -> Tensor:

@@ -30,7 +30,10 @@ class CompiledWronglyError(Exception):
 
 
 def compile_ahead(
-    function: Callable[..., object], inputs: tuple[object, ...], threads: int
+    function: Callable[..., object],
+    inputs: tuple[object, ...],
+    threads: int,
+    named: Mapping[str, object] | None = None,
 ) -> Callable[..., Any]:
     """What a compiler makes of a function, for inputs like some.
 
@@ -38,6 +41,7 @@ def compile_ahead(
     in the sizes that were marked as dynamic.
 
     Args:
+        named: inputs by their names, after the others.
         threads: that a loop over many numbers runs on; all that torch has if it is -1.
 
     Raises:
@@ -48,7 +52,7 @@ def compile_ahead(
     compiled: Any = torch.compile(function, fullgraph=True, options=options)
     # Numbers of the model's code are constants, as those of its configuration are.
     with torch._dynamo.config.patch(specialize_float=True):
-        ahead: Any = compiled.aot_compile((inputs, {}))
+        ahead: Any = compiled.aot_compile((inputs, dict(named or {})))
     ahead.disable_guard_check()
     call: Callable[..., Any] = ahead
     return call

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.compiled import CompiledLayers
+from server.engine.torch.compiled_refinement import CompiledRefinement
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.decoder import DecoderLayers
@@ -127,7 +128,9 @@ def _faster_runner(
         _rehearse(graphs, interventions, loaded, options)
         return graphs
     if options.compile_layers and model.device.type == "cpu":
-        return _compiled_runner(loaded, hooks, eager, options)
+        compiled = _compiled_layers(loaded, eager, options)
+        interventions.bank.compiled_refinement = CompiledRefinement(compiled.background)
+        return Runner(model, hooks, compiled)
     return eager
 
 
@@ -154,10 +157,8 @@ def _has_changing_rope(model: PreTrainedModel) -> bool:
     return any(kind in repr(rope) for kind in ("dynamic", "longrope"))
 
 
-def _compiled_runner(
-    loaded: LoadedModel, hooks: SteeringHooks, eager: Runner, options: EngineOptions
-) -> Runner:
-    """A runner whose layers are compiled in the background."""
+def _compiled_layers(loaded: LoadedModel, eager: Runner, options: EngineOptions) -> CompiledLayers:
+    """The layers, compiled in the background."""
     model, widths = loaded.model, loaded.description.site_widths
     # Of its own, as the probes keep theirs: they are computed again with each graph.
     memory = SlabMemory(SlabShape.of(model))
@@ -169,7 +170,7 @@ def _compiled_runner(
         compiled.expect(
             {site: widths[site] for site in sites}, options.max_loaded_interventions + 1
         )
-    return Runner(model, hooks, compiled)
+    return compiled
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:

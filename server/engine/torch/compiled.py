@@ -65,15 +65,15 @@ class CompiledLayers:
         self._graphs: dict[Variant, Graphs] = {}
         self._asked: set[Variant] = set()
         self._plans: dict[tuple[Bank, int, frozenset[int], int], _Plan] = {}
-        self._background = Background("compiler")
+        self.background = Background("compiler")
         for structure in range(len(layers.structures)):
             self._find(Variant(structure))
-        self._background.run(lambda: self._make_head(lm_head))
+        self.background.run(lambda: self._make_head(lm_head))
 
     @property
     def pending(self) -> int:
         """Variants that are being made, or wait for that."""
-        return self._background.pending
+        return self.background.pending
 
     def expect(self, sites: Mapping[str, int], slots: int) -> None:
         """Have graphs made for one affine edit at some sites, before anybody wants it.
@@ -93,7 +93,7 @@ class CompiledLayers:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
-        return self._background.wait(timeout)
+        return self.background.wait(timeout)
 
     @contextmanager
     def step(
@@ -160,7 +160,7 @@ class CompiledLayers:
         """A variant's graphs, if they are ready; asks for them if nobody has."""
         if variant not in self._asked:
             self._asked.add(variant)
-            self._background.run(lambda: self._make(variant))
+            self.background.run(lambda: self._make(variant))
         return self._graphs.get(variant)
 
     def _make(self, variant: Variant) -> None:
