@@ -256,7 +256,11 @@ class _State(Collector):
             ("kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", stats.kv_cache_usage),
             ("intervention_slots_used", "Interventions loaded in the bank.", stats.slots_used),
             ("interventions_stored", "Names in the registry.", len(self._interventions.entries())),
-            ("engine_compiling", "Graphs of layers that are being made.", stats.compiling),
+            (
+                "engine_compiling",
+                "Graphs that are being made, of layers and rewards.",
+                stats.compiling,
+            ),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(PREFIX + name, text, value)

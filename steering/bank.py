@@ -180,8 +180,8 @@ class Bank:
             edited = refine(
                 rows,
                 [
-                    Headed(self._head(slot, hidden.device), count, most)
-                    for slot, count, most in layer.heads
+                    Headed(self._head(each.slot, hidden.device), each.rows, each.most_iterations)
+                    for each in layer.heads
                 ],
                 layer.direction_scale,
                 layer.step_sizes,

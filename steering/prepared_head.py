@@ -96,7 +96,7 @@ def prepare(w1: Tensor, b1: Tensor, w2: Tensor, wanted: Tensor, direction: Tenso
         wanted: (), the mean reward of the training positives without the head's last bias.
     """
     added = -len(w1) % _MULTIPLE
-    w1, b1, w2 = pad(w1, (0, 0, 0, added)), pad(b1, (0, added)), pad(w2, (0, added))
+    w1, b1, w2 = pad(w1, (0, 0, 0, added)).contiguous(), pad(b1, (0, added)), pad(w2, (0, added))
     small = len(w1) <= _MOST_UNITS
     packs = small and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     pack = torch.ops.mkldnn._reorder_linear_weight

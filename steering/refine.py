@@ -9,6 +9,8 @@ however many the steps. All but those products is done for all heads' rows toget
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Final, NamedTuple, TypeAlias
 
 import torch
@@ -48,7 +50,8 @@ def refine(
         heads: all of width d, with n rows together.
         direction_scale, step_sizes: as `apply_reward` takes them.
         alike: whether none of the step sizes is 0.
-        compiled: what begins a single row by some head; None where nothing faster is at hand.
+        compiled: what begins a row by a head that has no other; None where nothing faster is at
+            hand.
 
     Returns:
         (n, d) float32.
@@ -56,8 +59,8 @@ def refine(
     prepared = [head.prepared for head, _, _ in heads if head.prepared is not None]
     if len(prepared) == len(heads):
         stack = _Stack(prepared, [each.rows for each in heads])
-        begin = compiled(prepared[0]) if len(h) == 1 and step_sizes.shape[1] else None
-        return _climb(h, stack, direction_scale, step_sizes, alike, begin)
+        begun = _begin(h, stack, direction_scale, step_sizes.shape[1] > 0, compiled)
+        return _climb(begun, stack, step_sizes, alike)[:, : h.shape[1]]
     edited = []
     first = 0
     for head, count, most in heads:
@@ -67,7 +70,7 @@ def refine(
     return torch.cat(edited)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Stack:
     """The heads of n rows. Those with fewer than m units have others, which do nothing."""
 
@@ -78,6 +81,11 @@ class _Stack:
     def units(self) -> int:
         """m, of the widest."""
         return max(head.units for head in self.heads)
+
+    @cached_property
+    def w2(self) -> Tensor:
+        """(n, m)."""
+        return self.of_rows([head.w2 for head in self.heads])
 
     def of_rows(self, parameters: Sequence[Tensor]) -> Tensor:
         """Some of each head's parameters, for each of its rows: (k,) each -> (n, k)."""
@@ -115,40 +123,82 @@ class _Stack:
                 motion[own, : along.shape[1]].add_(along)
 
 
-def _climb(
+class _Begun(NamedTuple):
+    """Of n rows, before their first step along the gradient."""
+
+    state: Tensor  # (n, d + m), after the directional step
+    slope: Tensor  # (n, m), of its units
+    motion: Tensor  # (n, d + m), along the gradient
+
+
+def _climb(begun: _Begun, stack: _Stack, step_sizes: Tensor, alike: bool) -> Tensor:
+    """The state of each row after its last step: (n, d + m)."""
+    state, slope, motion = begun
+    for step, eta in enumerate(torch.unbind(step_sizes[:, :, None], dim=1)):
+        if step:
+            before, slope = slope, slopes(state[:, -stack.units :], stack.w2)
+            stack.add_along(motion, slope - before)
+        state = _moved(state, eta, motion, alike)
+    return state
+
+
+def _begin(
     h: Tensor,
     stack: _Stack,
     direction_scale: Tensor,
-    step_sizes: Tensor,
-    alike: bool,
-    begin: Begin | None,
-) -> Tensor:
+    climbs: bool,
+    compiled: Callable[[PreparedHead], Begin | None],
+) -> _Begun:
+    """Row after row by what is compiled for its head, those between them together.
+
+    What begins a row depends on its own head only, and so do its bits.
+    """
+    begins = [
+        compiled(head) if count == 1 else None
+        for head, count in zip(stack.heads, stack.counts, strict=True)
+    ]
+    parts: list[_Begun] = []
+    first = 0
+    each = zip(stack.heads, stack.counts, begins, strict=True)
+    for begin, run in groupby(each, key=lambda head: head[2]):
+        heads, counts = zip(*((head, count) for head, count, _ in run), strict=True)
+        own = slice(first, first + sum(counts))
+        first = own.stop
+        if begin is None:
+            part = _Stack(list(heads), list(counts))
+            parts.append(_begin_together(h[own], part, direction_scale[own], climbs))
+        else:
+            rows, scales = torch.split(h[own], 1), torch.split(direction_scale[own], 1)
+            parts += [
+                _Begun(*begin(row, scale, **head.one_row))
+                for row, scale, head in zip(rows, scales, heads, strict=True)
+            ]
+    if len(parts) == 1:
+        return parts[0]
     d, m = h.shape[1], stack.units
-    w2 = stack.of_rows([head.w2 for head in stack.heads])
-    if begin is not None:
-        state, slope, motion = begin(h, direction_scale, **stack.heads[0].one_row)
-    else:
-        state = _directed(h, stack, w2, direction_scale)
-        if not step_sizes.shape[1]:
-            return state[:, :d]
-        slope = slopes(state[:, d:], w2)
-        motion = stack.each(PreparedHead.along, slope, d + m)
-    first, *others = torch.unbind(step_sizes[:, :, None], dim=1)
-    state = _moved(state, first, motion, alike)
-    for eta in others:
-        before, slope = slope, slopes(state[:, d:], w2)
-        stack.add_along(motion, slope - before)
-        state = _moved(state, eta, motion, alike)
-    return state[:, :d]
+    return _Begun(
+        torch.cat([_widened(part.state, d + m) for part in parts]),
+        torch.cat([_widened(part.slope, m) for part in parts]),
+        torch.cat([_widened(part.motion, d + m) for part in parts]),
+    )
 
 
-def _directed(h: Tensor, stack: _Stack, w2: Tensor, direction_scale: Tensor) -> Tensor:
+def _begin_together(h: Tensor, stack: _Stack, direction_scale: Tensor, climbs: bool) -> _Begun:
+    d, m = h.shape[1], stack.units
+    state = _directed(h, stack, direction_scale)
+    slope = slopes(state[:, d:], stack.w2)
+    along = PreparedHead.along
+    motion = stack.each(along, slope, d + m) if climbs else torch.zeros_like(state)
+    return _Begun(state, slope, motion)
+
+
+def _directed(h: Tensor, stack: _Stack, direction_scale: Tensor) -> Tensor:
     """The state of each row after its directional step: (n, d + m)."""
     m = stack.units
     units = stack.each(PreparedHead.forth, h, m) + stack.of_rows([head.b1 for head in stack.heads])
     wanted = stack.of_rows([head.wanted for head in stack.heads])
     step = stack.of_rows([head.step for head in stack.heads])
-    gap = wanted - (torch.relu(units) * w2).sum(dim=1, keepdim=True)
+    gap = wanted - (torch.relu(units) * stack.w2).sum(dim=1, keepdim=True)
     state = torch.cat((h, units), dim=1)
     moved = state + direction_scale * gap * step
     return torch.where(stays_as_it_is(gap, direction_scale), state, moved)

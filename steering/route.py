@@ -10,7 +10,13 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from steering.settings import AffineSettings, Positions, RewardSettings, SlottedEdit
+from steering.settings import (
+    AffineSettings,
+    Positions,
+    RewardSettings,
+    SlottedEdit,
+    is_zero,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +205,9 @@ def _reward_layer(
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
         direction_scale=table[:, :1],
         step_sizes=table[:, 1:],
-        alike=all(size for _, *sizes in steps for size in sizes),
+        alike=all(
+            settings.iterations == most and not is_zero(settings.eta) for _, settings in rows
+        ),
     )
 
 

@@ -20,7 +20,7 @@ class AffineSettings:
     @property
     def does_nothing(self) -> bool:
         """Whether the edit is the identity, so that the request is served as if without it."""
-        return _is_zero(self.strength)
+        return is_zero(self.strength)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class RewardSettings:
     @property
     def does_nothing(self) -> bool:
         """Whether the edit is the identity, so that the request is served as if without it."""
-        refines = self.iterations > 0 and not _is_zero(self.eta)
-        return _is_zero(self.direction_scale) and not refines
+        refines = self.iterations > 0 and not is_zero(self.eta)
+        return is_zero(self.direction_scale) and not refines
 
 
-def _is_zero(value: float) -> bool:
+def is_zero(value: float) -> bool:
     """Whether a value is zero in float32, in which edits are computed."""
     return c_float(value).value == 0
 

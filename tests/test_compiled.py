@@ -152,6 +152,21 @@ async def test_a_graph_that_is_wrong_for_a_layer_is_not_used(
     assert_equal_to_oracle(outputs, *expected_of(oracle, "gpt2", PROMPTS[0], STACKS["a"]))
 
 
+async def test_a_slot_that_is_filled_anew_steers_as_what_it_holds_now(
+    start_engine: StartEngine,
+) -> None:
+    """At other sites, too: `b` lacks one of those of `a`."""
+    options = replace(OPTIONS, max_loaded_interventions=1)
+    engine = await start_engine(interventions_of(), "llama", options)
+    oracle = Oracle(tiny_model("llama"))
+    for _ in range(2):
+        for name in ("a", "b", "a support", "a"):
+            outputs = await generate(engine, PROMPTS[0], STACKS[name])
+            expected = expected_of(oracle, "llama", PROMPTS[0], STACKS[name])
+            assert_equal_to_oracle(outputs, *expected)
+        await everything_compiled(engine)
+
+
 def test_the_default_sites_are_compiled_before_anybody_asks(load_tiny: LoadTiny) -> None:
     core = build_core(load_tiny(), OPTIONS)
     assert core.compiling

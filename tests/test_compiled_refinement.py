@@ -80,16 +80,69 @@ def test_a_row_is_refined_as_the_reference_has_it(
     assert min(gaps) < 0 < max(gaps)
 
 
-def test_several_rows_and_no_steps_take_another_way() -> None:
-    refinement = CompiledRefinement(Background("compiler"))
-    head, _ = head_of(0)
-    rows = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
-    for some, settings in ((rows, SETTINGS), (rows[:1], replace(SETTINGS, iterations=0))):
-        found = refined_by(head, settings, some, refinement)
-        for row, refined in zip(some, found, strict=True):
-            expected = oracles.reward(row, head, settings)
-            torch.testing.assert_close(refined, expected, rtol=1e-4, atol=1e-4)
-    assert not refinement._asked
+def test_rows_with_a_head_each_begin_one_after_the_other() -> None:
+    """Of two widths, with settings of their own; each as the reference has it, and as alone."""
+    background = Background("compiler")
+    refinement = CompiledRefinement(background)
+    heads = [head_of(seed, units)[0] for seed, units in ((1, 1024), (2, 200), (3, 1024))]
+    settings = [replace(SETTINGS, iterations=steps) for steps in (5, 3, 2)]
+    rows = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def refined(some: slice) -> Tensor:
+        headed = [
+            Headed(head, 1, own.iterations)
+            for head, own in zip(heads[some], settings[some], strict=True)
+        ]
+        scale, sizes = columns(settings[some])
+        with torch.inference_mode():
+            return refine(rows[some], headed, scale, sizes, bool(sizes.all()), refinement)
+
+    refined(slice(None))  # asks
+    assert background.wait(SECONDS)
+    assert len(refinement._made) == 2
+    together = refined(slice(None))
+    for place, (row, head, own) in enumerate(zip(rows, heads, settings, strict=True)):
+        torch.testing.assert_close(
+            together[place], oracles.reward(row, head, own), rtol=1e-4, atol=1e-4
+        )
+        assert torch.equal(refined(slice(place, place + 1))[0], together[place])
+
+
+def test_what_is_compiled_is_used_for_heads_with_one_row_and_no_others() -> None:
+    """So that a row's bits do not depend on whose rows are beside it, or how far they go."""
+    calls: list[Tensor] = []
+
+    def begin(h: Tensor, scale: Tensor, **head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(h)
+        return begin_one_row(h, scale, **head)
+
+    one, two, three = (head_of(seed)[0] for seed in (1, 2, 3))
+    rows = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    steps = replace(SETTINGS, iterations=0)
+    for counts, settings, expected in (
+        ((1, 2, 1), [SETTINGS] * 4, [0, 3]),
+        ((1, 1, 2), [steps, *[SETTINGS] * 3], [0, 1]),
+        ((1, 2, 1), [steps] * 4, [0, 3]),
+    ):
+        calls.clear()
+        most = max(each.iterations for each in settings)
+        heads = [
+            Headed(head, count, most) for head, count in zip((one, two, three), counts, strict=True)
+        ]
+        scale, sizes = columns(settings)
+        found = refine(rows, heads, scale, sizes, bool(sizes.all()), lambda _head: begin)
+        of_rows = [each.head for each in heads for _ in range(each.rows)]
+        assert [each.tolist() for each in calls] == [rows[i : i + 1].tolist() for i in expected]
+        for row, head, own, refined in zip(rows, of_rows, settings, found, strict=True):
+            wanted = oracles.reward(row, head, own)
+            torch.testing.assert_close(refined, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_that_is_not_a_number_shows(compiled: CompiledRefinement) -> None:
+    large = replace(random_head(0, WIDTH, UNITS), w1=torch.full((UNITS, WIDTH), 3e38))
+    head = large.to(torch.device("cpu"))
+    row = torch.linspace(0.5, 1, WIDTH)[None]
+    assert not refined_by(head, SETTINGS, row, compiled).isfinite().all()
 
 
 def test_what_is_compiled_wrongly_is_not_used(

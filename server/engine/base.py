@@ -156,7 +156,7 @@ class EngineStats:
     preemptions: int = 0  # since the start: sequences that yielded their K/V
     prefix_cache_queries: int = 0  # since the start, in tokens of prompts
     prefix_cache_hits: int = 0
-    compiling: int = 0  # graphs of layers that are being made; until then, these run without
+    compiling: int = 0  # graphs that are being made; until then, their layers run without
     # Since the start, of those steered steps that are measured, where that can be told.
     measured_step_seconds: float = 0.0
     measured_edit_seconds: float = 0.0

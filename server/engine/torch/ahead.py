@@ -3,6 +3,7 @@
 torch's compiler makes loops for what a function says in tensors.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from server.engine.torch.packed import OneProduct
+
+logger = logging.getLogger(__name__)
 
 _OPTIONS: Final[Mapping[str, Any]] = {
     # What a product of one row reads is computed once, and not again for each row of weights.
@@ -42,7 +45,7 @@ def compile_ahead(
 
     Args:
         named: inputs by their names, after the others.
-        threads: that a loop over many numbers runs on; all that torch has if it is -1.
+        threads: that a loop over many numbers runs on.
 
     Raises:
         Exception: any; a compiler may raise what it likes.
@@ -62,6 +65,15 @@ def compare(got: object, expected: object) -> None:
     """Raise CompiledWronglyError unless the tensors of two nests are the same, nearly."""
     for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         if isinstance(other, Tensor):
-            difference = float((one - other).norm() / other.norm())
-            if not difference < _TOLERANCE[other.dtype]:
-                raise CompiledWronglyError(f"what was compiled is off by {difference:.2g}")
+            difference, size = float((one - other).norm()), float(other.norm())
+            if not difference <= _TOLERANCE[other.dtype] * size:
+                raise CompiledWronglyError(
+                    f"what was compiled is off by {difference:.2g} of {size:.2g}"
+                )
+
+
+def warn_uncompiled(who: str, part: object, error: Exception) -> None:
+    """Say that something runs as it is, which a compiler could not make faster."""
+    first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    logger.warning("%s uncompiled, which is slower: %s", who, first_line)
+    logger.debug("compiling %s failed", part, exc_info=error)

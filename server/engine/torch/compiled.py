@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from server.engine.torch.ahead import warn_uncompiled
 from server.engine.torch.background import Background
 from server.engine.torch.compiled_head import compile_head
 from server.engine.torch.decoder import DecoderLayers, LayerCall
@@ -55,7 +56,7 @@ class _Plan:
 
 
 class CompiledLayers:
-    """Used on the engine thread, but for `_make`."""
+    """Used on the engine thread, but for what the background runs."""
 
     def __init__(
         self, layers: DecoderLayers, one_token: Probe, more_tokens: Probe, lm_head: nn.Module
@@ -72,7 +73,7 @@ class CompiledLayers:
 
     @property
     def pending(self) -> int:
-        """Variants that are being made, or wait for that."""
+        """What is being compiled, or waits for that."""
         return self.background.pending
 
     def expect(self, sites: Mapping[str, int], slots: int) -> None:
@@ -171,27 +172,21 @@ class CompiledLayers:
             with torch.inference_mode():
                 self._graphs[variant] = make_graphs(self._layers, self._probes, variant)
         except Exception as error:
-            _warn("layers run", variant, error)
+            warn_uncompiled("layers run", variant, error)
         else:
             logger.info("compiled the layers of %s", variant)
 
     def _make_head(self, lm_head: nn.Module) -> None:
         """On the background's thread."""
         if Variant(0) not in self._graphs:
-            return  # there is no compiler; that was said when it was not found
+            return  # there is no compiler, most likely; that was said when it was not found
         try:
             with torch.inference_mode():
                 compile_head(lm_head)
         except Exception as error:
-            _warn("lm_head runs", lm_head, error)
+            warn_uncompiled("lm_head runs", lm_head, error)
 
 
 def _site(path: str, maps: SiteMaps) -> Site:
     slots, width = maps.delta.shape
     return Site(path, slots, width, maps.low is not None)
-
-
-def _warn(who: str, part: object, error: Exception) -> None:
-    first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    logger.warning("%s uncompiled, which is slower: %s", who, first_line)
-    logger.debug("compiling %s failed", part, exc_info=error)

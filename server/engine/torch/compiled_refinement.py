@@ -1,15 +1,11 @@
 """What refines a single row, compiled for each shape of a reward head."""
 
-import logging
-
 import torch
 
-from server.engine.torch.ahead import compare, compile_ahead
+from server.engine.torch.ahead import compare, compile_ahead, warn_uncompiled
 from server.engine.torch.background import Background
 from steering.prepared_head import PreparedHead
 from steering.refine import Begin, begin_one_row
-
-logger = logging.getLogger(__name__)
 
 
 class CompiledRefinement:
@@ -34,11 +30,11 @@ class CompiledRefinement:
         rows = torch.randn(1, head.w1.shape[1], generator=random), torch.ones(1, 1)
         try:
             with torch.inference_mode():
-                begin = compile_ahead(begin_one_row, rows, threads=-1, named=head.one_row)
+                begin = compile_ahead(
+                    begin_one_row, rows, torch.get_num_threads(), named=head.one_row
+                )
                 compare(begin(*rows, **head.one_row), begin_one_row(*rows, **head.one_row))
         except Exception as error:
-            first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            logger.warning("rewards run uncompiled, which is slower: %s", first_line)
-            logger.debug("compiling for %s failed", head.w1.shape, exc_info=True)
+            warn_uncompiled("rewards run", head.w1.shape, error)
         else:
             self._made[head.w1.shape] = begin

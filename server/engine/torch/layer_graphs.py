@@ -150,4 +150,4 @@ def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
                     torch._dynamo.mark_dynamic(tensor, dim)
     # A single token's products are loops that the compiler makes. All that it makes for more is
     # small beside their products, with whose threads its own would fight for the processors.
-    return compile_ahead(run, inputs, threads=-1 if tokens == 1 else 1)
+    return compile_ahead(run, inputs, torch.get_num_threads() if tokens == 1 else 1)

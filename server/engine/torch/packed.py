@@ -31,7 +31,7 @@ OneRow: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class PackedLinear(nn.Module):
-    """What an `nn.Linear` of a CPU computes, on packed weights: (..., in) -> (..., out)."""
+    """What an `nn.Linear` of a CPU computes, faster: (..., in) -> (..., out)."""
 
     packed: Tensor  # (out of all joined layers, in), the same in each of them
     plain: Tensor | None  # the same numbers, row by row; None where there is no room for both
@@ -59,18 +59,19 @@ class PackedLinear(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), bfloat16."""
         plain = self.plain if rows.numel() == self.in_features else None
-        if torch.compiler.is_dynamo_compiling():  # `OneProduct` unites the calls of joined layers
+        if torch.compiler.is_dynamo_compiling():  # equal calls of joined layers become one
             if plain is None:
-                product = self._multiply(rows)
+                product = self.multiply(rows)
             else:
                 product = multiply_one_row(rows, plain, self.bias)
         elif plain is not None and self.one_row is not None:
             product = self.one_row(rows, plain, self.bias)
         else:
-            product = self._kept.of(rows, self._multiply)
+            product = self._kept.of(rows, self.multiply)
         return product.narrow(-1, self._first, self.out_features)
 
-    def _multiply(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
+        """By all joined layers' packed weights: (..., in_features) -> (..., out of all)."""
         product: Tensor = torch.ops.steerserve.packed_linear(rows, self.packed, self.bias)
         return product
 
