@@ -20,6 +20,7 @@ from server.engine.torch.postprocess import Delivery
 from server.engine.torch.sequence import Sequence
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.soft_cap import FlexSoftCapped, choose_soft_capped
 from server.engine.torch.transfer import fetch
 from server.engine.torch.varlen import GatheredForm, PagedForm, available_forms
 from server.engine.torch.varlen_check import check_form
@@ -277,3 +278,13 @@ def test_what_is_loaded_later_is_in_no_graph_of_before(load_on_gpu: LoadOnGpu) -
     assert logprobs_of(again) == pytest.approx(logprobs_of(first), abs=1e-3)
     assert logprobs_of(edited) != logprobs_of(first)
     assert_captured(runner)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "fold"), [(256, 2), (128, 2)])  # of Gemma-2 2B and 9B, 27B
+def test_soft_capped_models_attend_by_a_kernel(
+    dtype: torch.dtype, head_dim: int, fold: int
+) -> None:
+    flex = FlexSoftCapped()
+    chosen = choose_soft_capped(flex, torch.device("cuda", 0), dtype, head_dim, fold)
+    assert chosen is flex

@@ -16,6 +16,12 @@ from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.soft_cap import (
+    FlexSoftCapped,
+    SoftCapped,
+    choose_soft_capped,
+    soft_capped_attention,
+)
 from server.engine.torch.varlen import VarlenForm, available_forms
 from server.engine.torch.varlen_check import choose_form
 
@@ -61,7 +67,18 @@ def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
     pool = BlockPool(
         _whole(_bytes(shape, wishes) // shape.bytes_per_token // _BLOCK_SIZE), _BLOCK_SIZE
     )
-    return KVPlan(SlabMemory(shape), pool, pool)
+    return KVPlan(SlabMemory(shape, _soft_capped(model, shape)), pool, pool)
+
+
+def _soft_capped(model: PreTrainedModel, shape: SlabShape) -> SoftCapped:
+    """What attends for a model that bounds its scores; others never ask."""
+    config = model.config.get_text_config()
+    devices = set(shape.devices)
+    bounded = getattr(config, "attn_logit_softcapping", None) is not None
+    if not bounded or model.device.type != "cuda" or devices != {model.device}:
+        return soft_capped_attention
+    fold = config.num_attention_heads // shape.kv_heads
+    return choose_soft_capped(FlexSoftCapped(), model.device, shape.dtype, shape.head_dim, fold)
 
 
 def suits_pages(model: PreTrainedModel, shape: SlabShape) -> bool:

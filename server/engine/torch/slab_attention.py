@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from server.engine.torch.attention_step import AttentionStep, How, KVMemory, Lane, Piece
 from server.engine.torch.slab import Slab, SlabGroup, SlabPool, SlabShape
+from server.engine.torch.soft_cap import SoftCapped, soft_capped_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,12 @@ class Segment:
 class SlabStep(AttentionStep):
     """One step over slabs."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], soft_capped: SoftCapped = soft_capped_attention
+    ) -> None:
         """Segments that decode should come in the order of `decoding_order`."""
         super().__init__()
-        self._parts = _parts(segments)
+        self._parts = _parts(segments, soft_capped)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """As every step's; see `AttentionStep.attend`."""
@@ -56,8 +59,10 @@ class SlabMemory(KVMemory):
     fixed = False
     probe_lanes = 18
 
-    def __init__(self, shape: SlabShape) -> None:
+    def __init__(self, shape: SlabShape, soft_capped: SoftCapped = soft_capped_attention) -> None:
+        """`soft_capped` attends for models that bound their scores."""
         self._pool = SlabPool(shape)
+        self._soft_capped = soft_capped
 
     def lane(self) -> Slab:
         """A slab without room yet."""
@@ -69,7 +74,7 @@ class SlabMemory(KVMemory):
 
     def step(self, pieces: Sequence[Piece]) -> SlabStep:
         """The attention of a step; `pieces` should come in the order of `order`."""
-        return SlabStep([_segment(piece) for piece in pieces])
+        return SlabStep([_segment(piece) for piece in pieces], self._soft_capped)
 
     def check(self, lanes: Iterable[Lane]) -> None:
         """Assert that these slabs, and no others, have memory, each its own."""
@@ -95,7 +100,8 @@ def decoding_order(segment: Segment) -> tuple[bool, int, int]:
 class _Decoding:
     """One token each of sequences whose slabs are neighbours."""
 
-    def __init__(self, first: int, segments: Sequence[Segment]) -> None:
+    def __init__(self, first: int, segments: Sequence[Segment], soft_capped: SoftCapped) -> None:
+        self._soft_capped = soft_capped
         self.tokens = slice(first, first + len(segments))
         group = segments[0].slab.group
         assert group is not None, "nothing was reserved"
@@ -121,7 +127,8 @@ class _Decoding:
         # V are read once and not repeated.
         folded = query.transpose(0, 1).reshape(count, keys.shape[1], -1, head_dim)
         mask = self._mask(how.window, query.dtype, query.device)
-        return _attention(folded, keys, values, mask, how).reshape(count, heads, head_dim)
+        output = _attention(folded, keys, values, mask, how, self._soft_capped)
+        return output.reshape(count, heads, head_dim)
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of each sequence: its row among these, and the place of its token; (n,) int64."""
@@ -146,7 +153,8 @@ class _Decoding:
 class _Reading:
     """Several tokens of one sequence."""
 
-    def __init__(self, first: int, segment: Segment) -> None:
+    def __init__(self, first: int, segment: Segment, soft_capped: SoftCapped) -> None:
+        self._soft_capped = soft_capped
         self.tokens = slice(first, first + segment.count)
         self._segment = segment
         self._masks: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor] = {}
@@ -161,7 +169,7 @@ class _Reading:
         fold = heads // keys.shape[1]
         folded = query.reshape(1, keys.shape[1], fold * count, head_dim)
         mask = self._mask(how.window, fold, query.dtype, query.device)
-        output = _attention(folded, keys, values, mask, how)
+        output = _attention(folded, keys, values, mask, how, self._soft_capped)
         return output.reshape(heads, count, head_dim).transpose(0, 1)
 
     def _mask(
@@ -180,7 +188,7 @@ class _Reading:
 _Part: TypeAlias = _Decoding | _Reading
 
 
-def _parts(segments: Sequence[Segment]) -> list[_Part]:
+def _parts(segments: Sequence[Segment], soft_capped: SoftCapped) -> list[_Part]:
     """Segments, one after the other, as parts that one call attends for."""
     parts: list[_Part] = []
     first = 0
@@ -188,7 +196,10 @@ def _parts(segments: Sequence[Segment]) -> list[_Part]:
     runs = groupby(enumerate(segments), key=lambda item: _run(*item))
     for _, items in runs:
         run = [segment for _, segment in items]
-        parts.append(_Decoding(first, run) if run[0].count == 1 else _Reading(first, run[0]))
+        if run[0].count == 1:
+            parts.append(_Decoding(first, run, soft_capped))
+        else:
+            parts.append(_Reading(first, run[0], soft_capped))
         first += sum(segment.count for segment in run)
     return parts
 
@@ -217,34 +228,15 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill_(~seen, -torch.inf)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Tensor:
-    """(n, kv_heads, queries, head_dim) of `query`; K and V (n, kv_heads, keys, head_dim)."""
-    if how.softcap is not None:
-        return soft_capped_attention(query, key, value, mask, how.scaling, how.softcap)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scaling)
-
-
-def soft_capped_attention(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
-    softcap: float,
+    how: How,
+    soft_capped: SoftCapped,
 ) -> Tensor:
-    """Attention whose scores are bounded, in eager arithmetic: no fused kernel of torch has it.
-
-    Args:
-        query: (n, kv_heads, queries, head_dim); `key`, `value`: (n, kv_heads, keys, head_dim).
-        mask: added to the scores, broadcast; None where all keys are seen.
-
-    Returns:
-        (n, kv_heads, queries, head_dim).
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(-1, -2) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return weights @ value
+    """(n, kv_heads, queries, head_dim) of `query`; K and V (n, kv_heads, keys, head_dim)."""
+    if how.softcap is not None:
+        return soft_capped(query, key, value, mask, how.scaling, how.softcap)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scaling)
