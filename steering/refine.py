@@ -4,7 +4,8 @@ Where a CPU computes them, h and its units u = W1 h + b1 are carried through the
 as one state [h | u] of each row. A step along the gradient g moves it by eta [g | W1 g]. From one
 step to the next, few units (5 of 1024 in a trained head) pass zero: their rows of [W1 | W1 W1^T]
 are all that [g | W1 g] changes by, so that a head of common size is multiplied by three times,
-however many the steps. All but those products is done for all heads' rows together.
+however many the steps. All but those products is done for all heads' rows together; a row that has
+a head to itself begins by itself, where a compiler has made a loop for that.
 """
 
 from collections.abc import Callable, Sequence
