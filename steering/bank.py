@@ -4,15 +4,15 @@ Slot 0 is the identity. It is selected away and never computed: arithmetic would
 +0.0 and inf into NaN.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from steering.affine import AffineMap, AffineParameters, edit_tokens
 from steering.dose import DoseMeter
-from steering.prepared_head import PreparedHead
-from steering.refine import Begin, Headed, refine
+from steering.native import NativeRefinement
+from steering.refine import Headed, refine
 from steering.reward import RewardHead
 from steering.route import AffineLayer, Route
 
@@ -95,8 +95,7 @@ class Bank:
         # fill a slot changes the tensors' contents only.
         self.version = 0
         self.fillings = 0  # counts every change of what a slot holds
-        # Of a head: what begins to refine a single row faster than `refine` would by itself.
-        self.compiled_refinement: Callable[[PreparedHead], Begin | None] = lambda _head: None
+        self.native: NativeRefinement | None = None  # refines rows on a CPU, where one was made
 
     # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
     @torch.inference_mode()
@@ -185,8 +184,7 @@ class Bank:
                 ],
                 layer.direction_scale,
                 layer.step_sizes,
-                layer.alike,
-                self.compiled_refinement,
+                self.native,
             )
             if meter is not None:
                 meter.reward(layer.depth, rows, edited, layer.rows)

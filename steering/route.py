@@ -15,7 +15,6 @@ from steering.settings import (
     Positions,
     RewardSettings,
     SlottedEdit,
-    is_zero,
 )
 
 
@@ -62,7 +61,6 @@ class RewardLayer:
     rows: Tensor  # (n,) int64
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
-    alike: bool  # whether none of the step sizes is 0, as the host knows
 
     def to(self, device: torch.device) -> "RewardLayer":
         """The same on a device."""
@@ -205,9 +203,6 @@ def _reward_layer(
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
         direction_scale=table[:, :1],
         step_sizes=table[:, 1:],
-        alike=all(
-            settings.iterations == most and not is_zero(settings.eta) for _, settings in rows
-        ),
     )
 
 

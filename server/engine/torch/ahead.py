@@ -36,7 +36,6 @@ def compile_ahead(
     function: Callable[..., object],
     inputs: tuple[object, ...],
     threads: int,
-    named: Mapping[str, object] | None = None,
 ) -> Callable[..., Any]:
     """What a compiler makes of a function, for inputs like some.
 
@@ -44,7 +43,6 @@ def compile_ahead(
     in the sizes that were marked as dynamic.
 
     Args:
-        named: inputs by their names, after the others.
         threads: that a loop over many numbers runs on.
 
     Raises:
@@ -55,7 +53,7 @@ def compile_ahead(
     compiled: Any = torch.compile(function, fullgraph=True, options=options)
     # Numbers of the model's code are constants, as those of its configuration are.
     with torch._dynamo.config.patch(specialize_float=True):
-        ahead: Any = compiled.aot_compile((inputs, dict(named or {})))
+        ahead: Any = compiled.aot_compile((inputs, {}))
     ahead.disable_guard_check()
     call: Callable[..., Any] = ahead
     return call

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.compiled import CompiledLayers
-from server.engine.torch.compiled_refinement import CompiledRefinement
+from server.engine.torch.compiled_refinement import compile_refinement
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.decoder import DecoderLayers
@@ -129,7 +129,7 @@ def _faster_runner(
         return graphs
     if options.compile_layers and model.device.type == "cpu":
         compiled = _compiled_layers(loaded, eager, options)
-        interventions.bank.compiled_refinement = CompiledRefinement(compiled.background)
+        interventions.bank.native = compile_refinement()
         return Runner(model, hooks, compiled)
     return eager
 

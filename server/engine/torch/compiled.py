@@ -66,15 +66,15 @@ class CompiledLayers:
         self._graphs: dict[Variant, Graphs] = {}
         self._asked: set[Variant] = set()
         self._plans: dict[tuple[Bank, int, frozenset[int], int], _Plan] = {}
-        self.background = Background("compiler")
+        self._background = Background("compiler")
         for structure in range(len(layers.structures)):
             self._find(Variant(structure))
-        self.background.run(lambda: self._make_head(lm_head))
+        self._background.run(lambda: self._make_head(lm_head))
 
     @property
     def pending(self) -> int:
         """What is being compiled, or waits for that."""
-        return self.background.pending
+        return self._background.pending
 
     def expect(self, sites: Mapping[str, int], slots: int) -> None:
         """Have graphs made for one affine edit at some sites, before anybody wants it.
@@ -94,7 +94,7 @@ class CompiledLayers:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
-        return self.background.wait(timeout)
+        return self._background.wait(timeout)
 
     @contextmanager
     def step(
@@ -161,7 +161,7 @@ class CompiledLayers:
         """A variant's graphs, if they are ready; asks for them if nobody has."""
         if variant not in self._asked:
             self._asked.add(variant)
-            self.background.run(lambda: self._make(variant))
+            self._background.run(lambda: self._make(variant))
         return self._graphs.get(variant)
 
     def _make(self, variant: Variant) -> None:

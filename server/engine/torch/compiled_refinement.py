@@ -1,40 +1,51 @@
-"""What refines a single row, compiled for each shape of a reward head."""
+"""What refines rows by reward heads on a CPU, made at start and held against the equations."""
+
+from pathlib import Path
+from typing import Final
 
 import torch
+from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from server.engine.torch.ahead import compare, compile_ahead, warn_uncompiled
-from server.engine.torch.background import Background
-from steering.prepared_head import PreparedHead
-from steering.refine import Begin, begin_one_row
+from server.engine.torch.ahead import compare, warn_uncompiled
+from steering.native import NativeRefinement, build_native
+from steering.reward import RewardHead, apply_reward
+
+_WIDTH: Final = 100
+_UNITS: Final = 200
+_ROWS: Final = 5
+_STEPS: Final = 5
 
 
-class CompiledRefinement:
-    """`begin_one_row`, made in the background for whoever first has a head of a shape."""
+def compile_refinement() -> NativeRefinement | None:
+    """None, with a warning, where it cannot be made or does not compute rightly."""
+    try:
+        folder = Path(cache_dir())  # where what torch compiles is loaded from as well
+        folder.mkdir(parents=True, exist_ok=True)
+        native = build_native(folder)
+        _check(native)
+    except Exception as error:
+        warn_uncompiled("rewards run", "refine.cpp", error)
+        return None
+    return native
 
-    def __init__(self, background: Background) -> None:
-        self._background = background
-        self._asked: set[torch.Size] = set()
-        self._made: dict[torch.Size, Begin] = {}
 
-    def __call__(self, head: PreparedHead) -> Begin | None:
-        """What begins a row by this head; None as long as there is nothing."""
-        shape = head.w1.shape
-        if shape not in self._asked:
-            self._asked.add(shape)
-            self._background.run(lambda: self._make(head))
-        return self._made.get(shape)
+@torch.inference_mode()
+def _check(native: NativeRefinement) -> None:
+    random = torch.Generator().manual_seed(0)
 
-    def _make(self, head: PreparedHead) -> None:
-        """On the background's thread."""
-        random = torch.Generator().manual_seed(0)
-        rows = torch.randn(1, head.w1.shape[1], generator=random), torch.ones(1, 1)
-        try:
-            with torch.inference_mode():
-                begin = compile_ahead(
-                    begin_one_row, rows, torch.get_num_threads(), named=head.one_row
-                )
-                compare(begin(*rows, **head.one_row), begin_one_row(*rows, **head.one_row))
-        except Exception as error:
-            warn_uncompiled("rewards run", head.w1.shape, error)
-        else:
-            self._made[head.w1.shape] = begin
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    head = RewardHead(
+        w1=numbers(_UNITS, _WIDTH) / _WIDTH**0.5,
+        b1=numbers(_UNITS),
+        w2=numbers(_UNITS) / _UNITS**0.5,
+        b2=numbers(),
+        direction=numbers(_WIDTH),
+        positive_reward=numbers(),
+    ).to(torch.device("cpu"))
+    assert head.prepared is not None
+    h, scales, sizes = numbers(_ROWS, _WIDTH), torch.ones(_ROWS, 1), torch.ones(_ROWS, _STEPS)
+    refined = native(h, [(head.prepared, _ROWS)], scales, sizes)
+    compare(refined, apply_reward(h, head, scales, sizes))

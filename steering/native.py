@@ -1,0 +1,93 @@
+"""`refine.cpp`, made and loaded: what refines many rows by several heads on a CPU, fast."""
+
+import ctypes
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from steering.prepared_head import PreparedHead
+
+_SOURCE: Final = Path(__file__).with_name("refine.cpp")
+_FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_SECONDS: Final = 60.0  # for what takes less than one
+
+
+class NativeBuildError(Exception):
+    """There is no C++ compiler, or it does not make what is wanted of it."""
+
+
+class NativeRefinement:
+    """`apply_reward` for the rows of several heads."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._refine = library.refine
+        self._refine.restype = None
+        self._refine.argtypes = (
+            *(c_void_p, c_int64, c_int64),  # heads
+            *(c_void_p, c_void_p, c_int64),  # settings
+            *(c_void_p, c_int64),
+        )
+
+    def __call__(
+        self,
+        h: Tensor,
+        heads: Sequence[tuple[PreparedHead, int]],
+        direction_scale: Tensor,
+        step_sizes: Tensor,
+    ) -> Tensor:
+        """Refine n rows; see `apply_reward`.
+
+        Args:
+            h: (n, d) float32.
+            heads: all of width d, each with the number of its rows, which follow each other.
+            direction_scale, step_sizes: (n, 1) and (n, most iterations) float32.
+
+        Returns:
+            (n, d) float32.
+        """
+        width = heads[0][0].width
+        refined = pad(h, (0, width - h.shape[1])) if width > h.shape[1] else h.clone()
+        table = [field for head, rows in heads for field in (*head.fields, rows)]
+        scales, sizes = direction_scale.contiguous(), step_sizes.contiguous()
+        self._refine(
+            *((c_int64 * len(table))(*table), len(heads), width),
+            *(scales.data_ptr(), sizes.data_ptr(), sizes.shape[1]),
+            *(refined.data_ptr(), torch.get_num_threads()),
+        )
+        return refined[:, : h.shape[1]]
+
+
+def build_native(folder: Path) -> NativeRefinement:
+    """Have the machine's C++ compiler make it, in less than a second.
+
+    Args:
+        folder: an existing one, in which libraries may be loaded; nothing is left there.
+
+    Raises:
+        NativeBuildError: there is no compiler, or it fails, or what it made cannot be loaded.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    try:
+        with TemporaryDirectory(dir=folder) as own:
+            library = Path(own) / "refine.so"
+            subprocess.run(
+                [*compiler, *_FLAGS, str(_SOURCE), "-o", str(library)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            return NativeRefinement(ctypes.CDLL(str(library)))
+    except subprocess.CalledProcessError as error:
+        raise NativeBuildError(f"{compiler[0]} failed: {error.stderr.strip()}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(str(error)) from error
