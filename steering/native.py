@@ -32,9 +32,9 @@ class NativeRefinement:
         self._refine = library.refine
         self._refine.restype = None
         self._refine.argtypes = (
-            *(c_void_p, c_int64, c_int64),  # heads
+            *(c_void_p, c_int64),  # heads
             *(c_void_p, c_void_p, c_int64),  # settings
-            *(c_void_p, c_int64),
+            *(c_void_p, c_int64),  # rows, threads
         )
 
     def __call__(
@@ -59,7 +59,7 @@ class NativeRefinement:
         table = [field for head, rows in heads for field in (*head.fields, rows)]
         scales, sizes = direction_scale.contiguous(), step_sizes.contiguous()
         self._refine(
-            *((c_int64 * len(table))(*table), len(heads), width),
+            *((c_int64 * len(table))(*table), len(heads)),
             *(scales.data_ptr(), sizes.data_ptr(), sizes.shape[1]),
             *(refined.data_ptr(), torch.get_num_threads()),
         )

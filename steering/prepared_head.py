@@ -6,8 +6,9 @@ from typing import Final
 from torch import Tensor
 from torch.nn.functional import pad
 
-_LANES: Final = 16  # d is a multiple of it
-_GROUP: Final = 64  # m is a multiple of it
+# As in refine.cpp.
+_LANES: Final = 16
+_GROUP: Final = 64
 _MOST_UNITS: Final = 2048  # of a head whose W1 W1^T is kept
 
 
@@ -30,12 +31,12 @@ class PreparedHead:
 
     @property
     def fields(self) -> tuple[int, ...]:
-        """Those of `Head` in refine.cpp, but for the rows: addresses, and m."""
+        """Those of `Head` in refine.cpp, but for the rows: addresses, m and d."""
         tensors = (
             *(self.w1, self.gram, self.b1, self.w2),
             *(self.direction, self.along, self.wanted),
         )
-        return (*(tensor.data_ptr() for tensor in tensors), len(self.b1))
+        return (*(tensor.data_ptr() for tensor in tensors), len(self.b1), self.width)
 
 
 def prepare(

@@ -24,7 +24,7 @@ constexpr int64_t LANES = 16;
 constexpr int64_t GROUP = 64;  // of units, that are looked through together
 constexpr int64_t ROWS = 32;   // of a head, that are refined together: what they need stays cached
 
-// As steering/native_refinement.py lays it out. All widths are padded with zeros.
+// As steering/prepared_head.py lays it out, padded with zeros.
 struct Head {
     const float *w1;         // (m, d)
     const float *gram;       // (m, m), W1 W1^T
@@ -33,17 +33,23 @@ struct Head {
     const float *direction;  // (d,)
     const float *along;      // (m,), W1 direction
     const float *wanted;     // (1,), what w2 . relu(u) is where the gap is closed
-    int64_t units;           // m
+    int64_t m;               // a multiple of GROUP
+    int64_t d;               // a multiple of LANES, the same of all heads
     int64_t rows;            // that it refines, after those of the head before it
 };
 
-struct Block {
-    int64_t count;
-    float *h;         // (count, d)
-    float *units;     // (count, m)
-    float *slopes;    // (count, m), 1[u > 0] * w2
-    float *gradient;  // (count, d), W1^T slopes
-    float *motion;    // (count, m), W1 gradient
+// What is known of a row, or of several, one after the other.
+struct Rows {
+    float *h;         // (d,)
+    float *units;     // (m,)
+    float *slopes;    // (m,), 1[u > 0] * w2
+    float *gradient;  // (d,), W1^T slopes
+    float *motion;    // (m,), W1 gradient
+
+    Rows from(int64_t row, const Head &head) const {
+        const int64_t m = row * head.m, d = row * head.d;
+        return {h + d, units + m, slopes + m, gradient + d, motion + m};
+    }
 };
 
 struct Range {
@@ -78,11 +84,11 @@ void add(float *to, float times, const float *from, int64_t width) {
     }
 }
 
-// What is not a number must show: it is not below 0.
-float slope(float unit, float w2) { return unit <= 0 ? 0 : w2; }
+// `value` where the unit is above 0. A unit that is not a number must show: it is not below.
+float where_active(float unit, float value) { return unit <= 0 ? 0 : value; }
 
 template <int count>
-void multiply_rows(const float *weights, const float *rows, int64_t d, float *out, int64_t stride) {
+void multiply_rows(const float *weights, int64_t d, const float *rows, float *out, int64_t stride) {
     Lanes sums[count] = {};
     for (int64_t i = 0; i < d; i += LANES) {
         const Lanes lanes = load(weights + i);
@@ -92,119 +98,120 @@ void multiply_rows(const float *weights, const float *rows, int64_t d, float *ou
 }
 
 // Some units of W1 rows^T: (count, d) -> (count, m).
-void multiply(const Head &head, Range units, const float *rows, int64_t count, int64_t d, float *out) {
-    const int64_t m = head.units;
+void multiply(const Head &head, Range units, const float *rows, int64_t count, float *out) {
+    const int64_t m = head.m, d = head.d;
     for (int64_t unit = units.first; unit < units.last; unit++) {
         const float *weights = head.w1 + unit * d;
         int64_t row = 0;
         for (; row + 4 <= count; row += 4)
-            multiply_rows<4>(weights, rows + row * d, d, out + row * m + unit, m);
+            multiply_rows<4>(weights, d, rows + row * d, out + row * m + unit, m);
         for (; row < count; row++)
-            multiply_rows<1>(weights, rows + row * d, d, out + row * m + unit, m);
+            multiply_rows<1>(weights, d, rows + row * d, out + row * m + unit, m);
     }
 }
 
-// The directional step of a row, and its slopes after it.
-void move_along_direction(const Head &head, const Block &block, int64_t row, int64_t d, float scale) {
-    float *units = block.units + row * head.units, *slopes = block.slopes + row * head.units;
-    add(units, 1, head.b1, head.units);
-    Lanes sums = {};
-    for (int64_t unit = 0; unit < head.units; unit += LANES)
-        for (int64_t lane = 0; lane < LANES; lane++)
-            sums[lane] += units[unit + lane] * slope(units[unit + lane], head.w2[unit + lane]);
-    const float gap = *head.wanted - sum(sums);
+// A row's units, its directional step, and its slopes after that.
+void move_along_direction(const Head &head, const Rows &row, float scale) {
+    add(row.units, 1, head.b1, head.m);
+    Lanes reward = {};
+    for (int64_t first = 0; first < head.m; first += LANES)
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            const float unit = row.units[first + lane];
+            reward[lane] += where_active(unit, unit * head.w2[first + lane]);
+        }
+    const float gap = *head.wanted - sum(reward);
     if (!(gap <= 0 || scale == 0)) {
-        add(block.h + row * d, scale * gap, head.direction, d);
-        add(units, scale * gap, head.along, head.units);
+        add(row.h, scale * gap, head.direction, head.d);
+        add(row.units, scale * gap, head.along, head.m);
     }
-    for (int64_t unit = 0; unit < head.units; unit++)
-        slopes[unit] = slope(units[unit], head.w2[unit]);
+    for (int64_t unit = 0; unit < head.m; unit++)
+        row.slopes[unit] = where_active(row.units[unit], head.w2[unit]);
 }
 
-// What some units make of each row's gradient: (count, d). The last first, as they are still in the
-// cache.
-void gradients_of(const Head &head, Range units, const Block &block, int64_t d, float *out) {
-    std::memset(out, 0, block.count * d * sizeof *out);
+// What some units make of each row's gradient: (count, d). The last come first, as they were read
+// last, and are still in the cache.
+void part_of_gradients(const Head &head, Range units, const Rows &rows, int64_t count, float *out) {
+    std::memset(out, 0, count * head.d * sizeof *out);
     for (int64_t unit = units.last; unit-- > units.first;)
-        for (int64_t row = 0; row < block.count; row++) {
-            const float own = block.slopes[row * head.units + unit];
-            if (own != 0) add(out + row * d, own, head.w1 + unit * d, d);
+        for (int64_t row = 0; row < count; row++) {
+            const float slope = rows.slopes[row * head.m + unit];
+            if (slope != 0) add(out + row * head.d, slope, head.w1 + unit * head.d, head.d);
         }
 }
 
-// Bring a row's gradient and motion up to date with its units.
-void follow_slopes(const Head &head, const float *units, float *slopes, float *gradient, float *motion,
-                   int64_t d) {
-    for (int64_t group = 0; group < head.units; group += GROUP) {
+// Bring a row's slopes, gradient and motion up to date with its units.
+void follow_units(const Head &head, const Rows &row) {
+    for (int64_t group = 0; group < head.m; group += GROUP) {
         int changes = 0;
         for (int64_t unit = group; unit < group + GROUP; unit++)
-            changes |= slope(units[unit], head.w2[unit]) != slopes[unit];
+            changes |= where_active(row.units[unit], head.w2[unit]) != row.slopes[unit];
         for (int64_t unit = group; changes && unit < group + GROUP; unit++) {
-            const float now = slope(units[unit], head.w2[unit]), change = now - slopes[unit];
-            if (now == slopes[unit]) continue;
-            add(gradient, change, head.w1 + unit * d, d);
-            add(motion, change, head.gram + unit * head.units, head.units);
-            slopes[unit] = now;
+            const float slope = where_active(row.units[unit], head.w2[unit]);
+            if (slope == row.slopes[unit]) continue;
+            const float change = slope - row.slopes[unit];
+            add(row.gradient, change, head.w1 + unit * head.d, head.d);
+            add(row.motion, change, head.gram + unit * head.m, head.m);
+            row.slopes[unit] = slope;
         }
     }
 }
 
-void climb(const Head &head, const Block &block, int64_t row, int64_t d, const float *step_sizes,
-           int64_t steps) {
-    float *units = block.units + row * head.units, *slopes = block.slopes + row * head.units;
-    float *motion = block.motion + row * head.units, *gradient = block.gradient + row * d;
+void climb(const Head &head, const Rows &row, const float *step_sizes, int64_t steps) {
     for (int64_t step = 0; step < steps && step_sizes[step] != 0; step++) {
-        if (step) follow_slopes(head, units, slopes, gradient, motion, d);
-        add(block.h + row * d, step_sizes[step], gradient, d);
-        add(units, step_sizes[step], motion, head.units);
+        if (step) follow_units(head, row);
+        add(row.h, step_sizes[step], row.gradient, head.d);
+        add(row.units, step_sizes[step], row.motion, head.m);
     }
 }
 
-// One thread's part of a block. All call it together.
-void refine_block(const Head &head, const Block &block, int64_t d, const float *scales,
-                  const float *step_sizes, int64_t steps, float *partial) {
+// One thread's part of what is done to at most ROWS rows of a head. All threads call it together.
+void refine_rows(const Head &head, const Rows &rows, int64_t count, const float *scales,
+                 const float *step_sizes, int64_t steps, float *parts) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t groups = head.units / GROUP;
+    const int64_t groups = head.m / GROUP, d = head.d;
     const Range own = {groups * thread / threads * GROUP, groups * (thread + 1) / threads * GROUP};
-    multiply(head, own, block.h, block.count, d, block.units);
+    multiply(head, own, rows.h, count, rows.units);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < block.count; row++)
-        move_along_direction(head, block, row, d, scales[row]);
+    for (int64_t row = 0; row < count; row++)
+        move_along_direction(head, rows.from(row, head), scales[row]);
     if (steps == 0) return;
-    gradients_of(head, own, block, d, partial + thread * ROWS * d);
+    part_of_gradients(head, own, rows, count, parts + thread * ROWS * d);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < block.count * d; i++) {
-        block.gradient[i] = 0;
-        for (int64_t other = 0; other < threads; other++)
-            block.gradient[i] += partial[other * ROWS * d + i];
+    for (int64_t i = 0; i < count * d; i++) {
+        rows.gradient[i] = 0;
+        for (int64_t part = 0; part < threads; part++)
+            rows.gradient[i] += parts[part * ROWS * d + i];
     }
-    multiply(head, own, block.gradient, block.count, d, block.motion);
+    multiply(head, own, rows.gradient, count, rows.motion);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < block.count; row++)
-        climb(head, block, row, d, step_sizes + row * steps, steps);
+    for (int64_t row = 0; row < count; row++)
+        climb(head, rows.from(row, head), step_sizes + row * steps, steps);
 }
 
 }  // namespace
 
-// h: (n, d), refined in place. scales: (n,). step_sizes: (n, steps), 0 from where on a row has done
-// its own.
-extern "C" void refine(const Head *heads, int64_t count, int64_t d, const float *scales,
+// Refine n rows by `count` heads, in place.
+//
+// h: (n, d). scales: (n,). step_sizes: (n, steps), 0 from where on a row has done its own.
+extern "C" void refine(const Head *heads, int64_t count, const float *scales,
                        const float *step_sizes, int64_t steps, float *h, int64_t threads) {
-    int64_t most = 0;
-    for (int64_t place = 0; place < count; place++) most = std::max(most, heads[place].units);
-    const std::unique_ptr<float[]> memory(new float[ROWS * (3 * most + d + threads * d)]);
-    float *const units = memory.get(), *const slopes = units + ROWS * most;
-    float *const motion = slopes + ROWS * most, *const gradient = motion + ROWS * most;
-    float *const partial = gradient + ROWS * d;
+    const int64_t d = heads->d;
+    int64_t m = 0;
+    for (int64_t place = 0; place < count; place++) m = std::max(m, heads[place].m);
+    const std::unique_ptr<float[]> memory(new float[ROWS * (3 * m + d + threads * d)]);
+    float *const units = memory.get(), *const slopes = units + ROWS * m;
+    float *const motion = slopes + ROWS * m, *const gradient = motion + ROWS * m;
+    float *const parts = gradient + ROWS * d;
 #pragma omp parallel num_threads(threads)
     for (int64_t place = 0, row = 0; place < count; place++)
         for (const int64_t end = row + heads[place].rows; row < end;) {
-            const int64_t rows = std::min(ROWS, end - row);
-            const Block block = {rows, h + row * d, units, slopes, gradient, motion};
-            refine_block(heads[place], block, d, scales + row, step_sizes + row * steps, steps, partial);
-            row += rows;
+            const Rows rows = {h + row * d, units, slopes, gradient, motion};
+            const int64_t some = std::min(ROWS, end - row);
+            refine_rows(heads[place], rows, some, scales + row, step_sizes + row * steps, steps,
+                        parts);
+            row += some;
         }
 }

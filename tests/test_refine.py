@@ -183,6 +183,17 @@ def test_a_reward_that_is_not_a_number_shows(native: NativeRefinement | None) ->
     assert torch.equal(refined_by(h, [(head, 1)], [nothing], native), h)
 
 
+def test_a_unit_at_minus_infinity_is_off(native: NativeRefinement | None) -> None:
+    head = random_head(0)
+    head.w1[3] = torch.zeros(WIDTH)
+    head.w1[3, 0] = -3e38
+    h = random_rows(1)
+    h[0, 0] = 2.0
+    expected = expected_of(h, [(head, 1)], [FEW])
+    assert expected.isfinite().all()
+    torch.testing.assert_close(refined_by(h, [(head, 1)], [FEW], native), expected)
+
+
 def test_rows_are_given_back_and_not_changed(native: NativeRefinement | None) -> None:
     h = random_rows(3)
     before = h.clone()
