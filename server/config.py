@@ -128,7 +128,8 @@ class Settings(BaseSettings):
         description="None takes a quarter of a CPU's free memory, 80 % of a GPU's",
     )
     compile_layers: bool = Field(
-        default=True, description="compile the model's layers, in the background, on a CPU"
+        default=True,
+        description="on a CPU: compile layers in the background, what refines at start",
     )
     prefix_cache: bool = Field(
         default=True, description="keep what was computed for requests that begin alike"

@@ -111,7 +111,7 @@ class Bank:
                 maps.put(slot, site_map)
                 self.version += had_support is not (maps.low is not None)
         else:
-            self._heads[slot] = parameters.to(self._device)
+            self._heads[slot] = self.ready(parameters, self._device)
         self.fillings += 1
 
     @torch.inference_mode()
@@ -158,10 +158,15 @@ class Bank:
                 z = edited
         return z.to(output.dtype).view_as(output)
 
+    def ready(self, head: RewardHead, device: torch.device) -> RewardHead:
+        """A head as it is used on a device. May be called on any thread, ahead of `put`."""
+        head = head.to(device)
+        return head if self.native is None or device.type != "cpu" else head.prepare()
+
     def _head(self, slot: int, device: torch.device) -> RewardHead:
         head = self._heads[slot]
         if head.w1.device != device:
-            head = self._heads[slot] = head.to(device)
+            head = self._heads[slot] = self.ready(head, device)
         return head
 
     def edit_rows(self, hidden: Tensor, route: Route, meter: DoseMeter | None = None) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from steering.prepared_head import PreparedHead
 
 _SOURCE: Final = Path(__file__).with_name("refine.cpp")
-_FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# Vectors longer than a processor's own are passed between functions of this file only: no ABI.
+_FLAGS: Final = "-std=c++17 -O3 -march=native -fopenmp -Wno-psabi -shared -fPIC".split()
 _SECONDS: Final = 60.0  # for what takes less than one
 
 
@@ -32,9 +33,13 @@ class NativeRefinement:
         self._refine = library.refine
         self._refine.restype = None
         self._refine.argtypes = (
-            *(c_void_p, c_int64),  # heads
-            *(c_void_p, c_void_p, c_int64),  # settings
-            *(c_void_p, c_int64),  # rows, threads
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_int64,
         )
 
     def __call__(
@@ -54,14 +59,22 @@ class NativeRefinement:
         Returns:
             (n, d) float32.
         """
+        assert h.dtype == torch.float32, "addresses know no dtype"
+        assert len(h) == sum(rows for _, rows in heads), "addresses know no end"
         width = heads[0][0].width
-        refined = pad(h, (0, width - h.shape[1])) if width > h.shape[1] else h.clone()
+        refined = h.clone(memory_format=torch.contiguous_format)
+        if width > h.shape[1]:
+            refined = pad(refined, (0, width - h.shape[1]))
         table = [field for head, rows in heads for field in (*head.fields, rows)]
         scales, sizes = direction_scale.contiguous(), step_sizes.contiguous()
         self._refine(
-            *((c_int64 * len(table))(*table), len(heads)),
-            *(scales.data_ptr(), sizes.data_ptr(), sizes.shape[1]),
-            *(refined.data_ptr(), torch.get_num_threads()),
+            (c_int64 * len(table))(*table),
+            len(heads),
+            scales.data_ptr(),
+            sizes.data_ptr(),
+            sizes.shape[1],
+            refined.data_ptr(),
+            torch.get_num_threads(),
         )
         return refined[:, : h.shape[1]]
 
@@ -75,19 +88,21 @@ def build_native(folder: Path) -> NativeRefinement:
     Raises:
         NativeBuildError: there is no compiler, or it fails, or what it made cannot be loaded.
     """
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
     try:
-        with TemporaryDirectory(dir=folder) as own:
+        compiler = shlex.split(os.environ.get("CXX") or "g++")
+        # Some file systems do not let go of what is loaded.
+        with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as own:
             library = Path(own) / "refine.so"
             subprocess.run(
                 [*compiler, *_FLAGS, str(_SOURCE), "-o", str(library)],
                 check=True,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=_SECONDS,
             )
             return NativeRefinement(ctypes.CDLL(str(library)))
     except subprocess.CalledProcessError as error:
-        raise NativeBuildError(f"{compiler[0]} failed: {error.stderr.strip()}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"{error.cmd[0]} failed: {error.stderr.strip()}") from error
+    except (OSError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         raise NativeBuildError(str(error)) from error

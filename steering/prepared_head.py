@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -42,7 +43,10 @@ class PreparedHead:
 def prepare(
     w1: Tensor, b1: Tensor, w2: Tensor, wanted: Tensor, direction: Tensor
 ) -> PreparedHead | None:
-    """Of a head's parameters on the CPU, all float32; None of a head that has too many units.
+    """Of a head's parameters on the CPU, all float32.
+
+    None of a head that has too many units for W1 W1^T to be kept, or such large weights that it
+    overflows, which the equations need not.
 
     Args:
         w1: (m, d); b1, w2: (m,); direction: (d,).
@@ -52,14 +56,12 @@ def prepare(
     if units > _MOST_UNITS:
         return None
     more_units, wider = -units % _GROUP, -width % _LANES
-    w1 = pad(w1, (0, wider, 0, more_units)).contiguous()
-    direction = pad(direction, (0, wider)).contiguous()
-    return PreparedHead(
-        w1=w1,
-        gram=w1 @ w1.T,
-        b1=pad(b1, (0, more_units)).contiguous(),
-        w2=pad(w2, (0, more_units)).contiguous(),
-        direction=direction,
-        along=w1 @ direction,
-        wanted=wanted.reshape(1),
-    )
+    if wider or more_units:
+        w1, direction = pad(w1, (0, wider, 0, more_units)), pad(direction, (0, wider))
+        b1, w2 = pad(b1, (0, more_units)), pad(w2, (0, more_units))
+    gram, along = w1 @ w1.T, w1 @ direction
+    if not (gram.isfinite().all() and along.isfinite().all()):
+        return None
+    tensors = [each.contiguous() for each in (w1, gram, b1, w2, direction, along, wanted[None])]
+    assert all(each.dtype == torch.float32 for each in tensors), "addresses know no dtype"
+    return PreparedHead(*tensors)

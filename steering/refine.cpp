@@ -1,12 +1,12 @@
 // Rows refined by reward heads, on all threads together. steering/reward.py has the equations.
 //
-// Beside a row h, its units u = W1 h + b1 are kept: a step along the gradient g moves them by
-// eta W1 g. From one step to the next few units pass zero (5 of 1024 in a trained head), and theirs
-// are all the rows of W1, and of W1 W1^T, by which g and W1 g change. So a row takes three products
-// with W1, however many the steps; the second and third find it in the cache.
+// A row h keeps its units u = W1 h + b1. A step along the gradient g moves them too, by eta W1 g.
+// From one step to the next few units pass zero (5 of 1024 in a trained head): each adds to g its
+// row of W1, and to W1 g its row of W1 W1^T, times its w2, or takes them away. So a row needs three
+// products with W1, however many the steps, and the last two find W1 in a cache that it fits into.
 //
-// Every sum over a row is in an order that depends on its head and the number of threads only:
-// its bits are the same whoever is beside it.
+// The order of every sum depends on the head and the number of threads only: a row's bits are the
+// same whichever rows are beside it.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace {
 typedef float Lanes __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
 constexpr int64_t GROUP = 64;  // of units, that are looked through together
-constexpr int64_t ROWS = 32;   // of a head, that are refined together: what they need stays cached
+constexpr int64_t ROWS = 32;   // of a head, at most, that are refined together, in the cache
 
 // As steering/prepared_head.py lays it out, padded with zeros.
 struct Head {
@@ -69,7 +69,7 @@ Half halved(const void *numbers) {
     return halves[0] + halves[1];
 }
 
-float sum(Lanes lanes) {
+float sum(const Lanes &lanes) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
     const Eight eight = halved<Eight>(&lanes);
@@ -176,13 +176,13 @@ void refine_rows(const Head &head, const Rows &rows, int64_t count, const float 
     for (int64_t row = 0; row < count; row++)
         move_along_direction(head, rows.from(row, head), scales[row]);
     if (steps == 0) return;
-    part_of_gradients(head, own, rows, count, parts + thread * ROWS * d);
+    part_of_gradients(head, own, rows, count, parts + thread * count * d);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * d; i++) {
         rows.gradient[i] = 0;
         for (int64_t part = 0; part < threads; part++)
-            rows.gradient[i] += parts[part * ROWS * d + i];
+            rows.gradient[i] += parts[part * count * d + i];
     }
     multiply(head, own, rows.gradient, count, rows.motion);
 #pragma omp barrier
@@ -195,16 +195,20 @@ void refine_rows(const Head &head, const Rows &rows, int64_t count, const float 
 
 // Refine n rows by `count` heads, in place.
 //
-// h: (n, d). scales: (n,). step_sizes: (n, steps), 0 from where on a row has done its own.
+// h: (n, d), padded as the heads are. scales: (n,). step_sizes: (n, steps), 0 from where on a row
+// has done its own.
 extern "C" void refine(const Head *heads, int64_t count, const float *scales,
                        const float *step_sizes, int64_t steps, float *h, int64_t threads) {
     const int64_t d = heads->d;
-    int64_t m = 0;
-    for (int64_t place = 0; place < count; place++) m = std::max(m, heads[place].m);
-    const std::unique_ptr<float[]> memory(new float[ROWS * (3 * m + d + threads * d)]);
-    float *const units = memory.get(), *const slopes = units + ROWS * m;
-    float *const motion = slopes + ROWS * m, *const gradient = motion + ROWS * m;
-    float *const parts = gradient + ROWS * d;
+    int64_t m = 0, most = 0;
+    for (int64_t place = 0; place < count; place++) {
+        m = std::max(m, heads[place].m);
+        most = std::max(most, std::min(ROWS, heads[place].rows));
+    }
+    const std::unique_ptr<float[]> memory(new float[most * (3 * m + d + threads * d)]);
+    float *const units = memory.get(), *const slopes = units + most * m;
+    float *const motion = slopes + most * m, *const gradient = motion + most * m;
+    float *const parts = gradient + most * d;
 #pragma omp parallel num_threads(threads)
     for (int64_t place = 0, row = 0; place < count; place++)
         for (const int64_t end = row + heads[place].rows; row < end;) {

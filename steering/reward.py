@@ -11,7 +11,7 @@ The gradient is each row's own. (The authors' code takes a mean over edited posi
 eta depend on the batch.)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,12 @@ class RewardHead:
     b2: Tensor  # () float32
     direction: Tensor  # (d,) float32; its length is part of the method
     positive_reward: Tensor  # () float32, mean reward of the training positives
-    prepared: PreparedHead | None = field(default=None, repr=False)  # on a CPU, from `to` on
+    # What `NativeRefinement` reads; None until `prepare`, and of a head that this does not suit.
+    prepared: PreparedHead | None = field(default=None, repr=False)
 
     def to(self, device: torch.device) -> "RewardHead":
-        """The same head on a device, ready to be applied to many rows."""
-        if self.w1.device == device and (self.prepared is not None or device.type != "cpu"):
+        """The same head on a device."""
+        if self.w1.device == device:
             return self
         w1, b1, w2, b2, direction, positive_reward = (
             tensor.to(device)
@@ -43,21 +44,19 @@ class RewardHead:
                 *(self.direction, self.positive_reward),
             )
         )
-        prepared = None
-        if device.type == "cpu":
-            prepared = prepare(w1, b1, w2, positive_reward - b2, direction)
-        return RewardHead(w1, b1, w2, b2, direction, positive_reward, prepared)
+        return RewardHead(w1, b1, w2, b2, direction, positive_reward)
+
+    def prepare(self) -> "RewardHead":
+        """The same head, on a CPU, laid out for `NativeRefinement` if this suits it."""
+        if self.prepared is not None:
+            return self
+        wanted = self.positive_reward - self.b2
+        return replace(self, prepared=prepare(self.w1, self.b1, self.w2, wanted, self.direction))
 
 
 def reward(head: RewardHead, h: Tensor) -> Tensor:
     """The reward of each row: (n, d) float32 -> (n,) float32."""
     return torch.relu(linear(h, head.w1, head.b1)) @ head.w2 + head.b2
-
-
-def slopes(units: Tensor, w2: Tensor) -> Tensor:
-    """1[units > 0] * w2, the reward's derivative by the units: (n, m) twice -> (n, m)."""
-    found: Tensor = torch.ops.aten.threshold_backward(w2, units, 0)
-    return found
 
 
 def apply_reward(
@@ -78,19 +77,14 @@ def apply_reward(
         (n, d) float32.
     """
     gap = (head.positive_reward - reward(head, h))[:, None]
-    stays = stays_as_it_is(gap, direction_scale)
+    # A reward that is not a number must show, and not leave the row as it is.
+    stays = (gap <= 0) | (direction_scale == 0)
     h = torch.where(stays, h, h + direction_scale * gap * head.direction)
     for eta in torch.unbind(step_sizes[:, :, None], dim=1):
         units = linear(h, head.w1, head.b1)
-        gradient = slopes(units, head.w2.expand_as(units)) @ head.w1
+        # 1[units > 0] * w2; a unit that is not a number must show as well.
+        slopes = torch.ops.aten.threshold_backward(head.w2.expand_as(units), units, 0)
+        gradient = slopes @ head.w1
         # What a row that has done its own would be moved by may be infinite, and 0 times it NaN.
         h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
     return h
-
-
-def stays_as_it_is(gap: Tensor, direction_scale: Tensor) -> Tensor:
-    """Which rows take no directional step: (n, 1) bool.
-
-    A reward that is not a number must show, and not leave the row as it is.
-    """
-    return (gap <= 0) | (direction_scale == 0)

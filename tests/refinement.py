@@ -17,10 +17,9 @@ SETTINGS = st.builds(
 
 
 def columns(settings: Sequence[RewardSettings]) -> tuple[Tensor, Tensor]:
-    """Each row's, as a refinement takes them."""
+    """Each row's, as a route has them: parts of one table."""
     most = max(row.iterations for row in settings)
     etas = [[row.eta if step < row.iterations else 0.0 for step in range(most)] for row in settings]
-    return (
-        torch.tensor([row.direction_scale for row in settings])[:, None],
-        torch.tensor(etas).view(len(settings), most),
-    )
+    scales = [row.direction_scale for row in settings]
+    table = torch.tensor([[scale, *own] for scale, own in zip(scales, etas, strict=True)])
+    return table[:, :1], table[:, 1:]

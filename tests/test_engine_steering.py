@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch import Tensor
@@ -13,6 +14,7 @@ from server.engine.torch.interventions import Parameters
 from server.engine.torch.sequence import Sequence
 from steering.bank import Bank
 from steering.dose import DoseMeter
+from steering.native import build_native
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
@@ -138,9 +140,10 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
 
 
 async def test_what_a_head_needs_is_made_before_the_engine_thread_has_it(
-    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine = await start_engine(interventions_of())
+    engine._core.interventions.bank.native = build_native(tmp_path)
     given: list[object] = []
     put = Bank.put
 
@@ -152,4 +155,4 @@ async def test_what_a_head_needs_is_made_before_the_engine_thread_has_it(
     await generate(engine, PROMPTS[0], STACKS["r"])
     [head] = [each for each in given if isinstance(each, RewardHead)]
     assert head.prepared is not None
-    assert head.to(head.w1.device) is head
+    assert engine._core.interventions.bank.ready(head, head.w1.device) is head

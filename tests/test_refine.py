@@ -1,6 +1,6 @@
 """Rows of several heads, by the equations and by what a C++ compiler makes, beside the oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,6 @@ from tests import oracles
 from tests.refinement import SETTINGS, columns
 from tests.tiny import WIDTH, random_head
 
-CPU = torch.device("cpu")
 FEW = RewardSettings(eta=0.3, iterations=3, direction_scale=1.0)
 SLOW = RewardSettings(eta=0.3, iterations=20, direction_scale=1.0)
 
@@ -26,11 +25,20 @@ Counted = Sequence[tuple[RewardHead, int]]
 """Heads, and how many rows each edits."""
 
 
-@pytest.fixture(scope="session", params=["plain", "native"])
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> NativeRefinement:
+    return build_native(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module", params=["plain", "native", "2 threads", "7 threads"])
 def native(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> NativeRefinement | None:
-    return None if request.param == "plain" else build_native(tmp_path_factory.mktemp("native"))
+    request: pytest.FixtureRequest, built: NativeRefinement
+) -> Iterator[NativeRefinement | None]:
+    threads = torch.get_num_threads()
+    if "threads" in request.param:
+        torch.set_num_threads(int(request.param.split()[0]))
+    yield None if request.param == "plain" else built
+    torch.set_num_threads(threads)
 
 
 def refined_by(
@@ -42,7 +50,7 @@ def refined_by(
     """Rows in the order of their heads, each with its own settings."""
     rest = iter(settings)
     with_most = [
-        Headed(head.to(CPU), count, max(next(rest).iterations for _ in range(count)))
+        Headed(head.prepare(), count, max(next(rest).iterations for _ in range(count)))
         for head, count in heads
     ]
     direction_scale, step_sizes = columns(settings)
@@ -119,6 +127,31 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("width", [96, 100])
+def test_a_rows_bits_do_not_depend_on_how_many_there_are(
+    built: NativeRefinement, width: int
+) -> None:
+    head, h = random_head(1, width, 200), random_rows(70, width)
+    all_rows = refined_by(h, [(head, 70)], [FEW] * 70, built)
+    for count in (1, 2, 3, 4, 5, 7, 31, 32, 33, 64, 69):
+        some = refined_by(h[:count], [(head, count)], [FEW] * count, built)
+        assert torch.equal(some, all_rows[:count])
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+def test_threads_do_not_race(built: NativeRefinement, threads: int) -> None:
+    """Heads and blocks of rows follow each other in the same memory."""
+    heads = [(random_head(place, 96, 256), rows) for place, rows in enumerate((1, 40, 1, 1, 3))]
+    h = random_rows(46, 96)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [refined_by(h, heads, [SLOW] * 46, built) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("units", [24, 250, 256, 1002])
 @pytest.mark.parametrize("others", [7, 256, 1500])
@@ -166,11 +199,24 @@ def test_a_head_too_wide_to_be_prepared_is_refined_as_well(
     monkeypatch.setattr("steering.prepared_head._MOST_UNITS", 64)
     h = random_rows(5)
     narrow, wide = (random_head(1, units=units) for units in (24, 65))
-    assert narrow.to(CPU).prepared is not None
-    assert wide.to(CPU).prepared is None
+    assert narrow.prepare().prepared is not None
+    assert wide.prepare().prepared is None
+    settings = [replace(FEW, iterations=iterations) for iterations in (4, 1, 3, 2, 0)]
     for heads in ([(narrow, 5)], [(wide, 5)], [(wide, 2), (narrow, 3)], [(narrow, 2), (wide, 3)]):
-        expected = expected_of(h, heads, [FEW] * 5)
-        torch.testing.assert_close(refined_by(h, heads, [FEW] * 5, native), expected)
+        expected = expected_of(h, heads, settings)
+        torch.testing.assert_close(refined_by(h, heads, settings, native), expected)
+
+
+def test_weights_whose_products_overflow_are_refined_by_the_equations(
+    native: NativeRefinement | None,
+) -> None:
+    usual = random_head(1)
+    large = replace(usual, w1=usual.w1 * 1e20, b1=usual.b1 * 1e20, w2=usual.w2 * 1e-20)
+    assert large.prepare().prepared is None
+    h = random_rows(2)
+    expected = expected_of(h, [(large, 2)], [FEW] * 2)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(refined_by(h, [(large, 2)], [FEW] * 2, native), expected)
 
 
 def test_a_reward_that_is_not_a_number_shows(native: NativeRefinement | None) -> None:
@@ -194,9 +240,12 @@ def test_a_unit_at_minus_infinity_is_off(native: NativeRefinement | None) -> Non
     torch.testing.assert_close(refined_by(h, [(head, 1)], [FEW], native), expected)
 
 
-def test_rows_are_given_back_and_not_changed(native: NativeRefinement | None) -> None:
-    h = random_rows(3)
-    before = h.clone()
-    refined = refined_by(h, [(random_head(1), 3)], [FEW] * 3, native)
-    assert torch.equal(h, before)
-    assert not torch.equal(refined, before)
+@pytest.mark.parametrize("width", [96, 100])
+def test_rows_are_given_back_and_not_changed(native: NativeRefinement | None, width: int) -> None:
+    """However they lie in memory."""
+    for h in (random_rows(3, width), random_rows(width, 3).T):
+        before = h.clone()
+        refined = refined_by(h, [(random_head(1, width), 3)], [FEW] * 3, native)
+        assert torch.equal(h, before)
+        expected = expected_of(h, [(random_head(1, width), 3)], [FEW] * 3)
+        torch.testing.assert_close(refined, expected)

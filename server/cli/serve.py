@@ -66,7 +66,8 @@ def serve(
         bool | None,
         typer.Option(
             "--compile-layers/--no-compile-layers",
-            help="Compile the model's layers while serving, on a CPU; on if unset.",
+            help="On a CPU, compile the model's layers while serving, and what refines rewards "
+            "at start; on if unset.",
         ),
     ] = None,
     prefix_cache: Annotated[

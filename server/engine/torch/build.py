@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.compiled import CompiledLayers
-from server.engine.torch.compiled_refinement import compile_refinement
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.decoder import DecoderLayers
@@ -19,6 +18,7 @@ from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.kv_plan import KVPlan, KVWishes, plan_kv
 from server.engine.torch.loader import LoadedModel, ModelLoadError
+from server.engine.torch.native_refinement import make_native_refinement
 from server.engine.torch.packed import pack_linear_layers
 from server.engine.torch.paged_attention import PagedMemory
 from server.engine.torch.prefix_cache import PrefixCache
@@ -52,7 +52,7 @@ class EngineOptions:
     max_model_len: int | None = None  # None: the model's own
     kv_cache_gb: float | None = None  # None: a share of what is free, see `kv_plan`
     max_loaded_interventions: int = 64
-    compile_layers: bool = False  # layers, in the background, on a CPU
+    compile_layers: bool = False  # on a CPU: layers, in the background; what refines, at start
     cuda_graphs: bool = True  # steps that only decode are replayed, on a GPU whose torch can
     prefix_cache: bool = True  # computed blocks are kept for whoever begins with the same tokens
     prefill_tokens: int | None = None  # None: by device, see `_PREFILL_TOKENS`
@@ -129,7 +129,7 @@ def _faster_runner(
         return graphs
     if options.compile_layers and model.device.type == "cpu":
         compiled = _compiled_layers(loaded, eager, options)
-        interventions.bank.native = compile_refinement()
+        interventions.bank.native = make_native_refinement()
         return Runner(model, hooks, compiled)
     return eager
 

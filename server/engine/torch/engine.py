@@ -27,6 +27,7 @@ from server.engine.torch.reads import SharedReads
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.sequence import lanes_of
 from server.engine.torch.thread import EngineThread
+from steering.bank import Bank
 from steering.reward import RewardHead
 
 T = TypeVar("T")
@@ -57,7 +58,9 @@ class TorchEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._admissions: set[asyncio.Task[list[TorchGeneration]]] = set()
         self._generations: dict[EngineSequence, TorchGeneration] = {}
-        self._reads = SharedReads(partial(_ready, source, loaded.model.device))
+        self._reads = SharedReads(
+            partial(_ready, source, self._core.interventions.bank, loaded.model.device)
+        )
         self._admitting = 0  # requests on their way to the scheduler's queue, but for background
 
     @property
@@ -269,7 +272,9 @@ def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
             generation.cancel()
 
 
-def _ready(source: Callable[[str], Parameters], device: torch.device, digest: str) -> Parameters:
+def _ready(
+    source: Callable[[str], Parameters], bank: Bank, device: torch.device, digest: str
+) -> Parameters:
     """Read an intervention, and make of it what the engine thread would have to make."""
     parameters = source(digest)
-    return parameters.to(device) if isinstance(parameters, RewardHead) else parameters
+    return bank.ready(parameters, device) if isinstance(parameters, RewardHead) else parameters

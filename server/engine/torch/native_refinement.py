@@ -1,7 +1,6 @@
 """What refines rows by reward heads on a CPU, made at start and held against the equations."""
 
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,19 +10,13 @@ from server.engine.torch.ahead import compare, warn_uncompiled
 from steering.native import NativeRefinement, build_native
 from steering.reward import RewardHead, apply_reward
 
-_WIDTH: Final = 100
-_UNITS: Final = 200
-_ROWS: Final = 5
-_STEPS: Final = 5
 
-
-def compile_refinement() -> NativeRefinement | None:
+def make_native_refinement() -> NativeRefinement | None:
     """None, with a warning, where it cannot be made or does not compute rightly."""
     try:
-        folder = Path(cache_dir())  # where what torch compiles is loaded from as well
-        folder.mkdir(parents=True, exist_ok=True)
-        native = build_native(folder)
-        _check(native)
+        native = build_native(Path(cache_dir()))  # where what torch compiles is loaded from as well
+        for width, units, rows in ((96, 64, 1), (100, 200, 40)):
+            _check(native, width, units, rows)
     except Exception as error:
         warn_uncompiled("rewards run", "refine.cpp", error)
         return None
@@ -31,21 +24,22 @@ def compile_refinement() -> NativeRefinement | None:
 
 
 @torch.inference_mode()
-def _check(native: NativeRefinement) -> None:
+def _check(native: NativeRefinement, width: int, units: int, rows: int) -> None:
+    """Raise CompiledWronglyError unless rows of a head get what the equations give."""
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random)
 
     head = RewardHead(
-        w1=numbers(_UNITS, _WIDTH) / _WIDTH**0.5,
-        b1=numbers(_UNITS),
-        w2=numbers(_UNITS) / _UNITS**0.5,
+        w1=numbers(units, width) / width**0.5,
+        b1=numbers(units),
+        w2=numbers(units) / units**0.5,
         b2=numbers(),
-        direction=numbers(_WIDTH),
+        direction=numbers(width),
         positive_reward=numbers(),
-    ).to(torch.device("cpu"))
+    ).prepare()
     assert head.prepared is not None
-    h, scales, sizes = numbers(_ROWS, _WIDTH), torch.ones(_ROWS, 1), torch.ones(_ROWS, _STEPS)
-    refined = native(h, [(head.prepared, _ROWS)], scales, sizes)
+    h, scales, sizes = numbers(rows, width), torch.ones(rows, 1), torch.full((rows, 5), 0.5)
+    refined = native(h, [(head.prepared, rows)], scales, sizes)
     compare(refined, apply_reward(h, head, scales, sizes))

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.torch import compiled_refinement
+from server.engine.torch import native_refinement
 from server.engine.torch.build import EngineOptions
-from server.engine.torch.compiled_refinement import compile_refinement
 from server.engine.torch.engine import TorchEngine
+from server.engine.torch.native_refinement import make_native_refinement
 from steering.native import NativeBuildError, NativeRefinement, build_native
 from tests.conftest import StartEngine
 from tests.oracles import Oracle
@@ -39,7 +39,13 @@ def test_nothing_is_left_where_it_was_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("compiler", "said"),
-    [("no-such-compiler", "no-such-compiler"), ("false", "false failed"), ("true", "refine.so")],
+    [
+        ("no-such-compiler", "no-such-compiler"),
+        ("false", "false failed"),
+        ("true", "refine.so"),
+        ("g++ '", "No closing quotation"),
+        ("g++ -Drefine=other", "undefined symbol: refine"),
+    ],
 )
 def test_without_a_compiler_that_works_nothing_is_made(
     compiler: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,10 +55,12 @@ def test_without_a_compiler_that_works_nothing_is_made(
         build_native(tmp_path)
 
 
+@pytest.mark.parametrize("options", ["", "-mno-avx512f"])
 def test_a_strict_compiler_has_nothing_to_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "g++ -Wall -Wextra -Werror")
+    """Nor for a processor whose registers are shorter."""
+    monkeypatch.setenv("CXX", f"g++ -Wall -Wextra -Werror {options}")
     build_native(tmp_path)
 
 
@@ -63,7 +71,7 @@ def test_what_computes_wrongly_is_not_used(
         return h.clone()
 
     monkeypatch.setattr(NativeRefinement, "__call__", leave)
-    assert compile_refinement() is None
+    assert make_native_refinement() is None
     assert "rewards run uncompiled" in caplog.text
 
 
@@ -74,7 +82,7 @@ async def test_without_a_compiler_a_server_refines_by_the_equations(
         raise NativeBuildError("no compiler")
 
     oracle = Oracle(tiny_model("llama"))
-    monkeypatch.setattr(compiled_refinement, "build_native", fail)
+    monkeypatch.setattr(native_refinement, "build_native", fail)
     options = EngineOptions(kv_cache_gb=0.02, compile_layers=True)
     engine = await start_engine(interventions_of(), "llama", options)
     assert engine._core.interventions.bank.native is None
