@@ -18,7 +18,7 @@ from steering.prepared_head import PreparedHead
 
 _SOURCE: Final = Path(__file__).with_name("refine.cpp")
 # Vectors longer than a processor's own are passed between functions of this file only: no ABI.
-_FLAGS: Final = "-std=c++17 -O3 -march=native -fopenmp -Wno-psabi -shared -fPIC".split()
+_FLAGS: Final = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-Wno-psabi", "-shared", "-fPIC"]
 _SECONDS: Final = 60.0  # for what takes less than one
 
 
