@@ -1,8 +1,11 @@
 """What an engine holds, and that in the end it holds nothing."""
 
 import asyncio
+from typing import Final
 
 from server.engine.torch.engine import TorchEngine
+
+_COMPILE_SECONDS: Final = 120.0
 
 
 def idle(engine: TorchEngine) -> bool:
@@ -24,3 +27,6 @@ async def close_checked(engine: TorchEngine) -> None:
     await engine.close()
     core.check()
     assert idle(engine)
+    if (layers := core._runner.compiled) is not None:
+        # torch's compiler serves one thread at a time, and the next test may want it.
+        assert await asyncio.to_thread(layers.wait, _COMPILE_SECONDS), "it compiles without end"

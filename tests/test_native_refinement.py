@@ -1,6 +1,5 @@
 """What refines rows fast, made when an engine starts; and what is done where it cannot be."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from server.engine.torch import native_refinement
 from server.engine.torch.build import EngineOptions
-from server.engine.torch.engine import TorchEngine
 from server.engine.torch.native_refinement import make_native_refinement
 from steering.native import NativeBuildError, NativeRefinement, build_native
 from tests.conftest import StartEngine
@@ -22,14 +20,6 @@ from tests.steered import (
     interventions_of,
 )
 from tests.tiny import tiny_model
-
-SECONDS = 120.0
-
-
-async def compiled_all(engine: TorchEngine) -> bool:
-    """Nothing is left to the compiler, which would go on beside the next test."""
-    layers = engine._core._runner.compiled
-    return layers is not None and await asyncio.to_thread(layers.wait, SECONDS)
 
 
 def test_nothing_is_left_where_it_was_made(tmp_path: Path) -> None:
@@ -87,7 +77,6 @@ async def test_without_a_compiler_a_server_refines_by_the_equations(
     engine = await start_engine(interventions_of(), "llama", options)
     assert engine._core.interventions.bank.native is None
     assert "rewards run uncompiled, which is slower: NativeBuildError: no compiler" in caplog.text
-    assert await compiled_all(engine)
     outputs = await generate(engine, PROMPTS[0], STACKS["r"])
     assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], STACKS["r"]))
 
@@ -107,7 +96,6 @@ async def test_a_request_is_refined_by_it_and_equals_the_oracle(
     monkeypatch.setattr(NativeRefinement, "__call__", counted)
     options = EngineOptions(kv_cache_gb=0.02, compile_layers=True, prefix_cache=False)
     engine = await start_engine(interventions_of(), "llama", options)
-    assert await compiled_all(engine)
     calls.clear()
     outputs = await generate(engine, PROMPTS[0], STACKS[stack])
     assert len(calls) >= len(outputs)
