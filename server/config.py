@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     )
     compile_layers: bool = Field(
         default=True,
-        description="on a CPU: compile layers in the background, what refines at start",
+        description="on a CPU, compile layers in the background, and what refines rewards at start",
     )
     prefix_cache: bool = Field(
         default=True, description="keep what was computed for requests that begin alike"

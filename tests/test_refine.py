@@ -221,20 +221,36 @@ def test_weights_whose_products_overflow_are_refined_by_the_equations(
 
 def test_a_reward_that_is_not_a_number_shows(native: NativeRefinement | None) -> None:
     """It must not leave the row as it is: that would be the base model, in silence."""
-    head = replace(random_head(0), w1=torch.full((24, WIDTH), 3e38))
+    w2 = torch.tensor([3e38, -3e38]).repeat(12)
+    head = replace(random_head(0), w1=torch.ones(24, WIDTH), w2=w2)
+    assert head.prepare().prepared is not None
     h = torch.linspace(0.5, 1, WIDTH)[None]
-    assert not reward(head, h).isfinite().all()
+    assert reward(head, h).isnan().all()
     nothing, once = RewardSettings(0.0, 0, 0.0), RewardSettings(0.0, 1, 1.0)
     assert not refined_by(h, [(head, 1)], [once], native).isfinite().all()
     assert torch.equal(refined_by(h, [(head, 1)], [nothing], native), h)
 
 
+def test_a_unit_that_is_not_a_number_shows(native: NativeRefinement | None) -> None:
+    """Others' rewards beside it are numbers, and would close the gap as if it were not there."""
+    head = random_head(0)
+    head.w1[3] = torch.zeros(WIDTH)
+    head.w1[3, :2] = torch.tensor([1.2e19, -1.2e19])
+    assert head.prepare().prepared is not None
+    h = random_rows(1)
+    h[0, :2] = 3e19
+    assert (h @ head.w1.T)[0, 3].isnan()
+    assert refined_by(h, [(head, 1)], [FEW], native).isnan().all()
+
+
 def test_a_unit_at_minus_infinity_is_off(native: NativeRefinement | None) -> None:
     head = random_head(0)
     head.w1[3] = torch.zeros(WIDTH)
-    head.w1[3, 0] = -3e38
+    head.w1[3, 0] = -1.8e19  # whose square is finite: the head is prepared
+    assert head.prepare().prepared is not None
     h = random_rows(1)
-    h[0, 0] = 2.0
+    h[0, 0] = 2e19
+    assert (h @ head.w1.T)[0, 3] == -torch.inf
     expected = expected_of(h, [(head, 1)], [FEW])
     assert expected.isfinite().all()
     torch.testing.assert_close(refined_by(h, [(head, 1)], [FEW], native), expected)
