@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := constraints/constraints.txt
 
-.PHONY: serve test check format clean
+.PHONY: serve test check gpu-check format clean
 
 serve: $(VENV)/serve.installed
 	@exec $(BIN)/steerserve serve --port $(PORT) $(ARGS)
@@ -21,6 +21,10 @@ check: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# For a bare machine with a GPU: nothing is installed, and python3 serves where there is no .venv.
+gpu-check:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 format: $(VENV)/dev.installed
 	$(BIN)/ruff format .

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.core import Bench, BenchmarkError, open_bench
 from benchmarks.distinct import measure_distinct
 from benchmarks.engines import measure_engines
-from benchmarks.gpu import measure_gpu
 from benchmarks.growth import measure_growth
 from benchmarks.latency import measure_latency
 from benchmarks.options import Options
@@ -28,7 +27,6 @@ IN_PROCESS = {
     "growth": measure_growth,
 }
 SECTIONS = ("steering", "distinct", "engines", "latency", "growth")
-GPU = "gpu"  # not among what is measured where nothing is chosen: few machines have one
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,8 +48,8 @@ def main(
     # As an exception, which ends the engines' processes on its way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     chosen = only.split(",")
-    if unknown := [name for name in chosen if name not in (*SECTIONS, GPU)]:
-        raise typer.BadParameter(f"--only knows {', '.join((*SECTIONS, GPU))}, not {unknown[0]!r}")
+    if unknown := [name for name in chosen if name not in SECTIONS]:
+        raise typer.BadParameter(f"--only knows {', '.join(SECTIONS)}, not {unknown[0]!r}")
     options = (
         Options.quick(model, device, vllm_python)
         if quick
@@ -73,10 +71,6 @@ def _measure(chosen: list[str], options: Options, out: Path) -> None:
         write_section(section, out)
     if "latency" in chosen:
         write_section(measure_latency(options), out)
-    if GPU in chosen:
-        with _progress() as bar:
-            section = measure_gpu(options, bar)
-        write_section(section, out)
     bench: Bench | None = None
     for name in (name for name in IN_PROCESS if name in chosen):
         if bench is None:

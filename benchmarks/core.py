@@ -1,24 +1,21 @@
 """The engine in this process: its model, and the interventions that are measured."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
+from benchmarks.random_edits import random_head, random_maps
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
-from steering.affine import AffineMap
+from server.engine.torch.options import EngineOptions
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 from steering.sites import default_sites, match_sites
 
 POLL_SECONDS = 0.1
-HEAD_UNITS = 1024  # as in the paper
 _PROMPT_TOKENS = 8192  # all prompts are read in one step, before anything is measured
 # Without a prefix cache, as prompts that it has would be read in another way than others.
 OPTIONS = EngineOptions(
@@ -81,43 +78,8 @@ def open_bench(model: str, device: str = "cpu") -> Bench:
 def at_full_speed(core: EngineCore) -> None:
     """Wait until the engine runs as fast as it ever will."""
     while core.compiling:
-        time.sleep(POLL_SECONDS)
-
-
-def random_maps(loaded: LoadedModel, sites: Sequence[str], seed: int) -> Mapping[str, AffineMap]:
-    """Maps near the identity at some sites, so that activations stay finite."""
-    random = torch.Generator().manual_seed(seed)
-    widths = loaded.description.site_widths
-    return {
-        site: AffineMap(
-            1 + 0.01 * torch.randn(widths[site], generator=random),
-            0.01 * torch.randn(widths[site], generator=random),
-        )
-        for site in sites
-    }
-
-
-def random_head(loaded: LoadedModel, seed: int) -> RewardHead:
-    """A reward head as wide as the paper's, which moves as many units past zero as a trained one.
-
-    On hidden states whose numbers are about 1: some 5 of 1024 in each step of the paper's size.
-    """
-    random = torch.Generator().manual_seed(seed)
-    width = loaded.description.head_width
-    return RewardHead(
-        w1=torch.randn(HEAD_UNITS, width, generator=random) / width**0.5,
-        b1=0.1 * torch.randn(HEAD_UNITS, generator=random),
-        w2=0.6 * torch.randn(HEAD_UNITS, generator=random) / HEAD_UNITS**0.5,
-        b2=torch.zeros(()),
-        direction=0.01 * torch.randn(width, generator=random),
-        positive_reward=torch.tensor(1.0),
-    )
-
-
-def permuted_head(head: RewardHead, seed: int) -> RewardHead:
-    """The same function, whose units lie in another order and in memory of its own."""
-    order = torch.randperm(len(head.w1), generator=torch.Generator().manual_seed(seed))
-    return replace(head, w1=head.w1[order], b1=head.b1[order], w2=head.w2[order], prepared=None)
+        if not core.make_pending():
+            time.sleep(POLL_SECONDS)
 
 
 def head_bytes(head: RewardHead) -> int:

@@ -7,8 +7,9 @@ from typing import Final
 from rich.progress import Progress
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.core import ARGRE, LINEAS, Bench, head_bytes, permuted_head, random_maps
+from benchmarks.core import ARGRE, LINEAS, Bench, head_bytes
 from benchmarks.options import Options
+from benchmarks.random_edits import permuted_head, random_maps
 from benchmarks.report import Section
 from benchmarks.steering import measured
 from benchmarks.turns import Rows, take_turns

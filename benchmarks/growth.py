@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.core import LINEAS, Bench, random_maps
+from benchmarks.core import LINEAS, Bench
 from benchmarks.options import Options
+from benchmarks.random_edits import random_maps
 from benchmarks.report import Section
 from benchmarks.steering import beside_none, stacks
 from benchmarks.turns import Edits

@@ -29,9 +29,9 @@ from benchmarks.report import write_report
 from interventions.registry import Registry
 from server.config import Settings
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import load_model
+from server.engine.torch.options import EngineOptions
 from server.metrics import Metrics
 from server.toxicity.pace import Pace
 from server.toxicity.process import ScorerProcess

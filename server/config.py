@@ -48,95 +48,96 @@ class Settings(BaseSettings):
         extra="forbid",
         # A message must be able to show the wrong value of any field but a key's.
         hide_input_in_errors=True,
+        # The string below a field describes it, on the command line and in docs/options.md.
+        use_attribute_docstrings=True,
     )
 
     model: str = Field(default="embedded", min_length=1)
+    """Model to serve: embedded (a small one that comes along), a Hugging Face id, or a folder."""
     engine: Literal["torch"] = "torch"
+    """Engine that runs the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto takes what suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads; None leaves it to torch"
-    )
+    """How to place the model: none for one device, auto to spread it over all GPUs."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads that the model runs on; if unset, torch decides."""
     served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
+    """Names that clients may call the model by, the main one first; if unset, its own."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 for any that is free."""
     api_key: SecretStr | None = None
+    """Key that clients of /v1 must send; if unset, they need none."""
     admin_key: SecretStr | None = None
+    """Key for upload and delete; if unset, both are allowed on a loopback address only."""
 
     registry: Path | None = None
+    """Folder of the stored interventions; if unset, steerserve/registry in the user's data."""
     max_loaded_interventions: int = Field(default=64, ge=1)
+    """Interventions on the device at once, at most."""
     default_steering: Annotated[SteeringJson | None, NoDecode] = None
+    """Steering, as JSON, of requests that ask for none; if unset, they are not steered."""
     steering_policy: SteeringPolicy = "optional"
+    """What requests may choose: any steering or none (optional), any that has an effect (required),
+    or nothing, as all get the default steering (locked)."""
 
     max_body_bytes: int = Field(default=4 * MIB, ge=1024)
+    """Largest JSON body of a request, in bytes."""
     max_artifact_bytes: int = Field(default=256 * MIB, ge=1024)
-    max_completions_per_request: int = Field(default=128, ge=1, description="prompts times n")
-    body_timeout: float = Field(
-        default=30.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="seconds without a byte of the body, or without a request",
-    )
-    write_timeout: float = Field(
-        default=60.0, gt=0, allow_inf_nan=False, description="seconds a reader may stall"
-    )
-    request_timeout: float = Field(
-        default=600.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="seconds from a generating request's arrival to its last token",
-    )
-    shutdown_timeout: float = Field(
-        default=30.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="seconds running and waiting requests may go on after SIGTERM",
-    )
+    """Largest artifact, in bytes."""
+    max_completions_per_request: int = Field(default=128, ge=1)
+    """Completions of one request at most: prompts times n, twice that with compare."""
+    body_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Seconds that a client may send nothing of a request's body, or no request at all."""
+    write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Seconds that a client may read nothing of its answer."""
+    request_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """Seconds from the arrival of a request that generates to its last token, at most."""
+    shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """Seconds that running and waiting requests may go on after SIGTERM."""
 
     toxicity_scorer: str = Field(default="embedded", min_length=1)
-    toxicity_queue_size: int = Field(
-        default=1024, ge=1, description="completions that may wait for their score"
-    )
-    toxicity_share: float = Field(
-        default=0.03,
-        gt=0,
-        le=1,
-        description="share of the time that scoring takes while anything is generated",
-    )
-    baseline_sample_rate: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of steered requests whose unsteered answer is generated and scored",
-    )
-    dose_interval: int = Field(
-        default=16, ge=0, description="edits are measured in every such step; 0 for never"
-    )
+    """What tells how toxic completions are: embedded, hf:MODEL, http:URL, or none."""
+    toxicity_queue_size: int = Field(default=1024, ge=1)
+    """Completions that may wait for their score; further ones are dropped."""
+    toxicity_share: float = Field(default=0.03, gt=0, le=1)
+    """Share of the time that scoring takes while anything is generated."""
+    baseline_sample_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of steered requests whose unsteered answer is generated and scored too."""
+    dose_interval: int = Field(default=16, ge=0)
+    """Edits are measured in one of so many steered steps; 0 for never."""
     log_format: Literal["text", "json"] = "text"
-    log_content: bool = Field(default=False, description="log prompts and completions too")
+    """Format of the log."""
+    log_content: bool = False
+    """Log prompts and completions too."""
     otlp_endpoint: str | None = Field(default=None, min_length=1)
+    """OpenTelemetry collector to send traces to, over HTTP; if unset, there are no traces."""
 
-    max_model_len: int | None = Field(default=None, ge=2, description="None takes the model's own")
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt with its completion, in tokens; if unset, the model's own limit."""
     max_waiting: int = Field(default=256, ge=1)
+    """Requests that may wait for their turn; further ones are refused."""
     max_batch_size: int = Field(default=64, ge=1)
+    """Completions running at once, at most."""
     max_batch_tokens: int = Field(default=512, ge=1)
-    kv_cache_gb: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="None takes a quarter of a CPU's free memory, 80 % of a GPU's",
-    )
-    compile_layers: bool = Field(
-        default=True,
-        description="on a CPU, compile layers in the background, and what refines rewards at start",
-    )
-    prefix_cache: bool = Field(
-        default=True, description="keep what was computed for requests that begin alike"
-    )
-    check_invariants: bool = Field(
-        default=False, description="check the engine's bookkeeping after every step"
-    )
+    """Tokens of one step, at most; no fewer than completions run at once."""
+    kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Gigabytes for keys and values; if unset, 25 % of a CPU's free memory, or what is left of a
+    GPU's beside interventions, the largest step and CUDA graphs."""
+    attention: Literal["automatic", "pages", "slabs"] = "automatic"
+    """Where keys and values are kept: in pages of one GPU's memory, read by a Triton kernel, or in
+    slabs, one a sequence, on any device; automatic takes pages where GPU and model suit them."""
+    cuda_graphs: bool = True
+    """On a GPU with pages, replay steps that only decode as CUDA graphs."""
+    compile_layers: bool = True
+    """On a CPU, compile layers in the background, and what refines rewards at start."""
+    prefix_cache: bool = True
+    """Keep what was computed of prompts, for requests that begin alike."""
+    check_invariants: bool = False
+    """Check the engine's bookkeeping after every step; slow."""
 
     @field_validator("served_model_names", mode="before")
     @classmethod

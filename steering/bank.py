@@ -4,7 +4,8 @@ Slot 0 is the identity. It is selected away and never computed: arithmetic would
 +0.0 and inf into NaN.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from steering.native import NativeRefinement
 from steering.refine import Headed, refine
 from steering.reward import RewardHead
 from steering.route import AffineLayer, Route
+
+
+class MapNeed(NamedTuple):
+    """A site at which a map acts, and whether it acts on a support only."""
+
+    site: str
+    support: bool
 
 
 class SiteMaps:
@@ -91,9 +99,7 @@ class Bank:
         self._device = device
         self._sites: dict[str, SiteMaps] = {}
         self._heads: dict[int, RewardHead] = {}
-        # Counts what changes which tensors an edit reads: new sites, and the first supports. To
-        # fill a slot changes the tensors' contents only.
-        self.version = 0
+        self._needs: dict[int, frozenset[MapNeed]] = {}  # by slot, of affine interventions
         self.fillings = 0  # counts every change of what a slot holds
         self.native: NativeRefinement | None = None  # refines rows on a CPU, where one was made
 
@@ -106,10 +112,10 @@ class Bank:
         self.clear(slot)
         if isinstance(parameters, Mapping):
             for site, site_map in parameters.items():
-                maps = self._site(site, site_map.weight.numel())
-                had_support = maps.low is not None
-                maps.put(slot, site_map)
-                self.version += had_support is not (maps.low is not None)
+                self._site(site, site_map.weight.numel()).put(slot, site_map)
+            self._needs[slot] = frozenset(
+                MapNeed(site, site_map.low is not None) for site, site_map in parameters.items()
+            )
         else:
             self._heads[slot] = self.ready(parameters, self._device)
         self.fillings += 1
@@ -118,6 +124,7 @@ class Bank:
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self._heads.pop(slot, None)
+        self._needs.pop(slot, None)
         for stack in self._sites.values():
             stack.clear(slot)
         self.fillings += 1
@@ -125,8 +132,28 @@ class Bank:
     def _site(self, site: str, width: int) -> SiteMaps:
         if site not in self._sites:
             self._sites[site] = SiteMaps(self.slots + 1, width, self._device)
-            self.version += 1
         return self._sites[site]
+
+    @property
+    def layout(self) -> frozenset[MapNeed]:
+        """What an edit that reads all of the bank's tensors can do.
+
+        To fill a slot changes the tensors' contents only, unless it brings a site, or the first
+        support at one.
+        """
+        return frozenset(
+            MapNeed(site, support)
+            for site, maps in self._sites.items()
+            for support in ((False, True) if maps.low is not None else (False,))
+        )
+
+    def needs(self, slots: Iterable[int]) -> frozenset[MapNeed]:
+        """What the maps in some slots do."""
+        return frozenset[MapNeed]().union(*{self._needs[each] for each in slots})
+
+    def affine_slot(self) -> int | None:
+        """A slot that holds affine maps; None if none does."""
+        return next(iter(self._needs), None)
 
     def acting(self, route: Route) -> dict[str, SiteMaps]:
         """The maps of each site at which the step's affine edits do anything."""

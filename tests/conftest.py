@@ -1,8 +1,12 @@
 """Fixtures: a tiny random model, served by the real engine, behind the real application."""
 
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
+
+# Triton's kernels run without a GPU, slowly, if it reads this when transformers imports it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
 import httpx
 import pytest
@@ -12,13 +16,14 @@ from pydantic import JsonValue
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
 from server.engine.base import StepOutput
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.options import EngineOptions
 from tests.engines import close_checked
+from tests.manifests import manifest_of
 from tests.serving import Script, ScriptedGeneration, build_app
-from tests.tiny import CHAT_TEMPLATE, FAMILIES, manifest_of, random_head, random_maps, save_tiny
+from tests.tiny import CHAT_TEMPLATE, random_head, random_maps, save_families, save_tiny
 
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
@@ -60,7 +65,7 @@ class WriteArtifact(Protocol):
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """A folder with a tiny random model of each family, and the Llama with a chat template."""
     root = tmp_path_factory.mktemp("models")
-    folders = {family: save_tiny(root / f"tiny-{family}", family) for family in FAMILIES}
+    folders = save_families(root)
     folders["llama-chat"] = save_tiny(root / "tiny-chat", chat_template=CHAT_TEMPLATE)
     return folders
 

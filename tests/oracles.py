@@ -186,3 +186,24 @@ def _edit_rows(stack: Stack) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[
         return (rows.to(args[0].dtype)[None],)
 
     return hook
+
+
+def penalized(
+    logits: Tensor, prompt: Sequence[int], completion: Sequence[int], how: SamplingSettings
+) -> Tensor:
+    """One row's logits with bias and penalties, a token at a time, every number a float32."""
+    changed = logits.clone()
+    bias: dict[int, float] = {}
+    for token, added in how.logit_bias:
+        bias[token] = bias.get(token, 0.0) + added
+    repeated = {*prompt, *completion} if how.repetition_penalty != 1 else set(completion)
+    for token in {*bias, *repeated}:
+        repetition = how.repetition_penalty if token in repeated else 1.0
+        count = completion.count(token)
+        subtracted = how.presence_penalty + how.frequency_penalty * count if count else 0.0
+        value = logits[token] + torch.tensor(bias.get(token, 0.0))
+        value = value / torch.tensor(repetition) if value > 0 else value * torch.tensor(repetition)
+        value = value - torch.tensor(subtracted)
+        largest = torch.finfo(torch.float32).max
+        changed[token] = value.clamp(-largest, largest)
+    return changed

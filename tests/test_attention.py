@@ -5,17 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from server.engine.torch.attention import UnsupportedAttentionError, engine_attention
 from server.engine.torch.slab import Slab, SlabPool, SlabShape
 from server.engine.torch.slab_attention import Segment, SlabStep, decoding_order
-from server.engine.torch.soft_cap import FlexSoftCapped, SoftCapped, soft_capped_attention
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)
 LAYER = SimpleNamespace(layer_idx=1)
-FLEX = FlexSoftCapped(flex_attention)
 
 
 def slab_of(tokens: int, pool: SlabPool) -> Slab:
@@ -41,19 +38,13 @@ def reference(
 
 
 @pytest.mark.parametrize("as_operator", [False, True])
-@pytest.mark.parametrize(
-    ("softcap", "soft_capped"),
-    [(None, soft_capped_attention), (1.5, soft_capped_attention), (1.5, FLEX)],
-    ids=["not capped", "capped", "capped by FlexAttention"],
-)
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("chunks", [(11,), (1, 10), (4, 1, 6), (7, 2, 2), (1,) * 11], ids=str)
 def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
     window: int | None,
     chunks: tuple[int, ...],
     softcap: float | None,
-    soft_capped: SoftCapped,
     as_operator: bool,
 ) -> None:
     random = torch.Generator().manual_seed(0)
@@ -84,7 +75,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             torch.cat(parts, dim=1)[None]
             for parts in zip(*(item[2] for item in packed), strict=True)
         )
-        with SlabStep(segments, soft_capped).current():
+        with SlabStep(segments).current():
             output, weights = engine_attention(
                 LAYER,
                 query,

@@ -25,9 +25,9 @@ from benchmarks.workers.transformers_worker import load, static_batch
 from server.engine.base import Edit
 from server.engine.torch.attention_step import Piece
 from server.engine.torch.batch import Batch
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import load_model
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.slab_attention import SlabMemory, SlabStep
 from steering.bank import Bank
 from steering.dose import DoseMeter

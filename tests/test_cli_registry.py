@@ -16,8 +16,9 @@ from server.cli.registry import app
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.live import live
+from tests.manifests import manifest_of
 from tests.serving import build_app
-from tests.tiny import manifest_of, random_maps
+from tests.tiny import random_maps
 
 
 async def run(*arguments: str) -> Result:

@@ -10,9 +10,10 @@ import torch
 
 from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch import compiled, decoder
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.engine import TorchEngine
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.sequence import Sequence
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny, StartEngine
@@ -45,7 +46,7 @@ FEW: Mapping[str, tuple[Edit, ...]] = {
 
 def compiled_of(engine: TorchEngine) -> compiled.CompiledLayers:
     layers = engine._core._runner.compiled
-    assert layers is not None
+    assert isinstance(layers, compiled.CompiledLayers)
     return layers
 
 
@@ -88,7 +89,7 @@ def test_who_is_not_steered_has_the_base_models_bits_whoever_else_is(load_tiny: 
     """A step that edits runs on another graph than one that does not."""
     core = build_core(load_tiny(), OPTIONS)
     layers = core._runner.compiled
-    assert layers is not None
+    assert isinstance(layers, compiled.CompiledLayers)
     assert layers.wait(SECONDS)
     nothing = (Edit("a", AffineSettings(0.0)),)
     alone = logprobs_beside(core, (), (), ())
@@ -172,7 +173,7 @@ def test_the_default_sites_are_compiled_before_anybody_asks(load_tiny: LoadTiny)
     core = build_core(load_tiny(), OPTIONS)
     assert core.compiling
     layers = core._runner.compiled
-    assert layers is not None
+    assert isinstance(layers, compiled.CompiledLayers)
     assert layers.wait(SECONDS)
     assert core.compiling == 0
     assert {variant.depth for variant in layers._graphs} == {0, 1}

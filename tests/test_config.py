@@ -41,6 +41,11 @@ def test_a_misspelt_setting_is_refused() -> None:
     assert "prot" in problem(prot=1)
 
 
+def test_attention_is_one_of_three() -> None:
+    assert Settings().attention == "automatic"
+    assert "attention" in problem(attention="paged")
+
+
 def test_served_names_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERSERVE_SERVED_MODEL_NAMES", "a, org/b  c")
     assert Settings().served_names == ("a", "org/b", "c")

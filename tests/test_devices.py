@@ -13,9 +13,10 @@ from accelerate import dispatch_model
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
 from server.engine.torch.attention import use_engine_attention
 from server.engine.torch.batch import build_batch
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.devices import is_offloaded, keep_rows_on_host, layer_devices
 from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence

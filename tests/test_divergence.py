@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import InvalidRequestError, Request, StepOutput
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
+from server.engine.torch.options import EngineOptions
 from tests.conftest import StartEngine
 from tests.oracles import Oracle, divergence
 from tests.steered import (

@@ -6,16 +6,18 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from interventions.artifact import artifact_digest
 from interventions.bundled import bundled_artifacts
 from server.__main__ import app
+from server.cli.options_page import options_page
 from server.config import Settings
 
 ROOT = Path(__file__).parent.parent
+DOCS = ("observability", "options", "structures")
 README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
 STRUCTURES = (ROOT / "docs" / "structures.md").read_text()
 
 
@@ -30,10 +32,10 @@ def test_structures_names_every_module_and_no_other() -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in ("README.md", "CONTRIBUTING.md", "docs/observability.md"):
         text = (ROOT / page).read_text()
-        named = set(re.findall(r"^\s*make ([a-z]+)", text, re.MULTILINE))
+        named = set(re.findall(r"^\s*make ([a-z-]+)", text, re.MULTILINE))
         assert named
         assert named <= targets
 
@@ -51,12 +53,34 @@ def test_every_command_and_option_in_the_readme_exists() -> None:
             assert option in shown.output, f"{name} has no {option}"
 
 
-def test_every_setting_has_a_flag_or_is_named_as_a_variable() -> None:
-    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    flags = {parameter.name for parameter in serve.params}
-    for field in Settings.model_fields:
-        flag = "served_model_name" if field == "served_model_names" else field
-        assert flag in flags or f"STEERSERVE_{field.upper()}" in README, field
+def test_the_page_of_options_is_of_the_settings() -> None:
+    remake = "remake docs/options.md: python -m server.cli.options_page > docs/options.md"
+    assert options_page() == OPTIONS, remake
+
+
+def test_every_setting_has_a_row_in_the_page_of_options() -> None:
+    rows = [line for line in OPTIONS.splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(Settings.model_fields)
+    for row, (name, field) in zip(rows, Settings.model_fields.items(), strict=True):
+        flags, variable, _, default, description = row.strip("| ").split(" | ")
+        flag = "served_model_name" if name == "served_model_names" else name
+        assert flags.split(", ")[0] == f"`--{flag.replace('_', '-')}`"
+        assert variable == f"`STEERSERVE_{name.upper()}`"
+        assert description == " ".join((field.description or "").split())
+        if field.default in (None, ()):
+            assert default.strip() == ""
+        else:
+            given = Settings.model_validate({name: default.strip("`")})
+            assert getattr(given, name) == field.default
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_described_in_a_sentence(name: str) -> None:
+    field = Settings.model_fields[name]
+    # No character that a table, or the markup of the help, would take for its own.
+    assert re.fullmatch(r"[A-Z][^|<>\[\]`]+\.", field.description or "")
+    if field.default in (None, ()):
+        assert "if unset, " in (field.description or "")
 
 
 def test_the_readmes_output_is_of_the_bundled_artifacts() -> None:
@@ -71,6 +95,7 @@ def test_every_body_in_the_readme_is_json(body: str) -> None:
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "docs/structures.md", "docs/observability.md"):
+    pages = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
+    for page in pages:
         for target in re.findall(r"\]\(((?!https?:)[^)#]+)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), target

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.base import Edit, Request, StepOutput
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import LoadedModel
+from server.engine.torch.options import EngineOptions
 from steering.bank import Bank
 from steering.dose import LARGEST, DoseMeter
 from steering.route import Span, build_route

@@ -24,11 +24,11 @@ from server.engine.base import (
     StepOutput,
     UnservableInterventionError,
 )
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
+from server.engine.torch.options import EngineOptions
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.engines import close_checked, idle
@@ -344,6 +344,36 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
             assert "secret" not in str(failure.value)
     await eventually(lambda: idle(engine))
     assert len(await finish(await submit(engine, request(SamplingSettings(3, 0))))) == 3
+
+
+async def test_penalties_are_freed_however_a_request_ends_and_leave_nothing_to_others(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_engine(INTERVENTIONS)
+    table = engine._core._penalties
+    penalized = request(replace(ENDLESS, repetition_penalty=1.3, frequency_penalty=0.4))
+    short = replace(penalized, sampling=replace(penalized.sampling, max_tokens=30))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    alone = await finish(await submit(engine, short))
+    await eventually(lambda: idle(engine))
+    assert not table._segments
+    cancelled, *others = await engine.submit([penalized] * 4)
+    async for _ in cancelled:
+        break
+    assert len(table._segments) == 4
+    cancelled.cancel()
+    again = await finish(await submit(engine, short))
+    assert [output.token_ids for output in again] == [output.token_ids for output in alone]
+    with monkeypatch.context() as broken:
+        broken.setattr(table, "_send", fail)
+        for other in others:
+            with pytest.raises(StepFailedError):
+                await finish(other)
+    await eventually(lambda: idle(engine))
+    assert not table._segments
 
 
 async def test_an_edit_that_leaves_no_finite_logits_fails_its_own_request_only(

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import GaveWayError, Generation, Request, StepOutput
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
+from server.engine.torch.options import EngineOptions
 from tests.conftest import StartEngine
 from tests.engines import idle
 from tests.serving import eventually

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import Edit, InvalidRequestError, Request, SamplingSettings
-from server.engine.torch.build import EngineOptions
+from server.engine.torch.options import EngineOptions
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import StartEngine
 from tests.oracles import Oracle

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch.batch import Batch
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.interventions import Parameters
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.sequence import Sequence
 from steering.bank import Bank
 from steering.dose import DoseMeter

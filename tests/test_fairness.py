@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 from server.engine.base import Edit, Request, SamplingSettings
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduler import Chunk, Scheduler
 from server.engine.torch.sequence import Sequence
 from server.engine.torch.shares import share

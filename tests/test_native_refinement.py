@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from server.engine.torch import native_refinement
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.native_refinement import make_native_refinement
+from server.engine.torch.options import EngineOptions
 from steering.native import NativeBuildError, NativeRefinement, build_native
 from tests.conftest import StartEngine
 from tests.oracles import Oracle

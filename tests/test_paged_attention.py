@@ -1,4 +1,4 @@
-"""Attention over pages against arithmetic written out, in both forms."""
+"""Attention over pages against that over slabs, which is held to transformers' own."""
 
 import pytest
 import torch
@@ -7,16 +7,16 @@ from torch import Tensor
 from server.engine.torch.attention_step import How, Piece
 from server.engine.torch.page_pool import PAGE, PagedLane
 from server.engine.torch.paged_attention import PagedMemory, PagedStep
+from server.engine.torch.paged_index import Tiling
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
 from server.engine.torch.staging import stage_index
-from server.engine.torch.varlen import VarlenForm, available_forms
-from tests.varlen import paged_varlen
+from tests.paged import paged_reference
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 CPU = torch.device("cpu")
 SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (CPU, CPU))
-FORMS = available_forms(paged_varlen)
+TILING = Tiling(HEADS, KV_HEADS, 4, processors=8)
 
 
 def expected(texts: list[list[Tensor]], window: int | None) -> list[Tensor]:
@@ -32,13 +32,12 @@ def expected(texts: list[list[Tensor]], window: int | None) -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
 @pytest.mark.parametrize("window", [None, 1, 5, 200])
 @pytest.mark.parametrize(
     "chunks", [(600,), (PAGE, 1, PAGE - 1, 88), (PAGE - 1, 2, 343), (30, 500, 1, 69)], ids=str
 )
 def test_sequences_of_unequal_lengths_in_chunks_equal_those_on_a_cpu(
-    chunks: tuple[int, ...], window: int | None, form: VarlenForm
+    chunks: tuple[int, ...], window: int | None
 ) -> None:
     random = torch.Generator().manual_seed(0)
     lengths = (600, 1, PAGE, PAGE + 1, 300)
@@ -49,7 +48,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_those_on_a_cpu(
         ]
         for length in lengths
     ]
-    memory = PagedMemory(SHAPE, 12, form)
+    memory = PagedMemory(SHAPE, 12, TILING, paged_reference)
     lanes = [memory.lane() for _ in lengths]
     done = [0] * len(lengths)
     outputs: list[list[Tensor]] = [[] for _ in lengths]
@@ -83,7 +82,8 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_those_on_a_cpu(
 
 
 def test_another_layer_keeps_its_own() -> None:
-    memory = PagedMemory(SHAPE, 3, FORMS[0])
+    memory = PagedMemory(SHAPE, 3, TILING, paged_reference)
+    memory.pool.layer(0)[0].zero_()
     lane = memory.lane()
     lane.reserve(1)
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
@@ -95,7 +95,7 @@ def test_another_layer_keeps_its_own() -> None:
 
 
 def test_a_step_that_is_moved_tells_the_windows_that_were_asked_for() -> None:
-    memory = PagedMemory(SHAPE, 3, FORMS[0])
+    memory = PagedMemory(SHAPE, 3, TILING, paged_reference)
     lane = memory.lane()
     lane.reserve(1)
     step = memory.step([Piece(lane, 0, 1)])
@@ -107,7 +107,7 @@ def test_a_step_that_is_moved_tells_the_windows_that_were_asked_for() -> None:
 
 
 def test_a_lane_of_another_memory_is_noticed() -> None:
-    memory = PagedMemory(SHAPE, 3, FORMS[0])
+    memory = PagedMemory(SHAPE, 3, TILING, paged_reference)
     with pytest.raises(AssertionError, match="another memory"):
         memory.step([Piece(SlabMemory(SHAPE).lane(), 0, 1)])
     with pytest.raises(AssertionError, match="another memory"):

@@ -9,9 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from server.engine.base import Edit, EngineError, Request, SamplingSettings, StepOutput
 from server.engine.torch.batch import Batch
 from server.engine.torch.block_keys import KeyChain
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.sequence import Sequence
 from server.engine.torch.slab import Slab, SlabPool, SlabShape

@@ -16,8 +16,9 @@ from server.engine.base import (
     StepOutput,
 )
 from server.engine.torch.block_keys import KeyChain
-from server.engine.torch.build import EngineOptions, build_core
+from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.engine.base import Edit, SamplingSettings, StepOutput
-from server.engine.torch.build import EngineOptions
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.vocabulary import Vocabulary
 from steering.settings import AffineSettings
 from tests.conftest import StartEngine

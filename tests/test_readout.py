@@ -7,6 +7,7 @@ import torch
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch import readout
 from server.engine.torch.batch import Row
+from server.engine.torch.penalty_table import PenaltyTable
 from server.engine.torch.readout import Readout, read_out
 from server.engine.torch.sampler import Draw
 from server.engine.torch.sequence import Sequence
@@ -38,9 +39,8 @@ def logits_of(rows: int, spread: float = 3.0) -> torch.Tensor:
 
 
 def read(rows: list[Row], logits: torch.Tensor) -> Readout:
-    return read_out(
-        rows, logits, [Draw(row.sequence.request.sampling, 0.4) for row in rows if row.draws]
-    )
+    draws = [Draw(row.sequence.request.sampling, 0.4) for row in rows if row.draws]
+    return read_out(rows, logits, draws, PenaltyTable(logits.device))
 
 
 def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 from itertools import accumulate
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.penalties import Penalties, changes_logits
+from server.engine.torch.penalty_table import PenaltyTable
 from server.engine.torch.sampler import Draw, sample, score
 from tests.oracles import sampling_probabilities
 
@@ -19,6 +21,8 @@ def draw(uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float 
 
 def drawn_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     """Drawn as a step does: rows that are not sure once more, sorted."""
+    table = PenaltyTable(logits.device)
+    logits = table.penalize(logits, [draw.penalties for draw in draws])
     sampled = sample(logits, draws)
     unsure = [row for row, sure in enumerate(sampled.sure.tolist()) if not sure]
     tokens = sample(logits, draws, sorted_rows=unsure).tokens if unsure else sampled.tokens
@@ -166,7 +170,7 @@ def test_a_long_prompt_costs_nothing_where_only_the_completion_is_penalized() ->
     assert penalties is not None
     assert drawn_tokens(LOGITS[None], [Draw(settings, 0.5, penalties)]) == [1]
     penalties.push(1)
-    assert penalties.tokens == [1]
+    assert penalties.places == 1
     assert drawn_tokens(LOGITS[None], [Draw(settings, 0.5, penalties)]) == [2]
 
 
@@ -184,6 +188,101 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
     alone = [drawn_tokens(logits[row][None], [draws[row]])[0] for row in range(6)]
     assert drawn_tokens(logits, draws) == alone
     assert drawn_tokens(logits.flip(0), draws[::-1]) == alone[::-1]
+
+
+WEIGHED = (
+    SamplingSettings(1),
+    SamplingSettings(1, temperature=0.3),
+    SamplingSettings(1, top_p=0.9),
+    SamplingSettings(1, top_p=0.999),
+    SamplingSettings(1, top_k=40),
+    SamplingSettings(1, min_p=0.01, top_p=0.8),
+)
+
+
+def in_chunks(values: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """A cumulative sum whose additions are in another order, as another launch may have them."""
+    assert dim == -1
+    parts = [torch.cumsum(part, -1) for part in torch.split(values, 7, dim=-1)]
+    ends = accumulate((part[..., -1:] for part in parts), initial=torch.zeros_like(values[..., :1]))
+    return torch.cat([part + end for part, end in zip(parts, ends, strict=False)], -1)
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_draws_do_not_depend_on_the_order_in_which_weights_are_added_up(
+    monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    random = torch.Generator().manual_seed(5)
+    settings = [case for case in WEIGHED for _ in range(50)]
+    logits = spread * torch.randn(len(settings), 1500, generator=random)
+    uniforms = torch.rand(len(settings), generator=random, dtype=torch.float64).tolist()
+    draws = [Draw(case, uniform) for case, uniform in zip(settings, uniforms, strict=True)]
+    expected = drawn_tokens(logits, draws)
+    floats = logits.softmax(-1)
+    assert not torch.equal(in_chunks(floats), floats.cumsum(-1)), "no other order than torch's"
+    monkeypatch.setattr(torch.Tensor, "cumsum", in_chunks)
+    assert drawn_tokens(logits, draws) == expected
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0, 40.0])
+def test_the_drawn_token_is_exactly_the_one_at_the_uniform_number(spread: float) -> None:
+    """Integers of Python, from the same probabilities."""
+    random = torch.Generator().manual_seed(6)
+    logits = spread * torch.randn(64, 2000, generator=random)
+    uniforms = torch.rand(64, generator=random, dtype=torch.float64).tolist()
+    uniforms[:4] = 0.0, 5e-324, 0.5, math.nextafter(1, 0)
+    found = drawn_tokens(logits, [draw(uniform) for uniform in uniforms])
+    scaled = logits - logits.amax(-1, keepdim=True)
+    for token, weights, uniform in zip(found, scaled.softmax(-1).tolist(), uniforms, strict=True):
+        integers = [math.floor(Fraction(weight) * 2**52) for weight in weights]
+        target = min(math.floor(uniform * sum(integers)), sum(integers) - 1)
+        assert sum(integers[:token]) <= target < sum(integers[: token + 1])
+        assert abs(target - Fraction(uniform) * sum(integers)) < 2
+
+
+@pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75, 0.9, 0.999, math.nextafter(1, 0), 1.0])
+def test_the_nucleus_is_exactly_what_is_needed_to_reach_top_p(top_p: float) -> None:
+    """The last of what is kept is drawn at the end of the uniform numbers."""
+    logits = -math.log(2) * torch.arange(30.0)
+    settings = SamplingSettings(1, top_p=top_p, top_k=30)
+    [last] = drawn_tokens(logits[None], [Draw(settings, math.nextafter(1, 0))])
+    weights = (logits - logits.logsumexp(-1)).exp().tolist()
+    before = accumulate((math.floor(Fraction(weight) * 2**52) for weight in weights), initial=0)
+    kept = [token for token, sum_ in zip(range(30), before, strict=False) if sum_ < top_p * 2**52]
+    assert last == (29 if top_p == 1 else kept[-1])
+
+
+def test_a_sum_that_rounding_made_larger_than_one_drops_nothing() -> None:
+    """Where top-p is not asked for, every token that top-k keeps can be drawn."""
+    logits = 6 * torch.randn(400, 60, generator=torch.Generator().manual_seed(8))
+    kept = logits.topk(40, sorted=True)
+    weights = (kept.values - kept.values.logsumexp(-1, keepdim=True)).exp().double()
+    assert (weights[:, :-1].sum(-1) >= 1).any(), "no sum is larger"
+    last = Draw(SamplingSettings(1, top_k=40), math.nextafter(1, 0))
+    assert drawn_tokens(logits, [last] * 400) == kept.indices[:, -1].tolist()
+
+
+@pytest.mark.parametrize("case", [*WEIGHED, SamplingSettings(1, top_p=1e-300)])
+def test_tokens_without_weight_are_never_drawn_and_the_best_always_can_be(
+    case: SamplingSettings,
+) -> None:
+    """Also where all others weigh less than is counted, and at both ends of a row."""
+    for best in (0, 700, 1499):
+        for rest in (-40.0, -1e4, -torch.inf):
+            logits = torch.full((3, 1500), rest)
+            logits[:, best] = 0.0
+            draws = [Draw(case, uniform) for uniform in (0.0, 0.5, math.nextafter(1, 0))]
+            assert drawn_tokens(logits, draws) == [best] * 3
+
+
+@pytest.mark.parametrize("case", WEIGHED)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_no_numbers_draw_some_token(case: SamplingSettings, value: float) -> None:
+    logits = torch.randn(4, 1500, generator=torch.Generator().manual_seed(7))
+    logits[0], logits[1, 3], logits[2, 1499] = value, value, value
+    draws = [Draw(case, uniform) for uniform in (0.0, 0.5, 0.9, 0.3)]
+    assert all(0 <= token < 1500 for token in drawn_tokens(logits, draws))
+    assert drawn_tokens(logits[3:], draws[3:]) == drawn_tokens(logits, draws)[3:]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-7])

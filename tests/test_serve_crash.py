@@ -12,8 +12,9 @@ import httpx
 
 from interventions.artifact import artifact_digest, write_artifact
 from server.engine.torch.loader import load_model
+from tests.manifests import manifest_of
 from tests.processes import steerserve
-from tests.tiny import manifest_of, random_maps
+from tests.tiny import random_maps
 
 KILLS = 3
 

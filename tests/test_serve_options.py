@@ -3,81 +3,211 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from rich.console import Console
-from typer.main import get_command
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.__main__ import app
 from server.cli import launch
 from server.cli import serve as command
 from server.config import Settings
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.loader import LoadedModel, ModelLoadError
+from server.engine.torch.options import EngineOptions
 from server.lifecycle import Server
 from tests.conftest import LoadTiny
 
-OTHERS: dict[str, object] = {
-    "model": "other/model",
-    "dtype": "float32",
-    "device_map": "auto",
-    "threads": 3,
-    "served_model_names": ("a", "b"),
-    "host": "::1",
-    "port": 9,
-    "registry": Path("elsewhere"),
-    "max_loaded_interventions": 4,
-    "default_steering": {"intervention": "x"},
-    "steering_policy": "required",
-    "request_timeout": 1.5,
-    "write_timeout": 2.5,
-    "shutdown_timeout": 0.0,
-    "max_model_len": 5,
-    "max_waiting": 6,
-    "max_batch_size": 7,
-    "max_batch_tokens": 8,
-    "kv_cache_gb": 0.5,
-    "compile_layers": False,
-    "prefix_cache": False,
-    "check_invariants": True,
-    "toxicity_scorer": "hf:judge",
-    "baseline_sample_rate": 0.25,
-    "log_format": "json",
-    "log_content": True,
-    "otlp_endpoint": "http://collector:4318",
+# What is given, and the setting that it makes, for every field of `Settings`.
+GIVEN: dict[str, tuple[str, object]] = {
+    "model": ("other/model", "other/model"),
+    "engine": ("torch", "torch"),
+    "dtype": ("float32", "float32"),
+    "device_map": ("auto", "auto"),
+    "threads": ("3", 3),
+    "served_model_names": ("a b", ("a", "b")),
+    "host": ("::1", "::1"),
+    "port": ("9", 9),
+    "api_key": ("k", SecretStr("k")),
+    "admin_key": ("l", SecretStr("l")),
+    "registry": ("elsewhere", Path("elsewhere")),
+    "max_loaded_interventions": ("4", 4),
+    "default_steering": ('{"intervention":"x"}', {"intervention": "x"}),
+    "steering_policy": ("required", "required"),
+    "max_body_bytes": ("2000", 2000),
+    "max_artifact_bytes": ("3000", 3000),
+    "max_completions_per_request": ("5", 5),
+    "body_timeout": ("0.5", 0.5),
+    "write_timeout": ("2.5", 2.5),
+    "request_timeout": ("1.5", 1.5),
+    "shutdown_timeout": ("0", 0.0),
+    "toxicity_scorer": ("hf:judge", "hf:judge"),
+    "toxicity_queue_size": ("10", 10),
+    "toxicity_share": ("1", 1.0),
+    "baseline_sample_rate": ("0.25", 0.25),
+    "dose_interval": ("0", 0),
+    "log_format": ("json", "json"),
+    "log_content": ("on", True),
+    "otlp_endpoint": ("http://collector:4318", "http://collector:4318"),
+    "max_model_len": ("5", 5),
+    "max_waiting": ("6", 6),
+    "max_batch_size": ("7", 7),
+    "max_batch_tokens": ("80", 80),
+    "kv_cache_gb": ("0.5", 0.5),
+    "attention": ("slabs", "slabs"),
+    "cuda_graphs": ("off", False),
+    "compile_layers": ("off", False),
+    "prefix_cache": ("off", False),
+    "check_invariants": ("on", True),
 }
-KEYS = ("api_key", "admin_key")
 
 
-@pytest.mark.parametrize("ended_well", [True, False])
-def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch, ended_well: bool) -> None:
-    served: list[Settings] = []
+class Launches:
+    """What would have been served."""
 
-    def keep(settings: Settings, _: Console) -> bool:
-        served.append(settings)
-        return ended_well
+    def __init__(self) -> None:
+        self.settings: list[Settings] = []
+        self.end_well = True
 
-    monkeypatch.setattr(command, "launch", keep)
-    arguments = [
-        *("--model", "other/model", "--engine", "torch", "--dtype", "float32"),
-        *("--device-map", "auto", "--threads", "3", "--served-model-name", "a", "b"),
-        *("--host", "::1", "--port", "9", "--api-key", "k", "--admin-key", "l"),
-        *("--registry", "elsewhere", "--max-loaded-interventions", "4"),
-        *("--default-steering", '{"intervention": "x"}', "--steering-policy", "required"),
-        *("--request-timeout", "1.5", "--write-timeout", "2.5", "--shutdown-timeout", "0"),
-        *("--max-model-len", "5", "--max-waiting", "6", "--max-batch-size", "7"),
-        *("--toxicity-scorer", "hf:judge", "--baseline-sample-rate", "0.25"),
-        *("--log-format", "json", "--log-content", "--otlp-endpoint", "http://collector:4318"),
-        *("--max-batch-tokens", "8", "--kv-cache-gb", "0.5", "--check-invariants"),
-        *("--no-compile-layers", "--no-prefix-cache"),
-    ]
-    shown = CliRunner().invoke(app, ["serve", *arguments])
-    assert shown.exit_code == (0 if ended_well else 1), shown.output
-    [settings] = served
-    assert {name: getattr(settings, name) for name in OTHERS} == OTHERS
-    assert [getattr(settings, key).get_secret_value() for key in KEYS] == ["k", "l"]
-    flags = {parameter.name for parameter in get_command(app).commands["serve"].params}  # type: ignore[attr-defined]
-    assert flags - {"engine", "served_model_name", "more_names", *KEYS} <= OTHERS.keys()
+    def launch(self, settings: Settings, _: Console) -> bool:
+        self.settings.append(settings)
+        return self.end_well
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    launches = Launches()
+    monkeypatch.setattr(command, "launch", launches.launch)
+    return launches
+
+
+def serve(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def as_words(name: str) -> list[str]:
+    """What is given for a setting, on the command line."""
+    text, _ = GIVEN[name]
+    flag = "--" + name.replace("_", "-")
+    match text:
+        case "on":
+            return [flag]
+        case "off":
+            return [flag.replace("--", "--no-")]
+    return ["--served-model-name" if name == "served_model_names" else flag, *text.split()]
+
+
+def test_every_setting_is_tried() -> None:
+    assert GIVEN.keys() == Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_has_a_flag(name: str, launches: Launches) -> None:
+    shown = serve(*as_words(name))
+    assert shown.exit_code == 0, shown.output
+    [settings] = launches.settings
+    assert settings.model_fields_set == {name}
+    assert getattr(settings, name) == GIVEN[name][1]
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_has_a_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"STEERSERVE_{name.upper()}", GIVEN[name][0])
+    settings = Settings()
+    assert settings.model_fields_set == {name}
+    assert getattr(settings, name) == GIVEN[name][1]
+
+
+@pytest.mark.parametrize("end_well", [True, False])
+def test_all_flags_at_once(launches: Launches, end_well: bool) -> None:
+    launches.end_well = end_well
+    shown = serve(*(word for name in GIVEN for word in as_words(name)))
+    assert shown.exit_code == (0 if end_well else 1), shown.output
+    [settings] = launches.settings
+    assert {name: getattr(settings, name) for name in GIVEN} == {
+        name: value for name, (_, value) in GIVEN.items()
+    }
+
+
+def test_a_switch_can_be_given_as_it_is_by_default(launches: Launches) -> None:
+    assert serve("--cuda-graphs", "--no-check-invariants").exit_code == 0
+    [settings] = launches.settings
+    assert settings.model_fields_set == {"cuda_graphs", "check_invariants"}
+    assert settings.cuda_graphs
+    assert not settings.check_invariants
+
+
+def test_a_flag_that_is_not_given_leaves_the_variable(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("PORT", "9"), ("CUDA_GRAPHS", "off"), ("SERVED_MODEL_NAMES", "a")):
+        monkeypatch.setenv(f"STEERSERVE_{name}", text)
+    assert serve("--host", "::1").exit_code == 0
+    [settings] = launches.settings
+    assert (settings.host, settings.port, settings.cuda_graphs) == ("::1", 9, False)
+    assert settings.served_names == ("a",)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--served-model-name", "a", "--served-model-name", "b", "--port", "9"],
+        ["--served-model-name", "a", "b", "--port", "9"],
+        ["--port", "9", "--served-model-name", "a", "b"],
+    ],
+)
+def test_names_may_follow_one_flag_or_one_each(words: list[str], launches: Launches) -> None:
+    assert serve(*words).exit_code == 0
+    [settings] = launches.settings
+    assert (settings.served_names, settings.port) == (("a", "b"), 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stray"], "stray"),
+        (["--prot", "1"], "--prot"),
+        (["--port", "99999"], "--port"),
+        (["--port", "x"], "--port"),
+        (["--attention", "paged"], "--attention"),
+        (["--body-timeout", "0"], "body_timeout"),
+        (["--kv-cache-gb", "nan"], "kv_cache_gb"),
+        (["--default-steering", "{"], "default_steering"),
+        (["--served-model-name", "a", "a"], "served model names"),
+    ],
+)
+def test_what_is_refused_is_named(words: list[str], told: str, launches: Launches) -> None:
+    shown = serve(*words)
+    assert shown.exit_code in (1, 2)
+    assert told in shown.output
+    assert not launches.settings
+
+
+def test_a_wrong_variable_is_named(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERSERVE_PORT", "x")
+    shown = serve()
+    assert shown.exit_code == 1
+    assert shown.output.startswith("steerserve: port: ")
+    assert not launches.settings
+
+
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-key"])
+def test_a_wrong_key_is_not_shown(flag: str, launches: Launches) -> None:
+    shown = serve(flag, "secret words")
+    assert shown.exit_code == 1
+    assert flag.strip("-").replace("-", "_") in shown.output
+    assert "secret" not in shown.output
+    assert not launches.settings
+
+
+def test_the_help_tells_what_each_is_for_and_its_default() -> None:
+    shown = " ".join(serve("--help").output.replace("│", " ").split())
+    for name, field in Settings.model_fields.items():
+        assert as_words(name)[0] in shown
+        assert field.description
+        assert " ".join(field.description.split()) in shown, name
+    assert "Port to listen on; 0 for any that is free. Default: 8000." in shown
+    assert "[0<=x<=65535]" in shown
+    assert "automatic|pages|slabs" in shown
 
 
 @pytest.mark.parametrize("died", [False, True])
@@ -110,6 +240,8 @@ def test_the_settings_get_to_model_and_engine(
         compile_layers=False,
         prefix_cache=False,
         check_invariants=True,
+        attention="slabs",
+        cuda_graphs=False,
         max_batch_size=3,
         kv_cache_gb=0.01,
     )
@@ -119,3 +251,29 @@ def test_the_settings_get_to_model_and_engine(
     assert (options.check_invariants, options.max_batch_size) == (True, 3)
     assert not options.prefix_cache
     assert not options.compile_layers
+    assert (options.attention, options.cuda_graphs) == ("slabs", False)
+
+
+def test_the_scorer_is_loaded_before_the_engine_takes_what_memory_is_free(
+    load_tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    class Scorer:
+        def wait_ready(self) -> None:
+            happened.append("scorer")
+
+        def close(self) -> None:
+            pass
+
+    def start(loaded: LoadedModel, source: object, options: EngineOptions) -> TorchEngine:
+        happened.append("engine")
+        raise ModelLoadError("enough is known")
+
+    monkeypatch.setattr(launch, "configure_logging", lambda _: None)
+    monkeypatch.setattr(launch, "load_model", lambda *_, **__: load_tiny())
+    monkeypatch.setattr(launch, "build_scorer", lambda _: Scorer())
+    monkeypatch.setattr(launch, "TorchEngine", start)
+    settings = Settings(model="tiny", registry=tmp_path)
+    assert not launch.launch(settings, Console(quiet=True))
+    assert happened == ["scorer", "engine"]

@@ -14,8 +14,8 @@ import pytest
 from pydantic import JsonValue
 
 from interventions.registry import Registry
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.vocabulary import Vocabulary
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import LoadTiny, WriteArtifact

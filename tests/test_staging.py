@@ -1,13 +1,12 @@
 import torch
 
+from server.engine.torch.paged_index import PagedIndex
 from server.engine.torch.staging import (
-    index_tensors,
     route_tensors,
     stage_index,
     with_route_tensors,
 )
 from server.engine.torch.transfer import Layout, stage
-from server.engine.torch.varlen import PagedIndex
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
@@ -45,24 +44,24 @@ def test_views_lie_apart_and_aligned() -> None:
 
 
 def test_an_index_keeps_what_is_known_on_the_host() -> None:
-    one, two, three = (torch.tensor([each], dtype=torch.int32) for each in range(3))
-    for keys in (None, torch.tensor([9])):
-        index = PagedIndex(
-            slots=torch.tensor([5, 6]),
-            query_ends=one,
-            key_ends=two,
-            lengths=three,
-            tables=torch.ones(2, 3, dtype=torch.int32),
-            keys=keys,
-            most_queries=3,
-            most_keys=4,
-        )
-        moved = stage_index(index, CPU)
-        assert (moved.most_queries, moved.most_keys) == (3, 4)
-        assert [each.tolist() for each in index_tensors(moved)] == [
-            each.tolist() for each in index_tensors(index)
-        ]
-        assert (moved.keys is None) is (keys is None)
+    one, two, three, four = (torch.tensor([each], dtype=torch.int32) for each in range(4))
+    index = PagedIndex(
+        slots=torch.tensor([5, 6]),
+        query_ends=one,
+        lengths=two,
+        tables=torch.ones(2, 3, dtype=torch.int32),
+        owners=three,
+        firsts=four,
+        block_rows=16,
+        splits=2,
+        most_keys=4,
+    )
+    moved = stage_index(index, CPU)
+    assert (moved.block_rows, moved.splits, moved.most_keys) == (16, 2, 4)
+    for name in ("slots", "query_ends", "lengths", "tables", "owners", "firsts"):
+        before, after = getattr(index, name), getattr(moved, name)
+        assert torch.equal(before, after), name
+        assert after.dtype == before.dtype, name
 
 
 def test_a_route_keeps_its_places() -> None:

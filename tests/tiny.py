@@ -1,6 +1,6 @@
 """Tiny random models and interventions, made on the spot."""
 
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from interventions.manifest import AffineManifest, BaseModelReference, Manifest, RewardManifest
-from interventions.model import ModelDescription
 from steering.affine import AffineMap
 from steering.reward import RewardHead
 from steering.sites import default_sites, match_sites
@@ -159,6 +157,11 @@ def save_tiny(
     return folder
 
 
+def save_families(root: Path, families: Iterable[str] = FAMILIES) -> dict[str, Path]:
+    """A folder with a tiny random model of each family."""
+    return {family: save_tiny(root / f"tiny-{family}", family) for family in families}
+
+
 def random_maps(
     seed: int, width: int = WIDTH, sites: tuple[str, ...] = SITES, support: bool = False
 ) -> dict[str, AffineMap]:
@@ -185,37 +188,4 @@ def random_head(seed: int, width: int = WIDTH, units: int = 24) -> RewardHead:
         b2=torch.zeros(()),
         direction=0.3 * torch.randn(width, generator=random),
         positive_reward=torch.tensor(1.0),
-    )
-
-
-def manifest_of(
-    parameters: dict[str, AffineMap] | RewardHead,
-    model: ModelDescription,
-    name: str,
-    limits: dict[str, tuple[float, float]] | None = None,
-) -> Manifest:
-    """A manifest that fits the parameters and the model; `limits` replace the default ones."""
-    common = {
-        "format": "steerserve/1",
-        "name": name,
-        "description": "random, for tests",
-        "created": datetime(2026, 11, 21, tzinfo=UTC),
-        "license": "Apache-2.0",
-        "base_model": BaseModelReference(
-            id=model.id,
-            architecture=model.architecture,
-            hidden_size=model.hidden_size,
-            num_layers=model.num_layers,
-            vocab_size=model.vocab_size,
-            fingerprint=model.fingerprint,
-        ),
-        "limits": limits or {},
-    }
-    if isinstance(parameters, RewardHead):
-        defaults: dict[str, float] = {"eta": 0.5, "iterations": 5}
-        return RewardManifest.model_validate(
-            {**common, "kind": "reward", "method": "argre", "defaults": defaults}
-        )
-    return AffineManifest.model_validate(
-        {**common, "kind": "affine", "method": "lineas", "defaults": {"strength": 1.0}}
     )

@@ -6,10 +6,10 @@ import sys
 from benchmarks.core import at_full_speed
 from benchmarks.workers.protocol import claim_stdout, serve
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.loader import load_model
+from server.engine.torch.options import EngineOptions
 from server.own_thread import in_own_thread
 
 

@@ -20,10 +20,10 @@ from interventions.header import ArtifactLimits
 from interventions.registry import Registry, RegistryError
 from server.app import check_default_steering, create_app
 from server.config import ConfigurationError, Settings
-from server.engine.torch.build import EngineOptions
 from server.engine.torch.embedded import EmbeddedModelError, cache_folder
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import ModelLoadError, load_model
+from server.engine.torch.options import EngineOptions
 from server.lifecycle import Server
 from server.logs import LogSink, configure_logging
 from server.metrics import Metrics
@@ -31,6 +31,7 @@ from server.own_thread import in_own_thread
 from server.records import RecordSink, load_trace_sink
 from server.toxicity.build import build_scorer
 from server.toxicity.pace import Pace
+from server.toxicity.process import ScorerProcess
 from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import ScoringError
 
@@ -92,11 +93,10 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
         registry = stack.enter_context(Registry(settings.registry_path, limits))
         if settings.model == "embedded":
             _add_bundled(registry)
-        engine = in_own_thread(partial(_load_engine, settings, registry, say)).result()
+        engine = in_own_thread(partial(_load_engine, settings, registry, scorer, say)).result()
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None
         if scorer is not None:
-            scorer.wait_ready()
             pace = Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
             scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size, pace)
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
@@ -117,12 +117,20 @@ def _sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
     return sinks
 
 
-def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], None]) -> TorchEngine:
+def _load_engine(
+    settings: Settings,
+    registry: Registry,
+    scorer: ScorerProcess | None,
+    say: Callable[[str], None],
+) -> TorchEngine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     _keep_compiled()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
+    if scorer is not None:
+        # A classifier may lie on the same GPU, of whose memory the engine takes what is free.
+        scorer.wait_ready()
     say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
     options = EngineOptions(
         max_batch_size=settings.max_batch_size,
@@ -131,6 +139,8 @@ def _load_engine(settings: Settings, registry: Registry, say: Callable[[str], No
         max_model_len=settings.max_model_len,
         kv_cache_gb=settings.kv_cache_gb,
         max_loaded_interventions=settings.max_loaded_interventions,
+        attention=settings.attention,
+        cuda_graphs=settings.cuda_graphs,
         compile_layers=settings.compile_layers,
         prefix_cache=settings.prefix_cache,
         check_invariants=settings.check_invariants,

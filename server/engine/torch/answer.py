@@ -17,7 +17,8 @@ class Answer:
         self._sequence = sequence
         self._detokenizer = detokenizer
         request = sequence.request
-        self._penalties = Penalties(request) if changes_logits(request.sampling) else None
+        # None where the request changes no logits.
+        self.penalties = Penalties(request) if changes_logits(request.sampling) else None
         self._random = random.Random(sequence.request.sampling.seed)
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._submitted: float | None = time.monotonic()  # until it is first scheduled
@@ -31,7 +32,7 @@ class Answer:
 
     def draw(self) -> Draw:
         """How to draw the next token. Every draw takes one number of the request's own."""
-        return Draw(self._sequence.request.sampling, self._random.random(), self._penalties)
+        return Draw(self._sequence.request.sampling, self._random.random(), self.penalties)
 
     def score(self, logprobs: TokenLogprobs) -> None:
         """Keep the log-probabilities of the prompt's next token."""
@@ -48,8 +49,8 @@ class Answer:
         """Append a drawn token to the sequence; the last output has a finish reason."""
         sequence, sampling = self._sequence, self._sequence.request.sampling
         sequence.tokens.append(token)
-        if self._penalties is not None:
-            self._penalties.push(token)
+        if self.penalties is not None:
+            self.penalties.push(token)
         ended = token in eos_tokens and not sampling.ignore_eos
         text = "" if ended else self._detokenizer.push(token)
         if ended or self._detokenizer.stopped or len(sequence.tokens) == sequence.max_length:

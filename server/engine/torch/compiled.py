@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from server.engine.torch.ahead import warn_uncompiled
 from server.engine.torch.background import Background
 from server.engine.torch.compiled_head import compile_head
-from server.engine.torch.decoder import DecoderLayers, LayerCall
+from server.engine.torch.decoder import DecoderLayers, LayerCall, Probe
 from server.engine.torch.layer_graphs import (
     Graphs,
-    Probe,
     Site,
     Tensors,
     Variant,

@@ -19,6 +19,7 @@ from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.kv_store import KVStore
+from server.engine.torch.penalty_table import PenaltyTable
 from server.engine.torch.postprocess import Delivery, Postprocessor
 from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.runner import Runner
@@ -60,7 +61,10 @@ class EngineCore:
         self.interventions = interventions
         self._runner = runner
         self._tokenizer = tokenizer.backend_tokenizer
-        self._postprocessor = Postprocessor(Vocabulary(self._tokenizer), eos_tokens)
+        self._penalties = PenaltyTable(model.device)
+        self._postprocessor = Postprocessor(
+            Vocabulary(self._tokenizer), eos_tokens, self._penalties
+        )
         self._check_invariants = check_invariants
         self._dose_interval = dose_interval
         self.steered_steps = 0
@@ -120,10 +124,12 @@ class EngineCore:
 
     def remove(self, sequence: Sequence) -> None:
         """Free all that a sequence holds. Harmless when it has ended."""
-        if self._answers.pop(sequence, None) is None:
+        if (answer := self._answers.pop(sequence, None)) is None:
             return
         self.scheduler.remove(sequence)
         self.store.end(sequence)
+        if answer.penalties is not None:
+            self._penalties.free(answer.penalties)
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
@@ -141,8 +147,15 @@ class EngineCore:
 
     @property
     def compiling(self) -> int:
-        """Graphs that are being made; the engine gets faster with each."""
-        return self._runner.compiled.pending if self._runner.compiled is not None else 0
+        """Graphs that are being made, or will be; the engine gets faster with each."""
+        return self._runner.pending
+
+    def make_pending(self) -> bool:
+        """Do one piece of work that makes later steps faster; False if there is none.
+
+        To be called while there are no steps to compute.
+        """
+        return self._runner.make_pending()
 
     def step(self) -> list[Delivery]:
         """Compute one step; the outputs of the sequences that it advanced."""
@@ -195,13 +208,15 @@ class EngineCore:
         return DoseMeter(batch.input_ids.numel(), len(batch.rows))
 
     def check(self) -> None:
-        """Assert that nothing leaks: blocks, slabs, pins and slots belong to living sequences."""
+        """Assert that nothing leaks: memory, pins and slots belong to living sequences."""
         scheduler = self.scheduler
         scheduler.check()
         running = {*scheduler.running, *scheduler.background}
         sequences = {*running, *scheduler.waiting}
         assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"
         self.store.check(running)
+        penalties = (answer.penalties for answer in self._answers.values())
+        self._penalties.check([each for each in penalties if each is not None])
         pins = Counter(digest for sequence in sequences for digest in sequence.digests)
         self.interventions.slots.check(pins)
 

@@ -9,7 +9,6 @@ of rows, a number of stacked affine edits, and whether they are measured.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Final
 
 import torch
@@ -20,12 +19,13 @@ from server.engine.torch.batch import Batch
 from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
 from server.engine.torch.decoder_call import Decoder
 from server.engine.torch.graph_capture import Capture
+from server.engine.torch.graph_keys import GraphKey, buckets
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory, PagedStep
 from server.engine.torch.staged_runner import StagedRunner, paged_step
 from server.engine.torch.staging import route_tensors, with_route_tensors
 from server.engine.torch.transfer import stage
-from steering.bank import Bank
+from steering.bank import Bank, MapNeed
 from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks
 from steering.route import Route
@@ -47,17 +47,14 @@ class _Graph:
     hidden: Tensor  # (1, rows, width), the decoder's
     doses: dict[int, tuple[Tensor, Tensor]]  # see `DoseMeter.affine_sums`
     output: type  # of the decoder
-
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    rows: int
-    depth: int
-    measured: bool
+    edits: frozenset[MapNeed]  # what its edits read of the bank
 
 
 class GraphRunner(StagedRunner):
-    """Replays a graph for each step in which all sequences decode; runs others as they are."""
+    """Replays a graph for each step in which all sequences decode; runs others as they are.
+
+    A graph that a step could use and that is not made yet is pending: no step waits for it.
+    """
 
     def __init__(
         self,
@@ -67,43 +64,77 @@ class GraphRunner(StagedRunner):
         max_rows: int,
         max_tokens: int,
         capture: Capture,
+        bank: Bank,
     ) -> None:
-        """`max_rows` bounds the sequences of a step, `max_tokens` the tokens of each."""
+        """`max_rows` bounds the sequences of a step, `max_tokens` the tokens of each.
+
+        `bank` is the one whose edits the graphs hold.
+        """
         super().__init__(model, hooks, memory.device)
-        assert not memory.form.gathers, "what is gathered has another shape in every step"
         self._memory = memory
         self._capture = capture
         self._buckets = buckets(max_rows)
         self._pages = -(-max_tokens // PAGE)
         self._decoder = Decoder(model)
-        self._graphs: dict[_Key, _Graph | None] = {}  # None: cannot be made
-        self._bank: Bank | None = None  # whose edits the graphs hold,
-        self._version = 0  # and which of its versions
+        self._bank = bank
+        self._graphs: dict[GraphKey, _Graph | None] = {}  # None: cannot be made
+        self._wanted: dict[GraphKey, None] = {}  # in the order in which they were
 
     @property
     def graphs(self) -> int:
         """How many there are."""
         return sum(graph is not None for graph in self._graphs.values())
 
+    @property
+    def pending(self) -> int:
+        """Graphs that steps could have used, and that are not made yet."""
+        return len(self._wanted)
+
     @torch.inference_mode()
-    def warm_up(self, bank: Bank, slot: int = 0, measured: bool = False) -> None:
+    def warm_up(self, slot: int = 0, measured: bool = False) -> None:
         """Make the graphs of steps without edits, or with one of the maps in a slot.
 
         The largest first, so that all fit in its memory.
+
+        Raises:
+            Exception: a graph cannot be made, or gives something else than the model.
         """
         for rows in reversed(self._buckets):
-            self._graph(_Key(rows, 1 if slot else 0, measured), bank, slot)
+            key = GraphKey(rows, 1 if slot else 0, measured)
+            self._graphs[key] = self._make(key, slot)
+
+    @torch.inference_mode()
+    def make_pending(self) -> bool:
+        """Make one graph that is pending; False if none is. Between steps that nobody waits for.
+
+        Raises:
+            torch.AcceleratorError: the device has failed, and computes nothing any more.
+        """
+        for key in tuple(self._wanted):
+            slot = self._bank.affine_slot() if key.depth else 0
+            if slot is None:  # an edit is there to check a graph with, or nobody wants the graph
+                continue
+            del self._wanted[key]
+            try:
+                self._graphs[key] = self._make(key, slot)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                logger.warning(
+                    "steps of %d rows and %d edits run without a CUDA graph, which is slower, as "
+                    "with --no-cuda-graphs: %s",
+                    *(key.rows, key.depth, error),
+                )
+                logger.debug("capturing failed", exc_info=True)
+                self._graphs[key] = None
+            return True
+        self._wanted.clear()
+        return False
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
         """As every runner's; see `Runner.run`."""
-        rows = self._bucket(batch)
-        if rows is None:
-            return super().run(batch, bank, meter)
-        depth = max((layer.depth + 1 for layer in batch.route.affine), default=0)
-        slot = max(chain.from_iterable(layer.used for layer in batch.route.affine), default=0)
-        key = _Key(rows, depth, measured=bool(depth) and meter is not None)
-        graph = self._graph(key, bank, slot)
+        graph = self._graph(batch, meter is not None) if bank is self._bank else None
         if graph is None:
             return super().run(batch, bank, meter)
         step = paged_step(batch)
@@ -114,6 +145,23 @@ class GraphRunner(StagedRunner):
             for place, (doses, edits) in graph.doses.items():
                 meter.add_affine(place, doses[:tokens], edits[:tokens])
         return self._tail(graph, batch, bank, meter)
+
+    def _graph(self, batch: Batch, measured: bool) -> _Graph | None:
+        """The graph for a step; None where it is not made, and then it is wanted, or cannot be."""
+        rows = self._bucket(batch)
+        if rows is None:
+            return None
+        depth = max((layer.depth + 1 for layer in batch.route.affine), default=0)
+        key = GraphKey(rows, depth, measured=bool(depth) and measured)
+        if key not in self._graphs:
+            self._wanted[key] = None
+            return None
+        graph = self._graphs[key]
+        if graph is not None and not self._bank.needs(batch.route.used_slots) <= graph.edits:
+            # Made before a site, or a support at one, was loaded.
+            self._wanted[key] = None
+            return None
+        return graph
 
     def _bucket(self, batch: Batch) -> int | None:
         """The rows of the graph for a batch; None where it does not just decode."""
@@ -142,29 +190,14 @@ class GraphRunner(StagedRunner):
         logits: Tensor = output.logits
         return logits[0].float()
 
-    def _graph(self, key: _Key, bank: Bank, slot: int) -> _Graph | None:
-        """The graph for a key, made if it has to be, and then checked with the edits of a slot."""
-        if bank is not self._bank or bank.version != self._version:
-            # Their edits read tensors that are no longer the bank's, or too few.
-            self._graphs = {each: graph for each, graph in self._graphs.items() if not each.depth}
-            self._bank, self._version = bank, bank.version
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._make(key, bank, slot)
-            except Exception as error:
-                logger.warning("steps of %d rows run without a graph: %s", key.rows, error)
-                logger.debug("capturing failed", exc_info=True)
-                self._graphs[key] = None
-        return self._graphs[key]
-
-    def _make(self, key: _Key, bank: Bank, slot: int) -> _Graph:
-        """Capture, and compare with the model, on other inputs than those of the capture.
+    def _make(self, key: GraphKey, slot: int) -> _Graph:
+        """Capture, and compare with the model edited by a slot, on other inputs than the capture's.
 
         Raises:
             GraphError: a replay gives something else.
         """
         inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
-        step = PagedStep(self._memory.pool, self._memory.form, inputs.index())
+        step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
         route = inputs.route()
         with step.current():
             captured = self._decoder.call_of(self._model, inputs)
@@ -172,7 +205,7 @@ class GraphRunner(StagedRunner):
 
         def compute() -> Sequence[Tensor]:
             meter = DoseMeter(key.rows, 0) if key.measured else None
-            with step.current(), self._hooks.routed(bank, route, meter):
+            with step.current(), self._hooks.routed(self._bank, route, meter):
                 hidden: Tensor = captured.call().last_hidden_state
             sums = meter.affine_sums() if meter is not None else {}
             places[:] = sums
@@ -181,20 +214,15 @@ class GraphRunner(StagedRunner):
         replay, (hidden, *sums) = self._capture(compute)
         vocabulary: int = self._model.config.get_text_config().vocab_size
         inputs.fill_example(vocabulary, slot)
-        with step.current(), self._hooks.routed(bank, route):
+        with step.current(), self._hooks.routed(self._bank, route):
             expected = self._decoder.call_of(self._model, inputs).hidden
         replay()
         difference = float((hidden - expected).float().norm() / expected.float().norm())
         if not difference < _TOLERANCE:
             raise GraphError(f"a replayed step is off by {difference:.2g}")
         doses = dict(zip(places, zip(sums[::2], sums[1::2], strict=True), strict=True))
-        return _Graph(inputs, replay, hidden, doses, captured.output)
-
-
-def buckets(most: int) -> tuple[int, ...]:
-    """The numbers of rows that there are graphs for: powers of two, and the largest."""
-    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
-    return (*powers, most)
+        edits = self._bank.layout if key.depth else frozenset[MapNeed]()
+        return _Graph(inputs, replay, hidden, doses, captured.output, edits)
 
 
 def _rewards(route: Route) -> Route:

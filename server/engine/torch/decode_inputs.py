@@ -8,8 +8,8 @@ from torch import Tensor
 
 from server.engine.torch.batch import Batch
 from server.engine.torch.page_pool import PAGE, SCRATCH
+from server.engine.torch.paged_index import PagedIndex, Tiling
 from server.engine.torch.transfer import Layout
-from server.engine.torch.varlen import PagedIndex
 from steering.route import AffineLayer, Route
 
 
@@ -30,9 +30,10 @@ class _Tensors:
     position_ids: Tensor  # (1, rows) int64
     slots: Tensor  # (rows,) int64, of keys and values
     query_ends: Tensor  # (rows + 1,) int32
-    key_ends: Tensor  # (rows + 1,) int32
     lengths: Tensor  # (rows,) int32
     tables: Tensor  # (rows, pages) int32
+    owners: Tensor  # (rows,) int32
+    firsts: Tensor  # (rows,) int32, zeros
     edit_slots: Tensor  # (depth, rows) int64
     strength: Tensor  # (depth, rows, 1) float32
 
@@ -58,17 +59,18 @@ class DecodeInputs:
         """(1, rows) int64."""
         return self._tensors.position_ids
 
-    def index(self) -> PagedIndex:
+    def index(self, tiling: Tiling) -> PagedIndex:
         """For the attention; its tensors are the inputs."""
         tensors = self._tensors
         return PagedIndex(
             slots=tensors.slots,
             query_ends=tensors.query_ends,
-            key_ends=tensors.key_ends,
             lengths=tensors.lengths,
             tables=tensors.tables,
-            keys=None,
-            most_queries=1,
+            owners=tensors.owners,
+            firsts=tensors.firsts,
+            block_rows=tiling.block_rows(1),
+            splits=tiling.splits(self.shape.rows),
             most_keys=self.shape.pages * PAGE,
         )
 
@@ -117,12 +119,12 @@ class DecodeInputs:
         host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
         tensors = _Tensors(*self._layout.views(host))
         torch.arange(self.shape.rows + 1, out=tensors.query_ends)
+        torch.arange(self.shape.rows, out=tensors.owners)
         # A row that pads sees one key, the one that it writes to the scratch page.
         tensors.slots.fill_(SCRATCH * PAGE)
         tensors.lengths.fill_(1)
         tensors.tables.fill_(SCRATCH)
         put(tensors)
-        tensors.key_ends[1:] = tensors.lengths.cumsum(0)
         self._buffer.copy_(host, non_blocking=True)
 
 
@@ -138,9 +140,10 @@ def _empty(shape: DecodeShape) -> Sequence[Tensor]:
         like(1, rows, dtype=torch.int64),
         like(rows, dtype=torch.int64),
         like(rows + 1, dtype=torch.int32),
-        like(rows + 1, dtype=torch.int32),
         like(rows, dtype=torch.int32),
         like(rows, shape.pages, dtype=torch.int32),
+        like(rows, dtype=torch.int32),
+        like(rows, dtype=torch.int32),
         like(shape.depth, rows, dtype=torch.int64),
         like(shape.depth, rows, 1, dtype=torch.float32),
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from server.engine.torch.attention_step import AttentionStep
+
 LayerCall: TypeAlias = Callable[..., object]
 
 
@@ -20,6 +22,14 @@ class Record:
     tokens: int
     inputs: list[tuple[tuple[object, ...], dict[str, object]]]  # by layer
     outputs: list[object]  # by layer
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the layers did in a forward pass, for a graph to be made and checked with."""
+
+    record: Record
+    attention: AttentionStep
 
 
 class DecoderLayers:

@@ -15,6 +15,11 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether a model was placed on more than one device."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 def keep_rows_on_host(model: PreTrainedModel) -> None:
     """Keep accelerate from moving the logits' rows to the first device: they index on the last."""
     hook = getattr(model, "_hf_hook", None)  # none where one device holds the whole model

@@ -16,11 +16,12 @@ from server.engine.base import (
     QueueFullError,
     Request,
 )
-from server.engine.torch.build import EngineOptions, build_core, context_length
+from server.engine.torch.build import build_core, context_length
 from server.engine.torch.core import NotReadError
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.loader import LoadedModel
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.postprocess import Delivery
 from server.engine.torch.prompts import Prompts
 from server.engine.torch.reads import SharedReads

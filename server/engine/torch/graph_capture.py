@@ -13,8 +13,16 @@ class Capture(Protocol):
     def __call__(
         self, function: Callable[[], Sequence[Tensor]]
     ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """What computes the function anew, and the tensors that its results come to be in."""
+        """What computes the function anew, and the tensors that its results come to be in.
+
+        Raises:
+            CaptureError: it cannot be captured.
+        """
         ...
+
+
+class CaptureError(RuntimeError):
+    """What a function launches cannot be captured."""
 
 
 class CudaCapture:
@@ -33,7 +41,12 @@ class CudaCapture:
     def __call__(
         self, function: Callable[[], Sequence[Tensor]]
     ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """As every capture's; see `Capture`."""
+        """As every capture's; see `Capture`.
+
+        Raises:
+            CaptureError: it cannot be captured.
+            torch.AcceleratorError: the device has failed, and computes nothing any more.
+        """
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -47,10 +60,12 @@ class CudaCapture:
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
                     results = function()
-            except Exception:
+            except Exception as error:
                 # Where a capture has failed, its stream stays the current one, and its pool open.
                 torch.cuda.set_stream(current)
                 self._begin_anew()
-                raise
+                # torch raises the same where a device has failed: then this fails as well.
+                torch.cuda.synchronize(self._device)
+                raise CaptureError(str(error)) from error
         self._last = graph
         return graph.replay, results

@@ -1,39 +1,38 @@
 """How a model's keys and values are kept: in which kind of memory, and how much of it."""
 
+import importlib
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention_step import KVMemory
 from server.engine.torch.devices import free_memory
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.options import AttentionChoice
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory
+from server.engine.torch.paged_check import check_pages
+from server.engine.torch.paged_index import PagedAttention, Tiling
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
-from server.engine.torch.soft_cap import (
-    FlexSoftCapped,
-    SoftCapped,
-    choose_soft_capped,
-    soft_capped_attention,
-)
-from server.engine.torch.varlen import VarlenForm, available_forms
-from server.engine.torch.varlen_check import choose_form
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_SIZE: Final = 16
-# Of each device's memory that is free when the engine is built. What a host has is shared with
-# others; what a GPU has left is for keys and values, but for the activations of a step.
-_DEFAULT_KV_SHARE: Final = {"cpu": 0.25, "cuda": 0.8}
+# Of the memory that is free when the engine is built, on a CPU, which others use too, and on each
+# of several GPUs. A single GPU has a plan: see `memory_plan`.
+_FREE_SHARE: Final = {"cpu": 0.25, "cuda": 0.8}
 # Of a GPU's memory for keys and values, for copies of what may be wanted again. Slabs share what
 # there is as it comes; pages are there from the start.
 _PREFIX_SHARE: Final = 0.15
-_LARGEST_HEAD: Final = 256  # of FlashAttention, which also wants multiples of 8
-_FLASH_CAPABILITY: Final = (8, 0)
+_LARGEST_HEAD: Final = 256  # of which the kernel's tiles fit into shared memory
+_TENSOR_CORES: Final = (8, 0)  # with bfloat16: from Ampere on
+_KERNEL: Final = "server.engine.torch.paged_kernel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,63 +48,102 @@ class KVPlan:
 class KVWishes:
     """What an operator wants of it."""
 
-    gigabytes: float | None  # None: a share of what is free
+    attention: AttentionChoice
     max_lanes: int  # that run at once
     prefix_cache: bool
+    bytes: int | None  # None: a share of what is free
 
 
 def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
     """Memory that suits a model and the device that it is on.
 
+    Where pages would suit them and do not work, they are slabs, with a warning.
+
     Raises:
-        ModelLoadError: it would not hold a single block, or no attention of this torch computes
-            rightly on the device.
+        ModelLoadError: it would not hold a single block; or pages were asked for, and the device or
+            the model does not suit them, or they do not work.
     """
     shape = SlabShape.of(model)
-    if suits_pages(model, shape):
-        return plan_pages(model, shape, wishes, available_forms(varlen_attn))
-    pool = BlockPool(
-        _whole(_bytes(shape, wishes) // shape.bytes_per_token // _BLOCK_SIZE), _BLOCK_SIZE
-    )
-    return KVPlan(SlabMemory(shape, _soft_capped(model, shape)), pool, pool)
+    unsuited = why_no_pages(model, shape)
+    if wishes.attention == "pages" and unsuited is not None:
+        raise ModelLoadError(f"attention over pages cannot be used: {unsuited} (--attention)")
+    if wishes.attention == "slabs" or unsuited is not None:
+        return plan_slabs(shape, wishes)
+    tiling = tiling_of(model, shape)
+    try:
+        attend = checked_kernel(model, shape, tiling)
+    except torch.AcceleratorError as error:
+        # The device computes nothing any more for this process.
+        raise ModelLoadError(
+            f"the GPU failed in attention over pages; --attention slabs does without: {error}"
+        ) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        if wishes.attention == "pages":
+            raise ModelLoadError(f"attention over pages does not work here: {reason}") from error
+        logger.warning(
+            "keys and values lie in slabs, which is slower, as with --attention slabs: %s", reason
+        )
+        logger.debug("attention over pages failed", exc_info=True)
+        return plan_slabs(shape, wishes)
+    return plan_pages(shape, wishes, tiling, attend)
 
 
-def _soft_capped(model: PreTrainedModel, shape: SlabShape) -> SoftCapped:
-    """What attends for a model that bounds its scores; others never ask."""
+def why_no_pages(model: PreTrainedModel, shape: SlabShape) -> str | None:
+    """Why a model cannot be attended for over pages where it is; None where it can."""
+    if model.device.type != "cuda":
+        return "pages are for a GPU"
+    if set(shape.devices) != {model.device}:
+        return "the model is spread over several devices"
+    if torch.cuda.get_device_capability(model.device) < _TENSOR_CORES:
+        return "the GPU is older than NVIDIA's Ampere"
+    if shape.head_dim > _LARGEST_HEAD:
+        return f"the model's heads are wider than {_LARGEST_HEAD}"
+    return None
+
+
+def tiling_of(model: PreTrainedModel, shape: SlabShape) -> Tiling:
+    """How attention for a model is divided among the processors of its GPU."""
+    processors = 1
+    if model.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(model.device).multi_processor_count
+    heads: int = model.config.get_text_config().num_attention_heads
+    return Tiling(heads, shape.kv_heads, shape.dtype.itemsize, processors)
+
+
+def checked_kernel(model: PreTrainedModel, shape: SlabShape, tiling: Tiling) -> PagedAttention:
+    """Attention over pages by the kernel, checked on the device.
+
+    Raises:
+        Exception: any; a compiler may raise what it likes.
+    """
+    attend: PagedAttention = importlib.import_module(_KERNEL).attend_pages
     config = model.config.get_text_config()
-    devices = set(shape.devices)
-    bounded = getattr(config, "attn_logit_softcapping", None) is not None
-    if not bounded or model.device.type != "cuda" or devices != {model.device}:
-        return soft_capped_attention
-    fold = config.num_attention_heads // shape.kv_heads
-    return choose_soft_capped(FlexSoftCapped(), model.device, shape.dtype, shape.head_dim, fold)
+    windowed = getattr(config, "sliding_window", None) is not None
+    softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+    check_pages(attend, shape, tiling, windowed, softcap)
+    return attend
 
 
-def suits_pages(model: PreTrainedModel, shape: SlabShape) -> bool:
-    """Whether FlashAttention takes a model as it is: on one GPU, in half precision, no soft cap."""
-    config = model.config.get_text_config()
-    return (
-        model.device.type == "cuda"
-        and set(shape.devices) == {model.device}
-        and torch.cuda.get_device_capability(model.device) >= _FLASH_CAPABILITY
-        and shape.dtype in (torch.float16, torch.bfloat16)
-        and shape.head_dim % 8 == 0
-        and shape.head_dim <= _LARGEST_HEAD
-        and getattr(config, "attn_logit_softcapping", None) is None
-    )
+def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
+    """Slabs; the prefix cache shares their memory.
+
+    Raises:
+        ModelLoadError: there is no room for a single block.
+    """
+    blocks = _bytes(shape, wishes) // shape.bytes_per_token // _BLOCK_SIZE
+    pool = BlockPool(_whole(blocks), _BLOCK_SIZE)
+    return KVPlan(SlabMemory(shape), pool, pool)
 
 
 def plan_pages(
-    model: PreTrainedModel, shape: SlabShape, wishes: KVWishes, forms: list[VarlenForm]
+    shape: SlabShape, wishes: KVWishes, tiling: Tiling, attend: PagedAttention
 ) -> KVPlan:
-    """Pages, attended to by the first of some forms that computes rightly.
+    """Pages, all of which are allocated now.
 
     Raises:
-        ModelLoadError: none does, or there is no room for a single page.
+        ModelLoadError: there is no room for a single page, or the device has not the memory.
     """
-    config = model.config.get_text_config()
-    windowed = getattr(config, "sliding_window", None) is not None
-    form = choose_form(forms, shape, config.num_attention_heads, windowed)
     budget = _bytes(shape, wishes)
     kept = int(budget * _PREFIX_SHARE) if wishes.prefix_cache else 0
     pages = (budget - kept) // (shape.bytes_per_token * PAGE)
@@ -114,22 +152,32 @@ def plan_pages(
     spare = wishes.max_lanes // 2 + PagedMemory.probe_lanes + 1
     pool = BlockPool(_whole(pages - spare), PAGE)
     prefixes = BlockPool(kept // (shape.bytes_per_token * _BLOCK_SIZE), _BLOCK_SIZE)
-    return KVPlan(PagedMemory(shape, pages, form), pool, prefixes)
+    try:
+        memory = PagedMemory(shape, pages, tiling, attend)
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"the GPU has not the {budget / 1e9:.1f} GB for keys and values; choose fewer with "
+            "--kv-cache-gb"
+        ) from error
+    return KVPlan(memory, pool, prefixes)
 
 
 def _whole(blocks: int) -> int:
     if blocks < 1:
-        raise ModelLoadError("the memory for keys and values does not hold a single block")
+        raise ModelLoadError(
+            "the memory for keys and values does not hold a single block; free some, or lower "
+            "--max-batch-size, --max-batch-tokens or --max-loaded-interventions"
+        )
     return blocks
 
 
 def _bytes(shape: SlabShape, wishes: KVWishes) -> int:
     """Of memory for the keys and values of all layers."""
-    if wishes.gigabytes is not None:
-        return int(wishes.gigabytes * 1e9)
+    if wishes.bytes is not None:
+        return wishes.bytes
     # A block is spread over all layers, so the tightest device decides.
     tokens = min(
-        int(free_memory(device) * _DEFAULT_KV_SHARE[device.type])
+        int(free_memory(device) * _FREE_SHARE[device.type])
         // (layers * shape.bytes_per_token_and_layer)
         for device, layers in Counter(shape.devices).items()
     )

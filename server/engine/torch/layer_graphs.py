@@ -10,8 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from server.engine.torch.ahead import compare, compile_ahead
-from server.engine.torch.attention_step import AttentionStep
-from server.engine.torch.decoder import DecoderLayers, Record, template_of
+from server.engine.torch.decoder import DecoderLayers, Probe, template_of
 from steering.affine import AffineMap
 from steering.bank import SiteMaps
 from steering.site_edit import CHILD, SiteEdit, site_tensors
@@ -47,14 +46,6 @@ class Graphs:
 
     one_token: Graph
     more_tokens: Graph
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What the layers did in a forward pass, for a graph to be made and checked with."""
-
-    record: Record
-    attention: AttentionStep
 
 
 def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant) -> Graphs:

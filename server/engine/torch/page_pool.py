@@ -10,7 +10,7 @@ from torch import Tensor
 from server.engine.torch.attention_step import Lane
 from server.engine.torch.slab import SlabShape
 
-PAGE: Final = 256  # tokens; FlashAttention 2 takes multiples of it only
+PAGE: Final = 256  # tokens
 SCRATCH: Final = 0  # a page that no sequence has: rows that pad a batch write there
 
 _FIRST_ROWS: Final = 16
@@ -35,8 +35,8 @@ class PagePool:
         [self.device] = devices
         self.pages = pages
         size = (len(shape.devices), 2, pages, PAGE, shape.kv_heads, shape.head_dim)
-        # Each layer's keys, then its values. Zeros, as what attention masks out must be numbers.
-        self._store = torch.zeros(size, dtype=shape.dtype, device=self.device)
+        # Each layer's keys, then its values. What was not written is never read.
+        self._store = torch.empty(size, dtype=shape.dtype, device=self.device)
         self._free = [page for page in reversed(range(pages)) if page != SCRATCH]
         # Each lane's pages, in a row of its own. On the CPU, where steps are built.
         self.tables = torch.full((_FIRST_ROWS, 1), SCRATCH, dtype=torch.int32)
@@ -57,17 +57,14 @@ class PagePool:
         return self._store[:, :, number]
 
     def take(self) -> int:
-        """A free page, emptied.
+        """A free page, with whatever its last owner left in it.
 
         Raises:
             OutOfPagesError: there is none.
         """
         if not self._free:
             raise OutOfPagesError(f"all {self.pages} pages of keys and values are taken")
-        number = self._free.pop()
-        # Whoever had it may have left what is no number, and 0 times NaN is NaN.
-        self.page(number).zero_()
-        return number
+        return self._free.pop()
 
     def give_back(self, pages: Iterable[int]) -> None:
         """Pages that nobody has any longer."""

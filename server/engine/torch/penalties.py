@@ -1,13 +1,9 @@
-"""What a request changes in its logits before it draws: logit bias and penalties."""
+"""What a request changes in its logits before it draws: logit bias and penalties; no torch."""
 
-from collections.abc import Sequence
-from itertools import chain
-
-import torch
-from torch import Tensor
+from collections import Counter
+from typing import NamedTuple
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.transfer import send
 
 
 def changes_logits(settings: SamplingSettings) -> bool:
@@ -20,72 +16,50 @@ def changes_logits(settings: SamplingSettings) -> bool:
     )
 
 
+class Entry(NamedTuple):
+    """How one token's logit changes."""
+
+    token: int
+    bias: float  # added
+    repetition: float  # divides positive logits, multiplies negative ones
+    subtracted: float
+
+
 class Penalties:
-    """The tokens whose logits one request changes, and how: parallel lists, a place a token."""
-
-    def __init__(self, request: Request) -> None:
-        self._settings = request.sampling
-        self._places: dict[int, int] = {}
-        self._counts: list[int] = []  # in the completion
-        self.tokens: list[int] = []
-        self.bias: list[float] = []
-        self.repetition: list[float] = []  # divides positive logits, multiplies negative ones
-        self.subtracted: list[float] = []
-        for token, bias in request.sampling.logit_bias:
-            self.bias[self._place(token)] += bias
-        if self._settings.repetition_penalty != 1:  # prompts can be long, and this is every step
-            for token in request.prompt:
-                self.repetition[self._place(token)] = self._settings.repetition_penalty
-
-    def push(self, token: int) -> None:
-        """The completion has one more token."""
-        settings, place = self._settings, self._place(token)
-        self._counts[place] += 1
-        self.repetition[place] = settings.repetition_penalty
-        self.subtracted[place] = (
-            settings.presence_penalty + settings.frequency_penalty * self._counts[place]
-        )
-
-    def _place(self, token: int) -> int:
-        if token not in self._places:
-            self._places[token] = len(self.tokens)
-            self.tokens.append(token)
-            self._counts.append(0)
-            self.bias.append(0.0)
-            self.repetition.append(1.0)
-            self.subtracted.append(0.0)
-        return self._places[token]
-
-
-def penalize(logits: Tensor, rows: Sequence[Penalties | None]) -> Tensor:
-    """The logits to draw from, each row with its own changes, in float32's range.
+    """Counts what one request has drawn, and gives each token that it changes a place.
 
     Presence and frequency penalties are OpenAI's, over the completion; the repetition penalty is
     that of CTRL (Keskar et al. 2019, section 4.1), over prompt and completion.
-
-    Args:
-        logits: (rows, vocabulary) float32.
-        rows: None where a row's logits stay as they are.
     """
-    changed = {
-        row: penalties
-        for row, penalties in enumerate(rows)
-        if penalties is not None and penalties.tokens
-    }
-    if not changed:
-        return logits
 
-    def joined(parts: Sequence[Sequence[float]]) -> Tensor:
-        return send(list(chain.from_iterable(parts)), logits.device)
+    def __init__(self, request: Request) -> None:
+        self._settings = settings = request.sampling
+        self._bias: dict[int, float] = {}
+        self._counts: Counter[int] = Counter()  # in the completion
+        self._places: dict[int, int] = {}
+        # By place, what has changed since the entries were last sent to the device. An entry says
+        # all of its token, so it does no harm if one is sent twice.
+        self.unsent: dict[int, Entry] = {}
+        for token, bias in settings.logit_bias:
+            self._bias[token] = self._bias.get(token, 0.0) + bias
+        for token in self._bias:
+            self._change(token, repetition=1.0, subtracted=0.0)
+        if settings.repetition_penalty != 1:  # prompts can be long
+            for token in dict.fromkeys(request.prompt):
+                self._change(token, settings.repetition_penalty, subtracted=0.0)
 
-    every = list(changed.values())
-    place = (
-        joined([[row] * len(penalties.tokens) for row, penalties in changed.items()]),
-        joined([penalties.tokens for penalties in every]),
-    )
-    repetition = joined([penalties.repetition for penalties in every])
-    values = logits[place] + joined([penalties.bias for penalties in every])
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= joined([penalties.subtracted for penalties in every])
-    largest = torch.finfo(logits.dtype).max
-    return logits.index_put(place, values.clamp(-largest, largest))
+    @property
+    def places(self) -> int:
+        """How many tokens have a place; these are numbered from 0, and none is given up."""
+        return len(self._places)
+
+    def push(self, token: int) -> None:
+        """The completion has one more token."""
+        settings = self._settings
+        self._counts[token] += 1
+        subtracted = settings.presence_penalty + settings.frequency_penalty * self._counts[token]
+        self._change(token, settings.repetition_penalty, subtracted)
+
+    def _change(self, token: int, repetition: float, subtracted: float) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        self.unsent[place] = Entry(token, self._bias.get(token, 0.0), repetition, subtracted)

@@ -14,6 +14,7 @@ from server.engine.base import (
 )
 from server.engine.torch.answer import Answer
 from server.engine.torch.batch import Row
+from server.engine.torch.penalty_table import PenaltyTable
 from server.engine.torch.readout import Drawn, read_out
 from server.engine.torch.sampler import RowLogprobs
 from server.engine.torch.scheduler import Chunk
@@ -28,9 +29,12 @@ Delivery: TypeAlias = tuple[EngineSequence, StepOutput | EngineError]
 class Postprocessor:
     """Advances the sequences of a step. It frees nothing: whoever calls it does."""
 
-    def __init__(self, vocabulary: Vocabulary, eos_tokens: frozenset[int]) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, eos_tokens: frozenset[int], penalties: PenaltyTable
+    ) -> None:
         self._vocabulary = vocabulary
         self._eos_tokens = eos_tokens
+        self._penalties = penalties
 
     def run(
         self,
@@ -51,7 +55,7 @@ class Postprocessor:
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
         draws = [answers[row.sequence].draw() for row in rows if row.draws]
-        readout = read_out(rows, logits, draws)
+        readout = read_out(rows, logits, draws, self._penalties)
         lost = {row.sequence: _not_a_number(row) for row in readout.not_numbers}
         lost |= self._score(readout.scored, lost, answers)
         return [

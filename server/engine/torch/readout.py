@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from server.engine.torch.batch import Row
+from server.engine.torch.penalty_table import PenaltyTable
 from server.engine.torch.sampler import Draw, RowLogprobs, Sample, Scores, sample, score
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.transfer import fetch, send
@@ -49,12 +50,15 @@ class _Computed(NamedTuple):
     scores: Scores | None  # of the drawn tokens
 
 
-def read_out(rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw]) -> Readout:
+def read_out(
+    rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw], penalties: PenaltyTable
+) -> Readout:
     """Score and draw. Waits for the device once, or twice where filters keep unusually much.
 
     Args:
         logits: (rows, vocabulary) float32, in the order of `rows`.
         draws: of the rows that draw, in that order.
+        penalties: holds what the draws change in their logits.
     """
     scored = [i for i, row in enumerate(rows) if row.scores]
     drawn = [i for i, row in enumerate(rows) if row.draws]
@@ -65,9 +69,10 @@ def read_out(rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw]) -> Read
     wanted = {
         i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
     }
+    drawn_from = penalties.penalize(_select(logits, drawn), [draw.penalties for draw in draws])
     unsure: list[int] = []
     while True:
-        sampled = sample(_select(logits, drawn), draws, sorted_rows=unsure)
+        sampled = sample(drawn_from, draws, sorted_rows=unsure)
         scores = _score_drawn(logits, drawn, sampled, wanted) if wanted else None
         computed = fetch(_Computed(finite, sampled, prompts, divergences, scores))
         unsure = [place for place, sure in enumerate(computed.sample.sure.tolist()) if not sure]

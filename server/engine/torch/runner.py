@@ -1,16 +1,36 @@
 """Runs the model on one batch, edited as its route says."""
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch.batch import Batch
-from server.engine.torch.compiled import CompiledLayers
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks
+from steering.route import Route
+
+
+class LayerCompiler(Protocol):
+    """Compiles a model's layers in the background."""
+
+    @property
+    def pending(self) -> int:
+        """What is being compiled, or waits for that."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
+        ...
+
+    def step(
+        self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
+    ) -> AbstractContextManager[None]:
+        """Within the context, a step's layers run compiled, where they are."""
+        ...
 
 
 class Runner:
@@ -20,11 +40,20 @@ class Runner:
         self,
         model: PreTrainedModel,
         hooks: SteeringHooks,
-        compiled: CompiledLayers | None = None,
+        compiled: LayerCompiler | None = None,
     ) -> None:
         self._model = model
         self._hooks = hooks
         self.compiled = compiled
+
+    @property
+    def pending(self) -> int:
+        """What would make steps faster, and is not made yet."""
+        return 0 if self.compiled is None else self.compiled.pending
+
+    def make_pending(self) -> bool:
+        """Make one thing that is pending and that this thread has to make; False if none is."""
+        return False
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:

@@ -1,18 +1,20 @@
 """Draws the next token of every row, vectorised over rows with per-row settings.
 
 A row draws by inverting its own cumulative distribution at its own uniform number, so the same
-seed gives the same draw whatever else is in the batch.
+seed gives the same draw whatever else is in the batch. Weights are added up as integers: torch's
+cumulative sums of floats on a GPU need not be the same in every run, those of integers are.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from server.engine.base import SamplingSettings
-from server.engine.torch.penalties import Penalties, penalize
+from server.engine.torch.penalties import Penalties
 from server.engine.torch.transfer import send
 
 # Rows whose log-probabilities are computed at once: prompts can have many, vocabularies are wide.
@@ -21,6 +23,9 @@ _SCORED_ROWS = 64
 # logits are ordered may depend on it.
 _BEST = 1024
 _ALL = torch.iinfo(torch.int64).max
+# The weight 1 in fixed point. A row's weights sum to about 1, and any sum up to 2 is exact in
+# float64 too. A token that weighs less than a unit is never drawn.
+_ONE: Final = 2**52
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,10 @@ def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] =
     """Draw the next token of each row; nothing waits for the device.
 
     Args:
-        logits: (rows, vocabulary) float32. What is drawn from a row whose best is not a finite
-            number is any token.
+        logits: (rows, vocabulary) float32, with what the draws' penalties change. What is drawn
+            from a row whose best is not a finite number is any token.
         sorted_rows: whose whole vocabulary is sorted; they are always sure.
     """
-    logits = penalize(logits, [draw.penalties for draw in draws])
     tokens = logits.argmax(dim=-1)
     sure = torch.ones_like(tokens, dtype=torch.bool)
     by_way: dict[_Way, list[int]] = {}
@@ -83,7 +87,7 @@ def _way(draw: Draw, sort: bool) -> _Way:
 
 
 def _draw_of_all(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    tokens = _invert(torch.softmax(_scaled(logits, draws), dim=-1), draws)
+    tokens = _invert(_fixed(torch.softmax(_scaled(logits, draws), dim=-1)), draws)
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
@@ -115,8 +119,8 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
         total: (rows, 1) float32, the logarithm of the summed exponentials of the whole row.
 
     Returns:
-        (rows, k) float32 weights, 0 where dropped; (rows,) bool, whether the filters drop all
-        that is not among the k.
+        (rows, k) int64 weights in units of 1 / _ONE, 0 where dropped; (rows,) bool, whether the
+        filters drop all that is not among the k.
     """
 
     def column(values: Sequence[float]) -> Tensor:
@@ -125,7 +129,7 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     size = ordered.shape[-1]
     min_p = column([draw.settings.min_p for draw in draws])
     top_k = column([draw.settings.top_k or _ALL for draw in draws])
-    top_p = column([draw.settings.top_p for draw in draws])
+    nucleus_ends = column([_nucleus_end(draw.settings.top_p) for draw in draws])
     kept = ordered >= ordered[:, :1] + min_p.log()
     kept &= torch.arange(size, device=ordered.device) < top_k
     kept[:, 0] = True  # also by a min_p of 1
@@ -136,21 +140,39 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     whole = torch.where(
         ends, ordered.masked_fill(~kept, -torch.inf).logsumexp(dim=-1, keepdim=True), total
     )
-    weights = torch.where(kept, (ordered - whole).exp(), 0.0)
-    before = weights.cumsum(dim=-1) - weights
-    nucleus = before < top_p
-    nucleus[:, 0] = True  # also by a top_p that is 0 in float32
+    weights = _fixed(torch.where(kept, (ordered - whole).exp(), 0.0))
+    nucleus = weights.cumsum(dim=-1) - weights < nucleus_ends
     sure = ends | (only_top_p & ~nucleus[:, -1:])
-    return torch.where(nucleus, weights, 0.0), sure[:, 0]
+    return torch.where(nucleus, weights, 0), sure[:, 0]
+
+
+def _nucleus_end(top_p: float) -> int:
+    """What the weights before a token of the nucleus sum to less than; at least 1, for the best."""
+    # Where all is to be kept, a sum that rounding has made larger than 1 must not drop any.
+    return _ALL if top_p >= 1 else max(1, math.ceil(top_p * _ONE))
+
+
+def _fixed(weights: Tensor) -> Tensor:
+    """Weights in units of 1 / _ONE, rounded down: int64 of float32. NaN weighs nothing."""
+    return (weights * _ONE).nan_to_num(nan=0.0).long()
 
 
 def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Index of each row at which its cumulative weight first exceeds uniform * total."""
-    cumulative = weights.double().cumsum(dim=-1)
+    """The first index of each row up to which its weights sum to more than uniform * total.
+
+    Args:
+        weights: (rows, k) int64, of what `_fixed` gives.
+
+    Returns:
+        (rows,) int64: of a token that weighs something, where the row has any.
+    """
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
     uniform = send([draw.uniform for draw in draws], weights.device, torch.float64)[:, None]
-    target = uniform * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return index.clamp(max=weights.shape[-1] - 1)
+    # The product may be rounded up to the total itself, which nothing exceeds. What is less than
+    # the last of a row is found in the row, even if its total is 0.
+    target = torch.minimum((uniform * total).long(), total - 1)
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.attention_step import KVMemory, Lane
 from server.engine.torch.batch import build_batch
-from server.engine.torch.decoder import DecoderLayers
-from server.engine.torch.layer_graphs import Probe
+from server.engine.torch.decoder import DecoderLayers, Probe
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from server.engine.torch.attention_step import AttentionStep, How, KVMemory, Lane, Piece
 from server.engine.torch.slab import Slab, SlabGroup, SlabPool, SlabShape
-from server.engine.torch.soft_cap import SoftCapped, soft_capped_attention
+from server.engine.torch.soft_cap import soft_capped_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,10 @@ class Segment:
 class SlabStep(AttentionStep):
     """One step over slabs."""
 
-    def __init__(
-        self, segments: Sequence[Segment], soft_capped: SoftCapped = soft_capped_attention
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment]) -> None:
         """Segments that decode should come in the order of `decoding_order`."""
         super().__init__()
-        self._parts = _parts(segments, soft_capped)
+        self._parts = _parts(segments)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """As every step's; see `AttentionStep.attend`."""
@@ -59,10 +57,8 @@ class SlabMemory(KVMemory):
     fixed = False
     probe_lanes = 18
 
-    def __init__(self, shape: SlabShape, soft_capped: SoftCapped = soft_capped_attention) -> None:
-        """`soft_capped` attends for models that bound their scores."""
+    def __init__(self, shape: SlabShape) -> None:
         self._pool = SlabPool(shape)
-        self._soft_capped = soft_capped
 
     def lane(self) -> Slab:
         """A slab without room yet."""
@@ -74,7 +70,7 @@ class SlabMemory(KVMemory):
 
     def step(self, pieces: Sequence[Piece]) -> SlabStep:
         """The attention of a step; `pieces` should come in the order of `order`."""
-        return SlabStep([_segment(piece) for piece in pieces], self._soft_capped)
+        return SlabStep([_segment(piece) for piece in pieces])
 
     def check(self, lanes: Iterable[Lane]) -> None:
         """Assert that these slabs, and no others, have memory, each its own."""
@@ -100,8 +96,7 @@ def decoding_order(segment: Segment) -> tuple[bool, int, int]:
 class _Decoding:
     """One token each of sequences whose slabs are neighbours."""
 
-    def __init__(self, first: int, segments: Sequence[Segment], soft_capped: SoftCapped) -> None:
-        self._soft_capped = soft_capped
+    def __init__(self, first: int, segments: Sequence[Segment]) -> None:
         self.tokens = slice(first, first + len(segments))
         group = segments[0].slab.group
         assert group is not None, "nothing was reserved"
@@ -127,7 +122,7 @@ class _Decoding:
         # V are read once and not repeated.
         folded = query.transpose(0, 1).reshape(count, keys.shape[1], -1, head_dim)
         mask = self._mask(how.window, query.dtype, query.device)
-        output = _attention(folded, keys, values, mask, how, self._soft_capped)
+        output = _attention(folded, keys, values, mask, how)
         return output.reshape(count, heads, head_dim)
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -153,8 +148,7 @@ class _Decoding:
 class _Reading:
     """Several tokens of one sequence."""
 
-    def __init__(self, first: int, segment: Segment, soft_capped: SoftCapped) -> None:
-        self._soft_capped = soft_capped
+    def __init__(self, first: int, segment: Segment) -> None:
         self.tokens = slice(first, first + segment.count)
         self._segment = segment
         self._masks: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor] = {}
@@ -169,7 +163,7 @@ class _Reading:
         fold = heads // keys.shape[1]
         folded = query.reshape(1, keys.shape[1], fold * count, head_dim)
         mask = self._mask(how.window, fold, query.dtype, query.device)
-        output = _attention(folded, keys, values, mask, how, self._soft_capped)
+        output = _attention(folded, keys, values, mask, how)
         return output.reshape(heads, count, head_dim).transpose(0, 1)
 
     def _mask(
@@ -188,7 +182,7 @@ class _Reading:
 _Part: TypeAlias = _Decoding | _Reading
 
 
-def _parts(segments: Sequence[Segment], soft_capped: SoftCapped) -> list[_Part]:
+def _parts(segments: Sequence[Segment]) -> list[_Part]:
     """Segments, one after the other, as parts that one call attends for."""
     parts: list[_Part] = []
     first = 0
@@ -197,9 +191,9 @@ def _parts(segments: Sequence[Segment], soft_capped: SoftCapped) -> list[_Part]:
     for _, items in runs:
         run = [segment for _, segment in items]
         if run[0].count == 1:
-            parts.append(_Decoding(first, run, soft_capped))
+            parts.append(_Decoding(first, run))
         else:
-            parts.append(_Reading(first, run[0], soft_capped))
+            parts.append(_Reading(first, run[0]))
         first += sum(segment.count for segment in run)
     return parts
 
@@ -234,9 +228,8 @@ def _attention(
     value: Tensor,
     mask: Tensor | None,
     how: How,
-    soft_capped: SoftCapped,
 ) -> Tensor:
     """(n, kv_heads, queries, head_dim) of `query`; K and V (n, kv_heads, keys, head_dim)."""
     if how.softcap is not None:
-        return soft_capped(query, key, value, mask, how.scaling, how.softcap)
+        return soft_capped_attention(query, key, value, mask, how.scaling, how.softcap)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scaling)

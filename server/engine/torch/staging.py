@@ -6,28 +6,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from server.engine.torch.paged_index import PagedIndex
 from server.engine.torch.transfer import stage
-from server.engine.torch.varlen import PagedIndex
 from steering.route import Route
 
 
 def index_tensors(index: PagedIndex) -> list[Tensor]:
     """What of an index has to be moved."""
-    tensors = [index.slots, index.query_ends, index.key_ends, index.lengths, index.tables]
-    return tensors if index.keys is None else [*tensors, index.keys]
+    return [
+        *(index.slots, index.query_ends, index.lengths),
+        *(index.tables, index.owners, index.firsts),
+    ]
 
 
 def with_index_tensors(index: PagedIndex, tensors: Sequence[Tensor]) -> PagedIndex:
     """An index with other tensors, in the order of `index_tensors`."""
-    slots, query_ends, key_ends, lengths, tables, *keys = tensors
+    slots, query_ends, lengths, tables, owners, firsts = tensors
     return replace(
         index,
         slots=slots,
         query_ends=query_ends,
-        key_ends=key_ends,
         lengths=lengths,
         tables=tables,
-        keys=keys[0] if keys else None,
+        owners=owners,
+        firsts=firsts,
     )
 
 

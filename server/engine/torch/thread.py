@@ -30,6 +30,10 @@ class Steps(Protocol):
         """Compute one step."""
         ...
 
+    def make_pending(self) -> bool:
+        """Do one piece of work that nobody waits for; False if there is none."""
+        ...
+
 
 class EngineThread:
     """Owns the core while it runs. `deliver` and `ended` are called on the engine thread."""
@@ -116,10 +120,12 @@ class EngineThread:
             self._tell_end()
 
     def _receive(self) -> None:
-        """Run what waits in the inbox; wait for something if there is no work."""
-        if not self._core.has_work:
-            self._inbox.get()()
+        """Run what waits in the inbox; if there is no work, do what is pending, or wait."""
         self._drain()
+        while not (self._core.has_work or self._stopping):
+            if not self._core.make_pending():
+                self._inbox.get()()
+            self._drain()
 
     def _drain(self) -> None:
         while True:

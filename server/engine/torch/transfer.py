@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = TypeVar("T")
 
@@ -65,15 +64,26 @@ def send(values: Sequence[float], device: torch.device, dtype: torch.dtype | Non
 
 
 def fetch(tree: T) -> T:
-    """The same nest of tuples, with copies of its tensors on the host; waits for the devices."""
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    if not devices:
-        return tree
-    fetched: T = tree_map_only(Tensor, start_copy, tree)
+    """The same nest of named tuples, with copies of its tensors on the host; waits for the devices.
+
+    What is neither a tensor nor a named tuple stays as it is.
+    """
+    devices: set[torch.device] = set()
+    fetched: T = _fetched(tree, devices)
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return fetched
+
+
+def _fetched(tree: Any, devices: set[torch.device]) -> Any:
+    """The nest with copies on the host, which have arrived once the devices were waited for."""
+    if isinstance(tree, Tensor):
+        if tree.is_cuda:
+            devices.add(tree.device)
+        return start_copy(tree)
+    if isinstance(tree, tuple):
+        return type(tree)(*(_fetched(each, devices) for each in tree))
+    return tree
 
 
 def start_copy(tensor: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""Random models, as speed does not depend on what they know."""
+
+from typing import Final
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from server.engine.torch.loader import LoadedModel, describe, reference_attention
+from server.engine.torch.slab import SlabShape
+from steering.sites import default_sites, match_sites
+
+# As large as Mistral 7B.
+SEVEN_BILLION: Final = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    tie_word_embeddings=False,
+)
+TINY: Final = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    tie_word_embeddings=False,
+)
+
+
+def random_llama(config: LlamaConfig, device: torch.device) -> LoadedModel:
+    """A Llama in bfloat16 that knows nothing, made on a device."""
+    return random_model(config, device, torch.bfloat16)
+
+
+def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A model of any family that knows nothing, made on a device."""
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=reference_attention(config)
+        )
+    module: nn.Module = model
+    module.eval().requires_grad_(False)
+    return LoadedModel(model, _tokenizer(), describe(model, "random"))
+
+
+def sites_of(loaded: LoadedModel) -> tuple[str, ...]:
+    """Where affine maps edit by default."""
+    pattern = default_sites(type(loaded.model).__name__)
+    return match_sites(pattern, loaded.description.site_widths)
+
+
+def step_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """What a step of one sequence of so many tokens reads: weights once, keys and values once."""
+    model = loaded.model
+    embeddings: object = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Module)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    rows_only = 0 if tied else sum(each.nbytes for each in embeddings.parameters())
+    module: nn.Module = model
+    weights = sum(each.nbytes for each in module.parameters()) - rows_only
+    return weights + tokens * SlabShape.of(model).bytes_per_token
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, as an engine wants one; nothing reads the text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]

@@ -1,0 +1,47 @@
+"""What the parts of a check tell: rows of JSON on standard output, each as soon as it is known."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final, TextIO, TypeAlias
+
+_MARK: Final = "ROW "
+
+Value: TypeAlias = str | int | float | bool | None
+Row: TypeAlias = Mapping[str, Value]
+
+
+class Rows:
+    """Writes rows for whoever has started this process, and remembers whether anything failed."""
+
+    def __init__(self, out: TextIO = sys.stdout) -> None:
+        self._out = out
+        self.failures = 0
+
+    def tell(self, **row: Value) -> None:
+        """Write a row."""
+        self._out.write(f"{_MARK}{json.dumps(row)}\n")
+        self._out.flush()
+
+    @contextmanager
+    def attempt(self, **row: Value) -> Iterator[None]:
+        """Write what fails in the block as a row, and go on after it."""
+        try:
+            yield
+        except Exception as error:
+            self.failures += 1
+            self.tell(**row, failed=first_line(error))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def read_row(line: str) -> Row | None:
+    """The row that a line holds; None of any other line."""
+    if not line.startswith(_MARK):
+        return None
+    row: Row = json.loads(line.removeprefix(_MARK))
+    return row

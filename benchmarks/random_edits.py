@@ -1,0 +1,49 @@
+"""Random interventions, as speed does not depend on what they are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from server.engine.torch.loader import LoadedModel
+from steering.affine import AffineMap
+from steering.reward import RewardHead
+
+HEAD_UNITS: Final = 1024  # as in the paper (ARGRE, NeurIPS 2025)
+
+
+def random_maps(loaded: LoadedModel, sites: Sequence[str], seed: int) -> Mapping[str, AffineMap]:
+    """Maps near the identity at some sites, so that activations stay finite."""
+    random = torch.Generator().manual_seed(seed)
+    widths = loaded.description.site_widths
+    return {
+        site: AffineMap(
+            1 + 0.01 * torch.randn(widths[site], generator=random),
+            0.01 * torch.randn(widths[site], generator=random),
+        )
+        for site in sites
+    }
+
+
+def random_head(loaded: LoadedModel, seed: int) -> RewardHead:
+    """A reward head as wide as the paper's, which moves as many units past zero as a trained one.
+
+    On hidden states whose numbers are about 1: some 5 of 1024 in each step of the paper's size.
+    """
+    random = torch.Generator().manual_seed(seed)
+    width = loaded.description.head_width
+    return RewardHead(
+        w1=torch.randn(HEAD_UNITS, width, generator=random) / width**0.5,
+        b1=0.1 * torch.randn(HEAD_UNITS, generator=random),
+        w2=0.6 * torch.randn(HEAD_UNITS, generator=random) / HEAD_UNITS**0.5,
+        b2=torch.zeros(()),
+        direction=0.01 * torch.randn(width, generator=random),
+        positive_reward=torch.tensor(1.0),
+    )
+
+
+def permuted_head(head: RewardHead, seed: int) -> RewardHead:
+    """The same function, whose units lie in another order and in memory of its own."""
+    order = torch.randperm(len(head.w1), generator=torch.Generator().manual_seed(seed))
+    return replace(head, w1=head.w1[order], b1=head.b1[order], w2=head.w2[order], prepared=None)

@@ -1,0 +1,52 @@
+"""Writes docs/options.md: `python -m server.cli.options_page > docs/options.md`."""
+
+import sys
+from typing import Final
+
+from server.cli.setting_options import SettingOption, setting_options
+
+_SIGNS: Final = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+_HEAD: Final = """\
+# Options of `steerserve serve`
+
+Written by `python -m server.cli.options_page > docs/options.md` from the fields of `Settings` in
+[server/config.py](../server/config.py): change them there. A test holds this page to them.
+
+An option comes before its variable, and that before the default. An empty variable is not set.
+The variable of a switch takes `on` or `off`. Several names follow one `--served-model-name`,
+separated by blanks; in the variable blanks or commas separate them. Keys are best given as
+variables: options are seen by whoever lists the machine's processes.
+
+| option | variable | value | default | what it does |
+|---|---|---|---|---|
+"""
+
+
+def options_page() -> str:
+    """The page, with a row for each setting."""
+    return _HEAD + "".join(f"| {' | '.join(_cells(option))} |\n" for option in setting_options())
+
+
+def _cells(option: SettingOption) -> tuple[str, ...]:
+    return (
+        ", ".join(map(_code, option.flags)),
+        _code(option.variable),
+        _value(option),
+        _code(option.default) if option.default else "",
+        option.description,
+    )
+
+
+def _value(option: SettingOption) -> str:
+    if option.choices:
+        return ", ".join(map(_code, option.choices))
+    limits = [f"{_SIGNS[name]} {limit:g}" for name, limit in option.limits.items()]
+    return ", ".join((option.kind, *limits))
+
+
+def _code(word: str) -> str:
+    return f"`{word}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(options_page())

@@ -1,0 +1,78 @@
+"""What makes the engine fast on a GPU: decoding by replayed CUDA graphs."""
+
+import logging
+from contextlib import suppress
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.base import UnservableInterventionError
+from server.engine.torch.cuda_graphs import GraphRunner
+from server.engine.torch.device_paths import Parts
+from server.engine.torch.graph_capture import CudaCapture
+from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.options import EngineOptions
+from server.engine.torch.paged_attention import PagedMemory
+from server.engine.torch.runner import Runner
+from server.engine.torch.self_test import probe_map
+from steering.sites import SiteError, default_sites, match_sites
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
+    """Leave the model as it is."""
+
+
+def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
+    """A runner that replays graphs, or `parts.eager` where there can be none.
+
+    Raises:
+        ModelLoadError: the device failed while graphs were made, and computes nothing any more.
+    """
+    model, memory = parts.loaded.model, parts.kv.memory
+    if not options.cuda_graphs or not isinstance(memory, PagedMemory) or _has_changing_rope(model):
+        return parts.eager
+    graphs = GraphRunner(
+        model,
+        parts.hooks,
+        memory,
+        options.max_batch_size,
+        parts.context_length,
+        CudaCapture(memory.device),
+        parts.interventions.bank,
+    )
+    try:
+        graphs.warm_up()
+        _rehearse(graphs, parts, options)
+    except torch.AcceleratorError as error:
+        raise ModelLoadError(
+            f"the GPU failed while graphs were made; --no-cuda-graphs does without: {error}"
+        ) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        logger.warning(
+            "steps run without CUDA graphs, which is slower, as with --no-cuda-graphs: %s", reason
+        )
+        logger.debug("making graphs failed", exc_info=True)
+        return parts.eager
+    return graphs
+
+
+def _rehearse(graphs: GraphRunner, parts: Parts, options: EngineOptions) -> None:
+    """Have graphs made for one affine edit at the default sites, before anybody wants it."""
+    description = parts.loaded.description
+    # Not every architecture has default sites, and at some an edit may reach nothing.
+    with suppress(SiteError, UnservableInterventionError):
+        sites = match_sites(default_sites(description.architecture), description.site_widths)
+        maps = {site: probe_map(description.site_widths[site]) for site in sites}
+        with parts.interventions.rehearsed(maps) as slot:
+            graphs.warm_up(slot)
+            if options.dose_interval:
+                graphs.warm_up(slot, measured=True)
+
+
+def _has_changing_rope(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies depend on the longest sequence, which the host looks up."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return any(kind in repr(rope) for kind in ("dynamic", "longrope"))

@@ -1,0 +1,101 @@
+"""Divides a GPU's memory before anything takes it: interventions, a step, graphs, keys and values.
+
+The numbers are estimates from a model's configuration, on the high side. `make gpu-check` sets them
+beside what a GPU has used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from transformers import PreTrainedModel
+
+from server.engine.torch.devices import free_memory
+from server.engine.torch.graph_keys import buckets
+from server.engine.torch.options import EngineOptions
+from steering.sites import SiteError, default_sites, match_sites
+
+# Hidden units of a reward head in the paper (ARGRE, NeurIPS 2025); others may have more.
+_HEAD_UNITS: Final = 1024
+_FLOAT: Final = 4
+# Of one logit: as the model gives it and in float32, penalised, by temperature, as weight, and in
+# fixed point and added up to draw from it.
+_LOGIT_BYTES: Final = 40
+# Of one captured step: its launches, for all its layers together.
+_GRAPH_BYTES: Final = 24 << 20
+# Depths of stacks that graphs may be made for, and for each whether its doses are measured.
+_GRAPHS_PER_BUCKET: Final = 5
+# What the device's libraries take for themselves, and what lies between allocations.
+_LIBRARIES: Final = 512 << 20
+_USABLE: Final = 0.97
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one GPU, beside the model's weights."""
+
+    free: int  # when the plan was made
+    bank: int  # interventions that are loaded
+    step: int  # activations and logits of the largest step
+    graphs: int  # captured steps
+    libraries: int
+
+    @property
+    def keys_and_values(self) -> int:
+        """What is left for keys and values; negative where there is not enough for the rest."""
+        rest = self.bank + self.step + self.graphs + self.libraries
+        return int(self.free * _USABLE) - rest
+
+    def sentence(self) -> str:
+        """For people: what the memory is for."""
+        parts = {
+            "interventions": self.bank,
+            "a step": self.step,
+            "graphs": self.graphs,
+            "libraries": self.libraries,
+            "keys and values": self.keys_and_values,
+        }
+        shown = ", ".join(f"{size / 1e9:.2f} GB {name}" for name, size in parts.items())
+        return f"of {self.free / 1e9:.2f} GB free: {shown}"
+
+
+def plan_memory(
+    model: PreTrainedModel, widths: Mapping[str, int], options: EngineOptions
+) -> MemoryPlan:
+    """Plan the memory of the GPU that a model is on.
+
+    Args:
+        widths: of the outputs of the model's sites.
+    """
+    graphs = len(buckets(options.max_batch_size)) * _GRAPHS_PER_BUCKET
+    return MemoryPlan(
+        free=free_memory(model.device),
+        bank=_bank_bytes(model, widths, options.max_loaded_interventions),
+        step=_step_bytes(model, options),
+        graphs=graphs * _GRAPH_BYTES if options.cuda_graphs else 0,
+        libraries=_LIBRARIES,
+    )
+
+
+def _bank_bytes(model: PreTrainedModel, widths: Mapping[str, int], slots: int) -> int:
+    """A map with a support at each default site, and a reward head, in every slot."""
+    try:
+        sites = match_sites(default_sites(type(model).__name__), widths)
+    except SiteError:  # not every architecture has default sites
+        sites = ()
+    maps = 4 * sum(widths[site] for site in sites)  # weight, bias, and the two ends of the support
+    width: int = model.config.get_text_config().hidden_size
+    head = _HEAD_UNITS * (width + 2)
+    return (slots + 1) * (maps + head) * _FLOAT
+
+
+def _step_bytes(model: PreTrainedModel, options: EngineOptions) -> int:
+    """Activations of one layer, in the model's dtype and edited in float32, and logits."""
+    config = model.config.get_text_config()
+    width: int = config.hidden_size
+    vocabulary: int = config.vocab_size
+    inner: int = getattr(config, "intermediate_size", None) or 4 * width
+    token = (6 * width + 3 * inner) * model.dtype.itemsize + 4 * width * _FLOAT
+    drawn = options.max_batch_size * _LOGIT_BYTES
+    scored = options.max_batch_tokens * (model.dtype.itemsize + _FLOAT)
+    return options.max_batch_tokens * token + (drawn + scored) * vocabulary

@@ -1,0 +1,75 @@
+"""The device that these tests run on: a GPU, or the CPU in a dry run; and what they share."""
+
+import os
+from typing import Final, Protocol
+
+import pytest
+import torch
+
+from server.engine.torch.core import EngineCore
+from server.engine.torch.cuda_graphs import GraphRunner
+from server.engine.torch.loader import LoadedModel
+from server.engine.torch.options import EngineOptions
+
+GPU: Final = torch.cuda.is_available()
+DRY_RUN: Final = not GPU and os.environ.get("STEERSERVE_DRY_RUN") == "1"
+DEVICE: Final = torch.device("cuda", 0) if GPU else torch.device("cpu")
+MARKS: Final = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not (GPU or DRY_RUN), reason="needs a GPU"),
+    # Which torch says where it is told to refuse waits, and errors are made of warnings here.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
+
+# Where pages do not work, an engine that was told to use them says why.
+OPTIONS = EngineOptions(
+    *(20, 64), kv_cache_gb=0.05, attention="pages", prefill_tokens=64, check_invariants=True
+)
+
+
+class LoadOnDevice(Protocol):
+    """Loads a tiny model of a family onto the device."""
+
+    def __call__(self, family: str = "llama", dtype: str = "bfloat16") -> LoadedModel: ...
+
+
+def refuse_waits(refuse: bool) -> None:
+    """Have torch raise where the host would wait for the GPU, or let it wait again."""
+    if GPU:
+        torch.cuda.set_sync_debug_mode("error" if refuse else "default")
+
+
+def graphs_of(core: EngineCore) -> GraphRunner:
+    """The runner of an engine that has made its graphs."""
+    runner = core._runner
+    assert isinstance(runner, GraphRunner), "no graphs were made; the log says why"
+    assert runner.graphs > 0
+    assert_none_given_up(runner)
+    return runner
+
+
+def assert_none_given_up(runner: GraphRunner) -> None:
+    """Every graph that was wanted so far could be made."""
+    assert None not in runner._graphs.values()
+
+
+def make_all(core: EngineCore) -> None:
+    """Make the graphs that are pending, as the engine does while it has no work."""
+    while core.make_pending():
+        pass
+    assert core.compiling == 0
+    assert_none_given_up(graphs_of(core))
+
+
+class Replays:
+    """Counts the steps that were replayed, of all engines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        tail = GraphRunner._tail
+
+        def counting(runner: GraphRunner, *arguments: object) -> torch.Tensor:
+            self.count += 1
+            return tail(runner, *arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(GraphRunner, "_tail", counting)

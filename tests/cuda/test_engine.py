@@ -1,0 +1,131 @@
+"""Engines on a GPU give what the oracle gives, whatever else runs and wherever keys lie."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from server.engine.base import StepOutput
+from server.engine.torch.build import build_core
+from server.engine.torch.loader import load_model
+from server.engine.torch.options import EngineOptions
+from server.engine.torch.paged_attention import PagedMemory
+from server.engine.torch.slab_attention import SlabMemory
+from tests.cuda.devices import MARKS, OPTIONS, LoadOnDevice, Replays, graphs_of, make_all
+from tests.oracles import Oracle
+from tests.steered import (
+    NEW_TOKENS,
+    PROMPTS,
+    STACKS,
+    logprobs_of,
+    stack_of,
+    tokens_of,
+)
+from tests.stepped import finish, sequence
+
+pytestmark = MARKS
+
+# Of log-probabilities, the largest difference and the median; several times what rounding weights
+# and activations gave on a CPU. The largest is of edits that have no jumps.
+TOLERANCES = {"float32": (0.01, 0.001), "float16": (0.02, 0.02), "bfloat16": (0.3, 0.1)}
+
+
+def jumps(name: str) -> bool:
+    """Whether an edit has a jump somewhere, so that rounding may change one token's much.
+
+    A map has where its support ends, a reward's gradient where a unit of the head becomes active.
+    """
+    return any(edit.digest in ("supported", "r", "wide") for edit in STACKS[name])
+
+
+def assert_small(differences: Sequence[float], name: str, dtype: str) -> None:
+    """What log-probabilities differ by is what rounding explains."""
+    largest, middle = TOLERANCES[dtype]
+    assert median(differences) < middle, name
+    assert jumps(name) or max(differences) < largest, name
+
+
+def assert_near_oracle(
+    oracle: Oracle, prompt: bytes, name: str, outputs: list[StepOutput], family: str, dtype: str
+) -> None:
+    """The oracle, given the tokens that were drawn, gives them the same log-probabilities."""
+    tokens, found = tokens_of(outputs), torch.tensor(logprobs_of(outputs))
+    stack = stack_of(family, STACKS[name])
+    logits = oracle.logits([*prompt, *tokens], len(prompt), stack, last=len(tokens) + 1)
+    expected = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    assert_small((found - expected).abs().tolist(), name, dtype)
+
+
+def assert_alike(some: list[StepOutput], others: list[StepOutput], name: str, dtype: str) -> None:
+    """The same log-probabilities and tokens up to a near tie, where rounding may decide."""
+    differences = []
+    for one, other in zip(some, others, strict=True):
+        if one.token_ids != other.token_ids:
+            best, second = (each.logprob for each in one.logprobs[0].top[:2])
+            assert jumps(name) or best - second < TOLERANCES[dtype][0], name
+            break
+        logprob, its_logprob = (each.logprobs[0].chosen.logprob for each in (one, other))
+        differences.append(abs(logprob - its_logprob))
+    assert_small(differences, name, dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_an_engine_uses_pages_and_graphs_of_its_own_accord(
+    load_on_device: LoadOnDevice, family: str
+) -> None:
+    core = build_core(load_on_device(family), replace(OPTIONS, attention="automatic"))
+    assert isinstance(core.store.memory, PagedMemory)
+    graphs_of(core)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_any_mix_in_one_batch_equals_the_oracle(
+    load_on_device: LoadOnDevice,
+    tiny_folders: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    dtype: str,
+) -> None:
+    """As steps are where no graph is made yet, and then by graphs."""
+    replays = Replays(monkeypatch)
+    core = build_core(load_on_device(family, dtype), OPTIONS)
+    cases = [(PROMPTS[number % len(PROMPTS)], name) for number, name in enumerate(STACKS)]
+    # In float32 on the CPU, with weights that were rounded as the engine's.
+    rounded = load_model(str(tiny_folders[family]), dtype).model
+    oracle = Oracle(rounded.float())  # type: ignore[no-untyped-call]
+    for replayed in (0, NEW_TOKENS // 2):
+        replays.count = 0
+        mixed = finish(core, [sequence(prompt, STACKS[name]) for prompt, name in cases], family)
+        for (prompt, name), outputs in zip(cases, mixed, strict=True):
+            assert_near_oracle(oracle, prompt, name, outputs, family, dtype)
+        assert replays.count >= replayed
+        make_all(core)
+
+
+def test_a_request_gets_in_a_mix_what_it_gets_alone(load_on_device: LoadOnDevice) -> None:
+    core = build_core(load_on_device(dtype="float16"), OPTIONS)
+    names = ("base", "a", "b then a", "r", "a and r", "four")
+    for _ in range(2):  # the second time by graphs
+        mixed = finish(core, [sequence(PROMPTS[0], STACKS[name]) for name in names])
+        for name, outputs in zip(names, mixed, strict=True):
+            [alone] = finish(core, [sequence(PROMPTS[0], STACKS[name])])
+            assert_alike(alone, outputs, name, "float16")
+        make_all(core)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_pages_give_what_slabs_give(load_on_device: LoadOnDevice, family: str, dtype: str) -> None:
+    def outputs(options: EngineOptions, kind: type) -> list[list[StepOutput]]:
+        core = build_core(load_on_device(family, dtype), options)
+        assert isinstance(core.store.memory, kind)
+        return finish(core, [sequence(prompt, STACKS["a"]) for prompt in PROMPTS], family)
+
+    pages = outputs(OPTIONS, PagedMemory)
+    slabs = outputs(replace(OPTIONS, attention="slabs"), SlabMemory)
+    for one, other in zip(pages, slabs, strict=True):
+        assert_alike(one, other, "a", dtype)

@@ -1,0 +1,87 @@
+"""Compiles the attention kernel for GPUs that are not there, and prints what came of it as JSON.
+
+python -m tests.kernel_compiler 80 90
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import product
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from server.engine.torch.page_pool import PAGE
+from server.engine.torch.paged_index import Tiling
+from server.engine.torch.paged_kernel import _attend_kernel, _tile_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model's attention, in prompts or decoding."""
+
+    dtype: str  # as Triton writes it
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bounded: bool  # by a window and a soft cap
+    decoding: bool
+
+
+MODELS = (
+    ("bf16", 32, 8, 128, False),  # Llama 3 8B, Mistral 7B
+    ("bf16", 8, 4, 256, True),  # Gemma-2 2B
+    ("fp32", 14, 2, 64, False),  # Qwen2.5 0.5B
+)
+CASES = [Case(*model, decoding) for model, decoding in product(MODELS, (False, True))]
+_TENSORS = ("query", "keys", "values")
+_INDICES = ("owners", "firsts", "query_ends", "lengths", "tables")
+
+
+def compiled(case: Case, capability: int) -> dict[str, object]:
+    """What the kernel takes of a multiprocessor, and whether it uses tensor cores."""
+    itemsize = 4 if case.dtype == "fp32" else 2
+    tiling = Tiling(case.heads, case.kv_heads, itemsize, processors=108)
+    splits = 8 if case.decoding else 1
+    pointers = dict.fromkeys(_TENSORS, f"*{case.dtype}") | dict.fromkeys(_INDICES, "*i32")
+    pointers |= {"output": "*fp32" if splits > 1 else f"*{case.dtype}"}
+    pointers |= {"maxima": "*fp32", "sums": "*fp32"}
+    constants = {
+        "heads": case.heads,
+        "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "page": PAGE,
+        "block_rows": tiling.block_rows(1 if case.decoding else 100),
+        "block_keys": _tile_keys(case.head_dim * itemsize),
+        "block_dim": case.head_dim,
+        "splits": splits,
+        "has_softcap": case.bounded,
+        "has_window": case.bounded,
+    }
+    types = pointers | {"scale": "fp32", "softcap": "fp32"} | dict.fromkeys(constants, "constexpr")
+    names = _attend_kernel.arg_names
+    signature = {name: types.get(name, "i32") for name in names}
+    aligned = (*pointers, "query_token_stride", "query_head_stride")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(_attend_kernel, signature, constants, attributes)
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 4, "num_stages": 2},
+    )
+    code = made.asm["ptx"]
+    return {
+        "shared": made.metadata.shared,
+        "tensor_cores": "mma.sync" in code or "wgmma" in code,
+        "machine_code": len(made.asm["cubin"]),
+    }
+
+
+if __name__ == "__main__":
+    rows = [
+        {"capability": each, "dtype": case.dtype, **compiled(case, int(each))}
+        for each in sys.argv[1:]
+        for case in CASES
+    ]
+    sys.stdout.write(json.dumps(rows))

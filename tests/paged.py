@@ -1,0 +1,85 @@
+"""What attention over pages computes, slowly and on any device, and engines that run on it."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from server.engine.torch import build, cuda_paths
+from server.engine.torch.attention_step import How
+from server.engine.torch.kv_plan import KVPlan, KVWishes, plan_pages, plan_slabs, tiling_of
+from server.engine.torch.page_pool import PAGE
+from server.engine.torch.paged_index import PagedAttention, PagedIndex
+from server.engine.torch.slab import SlabShape
+
+
+def paged_reference(
+    query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How
+) -> Tensor:
+    """Attend one sequence after the other; see `PagedAttention`."""
+    output = torch.full_like(query, torch.nan)
+    for place, (first, last) in enumerate(pairwise(index.query_ends.tolist())):
+        length = int(index.lengths[place])
+        pages = index.tables[place, : -(-length // PAGE)].long()
+        own_keys, own_values = (each[pages].flatten(0, 1)[:length] for each in (keys, values))
+        output[first:last] = _attend(query[first:last], own_keys, own_values, how)
+    return output
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    """One sequence; its last query stands at its last key."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1).float(), value.repeat_interleave(shared, 1)
+    scores = torch.einsum("qhd,khd->hqk", query.float(), key)
+    scores *= query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    places = torch.arange(len(key) - len(query), len(key), device=query.device)[:, None]
+    keys = torch.arange(len(key), device=query.device)
+    seen = keys <= places
+    if how.window is not None:
+        seen &= keys > places - how.window
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)
+
+
+class EagerCapture:
+    """In place of CUDA graphs: what was captured is computed again."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def __call__(
+        self, function: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        self.captured += 1
+        results = [tensor.clone() for tensor in function()]
+
+        def replay() -> None:
+            self.replayed += 1
+            for result, new in zip(results, function(), strict=True):
+                result.copy_(new)
+
+        return replay, results
+
+
+def use_pages(
+    monkeypatch: pytest.MonkeyPatch, attend: PagedAttention = paged_reference
+) -> EagerCapture:
+    """Have engines on this machine use pages, attended to by a function, and graphs."""
+    capture = EagerCapture()
+
+    def plan(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
+        shape = SlabShape.of(model)
+        if wishes.attention == "slabs":
+            return plan_slabs(shape, wishes)
+        return plan_pages(shape, wishes, tiling_of(model, shape), attend)
+
+    monkeypatch.setattr(build, "plan_kv", plan)
+    monkeypatch.setattr(build, "paths_of", lambda _device: cuda_paths)
+    monkeypatch.setattr(cuda_paths, "CudaCapture", lambda _device: capture)
+    return capture

@@ -1,0 +1,168 @@
+"""Penalties that stay on the device: bit for bit what each row's oracle says, and nothing lost."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.base import Request, SamplingSettings
+from server.engine.torch import penalty_table
+from server.engine.torch.penalties import Penalties
+from server.engine.torch.penalty_table import PenaltyTable
+from server.engine.torch.transfer import stage
+from tests.oracles import penalized
+
+VOCABULARY = 300
+CPU = torch.device("cpu")
+SETTINGS = (
+    SamplingSettings(1, repetition_penalty=1.3),
+    SamplingSettings(1, repetition_penalty=0.01, logit_bias=((0, 100.0), (1, -100.0))),
+    SamplingSettings(1, presence_penalty=1.5),
+    SamplingSettings(1, frequency_penalty=-0.7, presence_penalty=0.3),
+    SamplingSettings(1, logit_bias=((2, 4.0), (0, -100.0), (2, 0.1))),
+    SamplingSettings(
+        *(1, 0.9, 0.95, 6, 0.05, 1.1, 0.2, 0.4),
+        logit_bias=tuple((token, token / 7 - 20) for token in range(0, VOCABULARY, 2)),
+    ),
+)
+
+
+@dataclass(eq=False)
+class Drawing:
+    """A request in the middle of its completion."""
+
+    settings: SamplingSettings
+    prompt: tuple[int, ...]
+    completion: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.penalties = Penalties(Request("test", self.prompt, self.settings))
+
+    def push(self, token: int) -> None:
+        self.completion.append(token)
+        self.penalties.push(token)
+
+
+def assert_as_the_oracle_says(
+    table: PenaltyTable, drawings: Sequence[Drawing | None], logits: Tensor | None = None
+) -> None:
+    """Bit for bit, and the logits themselves stay as they are: log-probabilities are of these."""
+    if logits is None:
+        logits = 5 * torch.randn(len(drawings), VOCABULARY)
+    before = logits.clone()
+    found = table.penalize(logits, [None if each is None else each.penalties for each in drawings])
+    expected = [
+        row if each is None else penalized(row, each.prompt, each.completion, each.settings)
+        for row, each in zip(before, drawings, strict=True)
+    ]
+    assert torch.equal(found.view(torch.int32), torch.stack(expected).view(torch.int32))
+    assert torch.equal(logits.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whoever_comes_and_goes_each_row_is_the_oracles(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Random sequences, some of which sit a step out, end, and are followed by others."""
+    monkeypatch.setattr(penalty_table, "_LEAST", 2)  # outgrown after a few draws
+    chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    table, living = PenaltyTable(CPU), list[Drawing]()
+    for _ in range(150):
+        while len(living) < 6 and chosen.random() < 0.5:
+            length = chosen.choice((0, 1, 5, 200))
+            prompt = tuple(chosen.randrange(VOCABULARY) for _ in range(length))
+            living.append(Drawing(chosen.choice(SETTINGS), prompt))
+        drawing = chosen.sample(living, chosen.randint(0, len(living)))
+        logits = 5 * torch.randn(len(drawing) + 1, VOCABULARY, generator=generator)
+        logits[:, 7] = chosen.choice((torch.inf, -torch.inf, torch.nan, 3e38, -0.0, 0.0))
+        assert_as_the_oracle_says(table, [*drawing, None], logits)
+        for each in drawing:
+            each.push(chosen.randrange(chosen.choice((3, VOCABULARY))))  # often one that it has
+        for each in tuple(living):
+            if chosen.random() < 0.05:
+                living.remove(each)
+                table.free(each.penalties)
+        table.check([each.penalties for each in living])
+
+
+def test_rows_that_change_nothing_cost_no_copy() -> None:
+    table, logits = PenaltyTable(CPU), torch.randn(2, VOCABULARY)
+    penalties = Penalties(Request("test", tuple(range(100)), SETTINGS[2]))
+    assert table.penalize(logits, [None, penalties]) is logits
+    assert table.penalize(logits[:0], []).shape == (0, VOCABULARY)
+    table.check([])
+
+
+def test_a_step_sends_what_is_new_whatever_was_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def counted(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        sent.append(sum(tensor.numel() for tensor in tensors))
+        return stage(tensors, device)
+
+    monkeypatch.setattr(penalty_table, "stage", counted)
+    table, prompt = PenaltyTable(CPU), tuple(range(250))
+    drawings = [Drawing(SETTINGS[0], prompt) for _ in range(3)]
+    for token in range(30):
+        assert_as_the_oracle_says(table, drawings)
+        drawings[0].push(255 + token)
+        drawings[1].push(token)
+        drawings[1].push(token)  # of two changes in one place the last counts
+    assert len(sent) == 30, "one copy a step"
+    assert sent[0] > 3 * 250
+    # Of each row its number, where it is and its length; of each change, where and its entry.
+    assert set(sent[1:]) == {3 * 3 + 2 * 5}
+
+
+@pytest.mark.parametrize("name", ["_packed", "stage", "_changed"])
+@pytest.mark.parametrize("draws", [1, 100])
+def test_a_step_that_fails_loses_nothing_of_anybody(
+    monkeypatch: pytest.MonkeyPatch, name: str, draws: int
+) -> None:
+    """Before the changes are applied, or after; with segments that were outgrown, or without."""
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    table, kept, ends = PenaltyTable(CPU), Drawing(SETTINGS[3], (1,)), Drawing(SETTINGS[0], (2,))
+    kept.push(1)
+    assert_as_the_oracle_says(table, [kept, ends])
+    for token in range(draws):
+        kept.push(token)
+        ends.push(token)
+    with monkeypatch.context() as broken:
+        broken.setattr(penalty_table, name, failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            table.penalize(torch.randn(2, VOCABULARY), [kept.penalties, ends.penalties])
+    table.check([kept.penalties, ends.penalties])
+    table.free(ends.penalties)
+    assert_as_the_oracle_says(table, [Drawing(SETTINGS[1], (4, 5)), kept])
+    kept.push(1)
+    assert_as_the_oracle_says(table, [kept])
+
+
+def test_what_ended_leaves_room_for_others() -> None:
+    """A table is as long as what lives needs, however many have come and gone."""
+    table, stays = PenaltyTable(CPU), Drawing(SETTINGS[0], (1, 2, 3))
+    for length in (*range(0, 250, 5), *range(0, 250, 5)):
+        passing = Drawing(SETTINGS[0], tuple(range(length)))
+        assert_as_the_oracle_says(table, [passing, stays])
+        table.free(passing.penalties)
+        table.free(passing.penalties)  # harmless
+        table.check([stays.penalties])
+    assert len(table._entries) < 1500
+    table.free(stays.penalties)
+    table.check([])
+
+
+def test_books_that_do_not_add_up_are_seen() -> None:
+    table, drawing = PenaltyTable(CPU), Drawing(SETTINGS[0], (1, 2, 3))
+    table.penalize(torch.randn(1, VOCABULARY), [drawing.penalties])
+    with pytest.raises(AssertionError, match="has ended"):
+        table.check([])
+    table.free(drawing.penalties)
+    with pytest.raises(AssertionError, match="neither sent"):
+        table.check([drawing.penalties])
