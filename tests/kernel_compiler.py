@@ -55,7 +55,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         "block_rows": tiling.block_rows(1 if case.decoding else 100),
         "block_keys": _tile_keys(case.head_dim * itemsize),
         "block_dim": case.head_dim,
-        "splits": splits,
+        "is_split": splits > 1,
         "has_softcap": case.bounded,
         "has_window": case.bounded,
     }

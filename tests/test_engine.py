@@ -24,6 +24,7 @@ from server.engine.base import (
     StepOutput,
     UnservableInterventionError,
 )
+from server.engine.torch import core
 from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
@@ -417,6 +418,7 @@ async def test_a_device_that_computes_nothing_more_ends_the_engine(
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     monkeypatch.setattr(engine._core._runner, "run", broken)
+    monkeypatch.setattr(core, "is_dead", lambda _device: True)
     with pytest.raises(EngineDeadError):
         await finish(await submit(engine, request()))
     assert not engine.ready

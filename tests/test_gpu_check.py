@@ -1,5 +1,6 @@
 """`make gpu-check`: all of it on the CPU, without what serves; and parts that fail or get stuck."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import parts
+from benchmarks.gpu import cuda_tests, parts
 from benchmarks.gpu.page import Page
 from benchmarks.gpu.parts import PARTS, ROOT, Outcome, Part, run_part
 from benchmarks.gpu.rows import Row, Rows, read_row
@@ -63,8 +64,9 @@ def test_a_dry_run_passes_where_nothing_that_serves_is_installed(tmp_path: Path)
     rows = {part["name"]: part["rows"] for part in told["parts"]}
     assert rows.keys() == {part.name for part in PARTS}
     assert all(rows.values()), "a part has told nothing"
-    assert rows["tests"][0]["passed"] > 10
-    assert rows["tests"][0]["failed"] == 0
+    [counts] = rows["tests"]
+    assert counts["passed"] > 10
+    assert (counts["failed"], counts["complete"]) == (0, True)
     for name in ("replayed", "eager"):
         speeds = [row for row in rows[name] if "tokens_per_s" in row]
         assert {row["steering"] for row in speeds} == {"none", "LinEAS", "ARGRE", "both"}
@@ -86,7 +88,7 @@ def test_a_part_that_is_stuck_is_ended_with_all_that_it_has_started() -> None:
     )
     rows: list[Row] = []
     began = time.monotonic()
-    outcome = run_part(command(code), 2.0, rows.append)
+    outcome = run_part(command(code), 2.0, rows.append, io.StringIO())
     assert time.monotonic() - began < 20
     assert outcome == Outcome(False, "ended after 2 s", "almost")
     assert rows == [{"a": 1}]
@@ -95,7 +97,9 @@ def test_a_part_that_is_stuck_is_ended_with_all_that_it_has_started() -> None:
 def test_a_part_that_fails_says_its_last_lines() -> None:
     rows: list[Row] = []
     code = "print('ROW {\"a\": 1}', flush=True); print(*range(100), sep='\\n'); raise SystemExit(3)"
-    outcome = run_part(command(code), 60, rows.append)
+    log = io.StringIO()
+    outcome = run_part(command(code), 60, rows.append, log)
+    assert log.getvalue().splitlines()[1] == "0", "the log has not all lines"
     assert (outcome.passed, outcome.how) == (False, "failed with 3")
     assert outcome.tail.splitlines()[-1] == "99"
     assert len(outcome.tail.splitlines()) == 25
@@ -152,11 +156,33 @@ def test_what_fails_in_a_row_is_told_and_counted(capsys: pytest.CaptureFixture[s
         int("no number\nand more")
     with rows.attempt(batch=2):
         rows.tell(batch=2, speed=3)
-    told = [read_row(line) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("Traceback") for line in lines)
+    told = [row for line in lines if (row := read_row(line)) is not None]
     failed = "ValueError: invalid literal for int() with base 10: 'no number\\nand more'"
     assert told == [{"batch": 1, "failed": failed}, {"batch": 2, "speed": 3}]
     assert rows.failures == 1
     assert read_row("nothing of ours") is None
+
+
+def test_each_test_that_fails_is_told_when_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "tests/cuda/test_a.py::test_one[llama-0 1] PASSED   [ 10%]",
+        "tests/cuda/test_a.py::test_two FAILED              [ 20%]",
+        "tests/cuda/test_a.py::test_three SKIPPED (no)      [ 30%]",
+        "tests/cuda/test_a.py::test_four ERROR              [ 40%]",
+        "something else PASSED",
+        "FAILED tests/cuda/test_a.py::test_two - assert 1 == 2",
+    ]
+    count = cuda_tests._follow([f"{line}\n" for line in lines], Rows(sys.stdout))
+    assert count == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
+    out = capsys.readouterr().out.splitlines()
+    told = [row for line in out if (row := read_row(line)) is not None]
+    assert [(row["test"], row["message"]) for row in told] == [
+        ("tests/cuda/test_a.py::test_two", None),
+        ("tests/cuda/test_a.py::test_four", None),
+        ("tests/cuda/test_a.py::test_two", "assert 1 == 2"),
+    ]
 
 
 def test_the_path_to_import_from_keeps_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def test_a_device_that_has_failed_serves_nothing(
     suited: LoadedModel, monkeypatch: pytest.MonkeyPatch, attention: AttentionChoice
 ) -> None:
     failing(monkeypatch, torch.AcceleratorError("an illegal memory access was encountered"))
+    monkeypatch.setattr(kv_plan, "is_dead", lambda _device: True)
     with pytest.raises(ModelLoadError, match="--attention slabs does without: an illegal"):
         plan_kv(suited.model, wishes(attention))
 

@@ -24,7 +24,7 @@ def numbered(start: int, end: int) -> list[torch.Tensor]:
     return [tokens[None, None, :, None, None].expand(2, 2, -1, 2, 8)]
 
 
-def test_a_lane_takes_a_page_for_each_256_tokens_and_gives_all_back() -> None:
+def test_a_lane_takes_a_page_for_each_64_tokens_and_gives_all_back() -> None:
     pool = PagePool(SHAPE, 5)
     lane = lane_of(pool, 1)
     assert (lane.capacity, pool.free) == (PAGE, 3)
@@ -60,12 +60,10 @@ def test_layers_on_several_devices_are_refused() -> None:
         PagePool(SlabShape(2, 8, torch.float32, (CPU, torch.device("meta"))), 2)
 
 
-@pytest.mark.parametrize(
-    ("start", "end"), [(0, 16), (250, 260), (256, 512), (100, 700), (511, 512)]
-)
+@pytest.mark.parametrize(("start", "end"), [(0, 16), (60, 70), (64, 128), (100, 700), (511, 512)])
 def test_what_is_read_can_be_written_elsewhere(start: int, end: int) -> None:
-    pool = PagePool(SHAPE, 8)
-    for page in range(8):
+    pool = PagePool(SHAPE, 40)
+    for page in range(40):
         pool.page(page).zero_()
     source, copy = lane_of(pool, 1), lane_of(pool, 1)
     source.write(0, numbered(0, 700))
@@ -80,7 +78,7 @@ def test_what_is_read_can_be_written_elsewhere(start: int, end: int) -> None:
 
 
 def test_a_layer_shows_what_is_stored_where_the_table_says() -> None:
-    pool = PagePool(SHAPE, 8)
+    pool = PagePool(SHAPE, 40)
     lane_of(pool, 1)
     lane = lane_of(pool, 1)
     lane.write(0, numbered(0, 300))
@@ -95,7 +93,7 @@ def test_a_layer_shows_what_is_stored_where_the_table_says() -> None:
 def test_lanes_keep_what_they_hold_whoever_comes_grows_and_goes(
     steps: Sequence[tuple[int, int]],
 ) -> None:
-    pool = PagePool(SlabShape(1, 1, torch.float32, (CPU,)), 250)
+    pool = PagePool(SlabShape(1, 1, torch.float32, (CPU,)), 800)
     lanes: dict[int, PagedLane] = {}
     for name, tokens in steps:
         if name in lanes and tokens % 3 == 0:

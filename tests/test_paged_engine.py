@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.base import Edit, Request, StepFailedError
+from server.engine.torch import cuda_graphs, cuda_paths
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
+from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.decoder_call import Decoder, DecoderCallError
 from server.engine.torch.graph_capture import CaptureError
 from server.engine.torch.graph_keys import buckets
 from server.engine.torch.loader import ModelLoadError
@@ -183,6 +186,39 @@ def test_who_needs_nothing_new_keeps_the_graphs_of_before(
     assert capture.captured == captured
 
 
+def test_deeper_stacks_than_memory_was_planned_for_have_no_graph(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pages(monkeypatch)
+    core = build_core(load_tiny(), OPTIONS)
+    edits = tuple(Edit(digest, AffineSettings(0.4)) for digest in ("a", "b", "a"))
+    [outputs] = finish(core, [sequence(PROMPTS[0], edits)])
+    expected = expected_of(Oracle(tiny_model("llama")), "llama", PROMPTS[0], edits)
+    assert_equal_to_oracle(outputs, *expected)
+    assert core.compiling == 0
+
+
+def test_a_model_that_gives_its_decoder_more_than_inputs_has_no_graph(load_tiny: LoadTiny) -> None:
+    """What it would have made of one step's inputs would be another step's too."""
+    model = load_tiny().model
+    decoder = Decoder(model)
+    forward = model.model.forward
+    model.model.forward = lambda *args, **kwargs: forward(*args, extra=torch.ones(1), **kwargs)
+    inputs = DecodeInputs(DecodeShape(rows=2, depth=0, pages=1), torch.device("cpu"))
+    with pytest.raises(DecoderCallError, match="other inputs"):
+        decoder.call_of(model, inputs)
+
+
+@pytest.mark.parametrize(("family", "path"), [("llama", "model"), ("gpt2", "transformer")])
+def test_sites_outside_of_the_decoder_are_in_no_graph(
+    load_tiny: LoadTiny, family: str, path: str
+) -> None:
+    decoder = Decoder(load_tiny(family).model)
+    assert decoder.holds(f"{path}.layers.0")
+    assert not decoder.holds(path), "its hooks are not its own code"
+    assert not decoder.holds("lm_head")
+
+
 def test_a_graph_that_nobody_can_use_any_longer_is_not_made(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +258,8 @@ def test_a_device_that_has_failed_ends_the_engine(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, at_start: bool
 ) -> None:
     capture = use_pages(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "is_dead", lambda _device: True)
+    monkeypatch.setattr(cuda_paths, "is_dead", lambda _device: True)
 
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -399,7 +437,7 @@ def test_who_yields_for_want_of_pages_goes_on_later(
     options = replace(OPTIONS, kv_cache_gb=pages * PAGE * 256 / 1e9, prefix_cache=False)
     core = build_core(load_tiny(), options)
     assert core.scheduler.pool.blocks == 3
-    prompts = [(PROMPTS[2] * 3)[start : start + 250] for start in range(3)]
+    prompts = [(PROMPTS[2] * 3)[start : start + PAGE - 6] for start in range(3)]
     outputs = finish(core, [sequence(prompt, STACKS["a"]) for prompt in prompts])
     assert core.scheduler.preemptions > 0
     oracle = Oracle(tiny_model("llama"))

@@ -35,7 +35,9 @@ def main() -> int:
         sys.stdout.flush()
         page.begin(part)
         began = time.monotonic()
-        outcome = run_part(part.command(arguments.dry_run), part.seconds, page.row)
+        with (out / f"gpu-{part.name}.log").open("w", buffering=1) as log:
+            command = part.command(arguments.dry_run)
+            outcome = run_part(command, part.seconds, page.row, log)
         page.end(outcome, time.monotonic() - began)
         passed += outcome.passed
         sys.stdout.write(f"{outcome.tail}\n" if outcome.tail else "")

@@ -4,54 +4,71 @@ import os
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from benchmarks.gpu.parts import ROOT
+from benchmarks.gpu.parts import ROOT, TESTS_SECONDS
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.rows import Rows
 
 _FOLDER: Final = "tests/cuda"
-_LAST_LINES: Final = 3
+# As pytest -v writes them: a test and its outcome, or a line of its summary.
+_OUTCOME: Final = re.compile(r"(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
+_SUMMARY: Final = re.compile(r"(?:FAILED|ERROR) (?P<test>\S+::.+?)(?: - (?P<message>.*))?$")
 
 
 def run(place: Place, rows: Rows) -> None:
-    """Run them, and tell how many passed and what failed."""
-    with TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        status = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}"),
-                *("-c", f"{_FOLDER}/pytest.ini", "--rootdir", str(ROOT)),
-                *("--confcutdir", _FOLDER, "-p", "no:cacheprovider", _FOLDER),
-            ],
-            cwd=ROOT,
-            env=os.environ
-            | {
-                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-                "STEERSERVE_DRY_RUN": "1" if place.device.type == "cpu" else "0",
-            },
-            check=False,
-        ).returncode
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None, "pytest has written no suite"
-    count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = count["failures"] + count["errors"]
-    passed = count["tests"] - failed - count["skipped"]
-    rows.tell(passed=passed, failed=failed, skipped=count["skipped"])
-    for name, message in _failures(suite):
-        rows.tell(test=name, message=message)
-    if status or not passed:
+    """Run them, and tell what failed, and how many passed, also where time has run out."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=10"),
+            *("-c", f"{_FOLDER}/pytest.ini", "--rootdir", str(ROOT)),
+            *("--confcutdir", _FOLDER, "-p", "no:cacheprovider", _FOLDER),
+        ],
+        cwd=ROOT,
+        env=os.environ | _variables(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    timer = threading.Timer(TESTS_SECONDS, process.kill)
+    timer.start()
+    assert process.stdout is not None
+    try:
+        with process:
+            count = _follow(process.stdout, rows)
+    finally:
+        timer.cancel()
+    rows.tell(
+        passed=count["PASSED"],
+        failed=count["FAILED"] + count["ERROR"],
+        skipped=count["SKIPPED"],
+        complete=process.returncode >= 0,
+    )
+    if process.returncode or not count["PASSED"]:
         rows.failures += 1
 
 
-def _failures(suite: ElementTree.Element) -> Iterator[tuple[str, str]]:
-    """Each test that failed, with the last lines of what it said."""
-    for case in suite.iter("testcase"):
-        for kind in ("failure", "error"):
-            for found in case.findall(kind):
-                lines = re.sub(r"\s*\n\s*", "\n", (found.text or "").strip()).splitlines()
-                yield str(case.get("name")), " / ".join(lines[-_LAST_LINES:])
+def _variables(place: Place) -> Mapping[str, str]:
+    return {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "COLUMNS": "250",  # of which a message gets what the test's name leaves
+        "STEERSERVE_DRY_RUN": "1" if place.device.type == "cpu" else "0",
+    }
+
+
+def _follow(lines: Iterable[str], rows: Rows) -> Counter[str]:
+    """Copy pytest's lines, and tell each test that failed; how many had each outcome."""
+    count: Counter[str] = Counter()
+    for line in lines:
+        sys.stdout.write(line)
+        if found := _OUTCOME.match(line):
+            count[found["outcome"]] += 1
+            if found["outcome"] in ("FAILED", "ERROR"):
+                rows.tell(test=found["test"], message=None)
+        elif found := _SUMMARY.match(line):
+            rows.tell(test=found["test"], message=found["message"])
+    return count

@@ -1,6 +1,7 @@
 """Versions and the device."""
 
 import platform
+import shutil
 from importlib import metadata
 
 import torch
@@ -18,6 +19,8 @@ def run(place: Place, rows: Rows) -> None:
         transformers=transformers.__version__,
         triton=_version("triton"),
         cuda=torch.version.cuda,
+        # Triton compiles its launcher by it.
+        c_compiler=shutil.which("gcc") or shutil.which("clang"),
     )
     with rows.attempt(device=str(place.device)):
         rows.tell(**_device(place.device), read_gb_per_s=round(place.bandwidth() / 1e9, 1))

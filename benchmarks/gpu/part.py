@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    # Why a fast path was turned off is in the log of this part.
+    logging.basicConfig(stream=sys.stdout, format="%(name)s: %(message)s")
+    logging.getLogger("server").setLevel(logging.DEBUG)
     rows = Rows()
     module, function = _FUNCTIONS[arguments.name]
     run = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from benchmarks.gpu.rows import Row, read_row
 
 ROOT: Final = Path(__file__).parent.parent.parent
+TESTS_SECONDS: Final = 115.0  # of pytest, so that what it has shown is told in time
 _TAIL_LINES: Final = 25
 
 
@@ -31,11 +32,11 @@ class Part:
 
 PARTS: Final = (
     Part("environment", "Versions and device", 30),
-    Part("families", "Self-test, form of attention and graphs of each family", 60),
-    Part("tests", "The tests marked `cuda`", 110),
-    Part("replayed", "A random Llama, decoding by CUDA graphs", 140),
-    Part("eager", "A random Llama, without CUDA graphs", 80),
-    Part("profile", "The kernels of one steered decode step, the longest first", 60),
+    Part("families", "Self-test, form of attention and graphs of each family", 75),
+    Part("tests", "The tests marked `cuda`", TESTS_SECONDS + 10),
+    Part("replayed", "A random Llama, decoding by CUDA graphs", 125),
+    Part("eager", "A random Llama, without CUDA graphs", 70),
+    Part("profile", "The kernels of one steered decode step, the longest first", 55),
 )
 
 
@@ -48,11 +49,14 @@ class Outcome:
     tail: str  # the last lines that it wrote, if it did not pass
 
 
-def run_part(command: Sequence[str], seconds: float, take: Callable[[Row], None]) -> Outcome:
+def run_part(
+    command: Sequence[str], seconds: float, take: Callable[[Row], None], log: TextIO
+) -> Outcome:
     """Run a part's command to its end, or for so many seconds.
 
     Args:
         take: is given each row as it comes.
+        log: is given all that the command writes.
     """
     process = subprocess.Popen(
         command,
@@ -78,6 +82,7 @@ def run_part(command: Sequence[str], seconds: float, take: Callable[[Row], None]
     try:
         with process:
             for line in process.stdout:
+                log.write(line)
                 row = read_row(line)
                 if row is None:
                     lines = [*lines, line.rstrip()][-_TAIL_LINES:]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, TextIO, TypeAlias
@@ -31,6 +32,7 @@ class Rows:
             yield
         except Exception as error:
             self.failures += 1
+            traceback.print_exc(file=self._out)
             self.tell(**row, failed=first_line(error))
 
 

@@ -93,6 +93,7 @@ def _speed(
 def _tell_memory(bench: Bench, plan: MemoryPlan, place: Place, rows: Rows) -> None:
     """What was planned, what keys and values got, and what was used at most."""
     free, total = torch.cuda.mem_get_info(place.device)
+    reserved = torch.cuda.memory_reserved(place.device)
     stored = bench.core.scheduler.pool.tokens * SlabShape.of(bench.loaded.model).bytes_per_token
     rows.tell(
         keys_and_values_gb=round(stored / 1e9, 2),
@@ -100,7 +101,9 @@ def _tell_memory(bench: Bench, plan: MemoryPlan, place: Place, rows: Rows) -> No
         planned_step_gb=round(plan.step / 1e9, 2),
         planned_graphs_gb=round(plan.graphs / 1e9, 2),
         peak_allocated_gb=round(torch.cuda.max_memory_allocated(place.device) / 1e9, 2),
-        peak_reserved_gb=round(torch.cuda.max_memory_reserved(place.device) / 1e9, 2),
+        reserved_gb=round(reserved / 1e9, 2),
         free_at_the_end_gb=round(free / 1e9, 2),
+        # Graphs, the context and libraries, which torch's allocator does not know.
+        beside_torch_gb=round((total - free - reserved) / 1e9, 2),
         total_gb=round(total / 1e9, 2),
     )

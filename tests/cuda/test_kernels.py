@@ -57,15 +57,15 @@ def attend() -> PagedAttention:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "softcap"),
+    ("heads", "kv_heads", "head_dim", "softcap", "dtype"),
     [
-        (32, 8, 128, None),  # Llama 3 8B, Mistral 7B
-        (14, 2, 64, None),  # Qwen2.5 0.5B
-        (14, 2, 64, 30.0),
-        (8, 4, 256, 50.0),  # Gemma-2 2B
+        (32, 8, 128, None, torch.float16),  # Llama 3 8B, Mistral 7B
+        (32, 8, 128, None, torch.bfloat16),
+        (14, 2, 64, None, torch.bfloat16),  # Qwen2.5 0.5B
+        (14, 2, 64, 30.0, torch.float32),
+        (8, 4, 256, 50.0, torch.bfloat16),  # Gemma-2 2B
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_attention_is_right_at_sizes_that_models_have(
     attend: PagedAttention,
     dtype: torch.dtype,

@@ -8,7 +8,6 @@ from collections.abc import Sequence as Items
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from server.engine.torch.answer import Answer
 from server.engine.torch.attention_step import KVMemory
 from server.engine.torch.batch import Batch, build_batch
 from server.engine.torch.detokenizer import Detokenizer
+from server.engine.torch.devices import is_dead
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.kv_store import KVStore
 from server.engine.torch.penalty_table import PenaltyTable
@@ -164,9 +164,9 @@ class EngineCore:
         if plan.chunks:
             try:
                 deliveries += self._compute(plan)
-            except torch.AcceleratorError:
-                raise  # the device computes nothing any more, for nobody
             except Exception:
+                if is_dead(self._device):
+                    raise
                 logger.exception("a step of %d sequences failed", len(plan.chunks))
                 error = StepFailedError("the engine failed while computing this request")
                 deliveries += [(chunk.sequence, error) for chunk in plan.chunks]

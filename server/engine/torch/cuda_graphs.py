@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from server.engine.torch.batch import Batch
 from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
 from server.engine.torch.decoder_call import Decoder
+from server.engine.torch.devices import is_dead
 from server.engine.torch.graph_capture import Capture
-from server.engine.torch.graph_keys import GraphKey, buckets
+from server.engine.torch.graph_keys import MOST_DEPTH, GraphKey, buckets
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory, PagedStep
 from server.engine.torch.staged_runner import StagedRunner, paged_step
@@ -108,7 +109,7 @@ class GraphRunner(StagedRunner):
         """Make one graph that is pending; False if none is. Between steps that nobody waits for.
 
         Raises:
-            torch.AcceleratorError: the device has failed, and computes nothing any more.
+            Exception: the device has failed, and computes nothing any more.
         """
         for key in tuple(self._wanted):
             slot = self._bank.affine_slot() if key.depth else 0
@@ -117,9 +118,9 @@ class GraphRunner(StagedRunner):
             del self._wanted[key]
             try:
                 self._graphs[key] = self._make(key, slot)
-            except torch.AcceleratorError:
-                raise
             except Exception as error:
+                if is_dead(self._device):
+                    raise
                 logger.warning(
                     "steps of %d rows and %d edits run without a CUDA graph, which is slower, as "
                     "with --no-cuda-graphs: %s",
@@ -152,6 +153,8 @@ class GraphRunner(StagedRunner):
         if rows is None:
             return None
         depth = max((layer.depth + 1 for layer in batch.route.affine), default=0)
+        if depth > MOST_DEPTH:
+            return None
         key = GraphKey(rows, depth, measured=bool(depth) and measured)
         if key not in self._graphs:
             self._wanted[key] = None
@@ -194,8 +197,11 @@ class GraphRunner(StagedRunner):
         """Capture, and compare with the model edited by a slot, on other inputs than the capture's.
 
         Raises:
-            GraphError: a replay gives something else.
+            GraphError: a replay gives something else, or would leave a site unedited.
         """
+        edits = self._bank.layout if key.depth else frozenset[MapNeed]()
+        if outside := sorted({need.site for need in edits if not self._decoder.holds(need.site)}):
+            raise GraphError(f"{', '.join(outside)} is outside of the decoder, and in no graph")
         inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
         step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
         route = inputs.route()
@@ -221,7 +227,6 @@ class GraphRunner(StagedRunner):
         if not difference < _TOLERANCE:
             raise GraphError(f"a replayed step is off by {difference:.2g}")
         doses = dict(zip(places, zip(sums[::2], sums[1::2], strict=True), strict=True))
-        edits = self._bank.layout if key.depth else frozenset[MapNeed]()
         return _Graph(inputs, replay, hidden, doses, captured.output, edits)
 
 

@@ -3,12 +3,12 @@
 import logging
 from contextlib import suppress
 
-import torch
 from transformers import PreTrainedModel
 
 from server.engine.base import UnservableInterventionError
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.device_paths import Parts
+from server.engine.torch.devices import is_dead
 from server.engine.torch.graph_capture import CudaCapture
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.options import EngineOptions
@@ -45,11 +45,11 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
     try:
         graphs.warm_up()
         _rehearse(graphs, parts, options)
-    except torch.AcceleratorError as error:
-        raise ModelLoadError(
-            f"the GPU failed while graphs were made; --no-cuda-graphs does without: {error}"
-        ) from error
     except Exception as error:
+        if is_dead(memory.device):
+            raise ModelLoadError(
+                f"the GPU failed while graphs were made; --no-cuda-graphs does without: {error}"
+            ) from error
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         logger.warning(
             "steps run without CUDA graphs, which is slower, as with --no-cuda-graphs: %s", reason

@@ -36,9 +36,15 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         module: object = model.get_decoder()  # type: ignore[no-untyped-call]
         assert isinstance(module, nn.Module)
+        named: nn.Module = model
+        self._path = next(path for path, each in named.named_modules() if each is module)
         self._own: Callable[..., DecoderOutput] = module.forward
         self._instead: Callable[..., object] | None = None
         module.forward = self._forward
+
+    def holds(self, site: str) -> bool:
+        """Whether a module is computed by the decoder's own code; its hooks are not."""
+        return site.startswith(f"{self._path}.")
 
     def _forward(self, *args: object, **kwargs: object) -> object:
         return (self._instead or self._own)(*args, **kwargs)
@@ -79,9 +85,9 @@ class Decoder:
             raise DecoderCallError(f"{type(model).__name__} calls its decoder {len(calls)} times")
         [(args, kwargs, output)] = calls
         given = [*args, *kwargs.values()]
-        for tensor in (inputs.input_ids, inputs.position_ids):
-            if not any(each is tensor for each in given):
-                raise DecoderCallError(f"{type(model).__name__} gives its decoder other inputs")
+        tensors = [each for each in given if isinstance(each, Tensor)]
+        if {*map(id, tensors)} != {id(inputs.input_ids), id(inputs.position_ids)}:
+            raise DecoderCallError(f"{type(model).__name__} gives its decoder other inputs")
         return DecoderCall(
             lambda: self._own(*args, **kwargs), type(output), output.last_hidden_state
         )

@@ -40,6 +40,20 @@ def layer_devices(model: PreTrainedModel, layers: int) -> tuple[torch.device, ..
     return tuple(devices[layer] for layer in range(layers))
 
 
+def is_dead(device: torch.device) -> bool:
+    """Whether a GPU has failed and computes nothing any more for this process. Waits for it.
+
+    The error alone does not tell: torch raises the same for much that passes.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; on the CPU, that could be made free without swapping."""
     if device.type == "cuda":

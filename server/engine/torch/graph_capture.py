@@ -1,6 +1,7 @@
 """Captures what a function launches on a GPU, so that it can be replayed at once."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -45,7 +46,6 @@ class CudaCapture:
 
         Raises:
             CaptureError: it cannot be captured.
-            torch.AcceleratorError: the device has failed, and computes nothing any more.
         """
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
@@ -63,9 +63,17 @@ class CudaCapture:
             except Exception as error:
                 # Where a capture has failed, its stream stays the current one, and its pool open.
                 torch.cuda.set_stream(current)
+                # Where it stays open, torch captures nothing any more in this process.
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
                 self._begin_anew()
-                # torch raises the same where a device has failed: then this fails as well.
-                torch.cuda.synchronize(self._device)
-                raise CaptureError(str(error)) from error
+                raise CaptureError(_cause(error)) from error
         self._last = graph
         return graph.replay, results
+
+
+def _cause(error: BaseException) -> str:
+    """What a capture has failed of; the last error says no more than that something failed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"

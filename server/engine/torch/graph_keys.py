@@ -1,6 +1,9 @@
 """Which steps share a captured graph."""
 
 from dataclasses import dataclass
+from typing import Final
+
+MOST_DEPTH: Final = 2  # of stacks of affine edits that graphs are made for: each takes memory
 
 
 @dataclass(frozen=True, slots=True)

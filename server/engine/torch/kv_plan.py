@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention_step import KVMemory
-from server.engine.torch.devices import free_memory
+from server.engine.torch.devices import free_memory, is_dead
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.options import AttentionChoice
@@ -72,12 +72,11 @@ def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
     tiling = tiling_of(model, shape)
     try:
         attend = checked_kernel(model, shape, tiling)
-    except torch.AcceleratorError as error:
-        # The device computes nothing any more for this process.
-        raise ModelLoadError(
-            f"the GPU failed in attention over pages; --attention slabs does without: {error}"
-        ) from error
     except Exception as error:
+        if is_dead(model.device):
+            raise ModelLoadError(
+                f"the GPU failed in attention over pages; --attention slabs does without: {error}"
+            ) from error
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         if wishes.attention == "pages":
             raise ModelLoadError(f"attention over pages does not work here: {reason}") from error

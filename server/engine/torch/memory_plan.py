@@ -11,7 +11,7 @@ from typing import Final
 from transformers import PreTrainedModel
 
 from server.engine.torch.devices import free_memory
-from server.engine.torch.graph_keys import buckets
+from server.engine.torch.graph_keys import MOST_DEPTH, buckets
 from server.engine.torch.options import EngineOptions
 from steering.sites import SiteError, default_sites, match_sites
 
@@ -23,8 +23,8 @@ _FLOAT: Final = 4
 _LOGIT_BYTES: Final = 40
 # Of one captured step: its launches, for all its layers together.
 _GRAPH_BYTES: Final = 24 << 20
-# Depths of stacks that graphs may be made for, and for each whether its doses are measured.
-_GRAPHS_PER_BUCKET: Final = 5
+# One without edits, and two for each depth of stacks: with doses measured, and not.
+_GRAPHS_PER_BUCKET: Final = 1 + 2 * MOST_DEPTH
 # What the device's libraries take for themselves, and what lies between allocations.
 _LIBRARIES: Final = 512 << 20
 _USABLE: Final = 0.97

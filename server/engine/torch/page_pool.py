@@ -1,4 +1,4 @@
-"""Memory for keys and values on a GPU: pages of 256 tokens, allocated when the engine starts."""
+"""Memory for keys and values on a GPU: pages of 64 tokens, allocated when the engine starts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -10,7 +10,7 @@ from torch import Tensor
 from server.engine.torch.attention_step import Lane
 from server.engine.torch.slab import SlabShape
 
-PAGE: Final = 256  # tokens
+PAGE: Final = 64  # tokens, of which the kernel multiplies no more at once
 SCRATCH: Final = 0  # a page that no sequence has: rows that pad a batch write there
 
 _FIRST_ROWS: Final = 16
@@ -48,12 +48,12 @@ class PagePool:
         return len(self._free)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values: views of (pages, 256, kv_heads, head_dim)."""
+        """One layer's keys and values: views of (pages, 64, kv_heads, head_dim)."""
         keys, values = self._store[index]
         return keys, values
 
     def page(self, number: int) -> Tensor:
-        """One page of all layers: a view of (layers, 2, 256, kv_heads, head_dim)."""
+        """One page of all layers: a view of (layers, 2, 64, kv_heads, head_dim)."""
         return self._store[:, :, number]
 
     def take(self) -> int:

@@ -100,12 +100,15 @@ def _check(
 
 
 def _packed(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
-    """The pieces of (heads, tokens, head_dim) each, as (1, heads, tokens, head_dim)."""
+    """The pieces of (heads, tokens, head_dim) each, as (1, heads, tokens, head_dim).
+
+    In memory tokens come before heads, as in a model.
+    """
     taken = [
         part[:, piece.start : piece.start + piece.count]
         for part, piece in zip(parts, pieces, strict=True)
     ]
-    return torch.cat(taken, dim=1)[None]
+    return torch.cat(taken, dim=1).transpose(0, 1).contiguous().transpose(0, 1)[None]
 
 
 def _reference(text: Sequence[Tensor], how: How) -> Tensor:

@@ -25,7 +25,7 @@ class PagedIndex:
     A piece's queries are divided into blocks; each program attends for one block and one KV head.
     """
 
-    slots: Tensor  # (tokens,) int64: where each token's K and V go, page * 256 + place in it
+    slots: Tensor  # (tokens,) int64: where each token's K and V go, page * 64 + place in it
     query_ends: Tensor  # (n + 1,) int32: 0, then how many tokens all pieces so far have
     lengths: Tensor  # (n,) int32: keys of each, those of before too
     tables: Tensor  # (n, pages) int32: each one's pages
@@ -39,7 +39,7 @@ class PagedIndex:
 PagedAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor, PagedIndex, How], Tensor]
 """Lets each query see its sequence's keys up to its own, or the last `window` of them.
 
-Takes query: (tokens, heads, head_dim); keys, values: (pages, 256, kv_heads, head_dim), in which the
+Takes query: (tokens, heads, head_dim); keys, values: (pages, 64, kv_heads, head_dim), in which the
 step's own are stored already; the step's index, on their device; and what the layer asks for.
 Returns (tokens, heads, head_dim).
 """
@@ -116,7 +116,7 @@ def _owners(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slots(tables: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """Where the tokens of each piece go: (tokens,) int64, page * 256 + place in the page."""
+    """Where the tokens of each piece go: (tokens,) int64, page * 64 + place in the page."""
     owners, numbers = _owners(counts)
     places = starts[owners] + numbers
     return tables[owners, places // PAGE].long() * PAGE + places % PAGE

@@ -23,10 +23,10 @@ _TILE_BYTES = 16384  # of keys: two of keys and two of values fit beside queries
 
 
 # Numbers that differ from step to step must not make a kernel each.
-@triton.jit(do_not_specialize=["tokens", "table_stride", "window"])
+@triton.jit(do_not_specialize=["tokens", "table_stride", "window", "splits"])
 def _attend_kernel(
     output,  # (tokens, heads, head_dim), or float32 (splits, tokens, heads, head_dim)
-    maxima,  # (splits, tokens, heads) float32, of scores; not written where splits is 1
+    maxima,  # (splits, tokens, heads) float32, of scores; not written where nothing is split
     sums,  # the same shape: of exponentials of scores less their maximum
     query,  # (tokens, heads, head_dim)
     keys,  # (pages, page, kv_heads, head_dim)
@@ -43,6 +43,7 @@ def _attend_kernel(
     tokens,
     table_stride,
     window,
+    splits,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -50,7 +51,7 @@ def _attend_kernel(
     block_rows: tl.constexpr,
     block_keys: tl.constexpr,
     block_dim: tl.constexpr,
-    splits: tl.constexpr,
+    is_split: tl.constexpr,
     has_softcap: tl.constexpr,
     has_window: tl.constexpr,
 ):
@@ -121,7 +122,7 @@ def _attend_kernel(
         mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
         maximum = higher
     written_rows = real[:, None] & in_head[None]
-    if splits == 1:
+    if not is_split:
         result = mixed / tl.where(total == 0, 1.0, total)[:, None]
         at_output = (token * heads + head)[:, None] * head_dim + dim[None]
         tl.store(output + at_output, result.to(output.dtype.element_ty), mask=written_rows)
@@ -163,6 +164,12 @@ def attend_pages(
     query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How
 ) -> Tensor:
     """Attend for a step's packed queries; see `PagedAttention`."""
+    # Triton launches on the current device.
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        return _attend(query, keys, values, index, how)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How) -> Tensor:
     tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
     block_dim = max(_SMALLEST_DOT, triton.next_power_of_2(head_dim))
@@ -200,6 +207,7 @@ def attend_pages(
         tokens,
         index.tables.stride(0),
         how.window or 0,
+        index.splits,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -207,7 +215,7 @@ def attend_pages(
         block_rows=index.block_rows,
         block_keys=_tile_keys(block_dim * query.element_size()),
         block_dim=block_dim,
-        splits=index.splits,
+        is_split=index.splits > 1,
         has_softcap=how.softcap is not None,
         has_window=how.window is not None,
         num_warps=4,
