@@ -133,7 +133,8 @@ async def test_without_a_compiler_layers_run_as_they_are_and_one_sentence_says_s
         outputs = await generate(engine, PROMPTS[0], STACKS["a"])
     said = {record.message for record in caplog.records}
     assert said == {
-        "layers run uncompiled, which is slower: RuntimeError: there is no C++ compiler here"
+        "layers run uncompiled, which is slower, as with --no-compile-layers: RuntimeError: "
+        "there is no C++ compiler here"
     }
     oracle = Oracle(tiny_model("llama"))
     assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], STACKS["a"]))

@@ -73,5 +73,7 @@ def compare(got: object, expected: object) -> None:
 def warn_uncompiled(who: str, part: object, error: Exception) -> None:
     """Say that something runs as it is, which a compiler could not make faster."""
     first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    logger.warning("%s uncompiled, which is slower: %s", who, first_line)
+    logger.warning(
+        "%s uncompiled, which is slower, as with --no-compile-layers: %s", who, first_line
+    )
     logger.debug("compiling %s failed", part, exc_info=error)
