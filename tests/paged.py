@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from server.engine.torch import build, cuda_paths
 from server.engine.torch.attention_step import How
+from server.engine.torch.core import EngineCore
 from server.engine.torch.kv_plan import KVPlan, KVWishes, plan_pages, plan_slabs, tiling_of
+from server.engine.torch.options import EngineOptions
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_index import PagedAttention, PagedIndex
 from server.engine.torch.slab import SlabShape
@@ -44,6 +46,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         seen &= keys > places - how.window
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)
+
+
+OPTIONS = EngineOptions(
+    kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=20, check_invariants=True
+)
 
 
 class EagerCapture:
@@ -83,3 +90,10 @@ def use_pages(
     monkeypatch.setattr(build, "paths_of", lambda _device: cuda_paths)
     monkeypatch.setattr(cuda_paths, "CudaCapture", lambda _device: capture)
     return capture
+
+
+def make_all(core: EngineCore) -> None:
+    """Make the graphs that are pending, as an engine does while it has no work."""
+    while core.make_pending():
+        pass
+    assert core.compiling == 0

@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the folder to write to", default=None)
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some parts")
     arguments = parser.parse_args()
-    # What a dry run measures means nothing, and must not replace what was measured.
+    # A dry run measures nothing that counts, and must not replace what a GPU has shown.
     out = arguments.out or (ROOT / "build" / "gpu-check" if arguments.dry_run else _RESULTS)
     page = Page(out, shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]))
     passed = 0

@@ -14,7 +14,7 @@ from benchmarks.gpu.place import Place
 from benchmarks.gpu.rows import Rows
 
 _FOLDER: Final = "tests/cuda"
-# As pytest -v writes them: a test and its outcome, or a line of its summary.
+# Match the lines of `pytest -v`: a test and its outcome, or a line of the summary.
 _OUTCOME: Final = re.compile(r"(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
 _SUMMARY: Final = re.compile(r"(?:FAILED|ERROR) (?P<test>\S+::.+?)(?: - (?P<message>.*))?$")
 

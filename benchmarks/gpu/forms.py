@@ -1,15 +1,15 @@
-"""Which fast paths an engine uses."""
+"""Tells which fast paths an engine uses."""
 
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
 
 
 def form_of(core: EngineCore) -> str:
-    """Where keys and values are kept, and so who attends."""
+    """Name the memory that keys and values are kept in: slab or paged."""
     return type(core.store.memory).__name__.removesuffix("Memory").lower()
 
 
 def graphs_of(core: EngineCore) -> int | None:
-    """How many graphs there are; None where steps run as they are."""
+    """Count the graphs of an engine; None where steps run as they are."""
     runner = core._runner
     return runner.graphs if isinstance(runner, GraphRunner) else None

@@ -57,13 +57,13 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
 
 
 def sites_of(loaded: LoadedModel) -> tuple[str, ...]:
-    """Where affine maps edit by default."""
+    """List the sites that affine maps edit by default."""
     pattern = default_sites(type(loaded.model).__name__)
     return match_sites(pattern, loaded.description.site_widths)
 
 
 def step_bytes(loaded: LoadedModel, tokens: int) -> int:
-    """What a step of one sequence of so many tokens reads: weights once, keys and values once."""
+    """Count the bytes that a step of one sequence reads: weights once, keys and values once."""
     model = loaded.model
     embeddings: object = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Module)

@@ -25,7 +25,7 @@ class Part:
     seconds: float
 
     def command(self, dry_run: bool) -> list[str]:
-        """What runs it."""
+        """Give the command that runs the part."""
         command = [sys.executable, "-m", "benchmarks.gpu.part", self.name]
         return [*command, "--dry-run"] if dry_run else command
 
