@@ -1,6 +1,7 @@
 """Connections that ask for nothing are closed; those that wait for an answer are not."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -88,7 +89,9 @@ async def test_half_a_request_does_not_keep_its_connection(
 
         dripping = asyncio.create_task(drip())
         async with asyncio.timeout(10):
-            assert await reader.read() == b""
+            # What was still on its way to a connection that is closed resets it.
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
         dripping.cancel()
         writer.close()
         await eventually(lambda: not server.server.server_state.connections)
