@@ -17,7 +17,7 @@ from server.engine.torch.loader import LoadedModel, describe, reference_attentio
 from server.engine.torch.slab import SlabShape
 from steering.sites import default_sites, match_sites
 
-# As large as Mistral 7B.
+# It is as large as Mistral 7B.
 SEVEN_BILLION: Final = LlamaConfig(
     vocab_size=32000,
     hidden_size=4096,

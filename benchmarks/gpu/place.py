@@ -1,4 +1,4 @@
-"""Where a check runs: on a GPU, or on the CPU with a tiny model, to see that everything runs."""
+"""Chooses the device of a check: a GPU, or the CPU with a tiny model to see that all of it runs."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which kernels a steered decode step runs, and how long each takes."""
+"""Profiles a steered decode step: its kernels, and how long each takes."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""What the parts of a check tell: rows of JSON on standard output, each as soon as it is known."""
+"""Passes results from the parts of a check to their parent: rows of JSON on standard output."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ class Rows:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Give an error's type and the first line of its message."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 

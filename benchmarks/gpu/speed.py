@@ -57,7 +57,7 @@ def _run(place: Place, rows: Rows, cuda_graphs: bool) -> None:
 def _distinct(
     bench: Bench, place: Place, rows: Rows, batch: int, base: float | None, bandwidth: float
 ) -> None:
-    """As many configurations as the place has, in one batch."""
+    """Measure a batch in which as many configurations are distinct as the place has."""
     for name in ("LinEAS", "ARGRE"):
         with rows.attempt(batch=batch, steering=name, distinct=place.distinct):
             # The bank's capacity bounds how many are loaded at once: one kind after the other.
@@ -91,7 +91,7 @@ def _speed(
 
 
 def _tell_memory(bench: Bench, plan: MemoryPlan, place: Place, rows: Rows) -> None:
-    """What was planned, what keys and values got, and what was used at most."""
+    """Tell what memory was planned, what keys and values got, and what was used at most."""
     free, total = torch.cuda.mem_get_info(place.device)
     reserved = torch.cuda.memory_reserved(place.device)
     stored = bench.core.scheduler.pool.tokens * SlabShape.of(bench.loaded.model).bytes_per_token

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from server.config import Settings
 
-# What a value of each type is called. One of any other type is given as JSON.
+# Names a value of each type for the operator; a value of any other type is given as JSON.
 _WORDS: Final = {int: "integer", float: "number", str: "text", Path: "path", SecretStr: "key"}
 _LIMITS: Final = ("ge", "gt", "le", "lt")
 
