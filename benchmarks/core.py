@@ -41,6 +41,7 @@ class Bench:
     parameters: dict[str, Parameters]
     lineas: str  # the digest of an affine intervention at all default sites
     argre: str  # the digest of a reward intervention
+    gated: str = "gated"  # an affine intervention at the same sites, each of whose maps has a gate
 
     @property
     def dtype(self) -> str:
@@ -71,6 +72,7 @@ def open_bench(model: str, device: str = "cpu") -> Bench:
         bench = Bench(loaded, core, {}, "lineas", "argre")
         bench.parameters["lineas"] = random_maps(loaded, bench.default_sites, 0)
         bench.parameters["argre"] = random_head(loaded, 0)
+    bench.parameters[bench.gated] = random_maps(loaded, bench.default_sites, 0, gated=True)
     at_full_speed(core)
     return bench
 

@@ -7,13 +7,15 @@ from typing import Final
 import torch
 
 from server.engine.torch.loader import LoadedModel
-from steering.affine import AffineMap
+from steering.affine import AffineMap, Gate
 from steering.reward import RewardHead
 
 HEAD_UNITS: Final = 1024  # as in the paper (ARGRE, NeurIPS 2025)
 
 
-def random_maps(loaded: LoadedModel, sites: Sequence[str], seed: int) -> Mapping[str, AffineMap]:
+def random_maps(
+    loaded: LoadedModel, sites: Sequence[str], seed: int, gated: bool = False
+) -> Mapping[str, AffineMap]:
     """Maps near the identity at some sites, so that activations stay finite."""
     random = torch.Generator().manual_seed(seed)
     widths = loaded.description.site_widths
@@ -21,9 +23,14 @@ def random_maps(loaded: LoadedModel, sites: Sequence[str], seed: int) -> Mapping
         site: AffineMap(
             1 + 0.01 * torch.randn(widths[site], generator=random),
             0.01 * torch.randn(widths[site], generator=random),
+            gate=_random_gate(widths[site], random) if gated else None,
         )
         for site in sites
     }
+
+
+def _random_gate(width: int, random: torch.Generator) -> Gate:
+    return Gate(torch.randn(width, generator=random) / width**0.5, torch.zeros(()))
 
 
 def random_head(loaded: LoadedModel, seed: int) -> RewardHead:

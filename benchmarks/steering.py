@@ -21,9 +21,11 @@ _NONE = "none"
 def stacks(bench: Bench) -> dict[str, Edits]:
     """What is compared with no steering."""
     lineas, argre = Edit(bench.lineas, LINEAS), Edit(bench.argre, ARGRE)
+    gated = Edit(bench.gated, LINEAS)
     sites = len(bench.default_sites)
     return {
         f"LinEAS at {sites} sites": (lineas,),
+        f"gated maps at {sites} sites": (gated,),
         f"ARGRE, {ARGRE.iterations} iterations": (argre,),
         "both": (lineas, argre),
     }

@@ -129,7 +129,7 @@ def write_artifact(
 
     Raises:
         ArtifactError: the parameters do not fit the manifest's kind, are not finite in `dtype`, or
-            `dtype` is not one that the format has.
+            have shapes or names that the format does not; or it does not have `dtype`.
         OSError: the file cannot be written.
     """
     if dtype not in _STORED_TYPES:

@@ -6,6 +6,7 @@ from interventions.artifact import Artifact
 from interventions.layout import AffineShapes, RewardShapes, Shapes, shapes_of
 from interventions.manifest import BaseModelReference, Manifest
 from interventions.model import ModelDescription
+from interventions.site_tensors import gate_owner
 
 
 class IncompatibleArtifactError(ValueError):
@@ -48,12 +49,16 @@ def _check_sites(shapes: AffineShapes, model: ModelDescription) -> None:
     missing = [site for site in shapes.site_widths if site not in model.site_widths]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise IncompatibleArtifactError(f'The model has no site "{missing[0]}"{others}.')
+        owner = gate_owner(missing[0])
+        hint = ""
+        if owner in shapes.site_widths:
+            hint = f' (the bias of a gate of site "{owner}" has shape ())'
+        raise IncompatibleArtifactError(f'The model has no site "{missing[0]}"{hint}{others}.')
     for site, width in shapes.site_widths.items():
         if width != model.site_widths[site]:
             raise IncompatibleArtifactError(
-                f"The artifact's map at site \"{site}\" has width {width}, the model's output "
-                f"there {model.site_widths[site]}."
+                f'The artifact\'s map at site "{site}" has width {width}, the model has '
+                f"{model.site_widths[site]} there."
             )
 
 

@@ -1,6 +1,5 @@
 """Which tensors an artifact of each kind holds: their names and shapes, and the way back."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -9,13 +8,10 @@ from torch import Tensor
 
 from interventions.header import ArtifactError, ArtifactLimits
 from interventions.manifest import AffineManifest, Manifest
-from steering.affine import AffineMap, AffineParameters
+from interventions.site_tensors import Shape, shown, site_maps, site_tensors, site_widths
+from steering.affine import AffineParameters
 from steering.reward import RewardHead
 
-_SITE_PATTERN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
-_MAX_SITE_LENGTH: Final = 300
-_SITE_PREFIX: Final = "sites."
-_SITE_PARTS: Final = ("weight", "bias", "low", "high")
 _HEAD_TENSORS: Final = (
     "head.0.weight",
     "head.0.bias",
@@ -28,7 +24,7 @@ _HEAD_TENSORS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class AffineShapes:
-    """The sites of affine maps: module path -> width."""
+    """The sites of affine maps: site (see `steering.sites`) -> width."""
 
     site_widths: Mapping[str, int]
 
@@ -53,21 +49,26 @@ def shapes_of(parameters: AffineParameters | RewardHead) -> Shapes:
 
 
 def check_layout(
-    manifest: Manifest, tensors: Mapping[str, tuple[int, ...]], limits: ArtifactLimits
+    manifest: Manifest, tensors: Mapping[str, Shape], limits: ArtifactLimits
 ) -> Shapes:
     """Check that the tensors are exactly those that the manifest's kind has, and fit together.
 
     Raises:
-        ArtifactError: a tensor is missing, unknown, or of a wrong shape; a site's name is no
-            module path; or there are too many sites or hidden units.
+        ArtifactError: a tensor is missing, unknown, or of a wrong shape; a site is not called as a
+            site is; or there are too many sites or hidden units.
     """
     if isinstance(manifest, AffineManifest):
-        return _check_sites(tensors, limits)
+        return AffineShapes(site_widths(tensors, limits.max_sites))
     return _check_head(tensors, limits)
 
 
 def to_tensors(parameters: AffineParameters | RewardHead) -> dict[str, Tensor]:
-    """The stored form of parameters: tensor name -> tensor, with the shapes of the format."""
+    """The stored form of parameters: tensor name -> tensor, with the shapes of the format.
+
+    Raises:
+        ArtifactError: two of them would have one name, or a map's tensors have other shapes than
+            the format's.
+    """
     if isinstance(parameters, RewardHead):
         return {
             "head.0.weight": parameters.w1,
@@ -77,13 +78,7 @@ def to_tensors(parameters: AffineParameters | RewardHead) -> dict[str, Tensor]:
             "direction": parameters.direction,
             "positive_reward": parameters.positive_reward.reshape(()),
         }
-    tensors: dict[str, Tensor] = {}
-    for site, part in parameters.items():
-        named = (part.weight, part.bias, part.low, part.high)
-        for name, tensor in zip(_SITE_PARTS, named, strict=True):
-            if tensor is not None:
-                tensors[f"{_SITE_PREFIX}{site}.{name}"] = tensor
-    return tensors
+    return site_tensors(parameters)
 
 
 def to_parameters(shapes: Shapes, tensors: Mapping[str, Tensor]) -> AffineParameters | RewardHead:
@@ -97,61 +92,10 @@ def to_parameters(shapes: Shapes, tensors: Mapping[str, Tensor]) -> AffineParame
             direction=tensors["direction"],
             positive_reward=tensors["positive_reward"],
         )
-    return {
-        site: AffineMap(
-            weight=tensors[f"{_SITE_PREFIX}{site}.weight"],
-            bias=tensors[f"{_SITE_PREFIX}{site}.bias"],
-            low=tensors.get(f"{_SITE_PREFIX}{site}.low"),
-            high=tensors.get(f"{_SITE_PREFIX}{site}.high"),
-        )
-        for site in shapes.site_widths
-    }
+    return site_maps(shapes.site_widths.keys(), tensors)
 
 
-def _check_sites(tensors: Mapping[str, tuple[int, ...]], limits: ArtifactLimits) -> AffineShapes:
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in tensors.items():
-        site, part = _split_site(name)
-        parts.setdefault(site, {})[part] = shape
-    if not parts:
-        raise ArtifactError("The artifact holds no site.")
-    if len(parts) > limits.max_sites:
-        raise ArtifactError(
-            f"The artifact holds {len(parts)} sites; the limit is {limits.max_sites}."
-        )
-    return AffineShapes({site: _site_width(site, parts[site]) for site in sorted(parts)})
-
-
-def _split_site(name: str) -> tuple[str, str]:
-    site, _, part = name.removeprefix(_SITE_PREFIX).rpartition(".")
-    if not name.startswith(_SITE_PREFIX) or part not in _SITE_PARTS:
-        raise ArtifactError(f"An affine artifact has no tensor called {name[:300]!r}.")
-    if len(site) > _MAX_SITE_LENGTH or not _SITE_PATTERN.fullmatch(site):
-        raise ArtifactError(f"The site {site[:300]!r} is not the path of a module.")
-    return site, part
-
-
-def _site_width(site: str, parts: Mapping[str, tuple[int, ...]]) -> int:
-    for part in ("weight", "bias"):
-        if part not in parts:
-            raise ArtifactError(f'The site "{site}" has no {part}.')
-    if ("low" in parts) != ("high" in parts):
-        raise ArtifactError(f'The site "{site}" has only one of low and high.')
-    shape = parts["weight"]
-    if len(shape) != 1 or shape[0] == 0:
-        raise ArtifactError(
-            f'The weight of site "{site}" has shape {_shown(shape)}; expected one dimension.'
-        )
-    for part, other in parts.items():
-        if other != shape:
-            raise ArtifactError(
-                f'The {part} of site "{site}" has shape {_shown(other)}; its weight has '
-                f"{_shown(shape)}."
-            )
-    return shape[0]
-
-
-def _check_head(tensors: Mapping[str, tuple[int, ...]], limits: ArtifactLimits) -> RewardShapes:
+def _check_head(tensors: Mapping[str, Shape], limits: ArtifactLimits) -> RewardShapes:
     for name in tensors:
         if name not in _HEAD_TENSORS:
             raise ArtifactError(f"A reward artifact has no tensor called {name[:300]!r}.")
@@ -160,7 +104,7 @@ def _check_head(tensors: Mapping[str, tuple[int, ...]], limits: ArtifactLimits) 
             raise ArtifactError(f'The artifact lacks the tensor "{name}".')
     first = tensors["head.0.weight"]
     if len(first) != 2 or 0 in first:
-        raise ArtifactError(f'"head.0.weight" has shape {_shown(first)}; expected (m, d).')
+        raise ArtifactError(f'"head.0.weight" has shape {shown(first)}; expected (m, d).')
     units, width = first
     if units > limits.max_head_units:
         raise ArtifactError(
@@ -170,10 +114,6 @@ def _check_head(tensors: Mapping[str, tuple[int, ...]], limits: ArtifactLimits) 
     for name, shape in zip(_HEAD_TENSORS, expected, strict=True):
         if tensors[name] != shape:
             raise ArtifactError(
-                f'"{name}" has shape {_shown(tensors[name])}; expected {_shown(shape)}.'
+                f'"{name}" has shape {shown(tensors[name])}; expected {shown(shape)}.'
             )
     return RewardShapes(units, width)
-
-
-def _shown(shape: tuple[int, ...]) -> str:
-    return f"({', '.join(map(str, shape))})"

@@ -14,5 +14,5 @@ class ModelDescription:
     num_layers: int
     vocab_size: int
     head_width: int  # lm_head.in_features; not hidden_size in OPT-350m
-    site_widths: Mapping[str, int]  # module path -> width of its output
+    site_widths: Mapping[str, int]  # site (see `steering.sites`) -> its width
     fingerprint: str  # sha256 of the configuration and of the weights' names, shapes and samples

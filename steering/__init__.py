@@ -1,1 +1,1 @@
-"""The mathematics of interventions, on plain tensors. Imports torch only."""
+"""The mathematics of interventions, on plain tensors. Imports torch only, and Triton for GPUs."""

@@ -10,81 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steering.affine import AffineMap, AffineParameters, edit_tokens
+from steering.affine import AffineParameters, MapTable
 from steering.dose import DoseMeter
+from steering.grouped_refinement import GroupedRefinement
+from steering.kernels.affine_edit import affine_edit
 from steering.native import NativeRefinement
 from steering.refine import Headed, refine
 from steering.reward import RewardHead
-from steering.route import AffineLayer, Route
+from steering.route import AffineRoute, RewardLayer, Route
+from steering.site_maps import Part, SiteMaps, parts_in, parts_of
 
 
 class MapNeed(NamedTuple):
-    """A site at which a map acts, and whether it acts on a support only."""
+    """A part of a map that acts at a site."""
 
     site: str
-    support: bool
-
-
-class SiteMaps:
-    """All slots' maps at one site of width d."""
-
-    def __init__(self, slots: int, width: int, device: torch.device) -> None:
-        self.delta = torch.zeros(slots, width, device=device)  # weight - 1
-        self.bias = torch.zeros(slots, width, device=device)
-        self.present = torch.zeros(slots, 1, dtype=torch.bool, device=device)
-        self.filled: set[int] = set()  # `present`, as the host knows it
-        self.low: Tensor | None = None  # (slots, d), made with the first map that has a support
-        self.high: Tensor | None = None
-
-    def put(self, slot: int, site_map: AffineMap) -> None:
-        self.delta[slot] = site_map.weight - 1
-        self.bias[slot] = site_map.bias
-        self.present[slot] = True
-        self.filled.add(slot)
-        if site_map.low is not None and site_map.high is not None:
-            if self.low is None or self.high is None:
-                # Both or none, also where memory is short.
-                low = torch.full_like(self.delta, -torch.inf)
-                self.low, self.high = low, torch.full_like(self.delta, torch.inf)
-            self.low[slot] = site_map.low
-            self.high[slot] = site_map.high
-
-    def clear(self, slot: int) -> None:
-        self.present[slot] = False
-        self.filled.discard(slot)
-        if self.low is not None and self.high is not None:
-            self.low[slot] = -torch.inf
-            self.high[slot] = torch.inf
-
-    def move(self, device: torch.device) -> None:
-        """Bring the parameters to where the site's activations are."""
-        if self.delta.device == device:
-            return
-        self.delta, self.bias = self.delta.to(device), self.bias.to(device)
-        self.present = self.present.to(device)
-        if self.low is not None and self.high is not None:
-            self.low, self.high = self.low.to(device), self.high.to(device)
-
-    def edit(self, z: Tensor, layer: AffineLayer) -> Tensor:
-        """(tokens, d) float32 -> (tokens, d) float32."""
-        return edit_tokens(
-            z,
-            layer.slots,
-            layer.strength,
-            present=self.present,
-            delta=self.delta,
-            bias=self.bias,
-            low=self.low,
-            high=self.high,
-        )
-
-    def used_by(self, layer: AffineLayer) -> bool:
-        """Whether any token of a step may have a map here, as the host knows."""
-        return layer.everywhere or bool(self.filled & layer.used)
-
-    def acts(self, layer: AffineLayer) -> Tensor:
-        """Which of the tokens have a map here: (tokens,) bool."""
-        return self.present[layer.slots][:, 0]
+    part: Part
 
 
 class Bank:
@@ -102,6 +43,7 @@ class Bank:
         self._needs: dict[int, frozenset[MapNeed]] = {}  # by slot, of affine interventions
         self.fillings = 0  # counts every change of what a slot holds
         self.native: NativeRefinement | None = None  # refines rows on a CPU, where one was made
+        self.grouped: GroupedRefinement | None = None  # and on a GPU
 
     # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
     @torch.inference_mode()
@@ -114,16 +56,21 @@ class Bank:
             for site, site_map in parameters.items():
                 self._site(site, site_map.weight.numel()).put(slot, site_map)
             self._needs[slot] = frozenset(
-                MapNeed(site, site_map.low is not None) for site, site_map in parameters.items()
+                MapNeed(site, part)
+                for site, site_map in parameters.items()
+                for part in parts_of(site_map)
             )
         else:
-            self._heads[slot] = self.ready(parameters, self._device)
+            self._heads[slot] = head = self.ready(parameters, self._device)
+            if self.grouped is not None:
+                self.grouped.put(slot, head.prepared)
         self.fillings += 1
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Empty a slot."""
-        self._heads.pop(slot, None)
+        if self._heads.pop(slot, None) is not None and self.grouped is not None:
+            self.grouped.put(slot, None)
         self._needs.pop(slot, None)
         for stack in self._sites.values():
             stack.clear(slot)
@@ -139,12 +86,12 @@ class Bank:
         """What an edit that reads all of the bank's tensors can do.
 
         To fill a slot changes the tensors' contents only, unless it brings a site, or the first
-        support at one.
+        support or gate at one.
         """
         return frozenset(
-            MapNeed(site, support)
+            MapNeed(site, part)
             for site, maps in self._sites.items()
-            for support in ((False, True) if maps.low is not None else (False,))
+            for part in parts_in(maps.table)
         )
 
     def needs(self, slots: Iterable[int]) -> frozenset[MapNeed]:
@@ -155,40 +102,44 @@ class Bank:
         """A slot that holds affine maps; None if none does."""
         return next(iter(self._needs), None)
 
-    def acting(self, route: Route) -> dict[str, SiteMaps]:
-        """The maps of each site at which the step's affine edits do anything."""
-        used = route.used_slots
-        return {site: maps for site, maps in self._sites.items() if maps.filled & used}
+    def acting(self, route: AffineRoute) -> dict[str, MapTable]:
+        """What is read at each site at which the step's affine edits do anything."""
+        tables = ((site, maps.acting(route.used)) for site, maps in self._sites.items())
+        return {site: table for site, table in tables if table is not None}
 
     def edit_site(
-        self, site: str, output: Tensor, route: Route, meter: DoseMeter | None = None
+        self, site: str, activations: Tensor, route: Route, meter: DoseMeter | None = None
     ) -> Tensor:
         """Apply the step's affine edits at one site.
 
         Args:
-            output: (..., d), the site's output, any floating dtype; its leading dimensions hold
-                the route's tokens in order.
+            activations: (..., d), any floating dtype; the leading dimensions hold the route's
+                tokens in order.
 
         Returns:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
         maps = self._sites.get(site)
-        if maps is None or not any(maps.used_by(layer) for layer in route.affine):
-            return output
-        maps.move(output.device)
-        z = output.reshape(-1, output.shape[-1]).float()
-        for layer in route.on(output.device).affine:
-            if maps.used_by(layer):
-                edited = maps.edit(z, layer)
-                if meter is not None:
-                    meter.affine(layer.depth, z, edited, maps.acts(layer))
-                z = edited
-        return z.to(output.dtype).view_as(output)
+        affine = route.on(activations.device).affine
+        if maps is None or affine is None:
+            return activations
+        maps.move(activations.device)
+        if (table := maps.acting(affine.used)) is None:
+            return activations
+        edited = affine_edit(
+            activations.reshape(-1, activations.shape[-1]),
+            affine.slots,
+            affine.strength,
+            table,
+            None if meter is None else meter.affine(affine.places, activations.device),
+        )
+        return edited.view_as(activations)
 
     def ready(self, head: RewardHead, device: torch.device) -> RewardHead:
         """A head as it is used on a device. May be called on any thread, ahead of `put`."""
         head = head.to(device)
-        return head if self.native is None or device.type != "cpu" else head.prepare()
+        is_prepared = self.grouped is not None or (self.native is not None and device.type == "cpu")
+        return head.prepare() if is_prepared else head
 
     def _head(self, slot: int, device: torch.device) -> RewardHead:
         head = self._heads[slot]
@@ -208,17 +159,25 @@ class Bank:
         h = hidden.reshape(-1, hidden.shape[-1]).float()
         for layer in route.on(hidden.device).reward:
             rows = h[layer.rows]
-            edited = refine(
-                rows,
-                [
-                    Headed(self._head(each.slot, hidden.device), each.rows, each.most_iterations)
-                    for each in layer.heads
-                ],
-                layer.direction_scale,
-                layer.step_sizes,
-                self.native,
-            )
+            edited = self._refine(rows, layer)
             if meter is not None:
                 meter.reward(layer.depth, rows, edited, layer.rows)
             h = h.index_copy(0, layer.rows, edited)
         return h.to(hidden.dtype).view_as(hidden)
+
+    def _refine(self, rows: Tensor, layer: RewardLayer) -> Tensor:
+        """Rows, each edited by its own head: (n, d) float32 -> (n, d) float32."""
+        if self.grouped is not None and self.grouped.holds(each.slot for each in layer.heads):
+            return self.grouped(
+                rows,
+                [(each.slot, each.rows) for each in layer.heads],
+                layer.slots,
+                layer.counts,
+                layer.direction_scale,
+                layer.step_sizes,
+            )
+        heads = [
+            Headed(self._head(each.slot, rows.device), each.rows, each.most_iterations)
+            for each in layer.heads
+        ]
+        return refine(rows, heads, layer.direction_scale, layer.step_sizes, self.native)

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final, TypeAlias
 
@@ -23,14 +22,6 @@ LARGEST: Final = 1e6
 _Place: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
 
 
-@dataclass(slots=True, eq=False)
-class _Sums:
-    """Of each token, or of each row of logits: its doses added up, and how many they were."""
-
-    doses: Tensor  # (n,) float32
-    edits: Tensor  # (n,) float32
-
-
 class DoseMeter:
     """Learns in one forward pass how large the edits were, without waiting for the device."""
 
@@ -38,7 +29,10 @@ class DoseMeter:
         """`tokens` and `rows` of logits are those of the whole step."""
         self._tokens = tokens
         self._rows = rows
-        self._sums: dict[_Place, _Sums] = {}
+        self._places: tuple[int, ...] = ()  # of the stacks of affine edits
+        # Doses added up, and how many they were: (2, places, tokens) float32.
+        self._affine: dict[torch.device, Tensor] = {}
+        self._reward: dict[int, Tensor] = {}  # by place of the stacks: (2, rows) float32
         # Of the edits without what measuring them took. Only true of a device that computes at
         # once, as a CPU does.
         self.edit_seconds = 0.0
@@ -51,52 +45,45 @@ class DoseMeter:
         yield
         self.edit_seconds += time.perf_counter() - began - (self.own_seconds - own)
 
-    def affine(self, depth: int, before: Tensor, after: Tensor, acts: Tensor) -> None:
-        """Take in one site's edits at one place of the stacks.
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The block measures: its time is not the edits'."""
+        began = time.perf_counter()
+        yield
+        self.own_seconds += time.perf_counter() - began
+
+    def affine(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+        """What the sites on a device add their edits' doses to, as `edit_stacks` does.
 
         Args:
-            before, after: (tokens, d) float32.
-            acts: (tokens,) bool, which of the tokens have a map there.
+            places: of the stacks of affine edits, the same for all sites of a step.
+
+        Returns:
+            (2, places, tokens) float32: doses added up, and how many they are.
         """
-        with self._measuring():
-            self.add_affine(
-                depth, torch.where(acts, relative_change(before, after), 0), acts.float()
-            )
+        self._places = places
+        if device not in self._affine:  # a model may be spread over several
+            self._affine[device] = torch.zeros(2, len(places), self._tokens, device=device)
+        return self._affine[device]
 
-    def add_affine(self, depth: int, doses: Tensor, edits: Tensor) -> None:
-        """Take in sums over some sites, at one place of the stacks.
-
-        Args:
-            doses, edits: (tokens,) float32, of each token: its doses added up, and how many.
-        """
-        sums = self._at((AffineSettings, depth), self._tokens, doses.device)
-        sums.doses += doses
-        sums.edits += edits
-
-    def affine_sums(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """What `add_affine` takes, of each place of the stacks that was edited."""
-        return {
-            depth: (sums.doses, sums.edits)
-            for (kind, depth), sums in self._sums.items()
-            if kind is AffineSettings
-        }
-
-    def reward(self, depth: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
+    def reward(self, place: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
         """Take in the rows' reward edits at one place of their stacks.
 
         Args:
             before, after: (n, d) float32.
             rows: (n,) int64, which of the step's rows they are.
         """
-        with self._measuring():
-            sums = self._at((RewardSettings, depth), self._rows, before.device)
-            sums.doses[rows] += relative_change(before, after)
-            sums.edits[rows] += 1
+        with self.measuring():
+            sums = self._reward.setdefault(place, torch.zeros(2, self._rows, device=before.device))
+            sums[0, rows] += relative_change(before, after)
+            sums[1, rows] += 1
 
     def sums(self, device: torch.device) -> Tensor:
         """All that was learnt, on a device, to be copied to the host and read: (n,) float32."""
-        tensors = [tensor for each in self._sums.values() for tensor in (each.doses, each.edits)]
-        return torch.cat([tensor.to(device) for tensor in tensors] or [torch.empty(0)])
+        affine = [each.to(device) for each in self._affine.values()]
+        total = [torch.stack(affine).sum(0).transpose(0, 1).flatten()] if affine else []
+        rewards = [each.to(device).flatten() for each in self._reward.values()]
+        return torch.cat([*total, *rewards, torch.empty(0, device=device)])
 
     def read(self, sums: Tensor, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
         """Each span's doses, one for each of its edits.
@@ -119,25 +106,13 @@ class DoseMeter:
         """What `sums` gave, by place: doses, and how many they were."""
         values: list[float] = sums.tolist()
         rest = iter(values)
+        sizes: list[tuple[_Place, int]] = [
+            *(((AffineSettings, place), self._tokens) for place in self._places),
+            *(((RewardSettings, place), self._rows) for place in self._reward),
+        ]
         return {
-            place: (list(islice(rest, len(each.doses))), list(islice(rest, len(each.edits))))
-            for place, each in self._sums.items()
+            place: (list(islice(rest, size)), list(islice(rest, size))) for place, size in sizes
         }
-
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.own_seconds += time.perf_counter() - began
-
-    def _at(self, place: _Place, size: int, device: torch.device) -> _Sums:
-        sums = self._sums.get(place)
-        if sums is None:
-            sums = _Sums(torch.zeros(size, device=device), torch.zeros(size, device=device))
-        elif sums.doses.device != device:  # a model may be spread over several
-            sums = _Sums(sums.doses.to(device), sums.edits.to(device))
-        self._sums[place] = sums
-        return sums
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

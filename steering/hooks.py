@@ -1,14 +1,16 @@
 """Hooks into a model: installed once, they read the current step's route and index the bank."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.route import Route
+from steering.sites import Place, place_of
 
 
 class UnknownSiteError(ValueError):
@@ -39,11 +41,12 @@ class SteeringHooks:
         """
         if site in self._hooked:
             return
+        place = place_of(site)
         try:
-            module = self._model.get_submodule(site)
+            module = self._model.get_submodule(place.module)
         except AttributeError as error:
-            raise UnknownSiteError(f"The model has no module {site!r}.") from error
-        module.register_forward_hook(self._site_hook(site))
+            raise UnknownSiteError(f"The model has no module {place.module!r}.") from error
+        edit_activations(module, place, partial(self._edit_site, site))
         self._hooked.add(site)
 
     @contextmanager
@@ -58,18 +61,17 @@ class SteeringHooks:
         finally:
             self._bank = self._route = self._meter = None
 
-    def _site_hook(self, site: str) -> Callable[[nn.Module, object, object], object]:
-        def hook(_module: nn.Module, _args: object, output: object) -> object:
-            if self._bank is None or self._route is None or not self._route.affine:
-                return None
-            activations = output[0] if isinstance(output, tuple) else output
-            if not isinstance(activations, Tensor):
-                raise TypeError(f"the output of {site} is a {type(output).__name__}, not a tensor")
-            with self._timed():
-                edited = self._bank.edit_site(site, activations, self._route, self._meter)
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-        return hook
+    def _edit_site(self, site: str, activations: Tensor) -> Tensor:
+        bank, route, meter = self._bank, self._route, self._meter
+        if bank is None or route is None or route.affine is None:
+            return activations
+        if meter is None or activations.device.type != "cpu":
+            return bank.edit_site(site, activations, route, meter)
+        with meter.editing():
+            edited = bank.edit_site(site, activations, route)
+        with meter.measuring():  # by editing once more, so that the edit's own time is known
+            bank.edit_site(site, activations, route, meter)
+        return edited
 
     def _before_lm_head(self, _module: nn.Module, args: tuple[Tensor, ...]) -> object:
         if self._bank is None or self._route is None or not self._route.reward:
@@ -82,38 +84,34 @@ class SteeringHooks:
         return nullcontext() if self._meter is None else self._meter.editing()
 
 
-def measure_site_widths(model: nn.Module, vocab_size: int) -> Mapping[str, int]:
-    """The width of every module's output that an affine map could edit.
+def edit_activations(
+    module: nn.Module, place: Place, edit: Callable[[Tensor], Tensor]
+) -> RemovableHandle:
+    """Have a function edit what a module gives, or what it is given, from now on.
 
-    Runs two tokens through the model and keeps the modules that give one vector a token, in the
-    first place of a tuple or alone. `lm_head` gives one vector a *row* and is not among them.
-
-    Returns:
-        Module path -> width.
+    A module that gives a tuple is edited in the tuple's first place. What a module is given is its
+    first argument, by position or by name.
     """
-    widths: dict[str, int] = {}
 
-    def recorder(path: str) -> Callable[[nn.Module, object, object], None]:
-        def record(_module: nn.Module, _args: object, output: object) -> None:
-            if isinstance(output, tuple) and not any(map(_is_per_token, output[1:])):
-                output = output[0]
-            if isinstance(output, Tensor) and _is_per_token(output):
-                widths[path] = output.shape[-1]
+    def edit_tensor(activations: object) -> Tensor:
+        if not isinstance(activations, Tensor):
+            kind = type(activations).__name__
+            raise TypeError(f"what is edited at {place} is a {kind}, not a tensor")
+        return edit(activations)
 
-        return record
+    def edit_output(_module: nn.Module, _args: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return (edit_tensor(output[0]), *output[1:])
+        return edit_tensor(output)
 
-    with ExitStack() as hooks, torch.inference_mode():
-        for path, module in model.named_modules():
-            if path:
-                handle = module.register_forward_hook(recorder(path))
-                hooks.callback(handle.remove)
-        device = next(model.parameters()).device
-        tokens = torch.arange(2, device=device).remainder(vocab_size)[None]
-        model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-    return widths
+    def edit_input(
+        _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        if args:
+            return (edit_tensor(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: edit_tensor(kwargs[name])}
 
-
-def _is_per_token(output: object) -> bool:
-    """Whether it is one vector for each of the two tokens."""
-    # OPT folds sequences and tokens into one dimension in the middle of its blocks.
-    return isinstance(output, Tensor) and output.shape[:-1] in ((1, 2), (2,))
+    if place.is_input:
+        return module.register_forward_pre_hook(edit_input, with_kwargs=True)
+    return module.register_forward_hook(edit_output)

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from steering.grouped_refinement import tiles
 from steering.settings import (
     AffineSettings,
     Positions,
@@ -30,16 +31,15 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AffineLayer:
-    """The k-th affine edit of every token's stack. Slot 0 is the identity."""
+class AffineRoute:
+    """Every token's stack of affine edits. Slot 0 is the identity."""
 
-    depth: int  # k, from 0
-    slots: Tensor  # (tokens,) int64
-    strength: Tensor  # (tokens, 1) float32
-    used: frozenset[int]  # the slots in `slots` but 0, known on the host
-    everywhere: bool = False  # whether `used` is not known: `slots` may come to hold any slot
+    places: tuple[int, ...]  # of the stacks, from 0; those at which no token is edited are left out
+    slots: Tensor  # (places, tokens) int64
+    strength: Tensor  # (places, tokens) float32
+    used: frozenset[int] | None  # the slots in `slots` but 0; None: `slots` may come to hold any
 
-    def to(self, device: torch.device) -> "AffineLayer":
+    def to(self, device: torch.device) -> "AffineRoute":
         """The same on a device."""
         return replace(self, slots=self.slots.to(device), strength=self.strength.to(device))
 
@@ -59,6 +59,8 @@ class RewardLayer:
     depth: int  # k, from 0
     heads: tuple[HeadRows, ...]
     rows: Tensor  # (n,) int64
+    slots: Tensor  # (n,) int32, of each row's head
+    counts: Tensor  # (n,) int32: of rows that are computed together, see `tiles`
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
 
@@ -67,6 +69,8 @@ class RewardLayer:
         return replace(
             self,
             rows=self.rows.to(device),
+            slots=self.slots.to(device),
+            counts=self.counts.to(device),
             direction_scale=self.direction_scale.to(device),
             step_sizes=self.step_sizes.to(device),
         )
@@ -76,15 +80,15 @@ class RewardLayer:
 class Route:
     """A step's edits, in the order in which they apply. Empty where nothing is steered."""
 
-    affine: tuple[AffineLayer, ...]
+    affine: AffineRoute | None
     reward: tuple[RewardLayer, ...]
     device: torch.device  # that the tensors are on
     _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
 
     @property
-    def used_slots(self) -> frozenset[int]:
-        """The slots of all affine edits, known on the host."""
-        return frozenset[int]().union(*(layer.used for layer in self.affine))
+    def edits(self) -> bool:
+        """Whether anything is edited."""
+        return self.affine is not None or bool(self.reward)
 
     def on(self, device: torch.device) -> "Route":
         """The route with its tensors on a device, copied there once a step.
@@ -95,7 +99,7 @@ class Route:
             return self
         if device not in self._copies:
             self._copies[device] = Route(
-                tuple(layer.to(device) for layer in self.affine),
+                None if self.affine is None else self.affine.to(device),
                 tuple(layer.to(device) for layer in self.reward),
                 device,
             )
@@ -110,16 +114,12 @@ def build_route(spans: Sequence[Span], device: torch.device) -> Route:
     """The route of a step whose tokens are those of `spans`, one span after the other."""
     affine = [_affine_edits(span) for span in spans]
     reward = [_reward_edits(span) for span in spans]
-    affine_layers = (
-        _affine_layer(spans, affine, depth, device)
-        for depth in range(max(map(len, affine), default=0))
-    )
     reward_layers = (
         _reward_layer(spans, reward, depth, device)
         for depth in range(max(map(len, reward), default=0))
     )
     return Route(
-        tuple(layer for layer in affine_layers if layer.used),
+        _affine_route(spans, affine, device),
         tuple(layer for layer in reward_layers if layer.heads),
         device,
     )
@@ -153,30 +153,46 @@ def _edited_tokens(span: Span, positions: Positions) -> range:
             return range(prompt_tokens, span.count)
 
 
-def _affine_layer(
-    spans: Sequence[Span],
-    edits: Sequence[Sequence[_AffineEdit]],
-    depth: int,
-    device: torch.device,
-) -> AffineLayer:
+def _affine_route(
+    spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], device: torch.device
+) -> AffineRoute | None:
+    """None where no token is edited."""
+    places: list[int] = []
+    slots: list[list[int]] = []
+    strength: list[list[float]] = []
+    for place in range(max(map(len, edits), default=0)):
+        own_slots, own_strength = _affine_place(spans, edits, place)
+        if any(own_slots):
+            places.append(place)
+            slots.append(own_slots)
+            strength.append(own_strength)
+    if not places:
+        return None
+    return AffineRoute(
+        places=tuple(places),
+        slots=torch.tensor(slots, device=device),
+        strength=torch.tensor(strength, dtype=torch.float32, device=device),
+        used=frozenset[int]().union(*slots) - {0},
+    )
+
+
+def _affine_place(
+    spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], place: int
+) -> tuple[list[int], list[float]]:
+    """Each token's slot and strength at one place of the stacks."""
     tokens = sum(span.count for span in spans)
     slots = [0] * tokens
     strength = [0.0] * tokens
     first = 0
     for span, stack in zip(spans, edits, strict=True):
-        if depth < len(stack):
-            slot, settings = stack[depth]
+        if place < len(stack):
+            slot, settings = stack[place]
             edited = _edited_tokens(span, settings.positions)
-            place = slice(first + edited.start, first + edited.stop)
-            slots[place] = [slot] * len(edited)
-            strength[place] = [settings.strength] * len(edited)
+            where = slice(first + edited.start, first + edited.stop)
+            slots[where] = [slot] * len(edited)
+            strength[where] = [settings.strength] * len(edited)
         first += span.count
-    return AffineLayer(
-        depth=depth,
-        slots=torch.tensor(slots, device=device),
-        strength=torch.tensor(strength, dtype=torch.float32, device=device)[:, None],
-        used=frozenset(slots) - {0},
-    )
+    return slots, strength
 
 
 def _reward_layer(
@@ -194,6 +210,7 @@ def _reward_layer(
     most = max((settings.iterations for _, settings in rows), default=0)
     steps = [[settings.direction_scale, *_step_sizes(settings, most)] for _, settings in rows]
     table = torch.tensor(steps, dtype=torch.float32, device=device).view(len(rows), 1 + most)
+    slots, counts = tiles([(slot, len(own)) for slot, own in by_slot.items()])
     return RewardLayer(
         depth=depth,
         heads=tuple(
@@ -201,6 +218,8 @@ def _reward_layer(
             for slot, own in by_slot.items()
         ),
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
+        slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        counts=torch.tensor(counts, dtype=torch.int32, device=device),
         direction_scale=table[:, :1],
         step_sizes=table[:, 1:],
     )

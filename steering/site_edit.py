@@ -1,7 +1,7 @@
 """The edits at one site as a module, all of whose parameters are tensors.
 
-A compiler can fuse it into what computes the site's output, and one compiled module serves every
-layer and every step: parameters, slots and strengths are inputs.
+A compiler can fuse it into what computes the site's activations, and one compiled module serves
+every layer and every step: parameters, slots and strengths are inputs.
 """
 
 from collections.abc import Mapping
@@ -10,85 +10,71 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from steering.affine import edit_tokens
-from steering.bank import SiteMaps
-from steering.dose import relative_change
-from steering.route import Route
+from steering.affine import MapTable, edit_stacks
+from steering.dose import DoseMeter
+from steering.hooks import edit_activations
+from steering.route import AffineRoute
+from steering.site_maps import Part
+from steering.sites import Place
 
-CHILD: Final = "steering"  # what it is called in the site's module
+# What it is called in the site's module.
+_OUTPUT_CHILD: Final = "steering"
+_INPUT_CHILD: Final = "input_steering"
+_STEP: Final = ("slots", "strength", "doses")
 
 
 class SiteEdit(nn.Module):
-    """Edits what a site gives, once for each of the `depth` places of the stacks.
+    """Edits a site's activations, each token by the maps of its stack.
 
     Its tensors are handed to it with each call, by `torch.func.functional_call`.
     """
 
-    slots: Tensor
-    strength: Tensor
-    doses: Tensor
-    present: Tensor
-    delta: Tensor
-    bias: Tensor
-    low: Tensor | None
-    high: Tensor | None
-
-    def __init__(self, depth: int, has_support: bool) -> None:
+    def __init__(self, table_names: Mapping[str, bool]) -> None:
+        """`table_names` are the fields of a `MapTable`, and whether they are there."""
         super().__init__()
-        self._depth = depth
-        for name in ("slots", "strength", "doses", "present", "delta", "bias"):
+        for name in _STEP:
             self.register_buffer(name, torch.empty(0))
-        for name in ("low", "high"):
-            self.register_buffer(name, torch.empty(0) if has_support else None)
+        for name, is_there in table_names.items():
+            self.register_buffer(name, torch.empty(0) if is_there else None)
 
     @classmethod
-    def install(cls, site: nn.Module, depth: int, has_support: bool) -> None:
-        """Have a module's output edited. It becomes a child of the module."""
-        edit = cls(depth, has_support)
-        site.add_module(CHILD, edit)
-        site.register_forward_hook(lambda _site, _args, output: edit(output))
+    def install(cls, module: nn.Module, place: Place, parts: frozenset[Part]) -> None:
+        """Have a site edited by maps of some parts. The edit becomes a child of the module."""
+        optional = {"low": Part.SUPPORT, "high": Part.SUPPORT}
+        optional |= {"gate_weight": Part.GATE, "gate_bias": Part.GATE}
+        edit = cls({name: optional.get(name, Part.MAP) in parts for name in MapTable._fields})
+        module.add_module(_child_name(place), edit)
+        edit_activations(module, place, edit)
 
-    def forward(self, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """The output, edited; what the edits did to each token is added to `doses`."""
-        activations = output[0] if isinstance(output, tuple) else output
-        z = activations.reshape(-1, activations.shape[-1]).float()
-        for place in range(self._depth):
-            slots = self.slots[place]
-            edited = edit_tokens(
-                z,
-                slots,
-                self.strength[place],
-                present=self.present,
-                delta=self.delta,
-                bias=self.bias,
-                low=self.low,
-                high=self.high,
-            )
-            acts = self.present[slots][:, 0]
-            self.doses[0, place] += torch.where(acts, relative_change(z, edited), 0)
-            self.doses[1, place] += acts
-            z = edited
-        edited_output = z.to(activations.dtype).view_as(activations)
-        return (edited_output, *output[1:]) if isinstance(output, tuple) else edited_output
+    def forward(self, activations: Tensor) -> Tensor:
+        """The activations, edited; the edits' doses are added to `doses`."""
+        table = MapTable(*(getattr(self, name) for name in MapTable._fields))
+        rows = activations.reshape(-1, activations.shape[-1])
+        slots, strength, doses = (getattr(self, name) for name in _STEP)
+        return edit_stacks(rows, slots, strength, table, doses).view_as(activations)
 
 
-def site_tensors(maps: SiteMaps) -> dict[str, Tensor]:
+def named_tensors(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a site's edit takes, by the names that it has in the model or layer of `place`."""
+    path = f"{place.module}." if place.module else ""
+    return {f"{path}{_child_name(place)}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def site_tensors(table: MapTable) -> dict[str, Tensor]:
     """What a `SiteEdit` takes of a site's maps."""
-    tensors = {"present": maps.present, "delta": maps.delta, "bias": maps.bias}
-    if maps.low is not None and maps.high is not None:
-        tensors |= {"low": maps.low, "high": maps.high}
-    return tensors
+    return {name: each for name, each in table._asdict().items() if each is not None}
 
 
-def step_tensors(route: Route, tokens: int) -> Mapping[str, Tensor]:
-    """What every `SiteEdit` takes of a step.
+def step_tensors(route: AffineRoute, tokens: int, meter: DoseMeter | None) -> dict[str, Tensor]:
+    """What every `SiteEdit` takes of a step; its doses go to the meter, if there is one."""
+    device = route.slots.device
+    doses = (
+        torch.zeros(2, len(route.places), tokens, device=device)
+        if meter is None
+        else meter.affine(route.places, device)
+    )
+    return {"slots": route.slots, "strength": route.strength, "doses": doses}
 
-    Returns:
-        slots: (depth, tokens) int64; strength: (depth, tokens, 1) float32; doses: zeros,
-        (2, depth, tokens) float32, for the doses added up and for how many they are.
-    """
-    return {
-        "slots": torch.stack([layer.slots for layer in route.affine]),
-        "strength": torch.stack([layer.strength for layer in route.affine]),
-        "doses": torch.zeros(2, len(route.affine), tokens, device=route.device),
-    }
+
+def _child_name(place: Place) -> str:
+    return _INPUT_CHILD if place.is_input else _OUTPUT_CHILD

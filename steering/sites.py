@@ -1,13 +1,37 @@
-"""Where affine maps go by default: architecture -> regular expression over module paths.
+"""Sites: how they are named, and where affine maps go by default.
 
-The LinEAS authors choose the layer norms after which a block's input is "clean": one or two a
-block, by family. Any other regular expression may be given when fitting; an artifact then lists
-its sites one by one.
+A site is what a module gives, or what it is given. A site of the first sort is named by the
+module's Hugging Face path, one of the second by the path and `.input`.
+
+Defaults are a table: architecture -> regular expression over module paths. The LinEAS authors
+choose the layer norms after which a block's input is "clean": one or two a block, by family. Any
+other regular expression may be given when fitting; an artifact then lists its sites one by one.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+INPUT: Final = "input"
+
+
+class Place(NamedTuple):
+    """Where a site is in a model."""
+
+    module: str  # path
+    is_input: bool  # whether the site is the module's first argument, and not its output
+
+
+def place_of(site: str) -> Place:
+    """Where a site of this name is: "a.b" is the output of a.b, "a.b.input" its input."""
+    module, _, last = site.rpartition(".")
+    return Place(module, True) if last == INPUT else Place(site, False)
+
+
+def input_site(module: str) -> str:
+    """The name of the site that is a module's input."""
+    return f"{module}.{INPUT}" if module else INPUT
 
 
 class SiteError(ValueError):

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from interventions.manifest import AffineManifest, RewardManifest, parse_manifest
-from steering.affine import AffineMap, AffineParameters
+from steering.affine import AffineMap, AffineParameters, Gate
 from steering.reward import RewardHead
 
 Json = dict[str, object]
@@ -71,6 +71,18 @@ def affine_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
     }
 
 
+def gated_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
+    """Two sites, an output and an input: one with a gate, one with a gate and a support."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias, first, second = torch.randn(4, width, generator=generator)
+    opens, closes = torch.randn(2, generator=generator)
+    support = {"low": bias - 1, "high": bias + 1}
+    return {
+        "model.layers.0.norm": AffineMap(weight, bias, gate=Gate(first, opens)),
+        "model.layers.1.mlp.input": AffineMap(bias, weight, **support, gate=Gate(second, closes)),
+    }
+
+
 def reward_head(seed: int = 0, units: int = 3, width: int = 4) -> RewardHead:
     """A random head."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,11 +105,21 @@ def same_parameters(
         return all(torch.equal(getattr(left, name), getattr(right, name)) for name in fields)
     if isinstance(left, RewardHead) or isinstance(right, RewardHead):
         return False
-    return left.keys() == right.keys() and all(
-        _same(getattr(left[site], part), getattr(right[site], part))
-        for site in left
-        for part in ("weight", "bias", "low", "high")
-    )
+    return left.keys() == right.keys() and all(_same_map(left[site], right[site]) for site in left)
+
+
+def _same_map(left: AffineMap, right: AffineMap) -> bool:
+    if (left.gate is None) != (right.gate is None):
+        return False
+    pairs = [
+        (left.weight, right.weight),
+        (left.bias, right.bias),
+        (left.low, right.low),
+        (left.high, right.high),
+    ]
+    if left.gate is not None and right.gate is not None:
+        pairs += [(left.gate.weight, right.gate.weight), (left.gate.bias, right.gate.bias)]
+    return all(_same(one, other) for one, other in pairs)
 
 
 def _same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
@@ -121,6 +143,27 @@ def affine_entries() -> dict[str, Entry]:
     return {
         "sites.model.layers.0.norm.weight": entry([2], [1, 2]),
         "sites.model.layers.0.norm.bias": entry([2], [3, 4]),
+    }
+
+
+def map_entries(site: str, width: int = 2) -> dict[str, Entry]:
+    """The tensors of a handmade map at a site."""
+    return {
+        f"sites.{site}.weight": entry([width], [1.5] * width),
+        f"sites.{site}.bias": entry([width], [0.25] * width),
+    }
+
+
+def support_entries(site: str) -> dict[str, Entry]:
+    """The tensors of a handmade support of the map at a site of width 2."""
+    return {f"sites.{site}.{part}": entry([2], [1, 1]) for part in ("low", "high")}
+
+
+def gate_entries(site: str, width: int = 2) -> dict[str, Entry]:
+    """The tensors of a handmade gate of the map at a site."""
+    return {
+        f"sites.{site}.gate.weight": entry([width], [-0.5] * width),
+        f"sites.{site}.gate.bias": entry([], [0.75]),
     }
 
 

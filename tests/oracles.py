@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from server.engine.base import SamplingSettings
@@ -20,7 +21,11 @@ Stack: TypeAlias = Sequence[
 
 
 def affine(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
-    """One token's vector: strength * T(z) + (1 - strength) * z, coordinate by coordinate."""
+    """One token's vector: strength * T(z) + (1 - strength) * z, coordinate by coordinate.
+
+    A gate scales the strength.
+    """
+    strength *= gate(z, site_map)
     edited = z.clone()
     for i in range(z.numel()):
         if site_map.low is not None and not z[i] >= site_map.low[i]:
@@ -32,10 +37,19 @@ def affine(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
     return edited
 
 
+def gate(z: Tensor, site_map: AffineMap) -> float:
+    """The sigmoid of one token's product with a gate; 1 where the map has none."""
+    if site_map.gate is None:
+        return 1.0
+    product = sum(a * b for a, b in zip(site_map.gate.weight.tolist(), z.tolist(), strict=True))
+    return 1 / (1 + math.exp(-product - float(site_map.gate.bias)))
+
+
 def affine_rows(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
     """(n, d): the same formula, a row at a time, for models too wide for the loop above."""
+    strengths = torch.tensor([[strength * gate(row, site_map)] for row in z])
     mapped = site_map.weight * z + site_map.bias
-    edited = strength * mapped + (1 - strength) * z
+    edited = strengths * mapped + (1 - strengths) * z
     if site_map.low is not None and site_map.high is not None:
         edited = torch.where((z >= site_map.low) & (z <= site_map.high), edited, z)
     return edited
@@ -119,9 +133,7 @@ class Oracle:
         """
         with ExitStack() as hooks, torch.no_grad():
             for site in dict.fromkeys(site for site in _sites(stack)):
-                module = self._model.get_submodule(site)
-                hook = _edit_site(site, stack, prompt_length)
-                hooks.callback(module.register_forward_hook(hook).remove)
+                hooks.callback(_hook_site(self._model, site, stack, prompt_length).remove)
             hooks.callback(self._lm_head.register_forward_pre_hook(_edit_rows(stack)).remove)
             output = self._model(
                 input_ids=torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=last
@@ -148,33 +160,42 @@ def _sites(stack: Stack) -> list[str]:
     ]
 
 
-def _edit_site(
-    site: str, stack: Stack, prompt_length: int
-) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], Tensor | tuple[Tensor, ...]]:
-    def hook(
-        _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]
-    ) -> Tensor | tuple[Tensor, ...]:
-        if isinstance(output, tuple):
-            return (edited_output(output[0]), *output[1:])
-        return edited_output(output)
+def _hook_site(model: nn.Module, site: str, stack: Stack, prompt_length: int) -> RemovableHandle:
+    """Edit what a module gives, or, at "<path>.input", the first argument of its calls."""
 
-    def edited_output(output: Tensor) -> Tensor:
-        z = output.reshape(-1, output.shape[-1]).float()
-        for parameters, settings in stack:
-            if not (isinstance(parameters, Mapping) and isinstance(settings, AffineSettings)):
-                continue
-            if site not in parameters:
-                continue
-            edited = affine_rows(z, parameters[site], settings.strength)
-            first, last = {
-                "all": (0, len(z)),
-                "prompt": (0, prompt_length),
-                "generated": (prompt_length, len(z)),
-            }[settings.positions]
-            z = torch.cat([z[:first], edited[first:last], z[last:]])
-        return z.to(output.dtype).view_as(output)
+    def edit(given: Any) -> Any:
+        if isinstance(given, tuple):
+            return (edit(given[0]), *given[1:])
+        return _edited(given, site, stack, prompt_length)
 
-    return hook
+    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return edit(args), kwargs
+        (name, given), *others = kwargs.items()
+        return args, {name: edit(given), **dict(others)}
+
+    if site.endswith(".input"):
+        module = model.get_submodule(site.removesuffix(".input"))
+        return module.register_forward_pre_hook(on_call, with_kwargs=True)
+    module = model.get_submodule(site)
+    return module.register_forward_hook(lambda _module, _args, output: edit(output))
+
+
+def _edited(activations: Tensor, site: str, stack: Stack, prompt_length: int) -> Tensor:
+    z = activations.reshape(-1, activations.shape[-1]).float()
+    for parameters, settings in stack:
+        if not (isinstance(parameters, Mapping) and isinstance(settings, AffineSettings)):
+            continue
+        if site not in parameters:
+            continue
+        edited = affine_rows(z, parameters[site], settings.strength)
+        first, last = {
+            "all": (0, len(z)),
+            "prompt": (0, prompt_length),
+            "generated": (prompt_length, len(z)),
+        }[settings.positions]
+        z = torch.cat([z[:first], edited[first:last], z[last:]])
+    return z.to(activations.dtype).view_as(activations)
 
 
 def _edit_rows(stack: Stack) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:

@@ -89,6 +89,8 @@ def use_pages(
     monkeypatch.setattr(build, "plan_kv", plan)
     monkeypatch.setattr(build, "paths_of", lambda _device: cuda_paths)
     monkeypatch.setattr(cuda_paths, "CudaCapture", lambda _device: capture)
+    # Triton interprets its kernels here, which is slow; they have tests of their own.
+    monkeypatch.setattr(cuda_paths, "_use_kernels", lambda _parts: None)
     return capture
 
 

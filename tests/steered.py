@@ -14,7 +14,13 @@ from server.engine.torch.interventions import Parameters
 from server.engine.torch.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings, RewardSettings
 from tests.oracles import Oracle, Stack
-from tests.tiny import family_sites, head_width, random_head, random_maps
+from tests.tiny import (
+    family_sites,
+    head_outputs_width,
+    head_width,
+    random_head,
+    random_maps,
+)
 
 NEW_TOKENS = 16
 GREEDY = SamplingSettings(NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=3)
@@ -23,6 +29,7 @@ ATTENTION = {
     "opt": "model.decoder.layers.1.self_attn",
     "opt-350m": "model.decoder.layers.1.self_attn",
 }
+PROJECTION = {"gpt2": "c_proj", "opt": "out_proj", "opt-350m": "out_proj"}
 
 
 @cache
@@ -30,11 +37,18 @@ def interventions_of(family: str = "llama") -> Mapping[str, Parameters]:
     """By digest, at the family's default sites, and before its head."""
     sites, width = family_sites(family), head_width(family)
     attention = ATTENTION.get(family, "model.layers.1.self_attn")
+    projection = PROJECTION.get(family, "o_proj")
     return {
         "a": random_maps(1, sites=sites),
         "b": random_maps(2, sites=sites[1:]),
         "supported": random_maps(3, sites=sites, support=True),
         "attention": random_maps(4, sites=(attention,)),
+        "gated": random_maps(7, sites=sites, gate=True),
+        "gated and supported": random_maps(8, sites=sites[:1], support=True, gate=True),
+        "inputs": {
+            **random_maps(9, head_outputs_width(family), (f"{attention}.{projection}.input",)),
+            **random_maps(10, sites=(f"{sites[0]}.input",), gate=True),
+        },
         "r": random_head(5, width),
         "wide": random_head(6, width, units=40),
     }
@@ -56,12 +70,16 @@ STACKS: Mapping[str, tuple[Edit, ...]] = {
     "a on what is generated": (Edit("a", AffineSettings(0.9, "generated")),),
     "a support": (Edit("supported", AffineSettings(1.0)),),
     "a tuple's first place": (Edit("attention", AffineSettings(1.0)),),
+    "gated": (Edit("gated", AffineSettings(1.0)),),
+    "gated and supported": (Edit("gated and supported", AffineSettings(0.9)),),
+    "inputs": (Edit("inputs", AffineSettings(0.8)),),
     "r": (Edit("r", RewardSettings(0.5, 5)),),
     "r with other settings": (Edit("r", RewardSettings(0.2, 2, 0.5)),),
     "r, its direction only": (Edit("r", RewardSettings(0.5, 0)),),
     "wide": (Edit("wide", RewardSettings(0.4, 3)),),
     "a then b": (Edit("a", AffineSettings(0.5)), Edit("b", AffineSettings(0.5))),
     "b then a": (Edit("b", AffineSettings(0.5)), Edit("a", AffineSettings(0.5))),
+    "a then gated": (Edit("a", AffineSettings(0.5)), Edit("gated", AffineSettings(0.7))),
     "a and r": (Edit("a", AffineSettings(0.6)), Edit("r", RewardSettings(0.5, 5))),
     "four": (
         Edit("r", RewardSettings(0.3, 1)),

@@ -12,7 +12,15 @@ import pytest
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
 from server.engine.torch.engine import TorchEngine
-from tests.artifact_samples import affine_manifest, affine_parameters
+from tests.artifact_samples import (
+    Entry,
+    affine_manifest,
+    affine_parameters,
+    entry,
+    gate_entries,
+    handmade,
+    map_entries,
+)
 from tests.conftest import MakeClient, WriteArtifact
 from tests.serving import (
     Json,
@@ -243,6 +251,31 @@ async def test_a_file_that_is_no_artifact_stores_nothing(
         assert (error["code"], error["param"]) == ("invalid_artifact", "file")
     assert nothing_stored(registry, tmp_path / "registry")
     assert (await upload(client, good)).status_code == 201
+
+
+async def test_wrong_gates_and_inputs_store_nothing(
+    client: httpx.AsyncClient, affine_artifact: WriteArtifact
+) -> None:
+    await push(client, affine_artifact("maps"))
+    before = (await client.get("/v1/interventions")).json()
+    good = map_entries("a.norm") | gate_entries("a.norm")
+    wrong: dict[str, dict[str, Entry]] = {
+        "sites.b.gate.weight": good | gate_entries("b"),
+        "sites.a.norm.gate.weight": good | {"sites.a.norm.gate.weight": entry([3], [1, 2, 3])},
+        "sites.a.norm.gate.bias": good | {"sites.a.norm.gate.bias": entry([1], [1])},
+        "sites.b.gate.bias": good | {"sites.b.gate.bias": entry([], [1])},
+        "sites.a.norm.gate.low": good | {"sites.a.norm.gate.low": entry([2], [1, 2])},
+        "sites.a.norm.input.weight": good | map_entries("a.norm.input"),
+        "sites.input.bias": good | map_entries("input"),
+    }
+    for name, entries in wrong.items():
+        response = await upload(client, handmade(entries), "bad")
+        error = error_of(response)
+        assert response.status_code == 400, name
+        assert (error["code"], error["param"]) == ("invalid_artifact", "file")
+        assert f'"{name}"' in str(error["message"])
+        assert (await client.get("/v1/interventions")).json() == before
+    assert error_of(await upload(client, handmade(good), "bad"))["code"] == "incompatible_artifact"
 
 
 async def test_an_artifact_for_another_model_stores_nothing(

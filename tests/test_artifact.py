@@ -371,11 +371,15 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({BIAS: None}, "has no bias"),
-        ({WEIGHT: None}, "has no weight"),
+        ({BIAS: None}, f'"{WEIGHT}" has no "{BIAS}"'),
+        ({WEIGHT: None}, f'"{BIAS}" has no "{WEIGHT}"'),
         ({WEIGHT: None, BIAS: None}, "no site"),
-        ({LOW: entry([2], [0, 0])}, "only one of low and high"),
-        ({HIGH: entry([2], [0, 0])}, "only one of low and high"),
+        (
+            {WEIGHT: None, BIAS: None, LOW: entry([2], [0, 0]), HIGH: entry([2], [1, 1])},
+            f'"{LOW}" has no "{WEIGHT}"',
+        ),
+        ({LOW: entry([2], [0, 0])}, f'"{LOW}" has no "{HIGH}"'),
+        ({HIGH: entry([2], [0, 0])}, f'"{HIGH}" has no "{LOW}"'),
         ({LOW: entry([2], [0, 2]), HIGH: entry([2], [1, 1])}, "low above its high"),
         ({LOW: entry([2], [0, -INF]), HIGH: entry([2], [1, 1])}, "finite"),
         ({LOW: entry([1], [0]), HIGH: entry([2], [1, 1])}, r"shape \(1\)"),

@@ -1,10 +1,14 @@
+import importlib
+
 import pytest
 import torch
 
 from steering.bank import Bank
+from steering.grouped_refinement import GroupedRefinement
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 from tests import oracles
+from tests.grouped import use_few_programs
 from tests.tiny import SITES, WIDTH, random_head, random_maps
 
 CPU = torch.device("cpu")
@@ -130,3 +134,45 @@ def test_slots_can_be_filled_after_an_edit_on_another_device(bank: Bank) -> None
     bank.put(1, random_maps(5, support=True))
     bank.put(3, random_head(6))
     bank.clear(2)
+
+
+def test_maps_are_read_for_what_the_step_s_maps_have(bank: Bank) -> None:
+    """A gate or a support that no token of a step uses costs it nothing."""
+    bank.put(4, random_maps(4, gate=True))
+
+    def read(*slots: int) -> set[str]:
+        route = build_route(one_token_each(*map(affine_edit, slots)), CPU)
+        assert route.affine is not None
+        table = bank.acting(route.affine)[SITE]
+        return {name for name, each in table._asdict().items() if each is not None}
+
+    assert read(1) == {"held", "delta", "bias"}
+    assert read(1, 2) == {"held", "delta", "bias", "low", "high"}
+    assert read(4) == {"held", "delta", "bias", "gate_weight", "gate_bias"}
+
+
+def test_kernels_refine_rows_by_the_heads_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the bank uses them on a GPU; interpreted."""
+    pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
+    if torch.cuda.is_available():
+        pytest.skip("they are compiled here, and not interpreted")
+    launches = importlib.import_module("steering.kernels.reward_triton")
+    use_few_programs(monkeypatch, launches)
+    bank = Bank(4, CPU)
+    bank.grouped = GroupedRefinement(5, CPU, launches)
+    heads = {3: random_head(3), 4: random_head(4, units=7)}
+    for slot, head in heads.items():
+        bank.put(slot, head)
+    bank.put(3, heads[4])
+    bank.put(3, random_maps(1))  # a head that goes
+    bank.put(3, heads[3])
+    settings = RewardSettings(0.5, 2), RewardSettings(0.1, 4, 0.5)
+    stacks = [(SlottedEdit(3 + row % 2, settings[row // 2]),) for row in range(4)]
+    h = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    refined = bank.edit_rows(h, build_route(one_token_each(*stacks, ()), CPU))
+    for row, [edit] in enumerate(stacks):
+        assert isinstance(edit.settings, RewardSettings)
+        expected = oracles.reward(h[row], heads[edit.slot], edit.settings)
+        torch.testing.assert_close(refined[row], expected, rtol=1e-4, atol=1e-4)
+    bank.clear(3)
+    assert not bank.grouped.holds([3])

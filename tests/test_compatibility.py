@@ -80,6 +80,33 @@ def test_another_width_of_a_site_is_refused() -> None:
         check_compatible(AFFINE, other)
 
 
+def test_an_input_is_another_site_than_the_output() -> None:
+    (part, *_) = affine_parameters().values()
+    artifact = replace(AFFINE, parameters={"model.layers.1.up.input": part})
+    with pytest.raises(IncompatibleArtifactError, match=r'no site "model\.layers\.1\.up\.input"\.'):
+        check_compatible(artifact, MODEL)
+    widths = {**MODEL.site_widths, "model.layers.1.up.input": 4}
+    assert check_compatible(artifact, replace(MODEL, site_widths=widths)) == ()
+    widths["model.layers.1.up.input"] = 6
+    with pytest.raises(
+        IncompatibleArtifactError, match=r'"model\.layers\.1\.up\.input" has width 4.* 6 there'
+    ):
+        check_compatible(artifact, replace(MODEL, site_widths=widths))
+
+
+def test_a_missing_site_that_may_be_meant_as_a_gate_says_how_one_looks() -> None:
+    (part, *_) = affine_parameters().values()
+    site = "model.layers.0.norm"
+    both = replace(AFFINE, parameters={site: part, f"{site}.gate": part})
+    with pytest.raises(IncompatibleArtifactError, match=r'gate of site "model\.layers\.0\.norm"'):
+        check_compatible(both, MODEL)
+    alone = replace(AFFINE, parameters={f"{site}.gate": part})
+    with pytest.raises(
+        IncompatibleArtifactError, match=r'no site "model\.layers\.0\.norm\.gate"\.$'
+    ):
+        check_compatible(alone, MODEL)
+
+
 def test_another_width_of_the_head_is_refused() -> None:
     with pytest.raises(IncompatibleArtifactError, match=r"width 4.* width 6"):
         check_compatible(REWARD, replace(MODEL, head_width=6))

@@ -40,7 +40,16 @@ SECONDS = 120.0
 # Of each, the graphs are made as soon as they are asked for.
 FEW: Mapping[str, tuple[Edit, ...]] = {
     name: STACKS[name]
-    for name in ("base", "a", "a at another strength", "b", "a on the prompt", "r", "a and r")
+    for name in (
+        "base",
+        "a",
+        "a at another strength",
+        "b",
+        "a on the prompt",
+        "r",
+        "a and r",
+        "inputs",
+    )
 }
 
 

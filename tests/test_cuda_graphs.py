@@ -94,8 +94,8 @@ def test_other_settings_and_other_maps_need_no_other_graph(
     assert capture.captured == captured
 
 
-@pytest.mark.parametrize("later", ["attention", "supported"])
-def test_a_site_or_a_support_that_is_new_is_edited(
+@pytest.mark.parametrize("later", ["attention", "inputs"])
+def test_a_site_that_is_new_is_edited(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, later: str
 ) -> None:
     capture = use_pages(monkeypatch)
@@ -119,7 +119,23 @@ def test_a_site_or_a_support_that_is_new_is_edited(
     )
 
 
-@pytest.mark.parametrize("later", ["attention", "supported"])
+@pytest.mark.parametrize("later", ["supported", "gated"])
+def test_supports_and_gates_at_default_sites_are_in_graphs_from_the_start(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    capture = use_pages(monkeypatch)
+    core = build_core(load_tiny(), OPTIONS)
+    captured = capture.captured
+    edits = (Edit(later, AffineSettings(1.0)),)
+    [outputs] = finish(core, [sequence(PROMPTS[0], edits)])
+    expected = expected_of(Oracle(tiny_model("llama")), "llama", PROMPTS[0], edits)
+    assert_equal_to_oracle(outputs, *expected)
+    assert capture.captured == captured
+    assert capture.replayed >= captured + NEW_TOKENS - 1
+    assert not core.compiling
+
+
+@pytest.mark.parametrize("later", ["attention", "inputs"])
 def test_who_needs_nothing_new_keeps_the_graphs_of_before(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, later: str
 ) -> None:
@@ -244,10 +260,11 @@ def test_base_graphs_outlive_what_is_loaded(
     capture = use_pages(monkeypatch)
     core = build_core(load_tiny(), OPTIONS)
     made = capture.captured
-    # Without edits, and with one at the default sites, measured and not.
-    assert made == 3 * len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
+    # Without edits, and with one at the default sites.
+    assert made == 2 * len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
     core.interventions.slots.check({})
-    assert not any(maps.filled for maps in core.interventions.bank._sites.values())
+    for maps in core.interventions.bank._sites.values():
+        assert not maps.table.held.any()
     core.interventions.install("x", random_maps(1))
     core.interventions.unpin("x")
     finish(core, [sequence(PROMPTS[0])])

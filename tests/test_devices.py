@@ -79,8 +79,11 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
     assert (logits.shape, logits.device.type) == ((2, VOCABULARY), "meta")
     assert [device.type for device in shape.devices] == ["cpu", "meta"]
     stacks = [bank._sites[site] for site in SITES]
-    assert [stack.delta.device.type for stack in stacks] == ["cpu", "meta"]
-    assert [stack.low.device.type for stack in stacks if stack.low is not None] == ["cpu", "meta"]
+    assert [stack.table.delta.device.type for stack in stacks] == ["cpu", "meta"]
+    assert [low.device.type for stack in stacks if (low := stack.table.low) is not None] == [
+        "cpu",
+        "meta",
+    ]
     [head] = bank._heads.values()
     assert head.w1.device.type == "meta"
 

@@ -146,7 +146,7 @@ async def test_the_engine_tells_what_its_edits_did(load_tiny: LoadTiny) -> None:
     assert len(steps) == len(found) == GREEDY.max_tokens
     for step, output in zip(steps, found, strict=True):
         doses = [
-            oracles.dose(z, oracles.affine_rows(z, maps[site], 0.6))
+            oracles.dose(z, oracles.affine(z, maps[site], 0.6))
             for site, activations in step
             for z in activations
         ]
@@ -172,7 +172,7 @@ def test_measuring_is_not_counted_among_the_edits(monkeypatch: pytest.MonkeyPatc
     meter = DoseMeter(1, 1)
     z = torch.ones(1, WIDTH)
     with meter.editing():
-        meter.affine(0, z, 2 * z, torch.ones(1, dtype=torch.bool))
+        meter.reward(0, z, 2 * z, torch.zeros(1, dtype=torch.int64))
     assert meter.own_seconds == 1
     assert meter.edit_seconds == 2  # of the three between its beginning and its end
 

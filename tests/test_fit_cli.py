@@ -138,6 +138,17 @@ def test_sites_may_be_chosen(model: str, folder: Path) -> None:
     assert set(parameters) == {"model.layers.1.mlp"}
 
 
+def test_a_pattern_chooses_outputs_of_modules_only(model: str, folder: Path) -> None:
+    assert "model.layers.1.mlp.input" in _load(model).description.site_widths
+    assert _lineas(model, folder, "--sites", r"model\.layers\.1\.mlp(\.input)?").exit_code == 0
+    parameters = read_artifact(folder / "tiny-lineas.safetensors").parameters
+    assert not isinstance(parameters, RewardHead)
+    assert set(parameters) == {"model.layers.1.mlp"}
+    result = _lineas(model, folder, "--sites", r".*\.input")
+    assert result.exit_code == 2
+    assert "matches no module" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

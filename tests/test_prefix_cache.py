@@ -65,14 +65,16 @@ def per_token(prompt_length: int, count: int, edits: list[Edit]) -> list[list[tu
     """By the engine's own route: the slots and strengths that each token meets, in order."""
     slotted = tuple(SlottedEdit(ord(edit.digest), edit.settings) for edit in edits)
     span = Span(0, count, prompt_length, range(count), slotted)
-    layers = build_route([span], torch.device("cpu")).affine
+    affine = build_route([span], torch.device("cpu")).affine
+    if affine is None:
+        return [[] for _ in range(count)]
     return [
         [
-            (int(layer.slots[place]), float(layer.strength[place]))
-            for layer in layers
-            if layer.slots[place]
+            (int(slot), float(strength))
+            for slot, strength in zip(slots, strengths, strict=True)
+            if slot
         ]
-        for place in range(count)
+        for slots, strengths in zip(affine.slots.T, affine.strength.T, strict=True)
     ]
 
 

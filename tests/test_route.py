@@ -17,20 +17,17 @@ def span(
 
 
 def test_a_step_without_edits_has_an_empty_route() -> None:
-    assert route_of(span(), span()) == Route((), (), torch.device("cpu"))
+    assert route_of(span(), span()) == Route(None, (), torch.device("cpu"))
 
 
 def test_positions_are_relative_to_the_requests_own_prompt() -> None:
     """A span that crosses from the prompt into what was generated, as after a recomputation."""
-    slots = {
-        positions: route_of(
-            span(count=2),
-            span(SlottedEdit(3, AffineSettings(1.0, positions)), start=2, count=5, prompt=4),
-        )
-        .affine[0]
-        .slots.tolist()
-        for positions in ("all", "prompt", "generated")
-    }
+    slots = {}
+    for positions in ("all", "prompt", "generated"):
+        edit = SlottedEdit(3, AffineSettings(1.0, positions))
+        route = route_of(span(count=2), span(edit, start=2, count=5, prompt=4))
+        assert route.affine is not None
+        [slots[positions]] = route.affine.slots.tolist()
     assert slots == {
         "all": [0, 0, 3, 3, 3, 3, 3],
         "prompt": [0, 0, 3, 3, 0, 0, 0],
@@ -40,7 +37,7 @@ def test_positions_are_relative_to_the_requests_own_prompt() -> None:
 
 def test_a_layer_in_which_no_token_is_edited_is_left_out() -> None:
     edit = SlottedEdit(1, AffineSettings(1.0, "generated"))
-    assert route_of(span(edit, count=4, prompt=4)).affine == ()
+    assert route_of(span(edit, count=4, prompt=4)).affine is None
 
 
 def test_edits_apply_in_list_order_each_kind_by_itself() -> None:
@@ -51,10 +48,11 @@ def test_edits_apply_in_list_order_each_kind_by_itself() -> None:
         SlottedEdit(6, RewardSettings(0.4, 2)),
     )
     route = route_of(span(*stack, count=1, rows=range(1)), span(count=1, rows=range(1, 2)))
-    assert [layer.slots.tolist() for layer in route.affine] == [[2, 0], [1, 0]]
-    strengths = [layer.strength[0, 0].item() for layer in route.affine]
-    torch.testing.assert_close(strengths, [0.2, 0.1], rtol=1e-6, atol=0)
-    assert [layer.used for layer in route.affine] == [{2}, {1}]
+    assert route.affine is not None
+    assert route.affine.places == (0, 1)
+    assert route.affine.slots.tolist() == [[2, 0], [1, 0]]
+    torch.testing.assert_close(route.affine.strength, torch.tensor([[0.2, 0], [0.1, 0]]))
+    assert route.affine.used == frozenset({1, 2})
     assert [layer.heads for layer in route.reward] == [((7, 1, 1),), ((6, 1, 2),)]
     assert [layer.step_sizes.shape[1] for layer in route.reward] == [1, 2]
 

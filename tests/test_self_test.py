@@ -20,6 +20,11 @@ ALL_SITES = (
     "model.layers.1.mlp",
     "model.layers.1",
     "model.norm",
+    "model.norm.input",
+    "model.layers.1.input",
+    "model.layers.0.self_attn.input",
+    "model.layers.0.self_attn.o_proj.input",
+    "model.layers.1.mlp.down_proj.input",
 )
 
 
@@ -30,7 +35,10 @@ def test_every_kind_of_site_reaches_the_logits(load_tiny: LoadTiny) -> None:
 
 
 def widths() -> dict[str, int]:
-    return {site: 16 if site.endswith("k_proj") else WIDTH for site in ALL_SITES}
+    other = {"k_proj": 16, "down_proj.input": 48}
+    return {
+        site: next((other[end] for end in other if site.endswith(end)), WIDTH) for site in ALL_SITES
+    }
 
 
 def test_a_site_whose_edit_does_not_reach_the_logits_is_refused(load_tiny: LoadTiny) -> None:

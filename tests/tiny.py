@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from steering.affine import AffineMap
+from steering.affine import AffineMap, Gate
 from steering.reward import RewardHead
 from steering.sites import default_sites, match_sites
 
@@ -133,6 +133,13 @@ def head_width(family: str) -> int:
     return lm_head.in_features
 
 
+def head_outputs_width(family: str) -> int:
+    """The width of what a family's attention heads give together."""
+    config = tiny_config(family)
+    width: int = config.num_attention_heads * getattr(config, "head_dim", 0)
+    return width or WIDTH
+
+
 def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -163,7 +170,11 @@ def save_families(root: Path, families: Iterable[str] = FAMILIES) -> dict[str, P
 
 
 def random_maps(
-    seed: int, width: int = WIDTH, sites: tuple[str, ...] = SITES, support: bool = False
+    seed: int,
+    width: int = WIDTH,
+    sites: tuple[str, ...] = SITES,
+    support: bool = False,
+    gate: bool = False,
 ) -> dict[str, AffineMap]:
     """Maps far enough from the identity to change greedy tokens."""
     random = torch.Generator().manual_seed(seed)
@@ -172,10 +183,22 @@ def random_maps(
         weight = 1 + 0.5 * torch.randn(width, generator=random)
         bias = 0.5 * torch.randn(width, generator=random)
         bound = 0.5 + torch.rand(width, generator=random)
-        maps[site] = (
-            AffineMap(weight, bias, low=-bound, high=bound) if support else AffineMap(weight, bias)
+        maps[site] = AffineMap(
+            weight,
+            bias,
+            low=-bound if support else None,
+            high=bound if support else None,
+            gate=random_gate(random, width) if gate else None,
         )
     return maps
+
+
+def random_gate(random: torch.Generator, width: int = WIDTH) -> Gate:
+    """A gate that is open to some tokens and closed to others."""
+    return Gate(
+        weight=2 * torch.randn(width, generator=random) / width**0.5,
+        bias=1 + torch.randn((), generator=random),
+    )
 
 
 def random_head(seed: int, width: int = WIDTH, units: int = 24) -> RewardHead:

@@ -21,7 +21,7 @@ from server.engine.torch.loader import LoadedModel
 from steering.fit.activations import collect_hidden_states
 from steering.fit.argre import ArgreSettings, fit_argre
 from steering.fit.lineas import LineasSettings, OptimizerName, fit_lineas
-from steering.sites import default_sites, match_sites
+from steering.sites import default_sites, match_sites, place_of
 
 _FORWARD_BATCH = 32  # sequences at once where nothing is learnt
 _AFFINE: Final = AffineLimits()
@@ -95,10 +95,12 @@ def lineas(
         source_file, target_file = read_lines(source), read_lines(target)
         loaded = fit_output.load(model, dtype, device, threads)
         pattern = sites or default_sites(loaded.description.architecture)
+        known = loaded.description.site_widths
+        outputs = [site for site in known if not place_of(site).is_input]
         with fit_output.progress("learning maps") as advance:
             maps, report = fit_lineas(
                 loaded.model,
-                match_sites(pattern, loaded.description.site_widths),
+                match_sites(pattern, outputs),
                 [fit_output.tokenize(loaded, line, max_tokens) for line in source_file.lines],
                 [fit_output.tokenize(loaded, line, max_tokens) for line in target_file.lines],
                 settings,

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.engine.torch.attention_step import AttentionStep, How
-from server.engine.torch.operators import define_operator
+from steering.kernels.operators import define_operator
 
 _NAME: Final = "steerserve"
 
@@ -83,6 +83,7 @@ define_operator(
     "float? softcap) -> Tensor",
     _attend,
     _attend_fake,
+    backends=("CPU", "MkldnnCPU"),
 )
 
 

@@ -25,12 +25,14 @@ from server.engine.torch.layer_graphs import (
     Tensors,
     Variant,
     make_graphs,
-    named_tensors,
 )
-from steering.bank import Bank, SiteMaps
+from steering.affine import MapTable
+from steering.bank import Bank
 from steering.dose import DoseMeter
-from steering.route import Route
-from steering.site_edit import site_tensors, step_tensors
+from steering.route import AffineRoute, Route
+from steering.site_edit import named_tensors, site_tensors, step_tensors
+from steering.site_maps import Part, parts_in
+from steering.sites import Place
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class CompiledLayers:
         self._probes = (one_token, more_tokens)
         self._graphs: dict[Variant, Graphs] = {}
         self._asked: set[Variant] = set()
-        self._plans: dict[tuple[Bank, int, frozenset[int], int], _Plan] = {}
+        self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _Plan] = {}
         self._background = Background("compiler")
         for structure in range(len(layers.structures)):
             self._find(Variant(structure))
@@ -85,11 +87,12 @@ class CompiledLayers:
         edited: dict[int, list[Site]] = {}
         for site in sites:
             if (place := self._layers.place(site)) is not None:
-                index, path = place
-                edited.setdefault(index, []).append(Site(path, slots, sites[site], False))
+                index, inside = place
+                plain = Site(inside, slots, sites[site], frozenset({Part.MAP}))
+                edited.setdefault(index, []).append(plain)
         for index, found in edited.items():
             structure = self._layers.structure_of[index]
-            self._find(Variant(structure, tuple(sorted(found, key=lambda each: each.path)), 1))
+            self._find(Variant(structure, tuple(sorted(found, key=lambda each: each.place)), 1))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
@@ -100,39 +103,38 @@ class CompiledLayers:
         self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
     ) -> Iterator[None]:
         """Within the context, a step's layers run compiled, where they are."""
-        plan = self._plan(bank, route)
-        steered = any(variant.sites for variant in plan.variants)
-        edits = step_tensors(route, tokens) if steered else {}
+        plan = self._plan(bank, route.affine)
+        steered = route.affine is not None and any(variant.sites for variant in plan.variants)
+        edits = step_tensors(route.affine, tokens, meter) if route.affine and steered else {}
         calls = [self._calls(variant, edits, tokens) for variant in plan.variants]
         with self._layers.replaced_by([calls[layer.variant](layer) for layer in plan.layers]):
             yield
-        if meter is not None and edits:
-            for layer, doses, counts in zip(route.affine, *edits["doses"], strict=True):
-                meter.add_affine(layer.depth, doses, counts)
 
-    def _plan(self, bank: Bank, route: Route) -> _Plan:
-        key = bank, bank.fillings, route.used_slots, len(route.affine)
+    def _plan(self, bank: Bank, route: AffineRoute | None) -> _Plan:
+        used = frozenset[int]() if route is None else route.used
+        depth = 0 if route is None else len(route.places)
+        key = bank, bank.fillings, used, depth
         if key not in self._plans:
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = self._make_plan(bank.acting(route), len(route.affine))
+            self._plans[key] = self._make_plan({} if route is None else bank.acting(route), depth)
         return self._plans[key]
 
-    def _make_plan(self, acting: Mapping[str, SiteMaps], depth: int) -> _Plan:
+    def _make_plan(self, acting: Mapping[str, MapTable], depth: int) -> _Plan:
         layers = self._layers
-        edited: list[dict[str, SiteMaps]] = [{} for _ in layers.modules]
-        for site, maps in acting.items():
+        edited: list[dict[Place, MapTable]] = [{} for _ in layers.modules]
+        for site, table in acting.items():
             if (place := layers.place(site)) is not None:
-                index, path = place
-                edited[index][path] = maps
+                index, inside = place
+                edited[index][inside] = table
         variants: dict[Variant, int] = {}
         planned = []
         for index, found in enumerate(edited):
-            sites = tuple(_site(path, maps) for path, maps in sorted(found.items()))
+            sites = tuple(_site(place, found[place]) for place in sorted(found))
             variant = Variant(layers.structure_of[index], sites, depth if sites else 0)
             tensors = dict(layers.tensors[index])
-            for path, maps in found.items():
-                tensors |= named_tensors(path, site_tensors(maps))
+            for inside, table in found.items():
+                tensors |= named_tensors(inside, site_tensors(table))
             number = variants.setdefault(variant, len(variants))
             planned.append(_Layer(number, tensors, layers.positions[index]))
         return _Plan(tuple(variants), planned)
@@ -186,6 +188,6 @@ class CompiledLayers:
             warn_uncompiled("lm_head runs", lm_head, error)
 
 
-def _site(path: str, maps: SiteMaps) -> Site:
-    slots, width = maps.delta.shape
-    return Site(path, slots, width, maps.low is not None)
+def _site(place: Place, table: MapTable) -> Site:
+    slots, width = table.delta.shape
+    return Site(place, slots, width, parts_in(table))

@@ -200,7 +200,7 @@ class EngineCore:
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """What measures this step's edits; in one of so many steered steps only, as it costs."""
-        if not self._dose_interval or not (batch.route.affine or batch.route.reward):
+        if not self._dose_interval or not batch.route.edits:
             return None
         self.steered_steps += 1
         if (self.steered_steps - 1) % self._dose_interval:

@@ -1,9 +1,9 @@
 """Decoding by replayed CUDA graphs: one launch in place of hundreds.
 
 A graph holds the model's decoder, from token ids to the hidden states of all rows, with the affine
-edits at its sites. What follows (reward edits, `lm_head`) is a few launches, and runs as the model
-has it. Contents of the inputs change from step to step, addresses do not. One graph serves a number
-of rows, a number of stacked affine edits, and whether they are measured.
+edits at its sites, and measures their doses. What follows (reward edits, `lm_head`) is a few
+launches, and runs as the model has it. Contents of the inputs change from step to step, addresses
+do not. One graph serves a number of rows and a number of stacked affine edits.
 """
 
 import logging
@@ -46,7 +46,7 @@ class _Graph:
     inputs: DecodeInputs
     replay: Callable[[], None]
     hidden: Tensor  # (1, rows, width), the decoder's
-    doses: dict[int, tuple[Tensor, Tensor]]  # see `DoseMeter.affine_sums`
+    doses: Tensor  # see `DoseMeter.affine`
     output: type  # of the decoder
     edits: frozenset[MapNeed]  # what its edits read of the bank
 
@@ -92,7 +92,7 @@ class GraphRunner(StagedRunner):
         return len(self._wanted)
 
     @torch.inference_mode()
-    def warm_up(self, slot: int = 0, measured: bool = False) -> None:
+    def warm_up(self, slot: int = 0) -> None:
         """Make the graphs of steps without edits, or with one of the maps in a slot.
 
         The largest first, so that all fit in its memory.
@@ -101,7 +101,7 @@ class GraphRunner(StagedRunner):
             Exception: a graph cannot be made, or gives something else than the model.
         """
         for rows in reversed(self._buckets):
-            key = GraphKey(rows, 1 if slot else 0, measured)
+            key = GraphKey(rows, 1 if slot else 0)
             self._graphs[key] = self._make(key, slot)
 
     @torch.inference_mode()
@@ -135,33 +135,35 @@ class GraphRunner(StagedRunner):
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
         """As every runner's; see `Runner.run`."""
-        graph = self._graph(batch, meter is not None) if bank is self._bank else None
+        graph = self._graph(batch) if bank is self._bank else None
         if graph is None:
             return super().run(batch, bank, meter)
         step = paged_step(batch)
         graph.inputs.fill(batch, step.index)
         graph.replay()
         if meter is not None:
-            tokens = batch.input_ids.numel()
-            for place, (doses, edits) in graph.doses.items():
-                meter.add_affine(place, doses[:tokens], edits[:tokens])
+            _, depth, _ = graph.doses.shape
+            own = meter.affine(tuple(range(depth)), self._device)
+            own += graph.doses[:, :, : batch.input_ids.numel()]
         return self._tail(graph, batch, bank, meter)
 
-    def _graph(self, batch: Batch, measured: bool) -> _Graph | None:
+    def _graph(self, batch: Batch) -> _Graph | None:
         """The graph for a step; None where it is not made, and then it is wanted, or cannot be."""
         rows = self._bucket(batch)
         if rows is None:
             return None
-        depth = max((layer.depth + 1 for layer in batch.route.affine), default=0)
+        affine = batch.route.affine
+        depth = 0 if affine is None else affine.places[-1] + 1
         if depth > MOST_DEPTH:
             return None
-        key = GraphKey(rows, depth, measured=bool(depth) and measured)
+        key = GraphKey(rows, depth)
         if key not in self._graphs:
             self._wanted[key] = None
             return None
         graph = self._graphs[key]
-        if graph is not None and not self._bank.needs(batch.route.used_slots) <= graph.edits:
-            # Made before a site, or a support at one, was loaded.
+        used = frozenset[int]() if affine is None or affine.used is None else affine.used
+        if graph is not None and not self._bank.needs(used) <= graph.edits:
+            # Made before a site, or a support or gate at one, was loaded.
             self._wanted[key] = None
             return None
         return graph
@@ -207,17 +209,16 @@ class GraphRunner(StagedRunner):
         route = inputs.route()
         with step.current():
             captured = self._decoder.call_of(self._model, inputs)
-        places: list[int] = []
 
         def compute() -> Sequence[Tensor]:
-            meter = DoseMeter(key.rows, 0) if key.measured else None
+            meter = DoseMeter(key.rows, 0)
+            places = () if route.affine is None else route.affine.places
+            doses = meter.affine(places, self._device)
             with step.current(), self._hooks.routed(self._bank, route, meter):
                 hidden: Tensor = captured.call().last_hidden_state
-            sums = meter.affine_sums() if meter is not None else {}
-            places[:] = sums
-            return hidden, *(tensor for pair in sums.values() for tensor in pair)
+            return hidden, doses
 
-        replay, (hidden, *sums) = self._capture(compute)
+        replay, (hidden, doses) = self._capture(compute)
         vocabulary: int = self._model.config.get_text_config().vocab_size
         inputs.fill_example(vocabulary, slot)
         with step.current(), self._hooks.routed(self._bank, route):
@@ -226,9 +227,8 @@ class GraphRunner(StagedRunner):
         difference = float((hidden - expected).float().norm() / expected.float().norm())
         if not difference < _TOLERANCE:
             raise GraphError(f"a replayed step is off by {difference:.2g}")
-        doses = dict(zip(places, zip(sums[::2], sums[1::2], strict=True), strict=True))
         return _Graph(inputs, replay, hidden, doses, captured.output, edits)
 
 
 def _rewards(route: Route) -> Route:
-    return replace(route, affine=())
+    return replace(route, affine=None)

@@ -1,4 +1,4 @@
-"""What makes the engine fast on a GPU: decoding by replayed CUDA graphs."""
+"""What makes the engine fast on a GPU: kernels for the edits, decoding by replayed CUDA graphs."""
 
 import logging
 from contextlib import suppress
@@ -6,15 +6,17 @@ from contextlib import suppress
 from transformers import PreTrainedModel
 
 from server.engine.base import UnservableInterventionError
+from server.engine.torch.affine_check import use_affine_kernel
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.device_paths import Parts
-from server.engine.torch.devices import is_dead
+from server.engine.torch.devices import is_dead, is_spread
 from server.engine.torch.graph_capture import CudaCapture
+from server.engine.torch.grouped_check import make_grouped_refinement
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.paged_attention import PagedMemory
 from server.engine.torch.runner import Runner
-from server.engine.torch.self_test import probe_map
+from server.engine.torch.self_test import complete_map
 from steering.sites import SiteError, default_sites, match_sites
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,10 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
     """A runner that replays graphs, or `parts.eager` where there can be none.
 
     Raises:
-        ModelLoadError: the device failed while graphs were made, and computes nothing any more.
+        ModelLoadError: the device failed, and computes nothing any more.
     """
     model, memory = parts.loaded.model, parts.kv.memory
+    _use_kernels(parts)
     if not options.cuda_graphs or not isinstance(memory, PagedMemory) or _has_changing_rope(model):
         return parts.eager
     graphs = GraphRunner(
@@ -44,7 +47,7 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
     )
     try:
         graphs.warm_up()
-        _rehearse(graphs, parts, options)
+        _rehearse(graphs, parts)
     except Exception as error:
         if is_dead(memory.device):
             raise ModelLoadError(
@@ -59,17 +62,27 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
     return graphs
 
 
-def _rehearse(graphs: GraphRunner, parts: Parts, options: EngineOptions) -> None:
-    """Have graphs made for one affine edit at the default sites, before anybody wants it."""
+def _use_kernels(parts: Parts) -> None:
+    """Have kernels do the edits, where they do so rightly."""
+    model, description = parts.loaded.model, parts.loaded.description
+    bank = parts.interventions.bank
+    use_affine_kernel(description.hidden_size, model.dtype, model.device)
+    if not is_spread(model):  # a head may be wanted on another device there
+        bank.grouped = make_grouped_refinement(bank.slots + 1, description.head_width, model.device)
+
+
+def _rehearse(graphs: GraphRunner, parts: Parts) -> None:
+    """Have graphs made for one affine edit at the default sites, before anybody wants it.
+
+    The edit has all that a map may have, so that the graphs serve any map there.
+    """
     description = parts.loaded.description
     # Not every architecture has default sites, and at some an edit may reach nothing.
     with suppress(SiteError, UnservableInterventionError):
         sites = match_sites(default_sites(description.architecture), description.site_widths)
-        maps = {site: probe_map(description.site_widths[site]) for site in sites}
+        maps = {site: complete_map(description.site_widths[site]) for site in sites}
         with parts.interventions.rehearsed(maps) as slot:
             graphs.warm_up(slot)
-            if options.dose_interval:
-                graphs.warm_up(slot, measured=True)
 
 
 def _has_changing_rope(model: PreTrainedModel) -> bool:

@@ -10,7 +10,7 @@ from server.engine.torch.batch import Batch
 from server.engine.torch.page_pool import PAGE, SCRATCH
 from server.engine.torch.paged_index import PagedIndex, Tiling
 from server.engine.torch.transfer import Layout
-from steering.route import AffineLayer, Route
+from steering.route import AffineRoute, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _Tensors:
     owners: Tensor  # (rows,) int32
     firsts: Tensor  # (rows,) int32, zeros
     edit_slots: Tensor  # (depth, rows) int64
-    strength: Tensor  # (depth, rows, 1) float32
+    strength: Tensor  # (depth, rows) float32
 
 
 class DecodeInputs:
@@ -76,13 +76,10 @@ class DecodeInputs:
 
     def route(self) -> Route:
         """For the hooks; its tensors are the inputs."""
-        layers = [
-            AffineLayer(depth, slots, strength, used=frozenset(), everywhere=True)
-            for depth, (slots, strength) in enumerate(
-                zip(self._tensors.edit_slots, self._tensors.strength, strict=True)
-            )
-        ]
-        return Route(tuple(layers), (), self._device)
+        tensors = self._tensors
+        places = tuple(range(self.shape.depth))
+        affine = AffineRoute(places, tensors.edit_slots, tensors.strength, used=None)
+        return Route(affine if places else None, (), self._device)
 
     def fill(self, batch: Batch, index: PagedIndex) -> None:
         """Put in a batch that decodes, of as many rows at most; `index` is its attention's."""
@@ -94,9 +91,12 @@ class DecodeInputs:
             tensors.slots[:count] = index.slots
             tensors.lengths[:count] = index.lengths
             tensors.tables[:count, : index.tables.shape[1]] = index.tables
-            for layer in batch.route.affine:
-                tensors.edit_slots[layer.depth, :count] = layer.slots
-                tensors.strength[layer.depth, :count] = layer.strength
+            if (affine := batch.route.affine) is not None:
+                for place, slots, strength in zip(
+                    affine.places, affine.slots, affine.strength, strict=True
+                ):
+                    tensors.edit_slots[place, :count] = slots
+                    tensors.strength[place, :count] = strength
 
         self._send(put)
 
@@ -145,5 +145,5 @@ def _empty(shape: DecodeShape) -> Sequence[Tensor]:
         like(rows, dtype=torch.int32),
         like(rows, dtype=torch.int32),
         like(shape.depth, rows, dtype=torch.int64),
-        like(shape.depth, rows, 1, dtype=torch.float32),
+        like(shape.depth, rows, dtype=torch.float32),
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention_step import AttentionStep
+from steering.sites import Place, place_of
 
 LayerCall: TypeAlias = Callable[..., object]
 
@@ -55,12 +56,16 @@ class DecoderLayers:
         for index, module in enumerate(self.modules):
             module.forward = self._dispatch(index)
 
-    def place(self, site: str) -> tuple[int, str] | None:
-        """The layer that a site is inside of, and its path there; None where it is not in one."""
-        if not site.startswith(self._prefix):
+    def place(self, site: str) -> tuple[int, Place] | None:
+        """The layer that computes a site, and where the site is in it; None where none does.
+
+        What a layer itself gives, or is given, is edited around the layer.
+        """
+        module, is_input = place_of(site)
+        if not module.startswith(self._prefix):
             return None
-        index, _, path = site.removeprefix(self._prefix).partition(".")
-        return (int(index), path) if path else None
+        index, _, inside = module.removeprefix(self._prefix).partition(".")
+        return (int(index), Place(inside, is_input)) if inside else None
 
     @contextmanager
     def replaced_by(self, calls: Sequence[LayerCall | None]) -> Iterator[None]:

@@ -12,7 +12,6 @@ class GraphKey:
 
     rows: int  # sequences, each with one token; fewer are padded
     depth: int  # places in the stacks of affine edits
-    measured: bool  # whether doses are
 
 
 def buckets(most: int) -> tuple[int, ...]:

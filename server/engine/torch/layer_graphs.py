@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from server.engine.torch.ahead import compare, compile_ahead
 from server.engine.torch.decoder import DecoderLayers, Probe, template_of
-from steering.affine import AffineMap
-from steering.bank import SiteMaps
-from steering.site_edit import CHILD, SiteEdit, site_tensors
+from steering.affine import AffineMap, Gate
+from steering.site_edit import SiteEdit, named_tensors, site_tensors
+from steering.site_maps import Part, SiteMaps
+from steering.sites import Place
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 # A layer's tensors, what its edits take of the step, and the layer's own arguments.
@@ -32,12 +33,12 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An edited module of a layer, and the shape of the bank's maps for it."""
+    """An edited site of a layer, and the shape of the bank's maps for it."""
 
-    path: str
+    place: Place  # in the layer
     slots: int
     width: int
-    has_support: bool
+    parts: frozenset[Part]  # that maps have there
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant
     ) -> object:
         named = dict(tensors)
         for site in variant.sites:
-            named |= named_tensors(site.path, step)
+            named |= named_tensors(site.place, step)
         return functional_call(template, named, tuple(args), dict(kwargs), strict=True)
 
     return Graphs(*(_graph(layers, variant, run, probe) for probe in probes))
@@ -87,16 +88,11 @@ def _graph(layers: DecoderLayers, variant: Variant, run: Graph, probe: Probe) ->
     return graph
 
 
-def named_tensors(path: str, tensors: Tensors) -> dict[str, Tensor]:
-    """What a site's edit takes, by the names that it has in the layer."""
-    return {f"{path}.{CHILD}.{name}": tensor for name, tensor in tensors.items()}
-
-
 def _template(structure: nn.Module, variant: Variant) -> nn.Module:
     """A layer that edits its sites, all of whose tensors are given with each call."""
     template = template_of(structure)
     for site in variant.sites:
-        SiteEdit.install(template.get_submodule(site.path), variant.depth, site.has_support)
+        SiteEdit.install(template.get_submodule(site.place.module), site.place, site.parts)
     return template
 
 
@@ -106,18 +102,25 @@ def _example_maps(variant: Variant) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     for site in variant.sites:
         maps = SiteMaps(site.slots, site.width, torch.device("cpu"))
-        low, high = (torch.full((site.width,), bound) for bound in (-1.0, 1.0))
-        maps.put(
-            1,
-            AffineMap(
-                weight=torch.rand(site.width, generator=random),
-                bias=torch.rand(site.width, generator=random),
-                low=low if site.has_support else None,
-                high=high if site.has_support else None,
-            ),
-        )
-        inputs |= named_tensors(site.path, site_tensors(maps))
+        maps.put(1, _example_map(site, random))
+        inputs |= named_tensors(site.place, site_tensors(maps.table))
     return inputs
+
+
+def _example_map(site: Site, random: torch.Generator) -> AffineMap:
+    """A map that has all that maps may have at a site."""
+    low, high = (torch.full((site.width,), bound) for bound in (-1.0, 1.0))
+    supported = Part.SUPPORT in site.parts
+    gate = Gate(
+        torch.rand(site.width, generator=random) / site.width, torch.rand((), generator=random)
+    )
+    return AffineMap(
+        weight=torch.rand(site.width, generator=random),
+        bias=torch.rand(site.width, generator=random),
+        low=low if supported else None,
+        high=high if supported else None,
+        gate=gate if Part.GATE in site.parts else None,
+    )
 
 
 def _example_step(variant: Variant, tokens: int) -> Tensors:
@@ -127,7 +130,7 @@ def _example_step(variant: Variant, tokens: int) -> Tensors:
     slots = torch.arange(tokens * variant.depth).remainder(2).view(variant.depth, tokens)
     return {
         "slots": slots,
-        "strength": torch.full((variant.depth, tokens, 1), 0.5),
+        "strength": torch.full((variant.depth, tokens), 0.5),
         "doses": torch.zeros(2, variant.depth, tokens),
     }
 

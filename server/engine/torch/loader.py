@@ -22,7 +22,7 @@ from transformers import (
 from interventions.model import ModelDescription
 from server.engine.torch.devices import is_offloaded, keep_rows_on_host
 from server.engine.torch.embedded import EMBEDDED_MODEL_ID, embedded_model_folder
-from steering.hooks import measure_site_widths
+from steering.site_widths import measure_site_widths
 
 DeviceMap: TypeAlias = Literal["none", "auto"]
 

@@ -23,8 +23,8 @@ _FLOAT: Final = 4
 _LOGIT_BYTES: Final = 40
 # Of one captured step: its launches, for all its layers together.
 _GRAPH_BYTES: Final = 24 << 20
-# One without edits, and two for each depth of stacks: with doses measured, and not.
-_GRAPHS_PER_BUCKET: Final = 1 + 2 * MOST_DEPTH
+# One without edits, and one for each depth of stacks.
+_GRAPHS_PER_BUCKET: Final = 1 + MOST_DEPTH
 # What the device's libraries take for themselves, and what lies between allocations.
 _LIBRARIES: Final = 512 << 20
 _USABLE: Final = 0.97
@@ -78,14 +78,15 @@ def plan_memory(
 
 
 def _bank_bytes(model: PreTrainedModel, widths: Mapping[str, int], slots: int) -> int:
-    """A map with a support at each default site, and a reward head, in every slot."""
+    """A map with a support and a gate at each default site, and a reward head, in every slot."""
     try:
         sites = match_sites(default_sites(type(model).__name__), widths)
     except SiteError:  # not every architecture has default sites
         sites = ()
-    maps = 4 * sum(widths[site] for site in sites)  # weight, bias, and the two ends of the support
+    # Weight, bias, the two ends of the support, and the gate's weight and bias.
+    maps = sum(5 * widths[site] + 1 for site in sites)
     width: int = model.config.get_text_config().hidden_size
-    head = _HEAD_UNITS * (width + 2)
+    head = _HEAD_UNITS * (width + _HEAD_UNITS + 3)  # W1, W1 W1^T, and vectors
     return (slots + 1) * (maps + head) * _FLOAT
 
 

@@ -19,7 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from transformers import PreTrainedModel
 
 from server.engine.torch.devices import free_memory
-from server.engine.torch.operators import define_operator
+from steering.kernels.operators import define_operator
 
 # Of rows: oneDNN chooses a layout by it, which serves any other number as well.
 _ROWS: Final = 32
@@ -203,4 +203,5 @@ define_operator(
     "packed_linear(Tensor rows, Tensor packed, Tensor? bias) -> Tensor",
     _packed_linear,
     _packed_linear_fake,
+    backends=("CPU", "MkldnnCPU"),
 )

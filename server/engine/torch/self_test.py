@@ -7,6 +7,7 @@ logits. An engine that would compute wrongly, or steer nothing, refuses to serve
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.runner import Runner
 from server.engine.torch.scheduler import Chunk
 from server.engine.torch.sequence import Sequence as EngineSequence
-from steering.affine import AffineMap
+from steering.affine import AffineMap, Gate
 from steering.bank import Bank
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
@@ -189,6 +190,13 @@ def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> Engine
 def probe_map(width: int) -> AffineMap:
     """A map far from the identity: it negates and shifts."""
     return AffineMap(weight=torch.full((width,), -1.0), bias=torch.linspace(-1.0, 1.0, width))
+
+
+def complete_map(width: int) -> AffineMap:
+    """A map like that of a probe, with all that a map may have: a support and a gate."""
+    bound = torch.full((width,), 1e4)
+    gate = Gate(torch.linspace(-1.0, 1.0, width) / width, torch.zeros(()))
+    return replace(probe_map(width), low=-bound, high=bound, gate=gate)
 
 
 def _probe_head(width: int) -> RewardHead:

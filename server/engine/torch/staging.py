@@ -40,22 +40,26 @@ def stage_index(index: PagedIndex, device: torch.device) -> PagedIndex:
 
 def route_tensors(route: Route) -> list[Tensor]:
     """What of a route has to be moved."""
-    tensors = []
-    for layer in route.affine:
-        tensors += [layer.slots, layer.strength]
+    affine = route.affine
+    tensors = [] if affine is None else [affine.slots, affine.strength]
     for reward in route.reward:
-        tensors += [reward.rows, reward.direction_scale, reward.step_sizes]
+        tensors += [reward.rows, reward.slots, reward.counts]
+        tensors += [reward.direction_scale, reward.step_sizes]
     return tensors
 
 
 def with_route_tensors(route: Route, tensors: Sequence[Tensor], device: torch.device) -> Route:
     """A route with other tensors, in the order of `route_tensors`."""
     rest = iter(tensors)
-    affine = tuple(replace(layer, slots=next(rest), strength=next(rest)) for layer in route.affine)
+    affine = route.affine
+    if affine is not None:
+        affine = replace(affine, slots=next(rest), strength=next(rest))
     reward = tuple(
         replace(
             layer,
             rows=next(rest),
+            slots=next(rest),
+            counts=next(rest),
             direction_scale=next(rest),
             step_sizes=next(rest),
         )

@@ -1,0 +1,210 @@
+"""The tensors of an affine artifact: a map a site, with what it may have beside it.
+
+A site is called "<module path>" (the module's output) or "<module path>.input". Site X has
+
+    sites.X.weight       (d,)    sites.X.bias         (d,)    its map
+    sites.X.low          (d,)    sites.X.high         (d,)    a support, or neither
+    sites.X.gate.weight  (d,)    sites.X.gate.bias    ()      a gate, or neither
+
+A module may be called "gate" too (the router of a mixture of experts is): `sites.X.gate.weight` and
+`sites.X.gate.bias` could be the map at the output of module X.gate. The bias decides: if its shape
+is (), the two are a gate of X, otherwise a map at X.gate. An artifact cannot hold both.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Final, TypeAlias
+
+from torch import Tensor
+
+from interventions.header import ArtifactError
+from steering.affine import AffineMap, AffineParameters, Gate
+from steering.sites import place_of
+
+Shape: TypeAlias = tuple[int, ...]
+_Parts: TypeAlias = Mapping[str, Shape]  # "weight", "bias", "low" or "high" -> shape
+
+_PATTERN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+_MAX_LENGTH: Final = 300
+_PREFIX: Final = "sites."
+_GATE: Final = ".gate"
+_PARTS: Final = ("weight", "bias", "low", "high")
+_PARTNERS: Final = (("weight", "bias"), ("bias", "weight"), ("low", "high"), ("high", "low"))
+
+
+def site_tensors(maps: AffineParameters) -> dict[str, Tensor]:
+    """The stored form of maps: tensor name -> tensor.
+
+    Raises:
+        ArtifactError: what would be stored reads as something else: a gate has the name of another
+            site's map, or a tensor has another shape than the format's.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site, map_ in maps.items():
+        shape = tuple(map_.weight.shape)
+        named = (map_.weight, map_.bias, map_.low, map_.high)
+        for part, tensor in zip(_PARTS, named, strict=True):
+            if tensor is not None:
+                _add(tensors, _name(site, part), tensor, shape)
+        if map_.gate is not None:
+            _add(tensors, _name(site + _GATE, "weight"), map_.gate.weight, shape)
+            _add(tensors, _name(site + _GATE, "bias"), map_.gate.bias, ())
+    return tensors
+
+
+def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, shape: Shape) -> None:
+    if name in tensors:
+        raise ArtifactError(
+            f'The tensor "{name}" would be both of a gate and of a map at another site; an '
+            "artifact can hold only one of them."
+        )
+    if tuple(tensor.shape) != shape:
+        raise ArtifactError(
+            f'The tensor "{name}" has shape {shown(tuple(tensor.shape))}; expected {shown(shape)}.'
+        )
+    tensors[name] = tensor
+
+
+def site_maps(sites: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    """The maps at these sites, from tensors that `site_widths` has checked."""
+    return {
+        site: AffineMap(
+            weight=tensors[_name(site, "weight")],
+            bias=tensors[_name(site, "bias")],
+            low=tensors.get(_name(site, "low")),
+            high=tensors.get(_name(site, "high")),
+            gate=_gate(site, sites, tensors),
+        )
+        for site in sites
+    }
+
+
+def _gate(site: str, sites: Collection[str], tensors: Mapping[str, Tensor]) -> Gate | None:
+    weight = _name(site + _GATE, "weight")
+    if weight not in tensors or site + _GATE in sites:
+        return None
+    return Gate(weight=tensors[weight], bias=tensors[_name(site + _GATE, "bias")])
+
+
+def site_widths(shapes: Mapping[str, Shape], max_sites: int) -> dict[str, int]:
+    """Check that these tensors are the maps of some sites, and measure them: site -> width.
+
+    Raises:
+        ArtifactError: a tensor is missing, unknown, ambiguous or of a wrong shape; a site is not
+            called as a site is; a module's input and output are both edited; or there are too many
+            sites.
+    """
+    # A name without its last part: a site, or a site and ".gate".
+    stems: dict[str, dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        stem, part = _split(name)
+        stems.setdefault(stem, {})[part] = shape
+    if not stems:
+        raise ArtifactError("The artifact holds no site.")
+    gates = {stem: parts for stem, parts in sorted(stems.items()) if _is_gate(stem, parts)}
+    maps = {stem: parts for stem, parts in sorted(stems.items()) if stem not in gates}
+    if len(maps) > max_sites:
+        raise ArtifactError(f"The artifact holds {len(maps)} sites; the limit is {max_sites}.")
+    for stem, parts in stems.items():
+        _check_pairs(stem, parts)
+    for site, parts in maps.items():
+        _check_map(site, parts)
+    for stem, parts in gates.items():
+        _check_gate(stem, parts, maps)
+    _check_places(maps)
+    return {site: parts["weight"][0] for site, parts in maps.items()}
+
+
+def gate_owner(site: str) -> str | None:
+    """The site X whose gate has the tensors' names of a map at `site`: none unless it is X.gate."""
+    return site.removesuffix(_GATE) if site.endswith(_GATE) else None
+
+
+def _is_gate(stem: str, parts: _Parts) -> bool:
+    return gate_owner(stem) is not None and parts.get("bias") == ()
+
+
+def _split(name: str) -> tuple[str, str]:
+    stem, _, part = name.removeprefix(_PREFIX).rpartition(".")
+    if not name.startswith(_PREFIX) or part not in _PARTS:
+        raise ArtifactError(f"An affine artifact has no tensor called {name[:300]!r}.")
+    if len(stem) > _MAX_LENGTH or not _PATTERN.fullmatch(stem):
+        raise ArtifactError(f"The site {stem[:300]!r} is not the path of a module.")
+    if not place_of(stem).module:
+        raise ArtifactError(
+            f'The tensor "{name}" names no module: the site of an input is called '
+            '"<module path>.input".'
+        )
+    return stem, part
+
+
+def _check_pairs(stem: str, parts: _Parts) -> None:
+    """A map or a gate has a weight and a bias; a support has a low and a high."""
+    for first, second in _PARTNERS:
+        if first in parts and second not in parts:
+            raise ArtifactError(
+                f'The tensor "{_name(stem, first)}" has no "{_name(stem, second)}" beside it.'
+            )
+
+
+def _check_map(site: str, parts: _Parts) -> None:
+    if "weight" not in parts:
+        raise ArtifactError(
+            f'The tensor "{_name(site, "low")}" has no "{_name(site, "weight")}" beside it.'
+        )
+    shape = parts["weight"]
+    if len(shape) != 1 or shape[0] == 0:
+        raise ArtifactError(
+            f'The tensor "{_name(site, "weight")}" has shape {shown(shape)}; expected one '
+            "dimension."
+        )
+    for part, other in parts.items():
+        if other != shape:
+            owner = gate_owner(site)
+            asked = f', or () for a gate of site "{owner}"' if owner and part == "bias" else ""
+            raise ArtifactError(
+                f'The tensor "{_name(site, part)}" has shape {shown(other)}; expected '
+                f'{shown(shape)}, as "{_name(site, "weight")}"{asked}.'
+            )
+
+
+def _check_gate(stem: str, parts: _Parts, maps: Mapping[str, _Parts]) -> None:
+    owner, weight = stem.removesuffix(_GATE), _name(stem, "weight")
+    for part in ("low", "high"):
+        if part in parts:
+            raise ArtifactError(
+                f'The tensor "{_name(stem, part)}" belongs to a map at site "{stem}", but the '
+                f'shape () of "{_name(stem, "bias")}" makes that a gate of site "{owner}".'
+            )
+    if owner not in maps:
+        raise ArtifactError(
+            f'The tensor "{weight}" is of a gate (its bias has shape ()), but site "{owner}" has '
+            "no map."
+        )
+    expected = maps[owner]["weight"]
+    if parts["weight"] != expected:
+        raise ArtifactError(
+            f'The tensor "{weight}" has shape {shown(parts["weight"])}; expected '
+            f'{shown(expected)}, as "{_name(owner, "weight")}", which it scales.'
+        )
+
+
+def _check_places(sites: Collection[str]) -> None:
+    """At most one of a module's input and output is edited by one artifact."""
+    for site in sites:
+        module, is_input = place_of(site)
+        # A site of the module's name is its output, unless the module is itself called "input".
+        if is_input and module in sites and not place_of(module).is_input:
+            raise ArtifactError(
+                f'The tensor "{_name(site, "weight")}" edits the input of module "{module}", whose '
+                f'output "{_name(module, "weight")}" edits; an artifact edits one of them.'
+            )
+
+
+def _name(stem: str, part: str) -> str:
+    return f"{_PREFIX}{stem}.{part}"
+
+
+def shown(shape: Shape) -> str:
+    """A shape, as messages tell it."""
+    return f"({', '.join(map(str, shape))})"

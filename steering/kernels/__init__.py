@@ -1,0 +1,1 @@
+"""The edits as operators of torch, and their kernels for GPUs."""

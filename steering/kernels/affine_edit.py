@@ -1,0 +1,78 @@
+"""`steerserve::affine_edit`: all affine edits of a step at one site, as one operator of torch.
+
+Whoever edits activations calls it: hooks, captured CUDA graphs, other engines. Compiled layers on a
+CPU inline the arithmetic that it runs there, so that a compiler fuses it into what is around it.
+"""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from steering.affine import MapTable, edit_stacks
+from steering.kernels.operators import define_operator, use_on_gpus
+
+NAME: Final = "affine_edit"
+_SCHEMA: Final = (
+    f"{NAME}(Tensor activations, Tensor slots, Tensor strength, Tensor held, Tensor delta, "
+    "Tensor bias, Tensor? low, Tensor? high, Tensor? gate_weight, Tensor? gate_bias, "
+    "Tensor(a!)? doses) -> Tensor"
+)
+
+
+class EditStacks(Protocol):
+    """Edits n tokens at one site; see `edit_stacks`."""
+
+    def __call__(
+        self,
+        activations: Tensor,
+        slots: Tensor,
+        strength: Tensor,
+        table: MapTable,
+        doses: Tensor | None,
+    ) -> Tensor: ...
+
+
+def affine_edit(
+    activations: Tensor,
+    slots: Tensor,
+    strength: Tensor,
+    table: MapTable,
+    doses: Tensor | None = None,
+) -> Tensor:
+    """Edit n tokens at one site, each by the maps of its stack; see `edit_stacks`."""
+    edited: Tensor = torch.ops.steerserve.affine_edit(activations, slots, strength, *table, doses)
+    return edited
+
+
+def use_kernel_on_gpus(kernel: EditStacks) -> None:
+    """Have a kernel compute the operator on NVIDIA GPUs, in this process from now on."""
+    use_on_gpus(NAME, _flattened(kernel))
+
+
+def _flattened(edit: EditStacks) -> Callable[..., Tensor]:
+    """A function that takes a table's tensors one by one, as an operator's arguments are."""
+
+    def flattened(
+        activations: Tensor,
+        slots: Tensor,
+        strength: Tensor,
+        held: Tensor,
+        delta: Tensor,
+        bias: Tensor,
+        *others: Tensor | None,
+    ) -> Tensor:
+        *optional, doses = others
+        table = MapTable(held, delta, bias, *optional)
+        return edit(activations, slots, strength, table, doses)
+
+    return flattened
+
+
+def _shape(activations: Tensor, *_others: Tensor | None) -> Tensor:
+    """An empty tensor of the result's shape."""
+    return torch.empty_like(activations, memory_format=torch.contiguous_format)
+
+
+define_operator(_SCHEMA, _flattened(edit_stacks), _shape, backends=("CompositeExplicitAutograd",))

@@ -1,0 +1,185 @@
+"""Kernels that read reward heads' matrices, each once for all rows of a tile.
+
+A tile is rows that lie side by side and have the same head; it has a program for each block of
+what comes out. A program whose row begins no tile does nothing.
+
+The order of every sum depends on the head only: a row's bits are the same whichever rows are in
+its tile, and however many.
+
+Imported where there is a GPU only: `triton` is not installed everywhere.
+"""
+
+import triton
+import triton.language as tl
+
+from steering.kernels.reward_table import (
+    B1,
+    DIRECTION,
+    GRAM,
+    UNITS,
+    W1,
+    WIDTH,
+    head_of,
+    size_of,
+    tensor_of,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
+def units_kernel(
+    units,  # (n, most_units) float32, W1 h + b1
+    table,  # (slots, 9) int64
+    h,  # (n, width) float32
+    slots,  # (n,) int32
+    counts,  # (n,) int32
+    width,
+    most_units,
+    tile_rows: tl.constexpr,
+    block_units: tl.constexpr,
+    block_columns: tl.constexpr,
+    stages: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts + row)
+    head = head_of(table, slots, row)
+    m = size_of(head, UNITS)
+    d = size_of(head, WIDTH)
+    first_unit = tl.program_id(1) * block_units
+    if (count == 0) | (first_unit >= m):
+        return
+    unit = first_unit + tl.arange(0, block_units)[:, None, None]
+    member = tl.arange(0, tile_rows)[None, :, None]
+    weights = tensor_of(head, W1) + unit.to(tl.int64) * d
+    rows = h + (row + member) * width
+    sums = tl.zeros([block_units, tile_rows, block_columns], dtype=tl.float32)
+    for first in tl.range(0, d, block_columns, num_stages=stages):
+        column = first + tl.arange(0, block_columns)[None, None, :]
+        weight = tl.load(weights + column, mask=(unit < m) & (column < d), other=0.0)
+        x = tl.load(rows + column, mask=(member < count) & (column < width), other=0.0)
+        sums += weight * x
+    bias = tl.load(tensor_of(head, B1) + unit, mask=unit < m, other=0.0)
+    at = units + (row + member) * most_units + unit
+    result = tl.sum(sums, 2, keep_dims=True) + bias
+    tl.store(at, result, mask=(member < count) & (unit < m))
+
+
+@triton.jit
+def _mixed(
+    factors,  # (count, stride) float32
+    weights,  # (.., width) float32, of the units' rows
+    first_unit,
+    end,
+    column,
+    count,
+    stride,
+    width,
+    tile_rows: tl.constexpr,
+    block_units: tl.constexpr,
+    block_columns: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """Sum some units' weights, times each row's factors: (1, tile_rows, block_columns)."""
+    member = tl.arange(0, tile_rows)[None, :, None]
+    sums = tl.zeros([block_units, tile_rows, block_columns], dtype=tl.float32)
+    for first in tl.range(first_unit, end, block_units, num_stages=stages):
+        unit = first + tl.arange(0, block_units)[:, None, None]
+        real = (member < count) & (unit < end)
+        factor = tl.load(factors + member * stride + unit, mask=real, other=0.0)
+        used = tl.max(tl.where(factor == 0, 0, 1), 1, keep_dims=True) > 0
+        at = weights + unit.to(tl.int64) * width + column
+        sums += factor * tl.load(at, mask=used & (column < width), other=0.0)
+    return tl.sum(sums, 0, keep_dims=True)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
+def motion_kernel(
+    motion,  # (n, splits, most_units) float32: parts of W1 W1^T slopes
+    slopes,  # (n, most_units) float32
+    table,  # (slots, 9) int64
+    slots,  # (n,) int32
+    counts,  # (n,) int32
+    most_units,
+    splits: tl.constexpr,
+    tile_rows: tl.constexpr,
+    block_units: tl.constexpr,
+    block_columns: tl.constexpr,
+    stages: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    count = tl.load(counts + row)
+    head = head_of(table, slots, row)
+    m = size_of(head, UNITS)
+    first_column = tl.program_id(1) * block_columns
+    if (count == 0) | (first_column >= m):
+        return
+    column = first_column + tl.arange(0, block_columns)[None, None, :]
+    share = m // splits
+    sums = _mixed(
+        slopes + row * most_units,
+        tensor_of(head, GRAM),
+        split * share,
+        (split + 1) * share,
+        column,
+        count,
+        most_units,
+        m,
+        tile_rows,
+        block_units,
+        block_columns,
+        stages,
+    )
+    member = tl.arange(0, tile_rows)[None, :, None]
+    at = motion + ((row + member) * splits + split) * most_units + column
+    tl.store(at, sums, mask=(member < count) & (column < m))
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
+def finish_kernel(
+    refined,  # (n, width) float32
+    h,  # (n, width) float32
+    shifts,  # (n, 1) float32
+    climbed,  # (n, most_units) float32
+    table,  # (slots, 9) int64
+    slots,  # (n,) int32
+    counts,  # (n,) int32
+    width,
+    most_units,
+    tile_rows: tl.constexpr,
+    block_units: tl.constexpr,
+    block_columns: tl.constexpr,
+    stages: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = head_of(table, slots, row)
+    m = size_of(head, UNITS)
+    d = size_of(head, WIDTH)
+    # A row that has no head is copied, by itself.
+    count = tl.maximum(tl.load(counts + row), tl.where(m == 0, 1, 0))
+    if count == 0:
+        return
+    column = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[None, None, :]
+    sums = _mixed(
+        climbed + row * most_units,
+        tensor_of(head, W1),
+        0,
+        m,
+        column,
+        count,
+        most_units,
+        d,
+        tile_rows,
+        block_units,
+        block_columns,
+        stages,
+    )
+    member = tl.arange(0, tile_rows)[None, :, None]
+    real = (member < count) & (column < width)
+    at = (row + member) * width + column
+    x = tl.load(h + at, mask=real, other=0.0)
+    shift = tl.load(shifts + row + member, mask=member < count, other=0.0)
+    direction = tl.load(tensor_of(head, DIRECTION) + column, mask=column < d, other=0.0)
+    # Not by adding 0, which would change the sign of a zero.
+    x = tl.where(shift == 0, x, x + shift * direction)
+    x = tl.where(sums == 0, x, x + sums)
+    tl.store(refined + at, x, mask=real)

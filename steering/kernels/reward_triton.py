@@ -1,0 +1,140 @@
+"""The refinement of rows by reward heads on a GPU: what `GroupedRefinement` launches.
+
+What they read and write has shapes that depend on the number of rows and on the largest head only,
+and what differs from step to step is in tensors, so a CUDA graph can hold them.
+
+Imported where there is a GPU only: `triton` is not installed everywhere.
+"""
+
+from typing import Final
+
+import torch
+import triton
+from torch import Tensor
+
+from steering.grouped_refinement import TILE_ROWS, RowHeads
+from steering.kernels.reward_rows import climb_kernel, move_kernel
+from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
+
+# Numbers of which a thread of the GPU has 16 of each row of a tile.
+UNITS_BLOCK: Final = {"block_units": 8, "block_columns": 256}
+MOTION_BLOCK: Final = {"block_units": 32, "block_columns": 64}
+FINISH_BLOCK: Final = {"block_units": 64, "block_columns": 32}
+TILE_WARPS: Final = 4
+# Blocks that are read ahead; of those that are read in part, more.
+UNITS_STAGES: Final = 3
+MIXED_STAGES: Final = 4
+SPLITS: Final = 8  # among how many programs the units are divided that move others
+FLIPS: Final = 16  # units whose change is followed at once
+
+
+def units(h: Tensor, heads: RowHeads, most_units: int) -> Tensor:
+    """See `RefinementKernels`."""
+    n, width = h.shape
+    output = h.new_empty(n, most_units)
+    units_kernel[(n, triton.cdiv(most_units, UNITS_BLOCK["block_units"]))](
+        output,
+        heads.table,
+        h,
+        heads.slots,
+        heads.counts,
+        width,
+        most_units,
+        tile_rows=TILE_ROWS,
+        **UNITS_BLOCK,
+        stages=UNITS_STAGES,
+        num_warps=TILE_WARPS,
+    )
+    return output
+
+
+def move(units: Tensor, heads: RowHeads, direction_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See `RefinementKernels`."""
+    n, most_units = units.shape
+    slopes, shifts = torch.empty_like(units), units.new_empty(n, 1)
+    block = triton.next_power_of_2(most_units)
+    move_kernel[(n,)](
+        slopes,
+        shifts,
+        units,
+        heads.table,
+        heads.slots,
+        direction_scale,
+        direction_scale.stride(0),
+        most_units,
+        block_units=block,
+        num_warps=row_warps(block),
+    )
+    return slopes, shifts
+
+
+def motion(slopes: Tensor, heads: RowHeads) -> Tensor:
+    """See `RefinementKernels`."""
+    n, most_units = slopes.shape
+    output = slopes.new_empty(n, SPLITS, most_units)
+    motion_kernel[(n, triton.cdiv(most_units, MOTION_BLOCK["block_columns"]), SPLITS)](
+        output,
+        slopes,
+        heads.table,
+        heads.slots,
+        heads.counts,
+        most_units,
+        splits=SPLITS,
+        tile_rows=TILE_ROWS,
+        **MOTION_BLOCK,
+        stages=MIXED_STAGES,
+        num_warps=TILE_WARPS,
+    )
+    return output
+
+
+def climb(units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) -> Tensor:
+    """See `RefinementKernels`."""
+    n, most_units = units.shape
+    output = torch.empty_like(units)
+    block = triton.next_power_of_2(most_units)
+    assert step_sizes.stride(1) == 1, "a row's steps lie side by side"
+    climb_kernel[(n,)](
+        output,
+        units,
+        motion,
+        heads.table,
+        heads.slots,
+        step_sizes,
+        step_sizes.stride(0),
+        step_sizes.shape[1],
+        most_units,
+        motion.shape[2],
+        splits=motion.shape[1],
+        block_units=block,
+        block_flips=FLIPS,
+        num_warps=row_warps(block),
+    )
+    return output
+
+
+def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tensor:
+    """See `RefinementKernels`."""
+    n, width = h.shape
+    output = torch.empty_like(h)
+    finish_kernel[(n, triton.cdiv(width, FINISH_BLOCK["block_columns"]))](
+        output,
+        h,
+        shifts,
+        climbed,
+        heads.table,
+        heads.slots,
+        heads.counts,
+        width,
+        climbed.shape[1],
+        tile_rows=TILE_ROWS,
+        **FINISH_BLOCK,
+        stages=MIXED_STAGES,
+        num_warps=TILE_WARPS,
+    )
+    return output
+
+
+def row_warps(block_units: int) -> int:
+    """How many warps a row's units are divided among, so that a thread has 4."""
+    return max(1, min(16, block_units // 128))

@@ -1,0 +1,121 @@
+"""All loaded maps at one site, stacked by slot on the site's device."""
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from steering.affine import HAS_GATE, HAS_MAP, HAS_SUPPORT, AffineMap, MapTable
+
+
+class Part(Enum):
+    """What a map may consist of."""
+
+    MAP = "map"
+    SUPPORT = "support"
+    GATE = "gate"
+
+
+def parts_of(site_map: AffineMap) -> frozenset[Part]:
+    """What a map consists of."""
+    parts = {Part.MAP}
+    if site_map.low is not None:
+        parts.add(Part.SUPPORT)
+    if site_map.gate is not None:
+        parts.add(Part.GATE)
+    return frozenset(parts)
+
+
+def parts_in(table: MapTable) -> frozenset[Part]:
+    """What maps may consist of that an edit reads from a table."""
+    tensors = {Part.MAP: table.held, Part.SUPPORT: table.low, Part.GATE: table.gate_weight}
+    return frozenset(part for part, tensor in tensors.items() if tensor is not None)
+
+
+class SiteMaps:
+    """The maps of up to `slots` slots at one site of width d.
+
+    What few maps have takes memory from the first on that has it: supports, gates.
+    """
+
+    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+        self.table = MapTable(
+            held=torch.zeros(slots, dtype=torch.int32, device=device),
+            delta=torch.zeros(slots, width, device=device),
+            bias=torch.zeros(slots, width, device=device),
+            low=None,
+            high=None,
+            gate_weight=None,
+            gate_bias=None,
+        )
+        # The slots that hold a map, and what it consists of, as the host knows.
+        self._filled: dict[int, frozenset[Part]] = {}
+
+    def put(self, slot: int, site_map: AffineMap) -> None:
+        """Fill an empty slot."""
+        held = HAS_MAP
+        if site_map.low is not None and site_map.high is not None:
+            held |= HAS_SUPPORT
+            low, high = self._supports()
+            low[slot], high[slot] = site_map.low, site_map.high
+        if (gate := site_map.gate) is not None:
+            held |= HAS_GATE
+            weights, biases = self._gates()
+            weights[slot], biases[slot] = gate.weight, gate.bias
+        self.table.delta[slot] = site_map.weight - 1
+        self.table.bias[slot] = site_map.bias
+        self.table.held[slot] = held
+        self._filled[slot] = parts_of(site_map)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.table.held[slot] = 0
+        self._filled.pop(slot, None)
+        if self.table.low is not None and self.table.high is not None:
+            self.table.low[slot] = -torch.inf
+            self.table.high[slot] = torch.inf
+        if self.table.gate_weight is not None and self.table.gate_bias is not None:
+            self.table.gate_weight[slot] = 0
+            self.table.gate_bias[slot] = 0
+
+    def move(self, device: torch.device) -> None:
+        """Bring the parameters to where the site's activations are."""
+        if self.table.held.device != device:
+            self.table = self.table.to(device)
+
+    def acting(self, used: frozenset[int] | None) -> MapTable | None:
+        """What an edit by some slots' maps reads; None where none of them has a map here.
+
+        Args:
+            used: the slots; None for any slot, now or later.
+        """
+        if used is None:
+            return self.table
+        parts = frozenset[Part]().union(*(self._filled.get(slot, ()) for slot in used))
+        if not parts:
+            return None
+        table = self.table
+        if Part.SUPPORT not in parts:
+            table = table._replace(low=None, high=None)
+        if Part.GATE not in parts:
+            table = table._replace(gate_weight=None, gate_bias=None)
+        return table
+
+    def _supports(self) -> tuple[Tensor, Tensor]:
+        table = self.table
+        if table.low is None or table.high is None:
+            # Both or none, also where memory is short.
+            low = torch.full_like(table.delta, -torch.inf)
+            high = torch.full_like(table.delta, torch.inf)
+            self.table = table._replace(low=low, high=high)
+            return low, high
+        return table.low, table.high
+
+    def _gates(self) -> tuple[Tensor, Tensor]:
+        table = self.table
+        if table.gate_weight is None or table.gate_bias is None:
+            weights = torch.zeros_like(table.delta)
+            biases = torch.zeros(len(table.held), device=weights.device)
+            self.table = table._replace(gate_weight=weights, gate_bias=biases)
+            return weights, biases
+        return table.gate_weight, table.gate_bias

@@ -1,0 +1,100 @@
+"""What refines rows on a GPU: tried before it is used, and compiled for GPUs that are not there."""
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.torch import grouped_check
+from server.engine.torch.grouped_check import make_grouped_refinement
+from server.engine.torch.loader import ModelLoadError
+from tests.grouped import expected_of, mixed_settings, random_rows, refined_by, use_few_programs
+from tests.tiny import random_head
+
+CPU = torch.device("cpu")
+UNITS = (24, 100)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The kernels, interpreted, in few programs."""
+    pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
+    if torch.cuda.is_available():
+        pytest.skip("they are compiled here, and not interpreted")
+    launches = importlib.import_module("steering.kernels.reward_triton")
+    use_few_programs(monkeypatch, launches)
+    return launches
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_refines_rightly_is_used() -> None:
+    refine = make_grouped_refinement(4, 32, CPU, UNITS)
+    assert refine is not None
+    assert not refine.holds([1])
+    head = random_head(1)
+    refine.put(3, head.prepare().prepared)
+    h, how = random_rows(2, 32), mixed_settings(2)
+    found = refined_by(refine, h, [(3, 2)], how)
+    torch.testing.assert_close(found, expected_of([head] * 3, h, [(3, 2)], how))
+
+
+@pytest.mark.parametrize("part", ["units", "motion", "climb"])
+def test_what_refines_wrongly_is_not_used(
+    kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    part: str,
+) -> None:
+    right = getattr(kernels, part)
+
+    def wrong(*arguments: object) -> Tensor:
+        result: Tensor = right(*arguments)
+        return result * 1.2
+
+    monkeypatch.setattr(kernels, part, wrong)
+    with caplog.at_level(logging.WARNING):
+        assert make_grouped_refinement(4, 32, CPU, UNITS) is None
+    assert "a row's edit is off by" in caplog.text
+
+
+def test_without_triton_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(grouped_check, "_KERNELS", "steering.kernels.no_such_module")
+    with caplog.at_level(logging.WARNING):
+        assert make_grouped_refinement(4, 32, CPU, UNITS) is None
+    assert "rewards run without kernels" in caplog.text
+    monkeypatch.setattr(grouped_check, "is_dead", lambda _device: True)
+    with pytest.raises(ModelLoadError, match="the GPU failed"):
+        make_grouped_refinement(4, 32, CPU, UNITS)
+
+
+def test_the_kernels_compile_for_an_a100_and_an_h100() -> None:
+    """Of heads of 1024 units; several programs fit onto a multiprocessor."""
+    pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.reward_kernel_compiler", "80", "90"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    rows = json.loads(made.stdout)
+    assert {row["capability"] for row in rows} == {"80", "90"}
+    for row in rows:
+        assert row["shared"] <= 32 * 1024, row
+        assert row["registers"] * row["threads"] <= 65536 // (
+            1 if row["kernel"] == "climb" else 3
+        ), row
+        assert row["spilled"] <= 64, row
+        # Matrices are read 16 bytes at once.
+        assert row["widest_copy"] == (16 if row["kernel"] in ("units", "motion", "finish") else 0)
