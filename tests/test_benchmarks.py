@@ -75,7 +75,10 @@ def test_the_engine_is_measured_in_this_process(tiny_llama: str, tmp_path: Path)
         assert page["dtype"] in ("bfloat16", "float32")
         assert page["command"] in (tmp_path / f"{name}.md").read_text()
     labels = [(each["batch"], each["label"]) for each in pages["steering"]["steering"]]
-    arms = ("none, once more", "LinEAS at 2 sites", "ARGRE, 5 iterations", "both")
+    arms = (
+        *("none, once more", "LinEAS at 2 sites", "gated maps at 2 sites"),
+        *("ARGRE, 5 iterations", "both"),
+    )
     assert labels == [(batch, arm) for batch in (1, 2) for arm in arms]
     assert [each["heads"] for each in pages["distinct"]["heads"]] == [1, 4]
     assert pages["distinct"]["bandwidth_bytes_per_second"] > 1e8

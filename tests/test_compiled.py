@@ -40,16 +40,7 @@ SECONDS = 120.0
 # Of each, the graphs are made as soon as they are asked for.
 FEW: Mapping[str, tuple[Edit, ...]] = {
     name: STACKS[name]
-    for name in (
-        "base",
-        "a",
-        "a at another strength",
-        "b",
-        "a on the prompt",
-        "r",
-        "a and r",
-        "inputs",
-    )
+    for name in ("base", "a", "a at another strength", "b", "a on the prompt", "r", "a and r")
 }
 
 
@@ -79,6 +70,21 @@ async def test_any_mix_on_compiled_layers_equals_the_oracle(
     mixed = await asyncio.gather(*(generate(engine, *case) for case in cases))
     for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
         assert_equal_to_oracle(outputs, *expected_of(oracle, family, prompt, edits))
+
+
+async def test_gates_and_inputs_are_compiled_too(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = (*STACKS["gated and supported"], *STACKS["inputs"])
+    engine = await start_engine(interventions_of(), "llama", OPTIONS)
+    await generate(engine, PROMPTS[1], edits)
+    await everything_compiled(engine)
+    layers = compiled_of(engine)
+    assert layers._graphs.keys() == layers._asked, "some graphs could not be made"
+    monkeypatch.setattr(layers._layers, "_own", [pytest.fail] * 2)  # nothing runs uncompiled now
+    outputs = await generate(engine, PROMPTS[0], edits)
+    oracle = Oracle(tiny_model("llama"))
+    assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], edits))
 
 
 def logprobs_beside(core: EngineCore, *stacks: tuple[Edit, ...]) -> list[list[float]]:
