@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steering.dose import relative_change
 
-# What a slot holds at a site, as bits.
+# Bits of `MapTable.held`: what a slot's map at a site consists of.
 HAS_MAP: Final = 1
 HAS_SUPPORT: Final = 2
 HAS_GATE: Final = 4
@@ -26,7 +26,7 @@ HAS_GATE: Final = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gate:
-    """What scales a map by the token that it meets: `sigmoid(weight . z + bias)`."""
+    """Scales a map's edit of a token z by `sigmoid(weight . z + bias)` (DSAS)."""
 
     weight: Tensor  # (d,) float32
     bias: Tensor  # () float32

@@ -103,7 +103,7 @@ class Bank:
         return next(iter(self._needs), None)
 
     def acting(self, route: AffineRoute) -> dict[str, MapTable]:
-        """What is read at each site at which the step's affine edits do anything."""
+        """Give the maps' parameters at each site at which a step's affine edits do anything."""
         tables = ((site, maps.acting(route.used)) for site, maps in self._sites.items())
         return {site: table for site, table in tables if table is not None}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch import affine_check
+from server.engine.torch import affine_check, fallback
 from server.engine.torch.affine_check import use_affine_kernel
 from server.engine.torch.loader import ModelLoadError
 from steering.affine import MapTable, edit_stacks
@@ -81,7 +81,7 @@ def test_a_device_that_failed_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, used: list[object]
 ) -> None:
     stand_in(monkeypatch, None)
-    monkeypatch.setattr(affine_check, "is_dead", lambda _device: True)
+    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
     with pytest.raises(ModelLoadError, match="the GPU failed"):
         use_affine_kernel(24, torch.float32, CPU)
     assert not used

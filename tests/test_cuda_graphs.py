@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.base import Edit
-from server.engine.torch import cuda_graphs, cuda_paths
+from server.engine.torch import cuda_graphs, fallback
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
@@ -224,7 +224,7 @@ def test_a_device_that_has_failed_ends_the_engine(
 ) -> None:
     capture = use_pages(monkeypatch)
     monkeypatch.setattr(cuda_graphs, "is_dead", lambda _device: True)
-    monkeypatch.setattr(cuda_paths, "is_dead", lambda _device: True)
+    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
 
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch import grouped_check
+from server.engine.torch import fallback, grouped_check
 from server.engine.torch.grouped_check import make_grouped_refinement
 from server.engine.torch.loader import ModelLoadError
 from tests.grouped import expected_of, mixed_settings, random_rows, refined_by, use_few_programs
@@ -72,7 +72,7 @@ def test_without_triton_there_is_none(
     with caplog.at_level(logging.WARNING):
         assert make_grouped_refinement(4, 32, CPU, UNITS) is None
     assert "rewards run without kernels" in caplog.text
-    monkeypatch.setattr(grouped_check, "is_dead", lambda _device: True)
+    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
     with pytest.raises(ModelLoadError, match="the GPU failed"):
         make_grouped_refinement(4, 32, CPU, UNITS)
 

@@ -1,29 +1,25 @@
-"""What edits sites on a GPU, held against the arithmetic before it is used."""
+"""Compares the affine edits' GPU kernel with plain arithmetic before the kernel is used."""
 
 import importlib
-import logging
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from server.engine.torch.devices import is_dead
-from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.fallback import fall_back
 from steering.affine import AffineMap, Gate, edit_stacks
 from steering.kernels.affine_edit import EditStacks, use_kernel_on_gpus
 from steering.site_maps import SiteMaps
 
-logger = logging.getLogger(__name__)
-
 _KERNEL: Final = "steering.kernels.affine_triton"  # Triton is not installed everywhere
 _TOKENS: Final = 5
 _DEPTH: Final = 2
-# Of a token's edit: the arithmetic is that of float32, and rounded once.
+# How far a token's edit may be off, in the norm: both are computed in float32 and rounded once.
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class WrongEditError(ArithmeticError):
-    """A site's tokens get something else than the arithmetic gives."""
+    """The kernel edits a site's tokens otherwise than plain arithmetic does."""
 
 
 def use_affine_kernel(width: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -40,11 +36,12 @@ def use_affine_kernel(width: int, dtype: torch.dtype, device: torch.device) -> b
         kernel: EditStacks = importlib.import_module(_KERNEL).edit_stacks_triton
         _check(kernel, width, dtype, device)
     except Exception as error:
-        if is_dead(device):
-            raise ModelLoadError(f"the GPU failed in the kernel of edits: {error}") from error
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        logger.warning("affine edits run without a kernel, which is slower: %s", reason)
-        logger.debug("editing by the kernel failed", exc_info=True)
+        fall_back(
+            error,
+            device,
+            "the kernel of edits",
+            "affine edits run without a kernel, which is slower",
+        )
         return False
     use_kernel_on_gpus(kernel)
     return True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from server.engine.torch.fallback import first_line
 from server.engine.torch.packed import OneProduct
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ def compare(got: object, expected: object) -> None:
 
 def warn_uncompiled(who: str, part: object, error: Exception) -> None:
     """Say that something runs as it is, which a compiler could not make faster."""
-    first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     logger.warning(
-        "%s uncompiled, which is slower, as with --no-compile-layers: %s", who, first_line
+        "%s uncompiled, which is slower, as with --no-compile-layers: %s", who, first_line(error)
     )
     logger.debug("compiling %s failed", part, exc_info=error)

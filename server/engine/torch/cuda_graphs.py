@@ -1,9 +1,10 @@
 """Decoding by replayed CUDA graphs: one launch in place of hundreds.
 
 A graph holds the model's decoder, from token ids to the hidden states of all rows, with the affine
-edits at its sites, and measures their doses. What follows (reward edits, `lm_head`) is a few
-launches, and runs as the model has it. Contents of the inputs change from step to step, addresses
-do not. One graph serves a number of rows and a number of stacked affine edits.
+edits at its sites, and measures their doses. Reward edits and `lm_head` follow as the model has
+them: they are a fixed number of launches, which the host makes while the device computes the graph.
+In a graph they would double the number of graphs. Contents of the inputs change from step to step,
+addresses do not. One graph serves a number of rows and a number of stacked affine edits.
 """
 
 import logging

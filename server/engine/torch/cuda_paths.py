@@ -1,6 +1,5 @@
-"""What makes the engine fast on a GPU: kernels for the edits, decoding by replayed CUDA graphs."""
+"""Makes the engine fast on a GPU: kernels for the edits, decoding by replayed CUDA graphs."""
 
-import logging
 from contextlib import suppress
 
 from transformers import PreTrainedModel
@@ -9,17 +8,15 @@ from server.engine.base import UnservableInterventionError
 from server.engine.torch.affine_check import use_affine_kernel
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.device_paths import Parts
-from server.engine.torch.devices import is_dead, is_spread
+from server.engine.torch.devices import is_spread
+from server.engine.torch.fallback import fall_back
 from server.engine.torch.graph_capture import CudaCapture
 from server.engine.torch.grouped_check import make_grouped_refinement
-from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.paged_attention import PagedMemory
 from server.engine.torch.runner import Runner
 from server.engine.torch.self_test import complete_map
 from steering.sites import SiteError, default_sites, match_sites
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
@@ -49,21 +46,18 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
         graphs.warm_up()
         _rehearse(graphs, parts)
     except Exception as error:
-        if is_dead(memory.device):
-            raise ModelLoadError(
-                f"the GPU failed while graphs were made; --no-cuda-graphs does without: {error}"
-            ) from error
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        logger.warning(
-            "steps run without CUDA graphs, which is slower, as with --no-cuda-graphs: %s", reason
+        fall_back(
+            error,
+            memory.device,
+            "the making of CUDA graphs (--no-cuda-graphs does without)",
+            "steps run without CUDA graphs, which is slower, as with --no-cuda-graphs",
         )
-        logger.debug("making graphs failed", exc_info=True)
         return parts.eager
     return graphs
 
 
 def _use_kernels(parts: Parts) -> None:
-    """Have kernels do the edits, where they do so rightly."""
+    """Have kernels do the edits, unless a check finds them wrong."""
     model, description = parts.loaded.model, parts.loaded.description
     bank = parts.interventions.bank
     use_affine_kernel(description.hidden_size, model.dtype, model.device)

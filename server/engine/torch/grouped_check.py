@@ -1,38 +1,34 @@
-"""What refines rows by reward heads on a GPU, held against the equations before it is used."""
+"""Compares the GPU kernels of reward edits with the equations before the kernels are used."""
 
 import importlib
-import logging
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from server.engine.torch.devices import is_dead
-from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.fallback import fall_back
 from steering.grouped_refinement import GroupedRefinement, RefinementKernels, tiles
 from steering.reward import RewardHead, apply_reward
-
-logger = logging.getLogger(__name__)
 
 _KERNELS: Final = "steering.kernels.reward_triton"  # Triton is not installed everywhere
 _UNITS: Final = (200, 1024)  # of the heads that are tried; the second is as ARGRE has it
 # Rows of each head: few and many, of both heads and of one.
 _ROWS: Final = ((1, 6), (5, 0), (2, 0))
 _STEPS: Final = 3
-# Of a row's edit. A unit that is zero but for rounding may pass a step earlier or later, which is
-# less; that no unit's passing were seen would be more.
+# How far a row's edit may be off, in the norm. A unit that is zero but for rounding may flip a step
+# earlier or later, which is less than this; to miss every flip is more.
 _TOLERANCE: Final = 0.05
 
 
 class WrongRefinementError(ArithmeticError):
-    """Rows get something else than the equations give."""
+    """The kernels edit rows otherwise than the equations do."""
 
 
 def make_grouped_refinement(
     slots: int, width: int, device: torch.device, units: Sequence[int] = _UNITS
 ) -> GroupedRefinement | None:
-    """Give what refines rows on a device; None, with a warning, where it does not do so rightly.
+    """Make the refinement of rows on a device; None, with a warning, where its kernels are wrong.
 
     Args:
         slots: of heads, and of no head.
@@ -46,11 +42,7 @@ def make_grouped_refinement(
         kernels: RefinementKernels = importlib.import_module(_KERNELS)
         _check(kernels, width, units, device)
     except Exception as error:
-        if is_dead(device):
-            raise ModelLoadError(f"the GPU failed in rewards' kernels: {error}") from error
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        logger.warning("rewards run without kernels, which is slower: %s", reason)
-        logger.debug("refining rows by kernels failed", exc_info=True)
+        fall_back(error, device, "rewards' kernels", "rewards run without kernels, which is slower")
         return None
     return GroupedRefinement(slots, device, kernels)
 

@@ -1,7 +1,6 @@
 """How a model's keys and values are kept: in which kind of memory, and how much of it."""
 
 import importlib
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention_step import KVMemory
-from server.engine.torch.devices import free_memory, is_dead
+from server.engine.torch.devices import free_memory
+from server.engine.torch.fallback import fall_back, first_line
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.options import AttentionChoice
@@ -20,8 +20,6 @@ from server.engine.torch.paged_check import check_pages
 from server.engine.torch.paged_index import PagedAttention, Tiling
 from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
-
-logger = logging.getLogger(__name__)
 
 _BLOCK_SIZE: Final = 16
 # Of the memory that is free when the engine is built, on a CPU, which others use too, and on each
@@ -73,17 +71,17 @@ def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
     try:
         attend = checked_kernel(model, shape, tiling)
     except Exception as error:
-        if is_dead(model.device):
-            raise ModelLoadError(
-                f"the GPU failed in attention over pages; --attention slabs does without: {error}"
-            ) from error
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         if wishes.attention == "pages":
-            raise ModelLoadError(f"attention over pages does not work here: {reason}") from error
-        logger.warning(
-            "keys and values lie in slabs, which is slower, as with --attention slabs: %s", reason
+            raise ModelLoadError(
+                f"attention over pages does not work here (--attention slabs does without): "
+                f"{first_line(error)}"
+            ) from error
+        fall_back(
+            error,
+            model.device,
+            "attention over pages (--attention slabs does without)",
+            "keys and values lie in slabs, which is slower, as with --attention slabs",
         )
-        logger.debug("attention over pages failed", exc_info=True)
         return plan_slabs(shape, wishes)
     return plan_pages(shape, wishes, tiling, attend)
 
