@@ -101,13 +101,6 @@ def sampling_probabilities(
     return [weights[token] / total * (token in nucleus) for token in range(len(values))]
 
 
-def divergence(steered: Tensor, base: Tensor) -> float:
-    """KL(steered || base) of two rows of logits, in nats, a token at a time."""
-    p: list[float] = steered.double().softmax(-1).tolist()
-    q: list[float] = base.double().softmax(-1).tolist()
-    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0)
-
-
 def dose(before: Tensor, after: Tensor) -> float:
     """‖edit‖ / ‖activation‖ of one vector."""
     edit: list[float] = (after - before).tolist()

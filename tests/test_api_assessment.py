@@ -8,9 +8,7 @@ import httpx
 import pytest
 
 from interventions.registry import Registry
-from server.engine.base import Edit, Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
-from steering.settings import AffineSettings
 from tests.conftest import MakeClient, WriteArtifact
 from tests.scoring import TestScorer, score_of, scored_client
 from tests.serving import Json, chat, chunks, complete, error_of, eventually, metric, text_of
@@ -111,7 +109,6 @@ async def test_a_comparison_goes_without_scores_that_cannot_be_had(
     body = await answer(client, steering=MAPS, compare=True)
     assert body["toxicity"] == body["comparison"]["toxicity"] == [None]
     assert body["comparison"]["choices"][0]["text"]
-    assert body["comparison"]["mean_kl_divergence"][0] > 0
 
 
 async def test_a_prompt_that_is_only_read_has_no_score(client: httpx.AsyncClient) -> None:
@@ -160,24 +157,6 @@ async def test_a_comparison_has_what_the_base_model_answers(
         choices = (await answer(client, **plain, **fields))["choices"]
         texts = [choice["text"] for choice in choices]
         assert scores["toxicity"] == [score_of(text) for text in texts]
-    divergences = comparison["mean_kl_divergence"]
-    assert len(divergences) == 4
-    assert all(0.001 < value < 10 for value in divergences)
-
-
-async def test_the_mean_divergence_is_the_engines(
-    client: httpx.AsyncClient, tiny_engine: TorchEngine, registry: Registry
-) -> None:
-    edit = Edit(registry.get("maps").digest, AffineSettings(0.9))
-    sampling = SamplingSettings(6, temperature=0)
-    request = Request(
-        "x", tuple(tiny_engine.tokenize("Hello")), sampling, (edit,), with_divergence=True
-    )
-    [generation] = await tiny_engine.submit([request])
-    values = [value async for output in generation for value in output.divergences]
-    body = await answer(client, steering=MAPS, compare=True)
-    [mean] = body["comparison"]["mean_kl_divergence"]
-    assert mean == pytest.approx(sum(values) / len(values), rel=1e-3)
 
 
 async def test_a_stream_ends_with_the_comparison(client: httpx.AsyncClient) -> None:

@@ -70,9 +70,10 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
     memory = SlabMemory(shape)
     slabs = {}
     for prompt in PROMPTS[:2]:
-        sequence = Sequence(Request("test", tuple(prompt), GREEDY), list(prompt), edits)
-        slabs[sequence] = (memory.lane(),)
-        slabs[sequence][0].reserve(len(prompt))
+        sequence = Sequence.of(Request("test", tuple(prompt), GREEDY))
+        sequence.edits = edits
+        slabs[sequence] = memory.lane()
+        slabs[sequence].reserve(len(prompt))
     chunks = [Chunk(sequence, 0, sequence.prompt_length) for sequence in slabs]
     batch = build_batch(chunks, slabs, memory, torch.device("cpu"))
     logits = Runner(loaded.model, hooks).run(batch, bank)

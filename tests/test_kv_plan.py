@@ -22,7 +22,7 @@ GIGABYTE = 10**9
 
 
 def wishes(attention: AttentionChoice = "automatic", size: int | None = 2 * 10**7) -> KVWishes:
-    return KVWishes(attention, max_lanes=4, prefix_cache=True, bytes=size)
+    return KVWishes(attention, prefix_cache=True, bytes=size)
 
 
 @pytest.fixture

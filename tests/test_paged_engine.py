@@ -7,19 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import Edit, Request, StepFailedError
+from server.engine.base import Edit, StepFailedError
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.loader import ModelLoadError
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory
-from server.engine.torch.sequence import Sequence as EngineSequence
 from steering.settings import RewardSettings
 from tests.conftest import LoadTiny
 from tests.oracles import Oracle
 from tests.paged import OPTIONS, make_all, use_pages
 from tests.steered import (
-    GREEDY,
     NEW_TOKENS,
     PROMPTS,
     STACKS,
@@ -132,7 +130,7 @@ def test_who_yields_for_want_of_pages_goes_on_later(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_pages(monkeypatch)
-    pages = OPTIONS.max_batch_size // 2 + PagedMemory.probe_lanes + 1 + 3
+    pages = PagedMemory.probe_lanes + 1 + 3
     options = replace(OPTIONS, kv_cache_gb=pages * PAGE * 256 / 1e9, prefix_cache=False)
     core = build_core(load_tiny(), options)
     assert core.scheduler.pool.blocks == 3
@@ -142,22 +140,6 @@ def test_who_yields_for_want_of_pages_goes_on_later(
     oracle = Oracle(tiny_model("llama"))
     for prompt, each in zip(prompts, outputs, strict=True):
         assert_equal_to_oracle(each, *expected_of(oracle, "llama", prompt, STACKS["a"]))
-
-
-def test_a_divergence_takes_two_lanes_of_pages(
-    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def divergences(core: EngineCore) -> list[float]:
-        request = Request(
-            "test", tuple(PROMPTS[0]), GREEDY, STACKS["a and r"], with_divergence=True
-        )
-        [outputs] = finish(core, [EngineSequence.of(request)])
-        return [value for output in outputs for value in output.divergences]
-
-    expected = divergences(build_core(load_tiny(), OPTIONS))
-    assert len(expected) == NEW_TOKENS
-    use_pages(monkeypatch)
-    assert divergences(build_core(load_tiny(), OPTIONS)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_memory_without_a_page_to_spare_is_refused(

@@ -146,18 +146,18 @@ def slab(value: float = 0.0) -> Slab:
 def test_what_is_saved_is_found_and_copied() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
     source, copy = slab(), slab(-1000)
-    cache.save(sequence(40), [source])
+    cache.save(sequence(40), source)
     source.layer(0)[:] = -1
     reader = sequence(48)
     reader.computed = cache.find(reader)
     assert reader.computed == 32
-    cache.load(reader, [copy])
+    cache.load(reader, copy)
     for mine, wanted in zip(layers(copy), layers(slab()), strict=True):
         assert torch.equal(mine[:, :, :32], wanted[:, :, :32])
         assert (mine[:, :, 32:] < 0).all()
     copy.layer(0)[:] = -1
     again = slab(-100)
-    cache.load(reader, [again])
+    cache.load(reader, again)
     assert torch.equal(again.layer(0)[:, :, :32], slab().layer(0)[:, :, :32])
     assert (cache.queries, cache.hits) == (2 * 48, 2 * 32)
 
@@ -167,23 +167,23 @@ def test_what_is_saved_is_found_and_copied() -> None:
 )
 def test_the_last_token_is_always_computed(tokens: int, found: int) -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
-    cache.save(sequence(40), [slab()])
+    cache.save(sequence(40), slab())
     assert cache.find(sequence(tokens)) == found
 
 
 def test_only_what_is_full_and_checked_is_kept() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
-    cache.save(sequence(40, computed=31), [slab()])
+    cache.save(sequence(40, computed=31), slab())
     assert len(cache) == 1
     assert cache.find(sequence(40)) == 16
 
 
 def test_who_wants_each_tokens_logits_reads_nothing_and_is_not_counted() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
-    cache.save(sequence(), [slab()])
+    cache.save(sequence(), slab())
     reader = sequence(scored=True)
     assert cache.find(reader) == 0
-    cache.load(reader, [slab()])
+    cache.load(reader, slab())
     assert cache.queries == 0
 
 
@@ -191,23 +191,8 @@ def test_a_sequence_that_had_yielded_is_not_counted_again() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
     reader = sequence()
     reader.preemptions = 1
-    cache.load(reader, [slab()])
+    cache.load(reader, slab())
     assert cache.queries == 0
-
-
-def test_both_lanes_must_be_found() -> None:
-    cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
-    request = Request("x", TEXT[:48], SamplingSettings(8), (affine("a"),), with_divergence=True)
-    compared = Sequence.of(request)
-    cache.save(sequence(48), [slab()])
-    assert cache.find(compared) == 0
-    compared.checked = 17
-    cache.save(compared, [slab(7), slab()])
-    assert cache.find(compared) == 16
-    compared.computed = 16
-    lanes = [slab(-1), slab(-1)]
-    cache.load(compared, lanes)
-    assert [float(lane.layer(0)[0, 0, 0, 0]) for lane in lanes] == [7, 0]
 
 
 def test_cached_blocks_give_way_the_least_recently_used_first() -> None:
@@ -215,26 +200,26 @@ def test_cached_blocks_give_way_the_least_recently_used_first() -> None:
     cache = PrefixCache[list[torch.Tensor]](pool, enabled=True)
     first, second = sequence(32), sequence(48)
     second.tokens[0] += 1
-    cache.save(first, [slab()])
-    cache.save(second, [slab()])  # the second block of the first has to go
+    cache.save(first, slab())
+    cache.save(second, slab())  # the second block of the first has to go
     assert (len(cache), pool.free, pool.usage) == (4, 4, 0)
     assert (cache.find(sequence(48)), cache.find(second)) == (16, 32)
     assert pool.hold("somebody", 2 * SIZE), "cached blocks are free"
     cache.trim()
     cache.check()
     assert (cache.find(sequence(48)), cache.find(second)) == (0, 32)
-    cache.save(first, [slab()])
+    cache.save(first, slab())
     assert (cache.find(sequence(48)), cache.find(second)) == (32, 0)
     assert pool.hold("somebody", 4 * SIZE)
     cache.trim()
-    cache.save(first, [slab()])
+    cache.save(first, slab())
     assert len(cache) == 0
 
 
 def test_where_it_is_switched_off_nothing_is_kept() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(4, SIZE), enabled=False)
-    cache.save(sequence(), [slab()])
-    cache.load(sequence(), [slab()])
+    cache.save(sequence(), slab())
+    cache.load(sequence(), slab())
     assert (len(cache), cache.queries, cache.find(sequence())) == (0, 0, 0)
 
 
@@ -296,8 +281,8 @@ def test_who_yielded_finds_what_there_was_room_for(
         submit(core, TEXT[start : start + 50], tokens=60)
     load, found = core.store.prefixes.load, []
 
-    def recording(sequence: Sequence, lanes: list[Slab]) -> None:
-        load(sequence, lanes)
+    def recording(sequence: Sequence, lane: Slab) -> None:
+        load(sequence, lane)
         if sequence.preemptions:
             found.append(sequence.computed)
 
@@ -341,11 +326,10 @@ def test_a_step_that_fails_keeps_nothing_of_its_sequences(
 
     def broken(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> torch.Tensor:
         run(batch, bank, meter)
-        for lanes in core.store.lanes.values():
-            for lane in lanes:
-                assert isinstance(lane, Slab)
-                for layer in range(2):
-                    lane.layer(layer).fill_(torch.nan)
+        for lane in core.store.lanes.values():
+            assert isinstance(lane, Slab)
+            for layer in range(2):
+                lane.layer(layer).fill_(torch.nan)
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(core._runner, "run", broken)

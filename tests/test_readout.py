@@ -30,8 +30,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return fetched
 
 
-def sequence(sampling: SamplingSettings, with_divergence: bool = False) -> Sequence:
-    return Sequence.of(Request("test", (5, 6, 7), sampling, with_divergence=with_divergence))
+def sequence(sampling: SamplingSettings) -> Sequence:
+    return Sequence.of(Request("test", (5, 6, 7), sampling))
 
 
 def logits_of(rows: int, spread: float = 3.0) -> torch.Tensor:
@@ -46,14 +46,13 @@ def read(rows: list[Row], logits: torch.Tensor) -> Readout:
 def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
     greedy = SamplingSettings(4, temperature=0)
     scoring = sequence(replace(greedy, logprobs=2, prompt_logprobs=1))
-    moved = sequence(SamplingSettings(4, top_p=0.9, logprobs=0), with_divergence=True)
+    filtered = sequence(SamplingSettings(4, top_p=0.9, logprobs=0))
     plain = sequence(SamplingSettings(4))
     rows = [
         Row(scoring, 0),
         Row(scoring, 1),
         Row(scoring, 2),
-        Row(moved, 2),
-        Row(moved, 2, base=True),
+        Row(filtered, 2),
         Row(plain, 2),
     ]
     logits = logits_of(len(rows))
@@ -66,16 +65,14 @@ def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
         assert value.sampled == pytest.approx(float(expected[row.place, token]))
         assert len(value.top) == 1
     first, second, third = found.drawn
-    assert [each.sequence for each in found.drawn] == [scoring, moved, plain]
+    assert [each.sequence for each in found.drawn] == [scoring, filtered, plain]
     assert first.token == int(logits[2].argmax())
     assert first.logprobs is not None
     assert [token for token, _ in first.logprobs.top] == logits[2].topk(2).indices.tolist()
     assert second.logprobs is not None
     assert second.logprobs.sampled == pytest.approx(float(expected[3, second.token]))
     assert second.logprobs.top == ()
-    divergence = float((expected[3].exp() * (expected[3] - expected[4])).sum())
-    assert second.divergence == pytest.approx(divergence, rel=1e-4)
-    assert (first.divergence, third.divergence, third.logprobs) == (None, None, None)
+    assert third.logprobs is None
 
 
 def test_who_keeps_unusually_much_is_sorted_alone(waits: list[object]) -> None:

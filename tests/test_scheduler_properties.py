@@ -7,11 +7,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.base import Edit, GaveWayError, QueueFullError, Request, SamplingSettings
+from server.engine.base import GaveWayError, QueueFullError, Request, SamplingSettings
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.scheduler import Scheduler
 from server.engine.torch.sequence import Sequence
-from steering.settings import AffineSettings
 
 BLOCK_SIZE = 4
 
@@ -33,10 +32,9 @@ class Scheduling(RuleBasedStateMachine):
         self.finished: list[Sequence] = []
         self.stored: dict[Sequence, int] = {}  # tokens whose K/V a sequence has
 
-    @rule(data=st.data(), scored=st.booleans(), compared=st.integers(0, 4).map(lambda n: n == 4))
-    def arrive(self, data: st.DataObject, scored: bool, compared: bool) -> None:
-        lanes = 2 if compared and self.scheduler.max_batch_size > 1 else 1
-        sequence = self._draw_sequence(data, scored, lanes)
+    @rule(data=st.data(), scored=st.booleans())
+    def arrive(self, data: st.DataObject, scored: bool) -> None:
+        sequence = self._draw_sequence(data, scored)
         queued = len(self.scheduler.waiting)
         try:
             self.scheduler.check_room(1)
@@ -49,7 +47,7 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def arrive_in_background(self, data: st.DataObject) -> None:
-        sequence = self._draw_sequence(data, scored=False, lanes=1, background=True)
+        sequence = self._draw_sequence(data, scored=False, background=True)
         try:
             self.scheduler.check_background(sequence)
         except GaveWayError:
@@ -59,16 +57,15 @@ class Scheduling(RuleBasedStateMachine):
         self.background.append(sequence)
 
     def _draw_sequence(
-        self, data: st.DataObject, scored: bool, lanes: int, background: bool = False
+        self, data: st.DataObject, scored: bool, background: bool = False
     ) -> Sequence:
-        room = self.pool.tokens // lanes
+        room = self.pool.tokens
         # Mostly short prompts with long completions: those outgrow the pool together.
         prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
         longest = room - prompt
         max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
         sampling = SamplingSettings(max_tokens, prompt_logprobs=1 if scored else None)
-        edits = (Edit("a", AffineSettings(1.0)),) if lanes == 2 else ()
-        return Sequence.of(Request("test", (0,) * prompt, sampling, edits, lanes == 2, background))
+        return Sequence.of(Request("test", (0,) * prompt, sampling, background=background))
 
     @precondition(lambda self: self.living or self.background)
     @rule(data=st.data())
@@ -94,7 +91,7 @@ class Scheduling(RuleBasedStateMachine):
         assert not alone or self.background, "all background gave way to nobody"
         assert not (plan.preempted and self.background), "a request yielded before background"
         assert not (self.scheduler.waiting and self.background), "background is in somebody's way"
-        tokens = sum(chunk.count * chunk.sequence.lanes for chunk in plan.chunks)
+        tokens = sum(chunk.count for chunk in plan.chunks)
         assert tokens <= self.scheduler.max_batch_tokens
         assert oldest not in plan.preempted
         if oldest is not None and oldest.pending == 1:
@@ -137,7 +134,7 @@ class Scheduling(RuleBasedStateMachine):
         assert {*self.scheduler.running, *self.scheduler.waiting} == set(self.living)
         assert self.scheduler.background == self.background
         held = sum(
-            self.pool.needed(max(self.stored.get(sequence, 0), 1) * sequence.lanes)
+            self.pool.needed(max(self.stored.get(sequence, 0), 1))
             for sequence in (*self.scheduler.running, *self.background)
         )
         assert held <= self.pool.blocks - self.pool.free, "K/V without a block"

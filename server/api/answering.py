@@ -105,13 +105,7 @@ class Exchange:
         return JSONResponse(body)
 
     def _request(self, index: int, plan: Plan, edits: tuple[Edit, ...]) -> EngineRequest:
-        return EngineRequest(
-            f"{self._frame.id}-{index}",
-            plan.prompt,
-            plan.sampling,
-            edits,
-            with_divergence=self._wanted.compare and bool(edits),
-        )
+        return EngineRequest(f"{self._frame.id}-{index}", plan.prompt, plan.sampling, edits)
 
     async def _collect(
         self, choices: Sequence[Choice], base_choices: Sequence[Choice]

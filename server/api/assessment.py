@@ -55,7 +55,6 @@ class Assessment:
         fields: dict[str, JsonValue] = {
             "choices": [choice.body() for choice in base_choices],
             "usage": dict(group.compared_usage.body),
-            "mean_kl_divergence": [progress.mean_divergence for progress in group.served],
         }
         if scoring is not None:
             fields["toxicity"] = await self._score(scoring, group.compared, "baseline")

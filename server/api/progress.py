@@ -16,24 +16,16 @@ class Progress:
     first_token_seconds: float | None = None  # from the HTTP request's arrival
     last_token: float | None = None  # by time.perf_counter()
     _texts: list[str] = field(default_factory=list)
-    _divergences: list[float] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         """The completion, without an echo of its prompt."""
         return "".join(self._texts)
 
-    @property
-    def mean_divergence(self) -> float | None:
-        """Over the tokens, in nats; None where none was measured."""
-        values = self._divergences
-        return sum(values) / len(values) if values else None
-
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
         self.tokens += len(output.token_ids)
         self.finish_reason = output.finish_reason
         self._texts.append(output.text)
-        self._divergences += output.divergences
         if output.queue_seconds is not None:
             self.queue_seconds = output.queue_seconds

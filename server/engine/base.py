@@ -93,8 +93,6 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingSettings
     edits: tuple[Edit, ...] = ()
-    # Told beside every token: how far the edits moved the distribution that it was drawn from.
-    with_divergence: bool = False
     # Nobody waits for it: it runs where there is room, and is ended with GaveWayError where not.
     background: bool = False
 
@@ -136,10 +134,6 @@ class StepOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
-    # Of each token, if asked for: the Kullback-Leibler divergence in nats of the base model's
-    # distribution from the steered one, both after the same tokens, before bias, penalties and
-    # filters.
-    divergences: tuple[float, ...] = ()
     # Of each effective edit, in some steps only: norm of the edit / norm of what it edited, a mean
     # over this step's tokens and the edit's sites; None where it acted on none of these tokens.
     doses: tuple[float | None, ...] = ()

@@ -112,12 +112,12 @@ def test_a_step_waits_for_the_device_when_it_is_read_only(
     def load() -> None:
         names = ("base", "a", "a and r", "four")
         asked = [
-            Request("test", tuple(PROMPTS[0]), settings, STACKS["a"], with_divergence=divergence)
-            for settings, divergence in (
-                (SamplingSettings(NEW_TOKENS, logprobs=2, prompt_logprobs=1), False),
-                (SamplingSettings(NEW_TOKENS, temperature=0.7, top_k=40), False),
-                (SamplingSettings(NEW_TOKENS, min_p=0.1, presence_penalty=0.5), False),
-                (SamplingSettings(NEW_TOKENS, repetition_penalty=1.2, temperature=0), True),
+            Request("test", tuple(PROMPTS[0]), settings, STACKS["a"])
+            for settings in (
+                SamplingSettings(NEW_TOKENS, logprobs=2, prompt_logprobs=1),
+                SamplingSettings(NEW_TOKENS, temperature=0.7, top_k=40),
+                SamplingSettings(NEW_TOKENS, min_p=0.1, presence_penalty=0.5),
+                SamplingSettings(NEW_TOKENS, repetition_penalty=1.2, temperature=0),
             )
         ]
         sequences = [sequence(PROMPTS[0], STACKS[name]) for name in names]

@@ -40,11 +40,7 @@ class Answer:
         self._sequence.scored += 1
 
     def append(
-        self,
-        token: int,
-        logprobs: TokenLogprobs | None,
-        eos_tokens: frozenset[int],
-        divergence: float | None = None,
+        self, token: int, logprobs: TokenLogprobs | None, eos_tokens: frozenset[int]
     ) -> StepOutput:
         """Append a drawn token to the sequence; the last output has a finish reason."""
         sequence, sampling = self._sequence, self._sequence.request.sampling
@@ -57,19 +53,18 @@ class Answer:
             text += self._detokenizer.finish()
             stopped = ended or self._detokenizer.stopped
             reason: FinishReason = "stop" if stopped else "length"
-            return self._output((token,), text, logprobs, divergence, reason)
-        return self._output((token,), text, logprobs, divergence, None)
+            return self._output((token,), text, logprobs, reason)
+        return self._output((token,), text, logprobs, None)
 
     def read(self) -> StepOutput:
         """The prompt is computed, and no completion was asked for."""
-        return self._output((), "", None, None, "length")
+        return self._output((), "", None, "length")
 
     def _output(
         self,
         tokens: tuple[int, ...],
         text: str,
         logprobs: TokenLogprobs | None,
-        divergence: float | None,
         finish_reason: FinishReason | None,
     ) -> StepOutput:
         output = StepOutput(
@@ -79,7 +74,6 @@ class Answer:
             prompt_logprobs=tuple(self._prompt_logprobs),
             finish_reason=finish_reason,
             queue_seconds=self._queue_seconds,
-            divergences=() if divergence is None else (divergence,),
         )
         self._prompt_logprobs.clear()
         self._queue_seconds = None

@@ -18,17 +18,16 @@ class Row:
 
     sequence: EngineSequence
     place: int  # of the token that it follows
-    base: bool = False  # what the base model says at the same place; nothing is drawn from it
 
     @property
     def draws(self) -> bool:
         """Whether the next token is drawn from it."""
-        return not self.base and self.place == len(self.sequence.tokens) - 1
+        return self.place == len(self.sequence.tokens) - 1
 
     @property
     def scores(self) -> bool:
         """Whether it scores a prompt's next token."""
-        return not self.base and not self.draws
+        return not self.draws
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,23 +40,20 @@ class Batch:
     logits_rows: Tensor  # (rows,) int64 on the CPU: which of the packed tokens they follow
     attention: AttentionStep
     route: Route
-    spans: Sequence[Span]  # of each lane's tokens, one after the other
-    places: Mapping[EngineSequence, int]  # where in `spans` a sequence's first lane is
+    spans: Sequence[Span]  # of each sequence's tokens, one after the other
+    places: Mapping[EngineSequence, int]  # where in `spans` a sequence's is
 
 
 def build_batch(
     chunks: Sequence[Chunk],
-    lanes: Mapping[EngineSequence, Sequence[Lane]],
+    lanes: Mapping[EngineSequence, Lane],
     memory: KVMemory,
     device: torch.device,
 ) -> Batch:
-    """The step's tensors, of each chunk as often as its sequence has lanes.
-
-    The first lane is edited, and has the rows of the chunk's `logits_places`. A second is the base
-    model's, and has a row where the next token is drawn.
+    """The step's tensors, with the chunks in the order in which attention takes them best.
 
     Args:
-        lanes: each sequence's, of `memory`, with room for its chunk.
+        lanes: each sequence's keys and values, in `memory`, with room for its chunk.
         device: the model's; the tensors are there, unless `memory` has them built elsewhere.
     """
     device = memory.batch_device or device
@@ -68,15 +64,12 @@ def build_batch(
     spans: list[Span] = []
     pieces: list[Piece] = []
     places: dict[EngineSequence, int] = {}
-    for chunk, lane, piece in _pieces(chunks, lanes, memory):
-        sequence = chunk.sequence
-        base = lane > 0
-        if not base:
-            places[sequence] = len(spans)
-        wanted = chunk.draws if base else chunk.logits_places
+    for chunk, piece in _pieces(chunks, lanes, memory):
+        sequence, wanted = chunk.sequence, chunk.logits_places
+        places[sequence] = len(spans)
         offset = len(tokens) - chunk.start
         packed += [offset + place for place in wanted]
-        rows += [Row(sequence, place, base) for place in wanted]
+        rows += [Row(sequence, place) for place in wanted]
         tokens += sequence.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
         pieces.append(piece)
@@ -86,7 +79,7 @@ def build_batch(
                 count=chunk.count,
                 prompt_length=sequence.prompt_length,
                 rows=range(len(rows) - len(wanted), len(rows)),
-                edits=() if base else sequence.edits,
+                edits=sequence.edits,
             )
         )
     return Batch(
@@ -103,12 +96,8 @@ def build_batch(
 
 
 def _pieces(
-    chunks: Sequence[Chunk], lanes: Mapping[EngineSequence, Sequence[Lane]], memory: KVMemory
-) -> list[tuple[Chunk, int, Piece]]:
-    """Each chunk once for each of its lanes, in the order in which attention takes them best."""
-    pieces = [
-        (chunk, number, Piece(lane, chunk.start, chunk.count))
-        for chunk in chunks
-        for number, lane in enumerate(lanes[chunk.sequence])
-    ]
-    return sorted(pieces, key=lambda each: memory.order(each[2]))
+    chunks: Sequence[Chunk], lanes: Mapping[EngineSequence, Lane], memory: KVMemory
+) -> list[tuple[Chunk, Piece]]:
+    """Each chunk and where its keys and values go, in the order that suits attention best."""
+    pieces = [(chunk, Piece(lanes[chunk.sequence], chunk.start, chunk.count)) for chunk in chunks]
+    return sorted(pieces, key=lambda each: memory.order(each[1]))

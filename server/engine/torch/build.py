@@ -93,7 +93,7 @@ def _wishes(loaded: LoadedModel, options: EngineOptions) -> KVWishes:
         plan = plan_memory(model, loaded.description.site_widths, options)
         logger.info("memory of the GPU: %s", plan.sentence())
         size = plan.keys_and_values
-    return KVWishes(options.attention, options.max_batch_size, options.prefix_cache, size)
+    return KVWishes(options.attention, options.prefix_cache, size)
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:

@@ -26,7 +26,6 @@ from server.engine.torch.postprocess import Delivery
 from server.engine.torch.prompts import Prompts
 from server.engine.torch.reads import SharedReads
 from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.sequence import lanes_of
 from server.engine.torch.thread import EngineThread
 from steering.bank import Bank
 from steering.reward import RewardHead
@@ -154,7 +153,6 @@ class TorchEngine:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         for request in requests:
             self._check_lengths(request)
-            self._check_lanes(request)
         named = {edit.digest for request in requests for edit in request.effective_edits}
         slots = self._core.interventions.slots.capacity
         if len(named) > slots:
@@ -183,17 +181,6 @@ class TorchEngine:
         for tokens, param in ((request.prompt, "prompt"), (biased, "logit_bias")):
             if not all(0 <= token < vocabulary for token in tokens):
                 raise InvalidRequestError(f"Token ids must be in 0..{vocabulary - 1}.", param)
-
-    def _check_lanes(self, request: Request) -> None:
-        scheduler, lanes = self._core.scheduler, lanes_of(request)
-        tokens = (len(request.prompt) + request.sampling.max_tokens) * lanes
-        if lanes > scheduler.max_batch_size or tokens > scheduler.pool.tokens:
-            raise InvalidRequestError(
-                f"Comparing with the base model takes the memory of {tokens} tokens in "
-                f"{lanes} places of a batch; this server has {scheduler.pool.tokens} tokens and "
-                f"{scheduler.max_batch_size} places.",
-                "compare",
-            )
 
     async def _admit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         sequences = [EngineSequence.of(request) for request in requests]

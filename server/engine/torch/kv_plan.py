@@ -47,7 +47,6 @@ class KVWishes:
     """What an operator wants of it."""
 
     attention: AttentionChoice
-    max_lanes: int  # that run at once
     prefix_cache: bool
     bytes: int | None  # None: a share of what is free
 
@@ -144,9 +143,8 @@ def plan_pages(
     budget = _bytes(shape, wishes)
     kept = int(budget * _PREFIX_SHARE) if wishes.prefix_cache else 0
     pages = (budget - kept) // (shape.bytes_per_token * PAGE)
-    # The books count the tokens of a sequence's two lanes together, of which each may begin a page
-    # more; a probe, and rows that pad, take pages that nobody has counted.
-    spare = wishes.max_lanes // 2 + PagedMemory.probe_lanes + 1
+    # A probe, and rows that pad, take pages that nobody has counted.
+    spare = PagedMemory.probe_lanes + 1
     pool = BlockPool(_whole(pages - spare), PAGE)
     prefixes = BlockPool(kept // (shape.bytes_per_token * _BLOCK_SIZE), _BLOCK_SIZE)
     try:

@@ -1,7 +1,6 @@
-"""Every sequence's keys and values: its lanes, and what the prefix cache keeps of them."""
+"""Every sequence's keys and values: its lane, and what the prefix cache keeps of them."""
 
 from collections.abc import Collection, Iterable
-from itertools import chain
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ class KVStore:
     def __init__(self, memory: KVMemory, prefixes: PrefixCache[list[Tensor]]) -> None:
         self.prefixes = prefixes
         self.memory = memory
-        self.lanes: dict[Sequence, tuple[Lane, ...]] = {}
+        self.lanes: dict[Sequence, Lane] = {}
 
     def make_room(self, plan: Plan) -> list[Sequence]:
         """Free and reserve what a step's plan says; the sequences that begin with it."""
@@ -32,8 +31,7 @@ class KVStore:
         for chunk in plan.chunks:
             if chunk.sequence not in self.lanes:
                 self._begin(chunk)
-            for lane in self.lanes[chunk.sequence]:
-                lane.reserve(chunk.end)
+            self.lanes[chunk.sequence].reserve(chunk.end)
         # Not before all have what they found, some of which may have to go for it.
         for sequence in plan.preempted:
             self.end(sequence)
@@ -41,12 +39,11 @@ class KVStore:
         return begun
 
     def _begin(self, chunk: Chunk) -> None:
-        """Give a sequence its lanes, with what the prefix cache has of it."""
+        """Give a sequence its lane, with what the prefix cache has of it."""
         sequence = chunk.sequence
-        lanes = self.lanes[sequence] = tuple(self.memory.lane() for _ in range(sequence.lanes))
-        for lane in lanes:
-            lane.reserve(chunk.end)
-        self.prefixes.load(sequence, lanes)
+        lane = self.lanes[sequence] = self.memory.lane()
+        lane.reserve(chunk.end)
+        self.prefixes.load(sequence, lane)
         sequence.checked = sequence.computed
 
     def keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
@@ -60,14 +57,14 @@ class KVStore:
                 self.prefixes.save(sequence, self.lanes[sequence])
 
     def end(self, sequence: Sequence) -> None:
-        """Free a sequence's lanes, if it has any, and keep what is worth it."""
-        if (lanes := self.lanes.get(sequence)) is not None:
-            self.prefixes.save(sequence, lanes)
+        """Free a sequence's lane, if it has one, and keep what is worth it."""
+        if (lane := self.lanes.get(sequence)) is not None:
+            self.prefixes.save(sequence, lane)
             self.discard(sequence)
 
     def discard(self, sequence: Sequence) -> None:
-        """Free a sequence's lanes, if it has any, and keep nothing of it."""
-        for lane in self.lanes.pop(sequence, ()):
+        """Free a sequence's lane, if it has one, and keep nothing of it."""
+        if (lane := self.lanes.pop(sequence, None)) is not None:
             lane.free()
 
     def clear(self) -> None:
@@ -77,7 +74,7 @@ class KVStore:
         self.prefixes.clear()
 
     def check(self, running: Collection[Sequence]) -> None:
-        """Assert that only what runs has lanes. Between two steps."""
+        """Assert that only what runs has a lane. Between two steps."""
         self.prefixes.check()
         assert self.lanes.keys() <= set(running), "a lane that nobody uses"
-        self.memory.check(chain.from_iterable(self.lanes.values()))
+        self.memory.check(self.lanes.values())

@@ -90,7 +90,7 @@ class Postprocessor:
         token, row = drawn.token, drawn.logprobs
         try:
             found = None if row is None else self._vocabulary.logprobs(token, row)
-            return answer.append(token, found, self._eos_tokens, drawn.divergence)
+            return answer.append(token, found, self._eos_tokens)
         except Exception:
             return _text_failed()
 
@@ -103,7 +103,7 @@ def _text_failed() -> EngineError:
 
 def _not_a_number(row: Row) -> EngineError:
     """Another model than the one asked for would answer; nobody gets that without being told."""
-    if row.base or not row.sequence.edits:
+    if not row.sequence.edits:
         return StepFailedError("the model's output is not a number")
     return InvalidRequestError(
         "Steered like this, the model's output is not a number; choose weaker settings.",

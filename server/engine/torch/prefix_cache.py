@@ -1,7 +1,6 @@
 """The prefix cache: copies of full blocks' keys and values, for texts that begin alike."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from server.engine.torch.kv_cache import BlockPool
@@ -11,7 +10,7 @@ Values = TypeVar("Values")
 
 
 class Store(Protocol[Values]):
-    """One lane's keys and values, such as a slab."""
+    """One sequence's keys and values, such as a slab."""
 
     def read(self, start: int, end: int) -> Values:
         """A copy of those of some tokens."""
@@ -34,7 +33,7 @@ class PrefixCache(Generic[Values]):
         self._pool = pool
         self._enabled = enabled
         self._blocks: OrderedDict[bytes, Values] = OrderedDict()
-        self.queries = 0  # tokens of prompts looked up since the start, not once for each lane
+        self.queries = 0  # tokens of prompts looked up since the start
         self.hits = 0  # those of them that were found
 
     def __len__(self) -> int:
@@ -42,7 +41,7 @@ class PrefixCache(Generic[Values]):
         return len(self._blocks)
 
     def find(self, sequence: EngineSequence) -> int:
-        """How many of its first tokens are stored for all of its lanes.
+        """How many of its first tokens are stored.
 
         Fewer than it has: the last one is always computed, for its logits. None where logits after
         each token of the prompt are wanted.
@@ -51,13 +50,12 @@ class PrefixCache(Generic[Values]):
             return 0
         size = self._pool.block_size
         blocks = (len(sequence.tokens) - 1) // size
-        for chain in sequence.chains:
-            keys = chain.first(blocks, size, sequence.tokens)
-            blocks = next((i for i, key in enumerate(keys) if key not in self._blocks), blocks)
-        return blocks * size
+        keys = sequence.chain.first(blocks, size, sequence.tokens)
+        found = next((i for i, key in enumerate(keys) if key not in self._blocks), blocks)
+        return found * size
 
-    def load(self, sequence: EngineSequence, stores: Sequence[Store[Values]]) -> None:
-        """Give a sequence that begins, in each lane's store, the tokens that count as computed.
+    def load(self, sequence: EngineSequence, store: Store[Values]) -> None:
+        """Give a sequence that begins the tokens that count as computed.
 
         These are what `find` has found; nothing was saved or trimmed since.
         """
@@ -66,24 +64,22 @@ class PrefixCache(Generic[Values]):
         if self._reads(sequence) and not sequence.preemptions:
             self.queries += sequence.prompt_length
             self.hits += sequence.computed
-        for chain, store in zip(sequence.chains, stores, strict=True):
-            keys = chain.first(blocks, size, sequence.tokens)
-            for place in reversed(range(blocks)):
-                self._blocks.move_to_end(keys[place])
-                store.write(place * size, self._blocks[keys[place]])
+        keys = sequence.chain.first(blocks, size, sequence.tokens)
+        for place in reversed(range(blocks)):
+            self._blocks.move_to_end(keys[place])
+            store.write(place * size, self._blocks[keys[place]])
 
-    def save(self, sequence: EngineSequence, stores: Sequence[Store[Values]]) -> None:
+    def save(self, sequence: EngineSequence, store: Store[Values]) -> None:
         """Keep the full blocks of a sequence's checked tokens, as far as there is room."""
         size = self._pool.block_size
         blocks = min(sequence.checked // size, self._pool.free) if self._enabled else 0
-        for chain, store in zip(sequence.chains, stores, strict=True):
-            keys = chain.first(blocks, size, sequence.tokens)
-            # The last block first: it is no use without those before it, so it goes before them.
-            for place in reversed(range(blocks)):
-                if keys[place] not in self._blocks:
-                    self._blocks[keys[place]] = store.read(place * size, (place + 1) * size)
-                self._blocks.move_to_end(keys[place])
-                self.trim()
+        keys = sequence.chain.first(blocks, size, sequence.tokens)
+        # The last block first: it is no use without those before it, so it goes before them.
+        for place in reversed(range(blocks)):
+            if keys[place] not in self._blocks:
+                self._blocks[keys[place]] = store.read(place * size, (place + 1) * size)
+            self._blocks.move_to_end(keys[place])
+            self.trim()
 
     def trim(self) -> None:
         """Give up what sequences have taken the room of."""

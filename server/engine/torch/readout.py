@@ -1,23 +1,20 @@
-"""What a step's logits say: the tokens that are drawn, log-probabilities, and divergences.
+"""What a step's logits say: the tokens that are drawn, and log-probabilities.
 
 All is computed on the device and read together: a step waits for the device only here.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from server.engine.torch.batch import Row
 from server.engine.torch.penalty_table import PenaltyTable
 from server.engine.torch.sampler import Draw, RowLogprobs, Sample, Scores, sample, score
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.transfer import fetch, send
-
-_FARTHEST: Final = 9999.0  # JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +24,6 @@ class Drawn:
     sequence: EngineSequence
     token: int
     logprobs: RowLogprobs | None
-    divergence: float | None  # see `_divergences`
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,6 @@ class _Computed(NamedTuple):
     sample: Sample
     # None where nobody wants any, which is most often.
     prompts: Scores | None
-    divergences: Tensor | None  # (n,) float32, of the sequences that have a row of the base model's
     scores: Scores | None  # of the drawn tokens
 
 
@@ -62,10 +57,8 @@ def read_out(
     """
     scored = [i for i, row in enumerate(rows) if row.scores]
     drawn = [i for i, row in enumerate(rows) if row.draws]
-    based = _with_bases(rows, drawn)
     finite = logits.amax(dim=-1).isfinite()  # NaN counts as the largest
     prompts = _score_prompts(rows, logits, scored) if scored else None
-    divergences = _divergences(logits, based) if based else None
     wanted = {
         i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
     }
@@ -74,24 +67,17 @@ def read_out(
     while True:
         sampled = sample(drawn_from, draws, sorted_rows=unsure)
         scores = _score_drawn(logits, drawn, sampled, wanted) if wanted else None
-        computed = fetch(_Computed(finite, sampled, prompts, divergences, scores))
+        computed = fetch(_Computed(finite, sampled, prompts, scores))
         unsure = [place for place, sure in enumerate(computed.sample.sure.tolist()) if not sure]
         if not unsure:
             break
     logprobs = _by_row(computed.scores, wanted)
-    divergent = [] if computed.divergences is None else computed.divergences.tolist()
-    moved = dict(zip(based, divergent, strict=True))
     prompt_counts = {i: rows[i].sequence.request.sampling.prompt_logprobs or 0 for i in scored}
     return Readout(
         [row for row, whole in zip(rows, computed.finite.tolist(), strict=True) if not whole],
         [(rows[i], found) for i, found in _by_row(computed.prompts, prompt_counts).items()],
         [
-            Drawn(
-                (sequence := rows[i].sequence),
-                token,
-                logprobs.get(i),
-                moved.get(i, 0.0) if sequence.request.with_divergence else None,
-            )
+            Drawn(rows[i].sequence, token, logprobs.get(i))
             for i, token in zip(drawn, computed.sample.tokens.tolist(), strict=True)
         ],
     )
@@ -117,29 +103,6 @@ def _by_row(scores: Scores | None, counts: Mapping[int, int]) -> dict[int, RowLo
     """Of each row, with as many alternatives as it wants."""
     read = [] if scores is None else scores.read(list(counts.values()))
     return dict(zip(counts, read, strict=True))
-
-
-def _with_bases(rows: Sequence[Row], drawn: Sequence[int]) -> dict[int, int]:
-    """The rows that draw and have another of the base model's -> that one."""
-    bases = {row.sequence: i for i, row in enumerate(rows) if row.base}
-    return {i: bases[rows[i].sequence] for i in drawn if rows[i].sequence in bases}
-
-
-def _divergences(logits: Tensor, based: Mapping[int, int]) -> Tensor:
-    """How far steering has moved the distributions that tokens are drawn from.
-
-    The Kullback-Leibler divergence of the base model's distribution from the steered one, in nats:
-    (n,) float32, of n rows and their bases.
-    """
-    steered, base = _select(logits, list(based)), _select(logits, list(based.values()))
-    terms = kl_div(
-        base.log_softmax(dim=-1),
-        steered.log_softmax(dim=-1),
-        reduction="none",
-        log_target=True,
-    )
-    # A token that is impossible to both adds nothing; one that is to the base alone, a lot.
-    return terms.nan_to_num(nan=0.0).sum(dim=-1).clamp(0.0, _FARTHEST)
 
 
 def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:

@@ -11,7 +11,6 @@ from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.sequence import Sequence
 from server.engine.torch.shares import share
 
-_MOST_LANES: Final = 2
 BACKGROUND_TOKENS: Final = 8  # all background work together, in a step that requests wait for
 
 
@@ -37,11 +36,6 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the next token is drawn after it."""
         return self.completes and len(self.sequence.tokens) < self.sequence.max_length
-
-    @property
-    def draws(self) -> range:
-        """The place of the token after which the next one is drawn, if one is."""
-        return range(self.end - 1, self.end) if self.samples else range(0)
 
     @property
     def scores(self) -> range:
@@ -93,7 +87,7 @@ class Scheduler:
     """
 
     pool: BlockPool
-    max_batch_size: int  # lanes of the sequences running at once
+    max_batch_size: int  # sequences running at once
     max_batch_tokens: int  # tokens of one step
     max_waiting: int
     prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None: what is left
@@ -112,10 +106,10 @@ class Scheduler:
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_size "
                 f"({self.max_batch_size}), so that every running sequence can take its turn"
             )
-        if self.prefill_tokens is not None and self.prefill_tokens < _MOST_LANES:
+        if self.prefill_tokens is not None and self.prefill_tokens < 1:
             raise ValueError(
-                f"prefill_tokens ({self.prefill_tokens}) must be at least {_MOST_LANES}, so that "
-                "every prompt can take its turn"
+                f"prefill_tokens ({self.prefill_tokens}) must be at least 1, so that every prompt "
+                "can take its turn"
             )
 
     def check_room(self, sequences: int) -> None:
@@ -138,12 +132,11 @@ class Scheduler:
 
         Background work, for which `check_background` found room, is not queued but runs.
         """
-        assert sequence.max_length * sequence.lanes <= self.pool.tokens, "it would wait for ever"
-        assert sequence.lanes <= self.max_batch_size, "it would wait for ever"
+        assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
         sequence.arrival = self._arrivals
         self._arrivals += 1
         if sequence.request.background:
-            self.pool.hold(sequence, sequence.held)
+            self._hold(sequence)
             self.background.append(sequence)
         else:
             self.waiting.append(sequence)
@@ -180,25 +173,25 @@ class Scheduler:
         # What is found counts only where a chunk follows: until then, it may be given up.
         starts = [each.computed or self.find(each) for each in sequences]
         pending = [len(each.tokens) - start for each, start in zip(sequences, starts, strict=True)]
-        counts = share(pending, [each.lanes for each in sequences], budget)
+        counts = share(pending, budget)
         for sequence, start, count in zip(sequences, starts, counts, strict=True):
             if count:
                 sequence.computed = start
                 plan.chunks.append(Chunk(sequence, start, count))
-                budget -= count * sequence.lanes
+                budget -= count
         return budget
 
     def _make_room(self, plan: Plan) -> None:
         """Let every running sequence hold its tokens, the oldest first."""
         for sequence in tuple(self.running):
             # The youngest yield, so that the oldest always goes on.
-            while sequence in self.running and not self.pool.hold(sequence, sequence.held):
+            while sequence in self.running and not self._hold(sequence):
                 if self.background:
                     plan.dropped.append(self._drop_youngest())
                 else:
                     plan.preempted.append(self._preempt_youngest())
         for sequence in tuple(self.background):
-            if not self.pool.hold(sequence, sequence.held):
+            if not self._hold(sequence):
                 self.remove(sequence)
                 plan.dropped.append(sequence)
 
@@ -225,25 +218,28 @@ class Scheduler:
                 return False
             plan.dropped.append(self._drop_youngest())
         sequence = self.waiting.popleft()
-        self.pool.hold(sequence, sequence.held)
+        self._hold(sequence)
         self.running.append(sequence)
         return True
+
+    def _hold(self, sequence: Sequence) -> bool:
+        """Hold blocks for all tokens of a sequence; False if there are too few."""
+        return self.pool.hold(sequence, len(sequence.tokens))
 
     def _has_room(self, *sequences: Sequence) -> bool:
         """Whether sequences can start beside all that run."""
         running = [*self.running, *self.background]
-        if sum(each.lanes for each in (*running, *sequences)) > self.max_batch_size:
+        if len(running) + len(sequences) > self.max_batch_size:
             return False
         # Without the spare blocks one might be preempted, and its work lost, a few steps later.
-        needed = sum(self.pool.needed(sequence.held) for sequence in sequences)
+        needed = sum(self.pool.needed(len(sequence.tokens)) for sequence in sequences)
         return needed + len(running) <= self.pool.free
 
     def check(self) -> None:
         """Assert that the books add up. Between two steps."""
         running = [*self.running, *self.background]
         self.pool.check(running)
-        lanes = sum(sequence.lanes for sequence in running)
-        assert lanes <= self.max_batch_size, "more run than the batch holds"
+        assert len(running) <= self.max_batch_size, "more run than the batch holds"
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         assert arrivals == sorted(set(arrivals)), "somebody was overtaken, or is here twice"
         for sequence in running:

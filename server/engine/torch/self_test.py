@@ -87,7 +87,7 @@ def record_layers(
     sequence = _sequence(_probe_prompt(model, _RECORDED_TOKENS + 1), ())
     lane = memory.lane()
     lane.reserve(_RECORDED_TOKENS + 1)
-    lanes = {sequence: (lane,)}
+    lanes = {sequence: lane}
     bank = Bank(1, model.device)
     probes = []
     for start, count in ((0, _RECORDED_TOKENS), (_RECORDED_TOKENS, 1)):
@@ -170,21 +170,22 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
 @contextmanager
 def _lanes(
     memory: KVMemory, sequences: Sequence[EngineSequence], tokens: int
-) -> Iterator[Mapping[EngineSequence, tuple[Lane]]]:
+) -> Iterator[Mapping[EngineSequence, Lane]]:
     """A lane with room for so many tokens for each sequence, within the context."""
-    lanes = {sequence: (memory.lane(),) for sequence in sequences}
+    lanes = {sequence: memory.lane() for sequence in sequences}
     try:
-        for (lane,) in lanes.values():
+        for lane in lanes.values():
             lane.reserve(tokens)
         yield lanes
     finally:
-        for (lane,) in lanes.values():
+        for lane in lanes.values():
             lane.free()
 
 
 def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> EngineSequence:
-    request = Request("self-test", prompt, SamplingSettings(max_tokens=1))
-    return EngineSequence(request, list(prompt), edits)
+    sequence = EngineSequence.of(Request("self-test", prompt, SamplingSettings(max_tokens=1)))
+    sequence.edits = edits
+    return sequence
 
 
 def probe_map(width: int) -> AffineMap:
