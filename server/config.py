@@ -16,8 +16,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
+from server.environment import Environment
 from server.toxicity.scorer import parse_spec
 
 MIB = 1024 * 1024
@@ -34,16 +40,14 @@ class ConfigurationError(Exception):
 
 
 class Settings(BaseSettings):
-    """The server's settings. A field that is not given is read from `STEERSERVE_<FIELD>`.
+    """The server's settings. One that is not given is read from the variable named as its option.
 
     Raises:
         pydantic.ValidationError: a value is of the wrong kind, or two contradict each other.
+        pydantic_settings.SettingsError: a variable begins as steerserve's do and is none of them.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="STEERSERVE_",
-        # Compose files write `KEY: ${KEY:-}`: an empty variable means "not set".
-        env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         # A message must be able to show the wrong value of any field but a key's.
@@ -199,6 +203,18 @@ class Settings(BaseSettings):
                     "--served-model-name"
                 )
         return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what is given, then the environment, and read no files."""
+        return init_settings, Environment(settings_cls)
 
     @cached_property
     def served_names(self) -> tuple[str, ...]:

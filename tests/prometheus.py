@@ -1,6 +1,5 @@
 """A real Prometheus, in a process of its own."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from docker.grafana.prometheus import Prometheus, Series
+from server.variables import TEST_ALL
 
 FOLDER = Path(__file__).parent.parent / "docker" / "prometheus"
 START_SECONDS = 30
@@ -27,7 +27,7 @@ def tool(name: str) -> str:
     With STEERSERVE_TEST_ALL it fails instead: where everything is to be tested, nothing is skipped.
     """
     path = shutil.which(name)
-    if path is None and os.environ.get("STEERSERVE_TEST_ALL"):
+    if path is None and TEST_ALL.read():
         pytest.fail(f"{name} is not installed, and STEERSERVE_TEST_ALL is set")
     if path is None:
         pytest.skip(f"{name} is not installed (Debian has it)")

@@ -47,7 +47,7 @@ def test_attention_is_one_of_three() -> None:
 
 
 def test_served_names_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEERSERVE_SERVED_MODEL_NAMES", "a, org/b  c")
+    monkeypatch.setenv("STEERSERVE_SERVED_MODEL_NAME", "a, org/b  c")
     assert Settings().served_names == ("a", "org/b", "c")
 
 

@@ -13,8 +13,12 @@ from interventions.bundled import bundled_artifacts
 from server.__main__ import app
 from server.cli.options_page import options_page
 from server.config import Settings
+from server.environment import variable_name
+from server.variables import OTHER_VARIABLES
 
 ROOT = Path(__file__).parent.parent
+# Name variables that are none: as examples of mistakes, or as Kubernetes names its own.
+WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
 DOCS = ("observability", "options", "structures")
 README = (ROOT / "README.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
@@ -65,13 +69,43 @@ def test_every_setting_has_a_row_in_the_page_of_options() -> None:
         flags, variable, _, default, description = row.strip("| ").split(" | ")
         flag = "served_model_name" if name == "served_model_names" else name
         assert flags.split(", ")[0] == f"`--{flag.replace('_', '-')}`"
-        assert variable == f"`STEERSERVE_{name.upper()}`"
+        assert variable == f"`STEERSERVE_{flag.upper()}`"
         assert description == " ".join((field.description or "").split())
         if field.default in (None, ()):
             assert default.strip() == ""
         else:
             given = Settings.model_validate({name: default.strip("`")})
             assert getattr(given, name) == field.default
+
+
+def test_every_variable_anywhere_is_a_setting_or_in_the_table_of_others() -> None:
+    settings = {variable_name(*item) for item in Settings.model_fields.items()}
+    others = {variable.name for variable in OTHER_VARIABLES}
+    used: set[str] = set()
+    for place in (
+        "server",
+        "docker",
+        "benchmarks",
+        "tests",
+        ".ci",
+        "Dockerfile",
+        "Makefile",
+        "docs",
+    ):
+        for path in (ROOT / place).rglob("*") if (ROOT / place).is_dir() else [ROOT / place]:
+            if path.suffix in (".pyc", ".png") or path.is_dir() or path.name in WITH_WRONG_NAMES:
+                continue
+            used.update(re.findall(r"\bSTEERSERVE_[A-Z_]*[A-Z]\b", path.read_text()))
+    assert used <= settings | others
+    for variable in OTHER_VARIABLES:
+        assert f"| `{variable.name}` | {variable.description} |" in OPTIONS
+
+
+def test_variables_that_are_no_settings_are_read_through_their_table() -> None:
+    settings = {variable_name(*item) for item in Settings.model_fields.items()}
+    for path in (ROOT / "server").rglob("*.py"):
+        if path.name != "variables.py":
+            assert set(re.findall(r'"(STEERSERVE_\w+)"', path.read_text())) <= settings, path
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

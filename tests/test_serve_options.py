@@ -110,8 +110,11 @@ def test_every_setting_has_a_flag(name: str, launches: Launches) -> None:
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_has_a_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"STEERSERVE_{name.upper()}", GIVEN[name][0])
+def test_every_setting_has_a_variable_named_as_its_option(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = as_words(name)[0].removeprefix("--no-").removeprefix("--")
+    monkeypatch.setenv(f"STEERSERVE_{option.replace('-', '_').upper()}", GIVEN[name][0])
     settings = Settings()
     assert settings.model_fields_set == {name}
     assert getattr(settings, name) == GIVEN[name][1]
@@ -139,7 +142,7 @@ def test_a_switch_can_be_given_as_it_is_by_default(launches: Launches) -> None:
 def test_a_flag_that_is_not_given_leaves_the_variable(
     launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, text in (("PORT", "9"), ("CUDA_GRAPHS", "off"), ("SERVED_MODEL_NAMES", "a")):
+    for name, text in (("PORT", "9"), ("CUDA_GRAPHS", "off"), ("SERVED_MODEL_NAME", "a")):
         monkeypatch.setenv(f"STEERSERVE_{name}", text)
     assert serve("--host", "::1").exit_code == 0
     [settings] = launches.settings
@@ -188,6 +191,34 @@ def test_a_wrong_variable_is_named(launches: Launches, monkeypatch: pytest.Monke
     assert shown.exit_code == 1
     assert shown.output.startswith("steerserve: port: ")
     assert not launches.settings
+
+
+@pytest.mark.parametrize(
+    ("variable", "told"),
+    [
+        ("STEERSERVE_STEERING_POLCY", "did you mean STEERSERVE_STEERING_POLICY?"),
+        ("STEERSERVE_SERVED_MODEL_NAMES", "did you mean STEERSERVE_SERVED_MODEL_NAME?"),
+        ("steerserve_steering_policy", "did you mean STEERSERVE_STEERING_POLICY?"),
+        ("STEERSERVE_ADMINKEY", "did you mean STEERSERVE_ADMIN_KEY?"),
+        ("STEERSERVE_CACHES", "did you mean STEERSERVE_CACHE?"),
+        ("STEERSERVE_QQQ", "docs/options.md lists them"),
+    ],
+)
+def test_a_misspelt_variable_ends_the_start(
+    variable: str, told: str, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "locked")
+    shown = serve()
+    assert shown.exit_code == 1
+    assert variable in shown.output
+    assert told in shown.output
+    assert not launches.settings
+
+
+def test_other_commands_do_not_mind_a_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERSERVE_STEERING_POLCY", "locked")
+    shown = CliRunner().invoke(app, ["list", "--url", "http://127.0.0.1:9"])
+    assert "Cannot reach" in shown.output
 
 
 @pytest.mark.parametrize("flag", ["--api-key", "--admin-key"])

@@ -13,12 +13,13 @@ from unittest import mock
 
 from server.__main__ import main
 from server.engine.torch.core import EngineCore
+from server.variables import TEST_DEATH
 
 STEP_SECONDS = 0.02
 
 
 def run() -> None:
-    death = Path(os.environ["STEERSERVE_TEST_DEATH"])
+    death = Path(os.environ[TEST_DEATH.name])
     step = EngineCore.step
 
     def slow_step(core: EngineCore) -> object:

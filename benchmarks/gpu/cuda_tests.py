@@ -12,6 +12,7 @@ from typing import Final
 from benchmarks.gpu.parts import ROOT, TESTS_SECONDS
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.rows import Rows
+from server.variables import DRY_RUN
 
 _FOLDER: Final = "tests/cuda"
 # Match the lines of `pytest -v`: a test and its outcome, or a line of the summary.
@@ -56,7 +57,7 @@ def _variables(place: Place) -> Mapping[str, str]:
     return {
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "COLUMNS": "250",  # of which a message gets what the test's name leaves
-        "STEERSERVE_DRY_RUN": "1" if place.device.type == "cpu" else "0",
+        DRY_RUN.name: "1" if place.device.type == "cpu" else "0",
     }
 
 

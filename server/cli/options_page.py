@@ -1,9 +1,11 @@
 """Writes docs/options.md: `python -m server.cli.options_page > docs/options.md`."""
 
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 from server.cli.setting_options import SettingOption, setting_options
+from server.variables import OTHER_VARIABLES
 
 _SIGNS: Final = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 _HEAD: Final = """\
@@ -17,14 +19,32 @@ The variable of a switch takes `on` or `off`. Several names follow one `--served
 separated by blanks; in the variable blanks or commas separate them. Keys are best given as
 variables: options are seen by whoever lists the machine's processes.
 
+Names of variables are in capitals. A variable that begins with `STEERSERVE_` and is not on this
+page ends the start, with the name that is nearest. What Kubernetes sets for a service called
+steerserve, such as `STEERSERVE_SERVICE_HOST` or `STEERSERVE_PORT=tcp://…`, is ignored.
+
 | option | variable | value | default | what it does |
 |---|---|---|---|---|
+"""
+_OTHERS: Final = """
+## Variables that are no settings
+
+From the table in [server/variables.py](../server/variables.py).
+
+| variable | what it is for |
+|---|---|
 """
 
 
 def options_page() -> str:
-    """The page, with a row for each setting."""
-    return _HEAD + "".join(f"| {' | '.join(_cells(option))} |\n" for option in setting_options())
+    """The page, with a row for each setting and for each other variable."""
+    settings = (" | ".join(_cells(option)) for option in setting_options())
+    others = (f"{_code(variable.name)} | {variable.description}" for variable in OTHER_VARIABLES)
+    return _HEAD + _rows(settings) + _OTHERS + _rows(others)
+
+
+def _rows(rows: Iterable[str]) -> str:
+    return "".join(f"| {row} |\n" for row in rows)
 
 
 def _cells(option: SettingOption) -> tuple[str, ...]:

@@ -13,11 +13,13 @@ from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
+from server.variables import URL
+
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 # Checking and storing a large artifact takes the server a while after the last byte.
 TIMEOUT: Final = httpx.Timeout(10.0, read=300.0, write=300.0)
 
-Url: TypeAlias = Annotated[str, typer.Option(help="The server's address.", envvar="STEERSERVE_URL")]
+Url: TypeAlias = Annotated[str, typer.Option(help="The server's address.", envvar=URL.name)]
 AdminKey: TypeAlias = Annotated[
     str | None, typer.Option(help="The server's admin key.", envvar="STEERSERVE_ADMIN_KEY")
 ]

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 
 from server.cli.launch import announce_failure, launch
@@ -21,7 +22,8 @@ def serve(
 ) -> None:
     """Serve a model with the registry's interventions.
 
-    Every option can be set by a variable too: STEERSERVE_PORT for --port, and so on.
+    Every option can be set by a variable too: STEERSERVE_PORT for --port, and so on. A variable
+    that begins like these and is none of them ends the start.
     """
     console = Console(stderr=True, highlight=False)
     if more_names and not options["served_model_names"]:
@@ -32,7 +34,7 @@ def serve(
         given["served_model_names"] = names
     try:
         settings = Settings.model_validate(given)
-    except ValidationError as error:
+    except (ValidationError, SettingsError) as error:
         announce_failure(error, console)
         raise typer.Exit(1) from error
     if not launch(settings, console):

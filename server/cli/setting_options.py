@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from server.config import Settings
+from server.environment import option_name, takes_several, variable_name
 
 # Names a value of each type for the operator; a value of any other type is given as JSON.
 _WORDS: Final = {int: "integer", float: "number", str: "text", Path: "path", SecretStr: "key"}
@@ -38,18 +39,18 @@ class SettingOption:
     @property
     def takes_several(self) -> bool:
         """Whether it holds several values, of which the option gives one at a time."""
-        return get_origin(self.type) is tuple
+        return takes_several(self.field)
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The option; of a switch, the one that turns it on and the one that turns it off."""
-        word = (self.name.removesuffix("s") if self.takes_several else self.name).replace("_", "-")
+        word = option_name(self.name, self.field)
         return (f"--{word}", f"--no-{word}") if self.type is bool else (f"--{word}",)
 
     @property
     def variable(self) -> str:
         """The variable that is read where the option is not given."""
-        return f"{Settings.model_config['env_prefix']}{self.name.upper()}"
+        return variable_name(self.name, self.field)
 
     @property
     def choices(self) -> tuple[str, ...]:

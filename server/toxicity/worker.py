@@ -18,9 +18,10 @@ from contextlib import suppress
 from typing import Final, TextIO
 
 from server.toxicity.scorer import Backend, ScoringError, parse_spec
+from server.variables import WORKER_PARENT, WORKER_SPEC
 
-SPEC_VARIABLE: Final = "STEERSERVE_WORKER_SPEC"
-PARENT_VARIABLE: Final = "STEERSERVE_WORKER_PARENT"
+SPEC_VARIABLE: Final = WORKER_SPEC.name
+PARENT_VARIABLE: Final = WORKER_PARENT.name
 
 _BACKENDS: Final = {
     "embedded": "server.toxicity.profanity",

@@ -1,18 +1,18 @@
 """The device that these tests run on: a GPU, or the CPU in a dry run; and what they share."""
 
-import os
 from typing import Final, Protocol
 
 import pytest
 import torch
 
+from server import variables
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda_graphs import GraphRunner
 from server.engine.torch.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 
 GPU: Final = torch.cuda.is_available()
-DRY_RUN: Final = not GPU and os.environ.get("STEERSERVE_DRY_RUN") == "1"
+DRY_RUN: Final = not GPU and variables.DRY_RUN.read() == "1"
 DEVICE: Final = torch.device("cuda", 0) if GPU else torch.device("cpu")
 MARKS: Final = [
     pytest.mark.cuda,

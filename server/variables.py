@@ -1,0 +1,124 @@
+"""Variables of the environment: the table of those that are no settings, and which are not ours.
+
+This module imports nothing but the standard library, so that a scoring worker can use it too.
+"""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Final
+
+PREFIX: Final = "STEERSERVE_"
+_LONGEST_FOR_A_HINT: Final = 100  # characters; to compare longer names takes too long
+_LEAST_LIKENESS: Final = 0.5  # of a name to what was given, 1 being equal
+
+# Kubernetes sets these in every container beside a service named "steerserve" or "steerserve-…".
+_KUBERNETES_NAME: Final = re.compile(
+    r"STEERSERVE_(\w+_)?"
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_KUBERNETES_PORT: Final = re.compile(r"STEERSERVE_(\w+_)?PORT")
+_KUBERNETES_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://.*")
+
+
+class UnknownVariableError(ValueError):
+    """A variable begins as steerserve's do and is none of them; the sentence names the nearest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable of steerserve that is no setting of `steerserve serve`."""
+
+    name: str
+    description: str
+
+    def read(self) -> str | None:
+        """Return the variable's value, or None where it is missing or empty."""
+        return read_variable(self.name)
+
+
+CACHE: Final = Variable(
+    "STEERSERVE_CACHE",
+    "Folder of the converted embedded model and of compiled code; if unset, steerserve in the "
+    "user's cache.",
+)
+URL: Final = Variable(
+    "STEERSERVE_URL", "Address of the server that push, list, show, delete and bench talk to."
+)
+ADMIN_KEY_PATH: Final = Variable(
+    "STEERSERVE_ADMIN_KEY_PATH",
+    "File that docker/with-admin-key.sh keeps the admin key in; if unset, /data/admin-key.",
+)
+WORKER_SPEC: Final = Variable(
+    "STEERSERVE_WORKER_SPEC", "Scorer that a scoring worker loads; set by the server itself."
+)
+WORKER_PARENT: Final = Variable(
+    "STEERSERVE_WORKER_PARENT", "Process that a scoring worker ends with; set by the server itself."
+)
+TEST_ALL: Final = Variable(
+    "STEERSERVE_TEST_ALL", "Makes tests fail that would be skipped for a program that is missing."
+)
+TEST_DEATH: Final = Variable(
+    "STEERSERVE_TEST_DEATH", "File whose appearance ends the engine of the tests' own server."
+)
+DRY_RUN: Final = Variable(
+    "STEERSERVE_DRY_RUN", "With 1 and no GPU, runs the tests for a GPU on the CPU."
+)
+OTHER_VARIABLES: Final = (
+    *(CACHE, URL, ADMIN_KEY_PATH, WORKER_SPEC, WORKER_PARENT),
+    *(TEST_ALL, TEST_DEATH, DRY_RUN),
+)
+
+
+def read_variable(name: str) -> str | None:
+    """Return a variable's value, or None where it is missing, empty, or set by Kubernetes."""
+    value = os.environ.get(name)
+    return None if not value or is_of_kubernetes(name, value) else value
+
+
+def is_of_kubernetes(name: str, value: str) -> bool:
+    """Tell whether a variable is one that Kubernetes sets for a service named as steerserve is."""
+    if _KUBERNETES_NAME.fullmatch(name):
+        return True
+    # `STEERSERVE_PORT=9000` is a setting; Kubernetes sets the same name to an address.
+    return bool(_KUBERNETES_PORT.fullmatch(name) and _KUBERNETES_ADDRESS.fullmatch(value))
+
+
+def refuse_unknown(environment: Mapping[str, str], settings: Collection[str]) -> None:
+    """Refuse an environment with a variable that begins as steerserve's do and that nobody reads.
+
+    A variable that is empty counts as not set. Names are in capitals: others are refused too, as
+    nobody reads them.
+
+    Args:
+        environment: the variables by their names.
+        settings: the names of the settings' variables.
+
+    Raises:
+        UnknownVariableError: there is such a variable.
+    """
+    known = {*settings, *(variable.name for variable in OTHER_VARIABLES)}
+    unknown = sorted(
+        name
+        for name, value in environment.items()
+        if name.upper().startswith(PREFIX)
+        and value
+        and name not in known
+        and not is_of_kubernetes(name, value)
+    )
+    if unknown:
+        raise UnknownVariableError("; ".join(_explain(name, known) for name in unknown[:5]))
+
+
+def _explain(name: str, known: Collection[str]) -> str:
+    sentence = f"the environment variable {name[:_LONGEST_FOR_A_HINT]} is none of steerserve's"
+    if len(name) > _LONGEST_FOR_A_HINT:
+        return sentence
+    # Compared without what all have in common, which would make any two names alike.
+    words = {candidate.removeprefix(PREFIX): candidate for candidate in known}
+    given = name.upper().removeprefix(PREFIX)
+    nearest = get_close_matches(given, words, n=1, cutoff=_LEAST_LIKENESS)
+    hint = f"did you mean {words[nearest[0]]}?" if nearest else "docs/options.md lists them"
+    return f"{sentence}: {hint}"
