@@ -98,5 +98,18 @@ def _differences(reference: BaseModelReference, model: ModelDescription) -> Iter
     for field, fitted, loaded in compared:
         if fitted != loaded:
             yield f"It was fitted on a model with {field} {fitted}; the loaded one has {loaded}."
-    if reference.fingerprint is not None and reference.fingerprint != model.fingerprint:
+    if reference.fingerprint is not None:
+        yield from _differing_parts(reference.fingerprint, model.fingerprint)
+
+
+def _differing_parts(fitted: str, loaded: str) -> Iterator[str]:
+    """Compare fingerprints; one without the configuration's part says nothing of it."""
+    fitted_weights, _, fitted_configuration = fitted.partition("-")
+    weights, _, configuration = loaded.partition("-")
+    if fitted_weights != weights:
         yield "It was fitted on other weights than those of the loaded model (fingerprints differ)."
+    if fitted_configuration and fitted_configuration != configuration:
+        yield (
+            "It was fitted on a model with another configuration than the loaded one's: its rotary "
+            "positions, activations or norms, say (fingerprints differ)."
+        )

@@ -1,5 +1,6 @@
 """What a model is, in numbers."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,4 +16,11 @@ class ModelDescription:
     vocab_size: int
     head_width: int  # lm_head.in_features; not hidden_size in OPT-350m
     site_widths: Mapping[str, int]  # site (see `steering.sites`) -> its width
-    fingerprint: str  # sha256 of the configuration and of the weights' names, shapes and samples
+    # Two sha256 with "-" between them: that of the weights' names, shapes and samples, and that of
+    # the configuration. Manifests written before it covered the configuration have the first alone.
+    fingerprint: str
+
+    @property
+    def short_fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell this model from others."""
+        return hashlib.sha256(self.fingerprint.encode()).hexdigest()[:12]

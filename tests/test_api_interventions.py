@@ -22,6 +22,7 @@ from tests.artifact_samples import (
     map_entries,
 )
 from tests.conftest import MakeClient, WriteArtifact
+from tests.manifests import manifest_of
 from tests.serving import (
     Json,
     bytes_of,
@@ -31,6 +32,7 @@ from tests.serving import (
     push,
     text_of,
 )
+from tests.tiny import random_maps
 
 
 async def upload(
@@ -120,6 +122,22 @@ async def test_show_with_its_history(
     assert "training" in body
     old = (await client.get(f"/v1/interventions/sha256:{first['digest']}")).json()
     assert old["digest"] == first["digest"]
+
+
+async def test_the_command_line_of_an_older_artifact_is_not_shown(
+    client: httpx.AsyncClient, registry: Registry, tmp_path: Path, tiny_engine: TorchEngine
+) -> None:
+    maps = random_maps(0)
+    training = {"command": "steerserve fit lineas --source /home/jane/toxic.txt", "steps": 3}
+    manifest = manifest_of(maps, tiny_engine.model, "maps").model_copy(
+        update={"training": training}
+    )
+    write_artifact(tmp_path / "maps.safetensors", manifest, maps)
+    registry.add(tmp_path / "maps.safetensors")
+    body = (await client.get("/v1/interventions/maps")).json()
+    assert body["training"] == {"steps": 3}
+    for path in ("/v1/interventions", "/v1/interventions/maps", "/v1/models"):
+        assert "jane" not in (await client.get(path)).text
 
 
 async def test_download_gives_the_uploaded_bytes(

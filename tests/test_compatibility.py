@@ -59,6 +59,30 @@ def test_a_sibling_is_a_warning(
     assert word in warning
 
 
+WEIGHTS, CONFIGURATION = "f" * 64, "c" * 64
+
+
+@pytest.mark.parametrize(
+    ("fitted", "words"),
+    [
+        (f"{WEIGHTS}-{CONFIGURATION}", ()),
+        (WEIGHTS, ()),  # as manifests had it before: nothing is said of the configuration
+        (f"{WEIGHTS}-{'d' * 64}", ("another configuration",)),
+        (f"{'e' * 64}-{CONFIGURATION}", ("other weights",)),
+        (f"{'e' * 64}-{'d' * 64}", ("other weights", "another configuration")),
+        ("e" * 64, ("other weights",)),
+    ],
+)
+def test_weights_and_configuration_are_compared_each(fitted: str, words: tuple[str, ...]) -> None:
+    base_model = manifest_fields()["base_model"]
+    assert isinstance(base_model, dict)
+    manifest = affine_manifest(base_model=base_model | {"fingerprint": fitted})
+    model = replace(MODEL, fingerprint=f"{WEIGHTS}-{CONFIGURATION}")
+    warnings = check_compatible(replace(AFFINE, manifest=manifest), model)
+    assert len(warnings) == len(words)
+    assert all(word in warning for word, warning in zip(words, warnings, strict=True))
+
+
 def test_no_fingerprint_is_no_warning() -> None:
     base_model = manifest_fields()["base_model"]
     assert isinstance(base_model, dict)

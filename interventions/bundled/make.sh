@@ -47,7 +47,6 @@ with (work / "pairs.jsonl").open("w") as file:
             file.write(json.dumps(pair) + "\n")
 PYTHON
 
-# The command line is recorded in the manifest, so it names no folder of this machine.
 cd "$work"
 "$python" -m server fit argre --model embedded --pairs pairs.jsonl \
     --out detox-argre.safetensors --dtype bfloat16 --threads 2 \

@@ -168,7 +168,7 @@ async def answering(
             id=record.response_id,
             created=int(time.time()),
             model=wanted.model,
-            fingerprint=context.engine.model.fingerprint,
+            fingerprint=context.engine.model.short_fingerprint,
             steering=steering.echo,
             wording=wording,
         )

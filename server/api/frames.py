@@ -53,7 +53,7 @@ class Frame:
     id: str
     created: int  # Unix seconds
     model: str
-    fingerprint: str  # of the loaded model
+    fingerprint: str  # of the loaded model, in short
     steering: Sequence[JsonValue]
     wording: Wording
 
@@ -88,7 +88,7 @@ class Frame:
             "object": name,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"fp_{self.fingerprint[:12]}",
+            "system_fingerprint": f"fp_{self.fingerprint}",
             "choices": list(choices),
         }
 

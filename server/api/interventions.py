@@ -68,8 +68,8 @@ async def show(reference: str, context: Context) -> Response:
         {"event": version.event, "digest": version.digest or None, "at": version.at.isoformat()}
         for version in entry.history
     ]
-    training = _plain(entry.manifest)["training"]
-    return JSONResponse({**_describe(entry, context), "training": training, "history": history})
+    body = {**_describe(entry, context), "training": _training(entry), "history": history}
+    return JSONResponse(body)
 
 
 @router.get("/{reference}/artifact", summary="Download an artifact")
@@ -174,6 +174,14 @@ def _summary(entry: Entry, warnings: tuple[str, ...], reason: str | None) -> Jso
         "warnings": list(warnings),
         **{field: manifest[field] for field in SHOWN},
     }
+
+
+def _training(entry: Entry) -> Json:
+    """Tell how an artifact was made, but for the command line that older ones have.
+
+    It may name folders of the machine that fitted it, and other fields say the same of the fit.
+    """
+    return {name: value for name, value in entry.manifest.training.items() if name != "command"}
 
 
 def _plain(manifest: BaseModel) -> Json:

@@ -3,8 +3,6 @@
 import json
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,9 +121,13 @@ def base_model(description: ModelDescription) -> BaseModelReference:
 
 
 def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
-    """What made the artifact: enough to make it again."""
+    """Tell what made the artifact, beside the method's settings and the data.
+
+    The command line is not told: it names folders of this machine, and whoever may list
+    interventions reads the manifest.
+    """
     return {
-        "command": shlex.join(["steerserve", *sys.argv[1:]]),
+        "device": loaded.model.device.type,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "steerserve": _own_version(),

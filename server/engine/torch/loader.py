@@ -1,6 +1,5 @@
 """Loads a base model for the torch engine, or says why it cannot be served."""
 
-import hashlib
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers import (
 from interventions.model import ModelDescription
 from server.engine.torch.devices import is_offloaded, keep_rows_on_host
 from server.engine.torch.embedded import EMBEDDED_MODEL_ID, embedded_model_folder
+from server.engine.torch.fingerprint import fingerprint_of
 from steering.site_widths import measure_site_widths
 
 DeviceMap: TypeAlias = Literal["none", "auto"]
@@ -171,7 +171,7 @@ def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
         vocab_size=config.vocab_size,
         head_width=_lm_head(model).in_features,
         site_widths=measure_site_widths(model, config.vocab_size),
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint_of(model),
     )
 
 
@@ -183,17 +183,3 @@ def _lm_head(model: PreTrainedModel) -> nn.Linear:
     lm_head = _output_embeddings(model)
     assert isinstance(lm_head, nn.Linear)
     return lm_head
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the weights' names, shapes and 64 values of each.
-
-    Values are taken as bfloat16, so that the dtype a model is loaded in does not change it.
-    """
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
-        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
