@@ -106,9 +106,10 @@ class Settings(BaseSettings):
     toxicity_scorer: str = Field(default="embedded", min_length=1)
     """What tells how toxic completions are: embedded, hf:MODEL, http:URL, or none."""
     toxicity_queue_size: int = Field(default=1024, ge=1)
-    """Completions that may wait for their score; further ones are dropped."""
+    """Completions that may wait for a score that nobody asks for; further ones are dropped."""
     toxicity_share: float = Field(default=0.03, gt=0, le=1)
-    """Share of the time that scoring takes while anything is generated."""
+    """Share of a processor that scoring unasked may take, and is let have, while anything is
+    generated."""
     baseline_sample_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of steered requests whose unsteered answer is generated and scored too."""
     dose_interval: int = Field(default=16, ge=0)

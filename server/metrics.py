@@ -132,15 +132,23 @@ class Metrics:
             "Completions that wait for their toxicity score.",
             registry=registry,
         )
+        self._longest_wait = Gauge(
+            PREFIX + "toxicity_longest_wait_seconds",
+            "Since the end of the completion that has waited longest for its toxicity score.",
+            registry=registry,
+        )
         self._labels: set[str] = {NONE}
         self._stack_labels: set[str] = set()
         registry.register(_State(engine, interventions, model))
         for outcome in get_args(BaselineOutcome):
             self._baselines.labels(outcome)
 
-    def watch_toxicity_queue(self, depth: Callable[[], int]) -> None:
-        """Ask for the queue's depth at every scrape."""
+    def watch_toxicity_queue(
+        self, depth: Callable[[], int], longest_wait: Callable[[], float]
+    ) -> None:
+        """Ask for the queue's depth, and its longest wait in seconds, at every scrape."""
         self._depth.set_function(depth)
+        self._longest_wait.set_function(longest_wait)
 
     def expect(self, endpoint: str, outcomes: Sequence[str]) -> None:
         """Show a route's counters from the start: a rate cannot see a series' first value."""

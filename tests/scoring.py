@@ -13,6 +13,16 @@ from server.toxicity.scorer import ScoringError
 from tests.serving import build_app
 
 
+@dataclass
+class FakeClock:
+    """A clock that stands still unless a test moves it."""
+
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def score_of(text: str) -> float:
     """What `TestScorer` says of a text: some number that depends on all of it."""
     return sum(text.encode()) % 101 / 100
@@ -29,6 +39,7 @@ class TestScorer:
 
     texts: list[str] = field(default_factory=list)
     fails: bool = False
+    processor_seconds: float = 0.0
     may_go_on: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:
         "[1m])) > 0": "[1m])) > 1000",
         "> 0.5)": "> 50)",
         "> 0.25)": "> 25)",
+        "_seconds) > 60": "_seconds) > 60000",
         ") > 10": ") > 10000",
     }
     for bound, other in moved.items():

@@ -15,6 +15,7 @@ from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loader import LoadedModel, ModelLoadError
 from server.engine.torch.options import EngineOptions
 from server.lifecycle import Server
+from server.toxicity.pace import Pace
 from tests.conftest import LoadTiny
 
 # What is given, and the setting that it makes, for every field of `Settings`.
@@ -285,6 +286,31 @@ def test_the_settings_get_to_model_and_engine(
     assert (options.attention, options.cuda_graphs) == ("slabs", False)
 
 
+@pytest.mark.parametrize(
+    ("scorer", "rests"), [("embedded", True), ("hf:judge", True), ("http://scorer:1", False)]
+)
+def test_scoring_rests_only_where_this_machine_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scorer: str, rests: bool
+) -> None:
+    paces: list[Pace | None] = []
+
+    class Scorer:
+        def close(self) -> None:
+            pass
+
+    def queue(scorer: object, metrics: object, capacity: int, pace: Pace | None) -> None:
+        paces.append(pace)
+        raise ModelLoadError("enough is known")
+
+    monkeypatch.setattr(launch, "configure_logging", lambda _: None)
+    monkeypatch.setattr(launch, "_load_engine", lambda *_: None)
+    monkeypatch.setattr(launch, "ScorerProcess", lambda _: Scorer())
+    monkeypatch.setattr(launch, "ScoringQueue", queue)
+    settings = Settings(model="tiny", registry=tmp_path, toxicity_scorer=scorer)
+    assert not launch.launch(settings, Console(quiet=True))
+    assert [pace is not None for pace in paces] == [rests]
+
+
 def test_the_scorer_is_loaded_before_the_engine_takes_what_memory_is_free(
     load_tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +329,7 @@ def test_the_scorer_is_loaded_before_the_engine_takes_what_memory_is_free(
 
     monkeypatch.setattr(launch, "configure_logging", lambda _: None)
     monkeypatch.setattr(launch, "load_model", lambda *_, **__: load_tiny())
-    monkeypatch.setattr(launch, "build_scorer", lambda _: Scorer())
+    monkeypatch.setattr(launch, "ScorerProcess", lambda _: Scorer())
     monkeypatch.setattr(launch, "TorchEngine", start)
     settings = Settings(model="tiny", registry=tmp_path)
     assert not launch.launch(settings, Console(quiet=True))

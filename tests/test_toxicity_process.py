@@ -176,7 +176,7 @@ def test_a_hung_worker_is_ended() -> None:
         scorer.wait_ready()
         pid = scorer.pid
         service.hold()
-        with pytest.raises(ScoringError, match=r"not answered in 0\.3 s"):
+        with pytest.raises(ScoringError, match=r"not answered in [0-9.]+ s and was ended"):
             scorer.score(["abc"])
         assert not psutil.pid_exists(pid)
         service.go_on.set()
@@ -190,6 +190,34 @@ def test_a_worker_that_takes_no_input_is_ended() -> None:
         os.kill(scorer.pid, signal.SIGSTOP)
         with pytest.raises(ScoringError, match="not answered"):
             scorer.score(["x" * 10_000_000])
+
+
+def test_what_it_computes_is_counted_and_what_it_waits_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "profanity_check.py").write_text(
+        "import time\n"
+        "def work(seconds):\n"
+        "    end = time.process_time() + seconds\n"
+        "    while time.process_time() < end:\n"
+        "        pass\n"
+        "work(0.5)\n"
+        "def predict_prob(texts):\n"
+        "    if 'waits' in texts:\n"
+        "        time.sleep(0.5)\n"
+        "    if 'works' in texts:\n"
+        "        work(0.3)\n"
+        "    return [0.5] * len(texts)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with started("embedded", answer_seconds=30) as scorer:
+        scorer.score(["waits"])
+        assert scorer.processor_seconds < 0.2  # nor does loading count
+        scorer.score(["works"])
+        assert 0.25 <= scorer.processor_seconds < 0.7
+        kill(scorer)
+        scorer.score(["works"])
+        assert 0.5 <= scorer.processor_seconds < 1.2  # the first worker's too
 
 
 def test_restarts_are_spaced() -> None:
@@ -235,6 +263,12 @@ def test_close_frees_who_is_waiting_for_the_next_start() -> None:
         scorer.close()
         with pytest.raises(ScoringError, match="is closed"):
             lost.result(5)
+
+
+def test_a_process_that_cannot_be_started_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(ScoringError, match=r"cannot be started: .*/nowhere/python"):
+        ScorerProcess("embedded")
 
 
 def test_close_while_it_loads_and_after_the_end() -> None:

@@ -13,11 +13,13 @@ import pytest
 from interventions.registry import Registry
 from server.engine.torch.engine import TorchEngine
 from server.metrics import Metrics
+from server.toxicity.backlog import Backlog
 from server.toxicity.pace import Pace
 from server.toxicity.process import ScorerProcess
 from server.toxicity.profanity import ProfanityScorer
-from server.toxicity.queue import BATCH_SIZE, ScoringQueue
+from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import ScoringError
+from tests.scoring import FakeClock
 from tests.serving import eventually
 from tests.toxicity_service import scoring_service
 
@@ -29,14 +31,17 @@ class Gated:
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
-        self.threads: set[str] = set()
+        self.threads: set[threading.Thread] = set()
         self.gate = threading.Event()
         self.gate.set()
         self.closed = False
+        self.processor_seconds = 0.0
+        self.batch_seconds = 0.0  # of a processor
 
     def score(self, texts: Sequence[str]) -> list[float]:
         self.asked.append(list(texts))
-        self.threads.add(threading.current_thread().name)
+        self.threads.add(threading.current_thread())
+        self.processor_seconds += self.batch_seconds
         assert self.gate.wait(20)
         if self.closed:
             raise ScoringError("closed")
@@ -77,7 +82,7 @@ async def scoring(scorer: Gated, metrics: Metrics) -> AsyncIterator[ScoringQueue
     await asyncio.sleep(0)
     assert faults == []
     assert scoring.depth == 0
-    assert not any(thread.name == "toxicity" for thread in threading.enumerate())
+    assert not any(thread.is_alive() for thread in scorer.threads)
 
 
 def sample(metrics: Metrics, name: str) -> float:
@@ -98,6 +103,11 @@ def counts(metrics: Metrics) -> tuple[float, float, float]:
         sample(metrics, "toxicity_dropped_total"),
         sample(metrics, "toxicity_queue_depth"),
     )
+
+
+def scored_texts(scorer: Gated) -> list[str]:
+    """What the scorer was asked, in order, whatever the batches."""
+    return [text for batch in scorer.asked for text in batch]
 
 
 async def shut(scoring: ScoringQueue, scorer: Gated) -> None:
@@ -124,7 +134,7 @@ async def test_scores_come_back_in_order_and_are_recorded(
         'toxic_completions_total{arm="baseline",intervention="detox",threshold="0.5"} 1.0',
     ):
         assert f"steerserve_{line}\n" in page
-    assert scorer.threads == {"toxicity"}
+    assert threading.current_thread() not in scorer.threads
 
 
 async def test_offered_texts_are_scored_in_batches(
@@ -137,9 +147,10 @@ async def test_offered_texts_are_scored_in_batches(
     assert counts(metrics) == (0, 0, 1 + CAPACITY)
     scorer.gate.set()
     await eventually(lambda: scoring.depth == 0)
-    assert [len(batch) for batch in scorer.asked] == [1, BATCH_SIZE, CAPACITY - BATCH_SIZE]
-    scored = [text for batch in scorer.asked[1:] for text in batch]
-    assert scored == [str(number) for number in range(CAPACITY)]
+    # By one at first; how many then is learned from how long they take.
+    assert [len(batch) for batch in scorer.asked[:2]] == [1, 2]
+    assert len(scorer.asked) < CAPACITY / 2
+    assert scored_texts(scorer)[1:] == [str(number) for number in range(CAPACITY)]
     assert counts(metrics) == (1 + CAPACITY, 0, 0)
 
 
@@ -172,8 +183,7 @@ async def test_what_somebody_waits_for_goes_first(scoring: ScoringQueue, scorer:
     await eventually(lambda: scoring.depth == 0)
     # By themselves: with a slow scorer, they would wait for all that shares their batch.
     assert scorer.asked[1] == ["71", "72"]
-    assert scorer.asked[2] == [str(number) for number in range(64)]
-    assert scorer.asked[3] == [str(number) for number in range(64, 70)]
+    assert scored_texts(scorer)[3:] == [str(number) for number in range(70)]
 
 
 async def test_seconds_are_from_the_text_to_its_score(
@@ -264,7 +274,8 @@ async def test_what_was_left_goes_behind_those_who_stay(
     scorer.gate.set()
     assert await stays == [0.05]
     await eventually(lambda: scoring.depth == 0)
-    assert scorer.asked == [["0"], ["5"], ["1", "2", "3", "4"]]
+    assert scorer.asked[:2] == [["0"], ["5"]]
+    assert scored_texts(scorer)[2:] == ["1", "2", "3", "4"]
     assert counts(metrics) == (6, 0, 0)
 
 
@@ -329,7 +340,7 @@ async def test_close_before_the_start(metrics: Metrics) -> None:
     await scoring.close()
     assert scorer.asked == []
     assert counts(metrics) == (0, 2, 0)
-    assert not any(thread.name == "toxicity" for thread in threading.enumerate())
+    assert not scorer.threads
 
 
 async def test_close_does_not_wait_for_a_scorer_that_hangs(
@@ -349,7 +360,8 @@ async def test_close_does_not_wait_for_a_scorer_that_hangs(
     await closing
     assert counts(metrics) == (0, 1, 0)
     scorer.gate.set()
-    await eventually(lambda: not any(t.name == "toxicity" for t in threading.enumerate()))
+    await eventually(lambda: not any(thread.is_alive() for thread in scorer.threads))
+    await scoring.close()
     assert counts(metrics) == (0, 1, 0)
 
 
@@ -397,7 +409,6 @@ async def test_close_ends_a_batch_of_a_process_at_once(metrics: Metrics, stopped
         with pytest.raises(ScoringError, match="shutting down"):
             await asked
     assert not psutil.pid_exists(process.pid)
-    assert not any(thread.name == "toxicity" for thread in threading.enumerate())
     assert counts(metrics) == (0, 4, 0)
 
 
@@ -405,7 +416,9 @@ async def test_while_others_work_offered_texts_wait_and_asked_ones_do_not(
     scorer: Gated, metrics: Metrics
 ) -> None:
     busy = True
-    scoring = ScoringQueue(scorer, metrics, CAPACITY, Pace(1e-9, lambda: busy))
+    clock = FakeClock()
+    scorer.batch_seconds = 1.0
+    scoring = ScoringQueue(scorer, metrics, CAPACITY, Pace(0.01, lambda: busy, clock))
     scoring.start()
     scoring.offer("1", "none", "served")
     await eventually(lambda: scoring.depth == 0)  # the first does not rest
@@ -420,3 +433,44 @@ async def test_while_others_work_offered_texts_wait_and_asked_ones_do_not(
     scoring.offer("4", "none", "served")
     await scoring.close()
     assert scoring.depth == 0
+
+
+async def test_texts_that_are_asked_for_do_not_lengthen_the_rest(
+    scorer: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    # What waits is timed by the same clock, so that the rest is counted from the batch's begin.
+    monkeypatch.setattr(
+        "server.toxicity.queue.Backlog",
+        lambda capacity, pace: Backlog(capacity, pace, clock),
+    )
+    scorer.batch_seconds = 1.0
+    scoring = ScoringQueue(scorer, metrics, CAPACITY, Pace(0.01, lambda: True, clock))
+    scoring.start()
+    scoring.offer("1", "none", "served")
+    await eventually(lambda: scoring.depth == 0)
+    for number in (2, 3, 4):
+        clock.now += 30
+        assert await scoring.score([str(number)], "none", "served") == [number / 100]
+    scoring.offer("5", "none", "served")
+    assert await scoring.score(["6"], "none", "served") == [0.06]
+    assert scoring.depth == 1  # at 90 s of 100
+    clock.now += 10
+    await eventually(lambda: scoring.depth == 0)
+    assert scored_texts(scorer) == ["1", "2", "3", "4", "6", "5"]
+    await scoring.close()
+
+
+async def test_the_longest_wait_is_told(
+    scoring: ScoringQueue, scorer: Gated, metrics: Metrics
+) -> None:
+    assert sample(metrics, "toxicity_longest_wait_seconds") == 0
+    began = time.monotonic()
+    await shut(scoring, scorer)
+    await asyncio.sleep(0.1)
+    scoring.offer("1", "none", "served")
+    waited = sample(metrics, "toxicity_longest_wait_seconds")
+    assert 0.1 <= waited <= time.monotonic() - began  # of the one that is being scored
+    scorer.gate.set()
+    await eventually(lambda: scoring.depth == 0)
+    assert sample(metrics, "toxicity_longest_wait_seconds") == 0

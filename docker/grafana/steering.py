@@ -157,10 +157,12 @@ SCORING = Section(
             "timeseries",
             "s",
             "From an answer's end to its score. It costs clients nothing, but the panels above "
-            "are late by as much. 0 while nothing is scored.",
+            "are late by as much. Above a minute for the one that has waited longest: answers come "
+            "faster than they are scored. 0 while nothing is scored, or waits.",
             (
                 Target(seconds(0.5, "toxicity_scoring_seconds"), "p50"),
                 Target(seconds(0.95, "toxicity_scoring_seconds"), "p95"),
+                Target(gauge("toxicity_longest_wait_seconds", "max"), "waiting longest"),
             ),
             thresholds=((2.0, "yellow"), (10.0, "red")),
         ),

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Final
 
@@ -29,11 +29,10 @@ from server.logs import LogSink, configure_logging
 from server.metrics import Metrics
 from server.own_thread import in_own_thread
 from server.records import RecordSink, load_trace_sink
-from server.toxicity.build import build_scorer
 from server.toxicity.pace import Pace
 from server.toxicity.process import ScorerProcess
 from server.toxicity.queue import ScoringQueue
-from server.toxicity.scorer import ScoringError
+from server.toxicity.scorer import ScoringError, parse_spec
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,10 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
     """Serve until a signal; whether the engine has lived so long."""
     with ExitStack() as stack:
         sinks = _sinks(settings, stack)
-        scorer = build_scorer(settings)  # it loads while the model does
-        if scorer is not None:
-            stack.callback(scorer.close)
+        scorer = None
+        if settings.toxicity_scorer != "none":
+            process = ScorerProcess(settings.toxicity_scorer)  # it loads while the model does
+            scorer = stack.enter_context(closing(process))
         limits = ArtifactLimits(max_bytes=settings.max_artifact_bytes)
         say(f"opening the registry {settings.registry_path}")
         registry = stack.enter_context(Registry(settings.registry_path, limits))
@@ -97,7 +97,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None
         if scorer is not None:
-            pace = Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
+            pace = _pace(settings, engine)
             scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size, pace)
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
         check_default_steering(app.state.context)
@@ -147,6 +147,13 @@ def _load_engine(
         dose_interval=settings.dose_interval,
     )
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
+
+
+def _pace(settings: Settings, engine: TorchEngine) -> Pace | None:
+    """None where another machine scores, which takes nothing from the engine."""
+    if parse_spec(settings.toxicity_scorer).kind == "http":
+        return None
+    return Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
 
 
 def _keep_compiled() -> None:

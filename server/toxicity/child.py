@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from server.toxicity.scorer import ScoringError
+from server.toxicity.watchdog import Watchdog, processor_seconds
 from server.toxicity.worker import PARENT_VARIABLE, SPEC_VARIABLE
 
 _END_SECONDS: Final = 5.0
@@ -41,6 +41,8 @@ class Child:
             ScoringError: no process can be started.
         """
         self.started = time.monotonic()
+        self.processor_seconds = 0.0
+        """Processor time that its answers have taken, in seconds."""
         self._ready = False
         self._closed = False
         # -P: a file in the working directory must not stand in for a module.
@@ -72,7 +74,7 @@ class Child:
         """Wait until the worker has loaded its scorer; at once where it has.
 
         Raises:
-            LostChildError: it cannot load it, with its message; or it has not after `seconds`.
+            LostChildError: it cannot load it, with its message; or it hangs, see `Watchdog`.
         """
         if self._ready:
             return
@@ -85,9 +87,13 @@ class Child:
         """The worker's answer to some texts, as the worker writes it.
 
         Raises:
-            LostChildError: it has ended, or has not answered after `seconds` and was killed.
+            LostChildError: it has ended, or it hangs and was killed, see `Watchdog`.
         """
-        return self._converse(json.dumps(list(texts)).encode() + b"\n", seconds)
+        before = processor_seconds(self.pid)
+        try:
+            return self._converse(json.dumps(list(texts)).encode() + b"\n", seconds)
+        finally:  # nobody has waited for its end yet, so that this can be told of a dead one too
+            self.processor_seconds += max(0.0, processor_seconds(self.pid) - before)
 
     def kill(self) -> None:
         """Kill the worker; who waits for its answer learns of it."""
@@ -105,29 +111,29 @@ class Child:
                 pipe.close()
 
     def _converse(self, line: bytes, seconds: float) -> dict[str, object]:
+        # A hung worker may take no input either, so that only its end frees us.
+        with Watchdog(self._process, seconds) as watchdog:
+            answer = self._exchange(line)
+        if answer.endswith(b"\n"):
+            return _parse(answer)
+        if watchdog.killed_after is not None:
+            raise LostChildError(
+                f"the toxicity scorer has not answered in {watchdog.killed_after:.3g} s and was "
+                "ended"
+            )
+        raise LostChildError("the toxicity scorer's process has died")
+
+    def _exchange(self, line: bytes) -> bytes:
+        """Returns the worker's line, or less where it has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        # A hung worker may take no input either, so that only its end frees us.
-        watchdog = threading.Timer(seconds, self.kill)
-        watchdog.daemon = True
-        watchdog.start()
-        begun = time.monotonic()
         try:
             stdin.write(line)
             stdin.flush()
-            answer = stdout.readline()
+            return stdout.readline()
         except OSError:
-            answer = b""
-        finally:
-            watchdog.cancel()
-        if answer.endswith(b"\n"):
-            return _parse(answer)
-        if time.monotonic() - begun >= seconds:
-            raise LostChildError(
-                f"the toxicity scorer has not answered in {seconds:g} s and was ended"
-            )
-        raise LostChildError("the toxicity scorer's process has died")
+            return b""
 
 
 def _parse(line: bytes) -> dict[str, object]:

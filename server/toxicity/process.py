@@ -35,7 +35,8 @@ class ScorerProcess:
 
         Args:
             spec: what `parse_spec` reads, but not `none`; the worker says what is wrong with it.
-            answer_seconds: a worker that takes longer for a call of `score` is killed.
+            answer_seconds: a worker is killed that uses so much processor time for a call of
+                `score`, or none for so long.
             restart_seconds: the shortest time between two starts of the worker.
 
         Raises:
@@ -44,6 +45,7 @@ class ScorerProcess:
         self._spec = spec
         self._answer_seconds = answer_seconds
         self._restart_seconds = restart_seconds
+        self._past_seconds = 0.0  # processor time of the workers before the present one
         self._closed = threading.Event()
         self._talking = threading.Lock()  # held while the worker is asked; long
         self._replacing = threading.Lock()  # held while a worker takes another's place; short
@@ -55,6 +57,11 @@ class ScorerProcess:
     def pid(self) -> int:
         """The process id of the present worker, which may have ended."""
         return self._child.pid
+
+    @property
+    def processor_seconds(self) -> float:
+        """See `Scorer.processor_seconds`. Loading does not count."""
+        return self._past_seconds + self._child.processor_seconds
 
     def wait_ready(self) -> None:
         """Wait until the scorer is loaded.
@@ -69,8 +76,8 @@ class ScorerProcess:
         """See `Backend.score`. Loads the scorer first where the worker has died before.
 
         Raises:
-            ScoringError: the scorer failed; the worker died, or was killed because it took too
-                long; or this is closed.
+            ScoringError: the scorer failed; the worker died, or was killed because it hung; or
+                this is closed.
         """
         if not texts:
             return []
@@ -124,6 +131,7 @@ class ScorerProcess:
                 raise self._closed_error()
             logger.warning("the toxicity scorer's process has ended; starting another")
             self._child.close()
+            self._past_seconds += self._child.processor_seconds
             self._child = self._start()
 
     def _start(self) -> Child:

@@ -31,6 +31,11 @@ class Backend(Protocol):
 class Scorer(Backend, Protocol):
     """A backend that somebody owns, and that any thread may end while another is asking it."""
 
+    @property
+    def processor_seconds(self) -> float:
+        """Processor time of this machine that scoring has taken so far, in seconds."""
+        ...
+
     def close(self) -> None:
         """End what is being scored, and whatever is asked later, with a ScoringError.
 

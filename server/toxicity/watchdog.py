@@ -1,0 +1,62 @@
+"""Ends a worker that does not come to its answer."""
+
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Final
+
+import psutil
+
+_LONGEST: Final = 10  # times the limit: by then, whoever asked has left
+
+
+class Watchdog:
+    """Kills a process that hangs or computes without end, while it is entered.
+
+    A process of the lowest priority may wait long for a processor that others have: by itself, the
+    time that has passed says nothing. So the process is killed when it has used no processor time
+    for `seconds`, or has used `seconds` of it, and in any case after ten times `seconds`.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        self._process = process
+        self._seconds = seconds
+        self._begun = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="toxicity-watchdog", daemon=True)
+        self.killed_after: float | None = None
+        """Seconds after which the process was killed; None if it was not."""
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        first = used = processor_seconds(self._process.pid)
+        while not self._over.wait(self._seconds):
+            before, used = used, processor_seconds(self._process.pid)
+            passed = time.monotonic() - self._begun
+            hangs = used == before
+            if hangs or used - first >= self._seconds or passed >= _LONGEST * self._seconds:
+                self.killed_after = passed
+                self._process.kill()
+                return
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time, in seconds, that a process has used; 0 if there is none."""
+    with suppress(psutil.Error):
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system
+    return 0.0
