@@ -299,3 +299,18 @@ def test_logprobs_are_of_the_model_and_not_of_the_filters() -> None:
     (none,) = score(LOGITS[None], torch.tensor([2]), 0).read([0])
     assert none.top == ()
     assert math.isclose(none.sampled, row.sampled)
+
+
+def test_the_log_probability_of_a_long_text_is_that_of_double_precision() -> None:
+    """Errors that all point to the same side would add up; `log_softmax` has such."""
+    random = torch.Generator().manual_seed(9)
+    logits = 3 * torch.randn(128, 49_152, generator=random)
+    tokens = torch.randint(logits.shape[1], (len(logits),), generator=random)
+    found = score(logits, tokens, 2).read([2] * len(logits))
+    for sums, chosen in (
+        (sum(row.sampled for row in found), tokens),
+        (sum(row.top[0][1] for row in found), logits.argmax(-1)),
+        (sum(row.top[1][1] for row in found), logits.topk(2).indices[:, 1]),
+    ):
+        exact = logits.gather(-1, chosen[:, None])[:, 0].double() - logits.double().logsumexp(-1)
+        assert sums == pytest.approx(float(exact.sum()), abs=1e-4)

@@ -213,7 +213,11 @@ class Scores(NamedTuple):
 
 
 def score(logits: Tensor, tokens: Tensor, alternatives: int) -> Scores:
-    """The log-probability of each row's token, and its best alternatives.
+    """Score each row's token and its best alternatives by their log-probabilities.
+
+    They are logits less the row's `logsumexp`, in float32. torch's `log_softmax` adds up a wide
+    row otherwise: each of its values is off by up to 5e-5 to the same side, so that a text's sum
+    drifts with its length.
 
     Args:
         logits: (rows, vocabulary) float32, of one row or more.
@@ -222,8 +226,8 @@ def score(logits: Tensor, tokens: Tensor, alternatives: int) -> Scores:
     parts = []
     pieces = (torch.split(tensor, _SCORED_ROWS) for tensor in (logits, tokens))
     for some, chosen in zip(*pieces, strict=True):
-        log_probabilities = torch.log_softmax(some, dim=-1)
-        best = log_probabilities.topk(max(1, alternatives), dim=-1)
-        sampled = log_probabilities.gather(-1, chosen[:, None])[:, 0]
-        parts.append(Scores(sampled, best.values, best.indices))
+        total = some.logsumexp(dim=-1, keepdim=True)
+        best = some.topk(max(1, alternatives), dim=-1)
+        sampled = (some.gather(-1, chosen[:, None]) - total)[:, 0]
+        parts.append(Scores(sampled, best.values - total, best.indices))
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
