@@ -188,10 +188,12 @@ class Script:
         return generations
 
 
-def logprobs_of(text: str, logprob: float, best: Mapping[str, float]) -> TokenLogprobs:
+def logprobs_of(
+    text: str, logprob: float, best: Mapping[str, float], offset: int = 0
+) -> TokenLogprobs:
     """A token that an engine chose, and the best ones at its place in the given order."""
     top = tuple(ScoredToken(other, other.encode(), value) for other, value in best.items())
-    return TokenLogprobs(ScoredToken(text, text.encode(), logprob), top)
+    return TokenLogprobs(ScoredToken(text, text.encode(), logprob), top, offset)
 
 
 @dataclass

@@ -188,20 +188,21 @@ async def test_an_echo_is_streamed_before_the_completion(
     prompt = (logprobs_of("i", -1.0, {"o": -0.5}),)
     outputs = (
         StepOutput((1,), "", (logprobs_of("a", -2.0, {}),), prompt),
-        StepOutput((2,), "ab", (logprobs_of("b", -3.0, {}),), finish_reason="length"),
+        StepOutput((2,), "ab", (logprobs_of("b", -3.0, {}, 1),), finish_reason="length"),
     )
     monkeypatch.setattr(tiny_engine, "submit", Script([ScriptedGeneration(outputs)]).submit)
     response = await complete(client, prompt="Hi", echo=True, logprobs=1, stream=True)
     first, last = (chunk["choices"][0] for chunk in chunks(response.text))  # type: ignore[index]
     assert (first["text"], last["text"]) == ("Hi", "ab")
     assert first["logprobs"] == {
-        "tokens": ["H", "i", "a"],
-        "token_logprobs": [None, -1.0, -2.0],
-        "top_logprobs": [None, {"o": -0.5, "i": -1.0}, {"a": -2.0}],
-        "text_offset": [0, 1, 2],
+        "tokens": ["H", "i"],
+        "token_logprobs": [None, -1.0],
+        "top_logprobs": [None, {"o": -0.5, "i": -1.0}],
+        "text_offset": [0, 1],
     }
-    assert last["logprobs"]["tokens"] == ["b"]
-    assert last["logprobs"]["text_offset"] == [3]
+    # Tokens come with their text.
+    assert last["logprobs"]["tokens"] == ["a", "b"]
+    assert last["logprobs"]["text_offset"] == [2, 3]
 
 
 async def test_an_echo_of_every_choice_is_streamed(client: httpx.AsyncClient) -> None:

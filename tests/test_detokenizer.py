@@ -1,18 +1,23 @@
+import codecs
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from server.engine.torch.detokenizer import Detokenizer
+from server.engine.torch.vocabulary import Vocabulary
 from tests.tiny import EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer().backend_tokenizer
+VOCABULARY = Vocabulary(TOKENIZER)
 
 
 def run(text: str | bytes, *stop: str) -> tuple[list[str], bool]:
     """The pieces that come out for each token, the end's included."""
     data = text.encode() if isinstance(text, str) else text
-    detokenizer = Detokenizer(TOKENIZER, stop)
+    detokenizer = Detokenizer(VOCABULARY, stop)
     pieces = []
     for byte in data:
         pieces.append(detokenizer.push(BYTES[byte]))
@@ -44,8 +49,25 @@ def test_pieces_join_to_the_text(text: str) -> None:
 
 @given(st.binary(max_size=20))
 def test_bytes_that_are_no_text_give_what_the_tokenizer_gives(data: bytes) -> None:
+    """But for a character at the end that is not whole."""
     pieces, _ = run(data)
-    assert "".join(pieces) == TOKENIZER.decode([BYTES[byte] for byte in data])
+    unfinished = len(_unfinished(data))
+    whole = data[: len(data) - unfinished]
+    assert "".join(pieces) == TOKENIZER.decode([BYTES[byte] for byte in whole])
+
+
+def _unfinished(data: bytes) -> bytes:
+    """The bytes at the end that may yet become a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return decoder.getstate()[0]
+
+
+@pytest.mark.parametrize("end", [b"\xf0", b"\xf0\x9f\x98", "\U0001f600".encode()[:2]])
+def test_a_character_that_is_unfinished_at_the_end_is_nothing(end: bytes) -> None:
+    assert "".join(run(b"a" + end)[0]) == "a"
+    assert "".join(run("\ufffd".encode() + end)[0]) == "\ufffd", "a real one was lost"
+    assert "".join(run(end + b"a")[0]) == "\ufffda", "it is none, and went on"
 
 
 def test_a_character_comes_when_it_is_whole() -> None:
@@ -91,7 +113,7 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 @given(st.lists(st.sampled_from([1, 2, 3, 4 + 0xE2, 4 + 0x82, 4 + 0xAC, 4 + 0xFF, 4 + 0x41])))
 def test_bytes_that_are_no_character_never_fail_with_byte_fallback(tokens: list[int]) -> None:
-    detokenizer = Detokenizer(byte_fallback_tokenizer(), ())
+    detokenizer = Detokenizer(Vocabulary(byte_fallback_tokenizer()), ())
     pieces = [*map(detokenizer.push, tokens), detokenizer.finish()]
     assert all(isinstance(piece, str) for piece in pieces)
 
@@ -99,21 +121,21 @@ def test_bytes_that_are_no_character_never_fail_with_byte_fallback(tokens: list[
 def test_words_and_characters_of_several_bytes_with_byte_fallback() -> None:
     tokenizer = byte_fallback_tokenizer()
     tokens = [1, 2, 1, 4 + 0xE2, 4 + 0x82, 4 + 0xAC, 3, 2, 4 + 0x41]
-    detokenizer = Detokenizer(tokenizer, ())
+    detokenizer = Detokenizer(Vocabulary(tokenizer), ())
     pieces = [*map(detokenizer.push, tokens), detokenizer.finish()]
     assert "".join(pieces) == tokenizer.decode(tokens) == "ab a€ bA"
 
 
 @pytest.mark.parametrize("token", [EOS, EOS + 1])
 def test_special_tokens_give_no_text(token: int) -> None:
-    assert Detokenizer(TOKENIZER, ()).push(token) == ""
+    assert Detokenizer(VOCABULARY, ()).push(token) == ""
 
 
 @given(st.lists(st.sampled_from([1, 2, 3]), min_size=1), st.lists(st.sampled_from([1, 2, 3])))
 def test_a_completion_goes_on_from_its_prompt(prompt: list[int], completion: list[int]) -> None:
     """Also where the decoder would strip the blank that a text begins with."""
     tokenizer = byte_fallback_tokenizer()
-    detokenizer = Detokenizer(tokenizer, (), prompt)
+    detokenizer = Detokenizer(Vocabulary(tokenizer), (), prompt)
     text = "".join([*map(detokenizer.push, completion), detokenizer.finish()])
     whole = tokenizer.decode([*prompt, *completion])
     # What a decoder strips at the beginning of the whole is nobody's.
@@ -123,32 +145,122 @@ def test_a_completion_goes_on_from_its_prompt(prompt: list[int], completion: lis
 
 def test_a_character_that_the_prompt_began_is_whole_in_the_completion() -> None:
     euro = [BYTES[byte] for byte in "€".encode()]
-    detokenizer = Detokenizer(TOKENIZER, (), [BYTES[ord("a")], *euro[:2]])
+    detokenizer = Detokenizer(VOCABULARY, (), [BYTES[ord("a")], *euro[:2]])
     pieces = [detokenizer.push(token) for token in (euro[2], BYTES[ord("b")])]
     assert pieces == ["€", "b"]
 
 
 def test_the_prompt_is_no_part_of_a_stop_string() -> None:
-    detokenizer = Detokenizer(TOKENIZER, ("ab",), [BYTES[ord("a")]])
+    detokenizer = Detokenizer(VOCABULARY, ("ab",), [BYTES[ord("a")]])
     assert detokenizer.push(BYTES[ord("b")]) == "b"
     assert not detokenizer.stopped
+
+
+def test_what_a_prompt_began_and_nobody_ends_is_nobodys() -> None:
+    euro = [BYTES[byte] for byte in "\u20ac".encode()]
+    detokenizer = Detokenizer(VOCABULARY, (), [BYTES[ord("a")], *euro[:2]])
+    assert (detokenizer.push(BYTES[ord("b")]), detokenizer.offset) == ("b", 0)
+    detokenizer = Detokenizer(VOCABULARY, (), [BYTES[ord("a")], *euro[:1]])
+    assert (detokenizer.push(euro[1]), detokenizer.offset) == ("", 0)
+    # The model has made a part of it.
+    assert (detokenizer.push(BYTES[ord("b")]), detokenizer.offset) == ("\ufffdb", 1)
 
 
 @pytest.mark.parametrize("token", [TOKENIZER.token_to_id("<eos>"), BYTES[0xFF], BYTES[0xE2]])
 def test_what_gives_no_text_does_not_cost_more_and_more(
     token: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detokenizer = Detokenizer(TOKENIZER, ())
+    vocabulary = Vocabulary(TOKENIZER)
     longest = 0
-    decode = detokenizer._decode
+    decode = vocabulary._decode
 
     def measured(tokens: list[int]) -> str:
         nonlocal longest
         longest = max(longest, len(tokens))
         return decode(tokens)
 
-    monkeypatch.setattr(detokenizer, "_decode", measured)
-    for _ in range(200):
-        detokenizer.push(token)
-    assert longest < 32
-    assert detokenizer.push(BYTES[ord("a")]).endswith("a")
+    monkeypatch.setattr(vocabulary, "_decode", measured)
+    detokenizer = Detokenizer(vocabulary, ("<eos><bos>",))
+    pieces = [detokenizer.push(token) for _ in range(200)]
+    assert longest <= 2
+    assert len("".join([*pieces, detokenizer.push(BYTES[ord("a")])])) <= 201
+
+
+# --- special tokens in stop strings ---
+
+PIECES = ("a", "b", "<bos>", "<eos>")
+TOKENS = {piece: TOKENIZER.get_vocab()[piece] for piece in PIECES}
+
+
+def emit(pieces: list[str], *stop: str, ends: bool = False) -> tuple[list[str], bool]:
+    """What comes out for each of some pieces; `ends` if the last one ends the text."""
+    detokenizer = Detokenizer(VOCABULARY, stop)
+    out = []
+    for place, piece in enumerate(pieces, 1):
+        out.append(detokenizer.push(TOKENS[piece], ends=ends and place == len(pieces)))
+        if detokenizer.stopped:
+            break
+    return [*out, detokenizer.finish()], detokenizer.stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<bos>", "ab"),
+        ("<bos>a", "ab"),
+        ("b<bos>a", "a"),
+        ("os>", "ab"),
+        ("aa", None),
+        ("ba", "a"),  # in the text that is shown
+        ("a<bos>b", None),
+    ],
+)
+def test_a_stop_string_may_have_special_tokens_in_it(stop: str, text: str | None) -> None:
+    pieces, stopped = emit(["a", "b", "<bos>", "a"], stop)
+    assert "".join(pieces) == ("aba" if text is None else text)
+    assert stopped is (text is not None)
+
+
+def test_what_comes_before_the_end_token_may_be_part_of_a_stop_string() -> None:
+    assert emit(["a", "b", "<eos>"], "b<eos>", ends=True) == (["a", "", "", ""], True)
+    assert emit(["a", "b", "<eos>"], "b<bos>", ends=True) == (["a", "", "", "b"], False)
+    # Also an end token that is text by itself is none here.
+    assert emit(["a", "b"], ends=True) == (["a", "", ""], False)
+
+
+def test_text_before_a_special_token_waits_only_while_it_may_be_stopped_at() -> None:
+    assert emit(["a", "<bos>", "b", "a"], "a<bos>a")[0] == ["", "", "ab", "", "a"]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=10),
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map("".join),
+)
+def test_no_stop_string_is_ever_shown_and_nothing_else_is_lost(
+    pieces: list[str], stop: str
+) -> None:
+    out, stopped = emit(pieces, stop)
+    marked = [(letter, len(piece) == 1) for piece in pieces for letter in piece]
+    ends = next(
+        (end for end in _ends(pieces) if _stops_at(marked[:end], stop) is not None), len(marked)
+    )
+    cut = _stops_at(marked[:ends], stop)
+    assert stopped is (cut is not None)
+    assert "".join(out) == "".join(letter for letter, shown in marked[:cut] if shown)
+    assert stop not in "".join(out)
+
+
+def _ends(pieces: list[str]) -> list[int]:
+    """How much was emitted after each of them."""
+    return [*accumulate(map(len, pieces))]
+
+
+def _stops_at(marked: list[tuple[str, bool]], stop: str) -> int | None:
+    """Where it is found first in what was emitted, with what is hidden or without."""
+    readings = [[*range(len(marked))], [at for at, (_, shown) in enumerate(marked) if shown]]
+    found = []
+    for places in readings:
+        at = "".join(marked[place][0] for place in places).find(stop)
+        if at >= 0:
+            found.append(places[at])
+    return min(found, default=None)

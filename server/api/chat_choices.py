@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from server.api.frames import finite
+from server.api.listed_tokens import ListedTokens
 from server.engine.base import FinishReason, ScoredToken, StepOutput, TokenLogprobs
 
 
@@ -18,6 +19,7 @@ class ChatChoice:
     _texts: list[str] = field(default_factory=list)
     _tokens: list[TokenLogprobs] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
+    _listed: ListedTokens = field(default_factory=ListedTokens)
     _opened: bool = False  # a chunk has said who speaks
 
     def anew(self) -> "ChatChoice":
@@ -27,7 +29,7 @@ class ChatChoice:
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
         self._texts.append(output.text)
-        self._tokens.extend(output.logprobs)
+        self._tokens.extend(self._listed.take(output))
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
@@ -50,8 +52,9 @@ class ChatChoice:
         if not self._opened:
             self._opened = True
             deltas.append(self._delta({"role": "assistant", "content": "", "refusal": None}))
-        if output.text or output.logprobs:
-            deltas.append(self._delta({"content": output.text}, output.logprobs))
+        tokens = self._listed.take(output)
+        if output.text or tokens:
+            deltas.append(self._delta({"content": output.text}, tokens))
         if output.finish_reason is not None:
             deltas.append(self._delta({}, finish_reason=output.finish_reason))
         return deltas

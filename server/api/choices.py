@@ -6,15 +6,8 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from server.api.frames import finite
-from server.engine.base import FinishReason, StepOutput, TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class PromptEcho:
-    """What `echo` puts before a completion."""
-
-    text: str
-    first_token: str  # follows nothing, so that it has no probability
+from server.api.listed_tokens import ListedTokens
+from server.engine.base import FinishReason, SpelledPrompt, StepOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +17,7 @@ class _Scored:
     text: str
     logprob: float | None
     top: dict[str, JsonValue] | None
+    offset: int  # the character of the choice's text in which it begins
 
 
 @dataclass(slots=True)
@@ -32,11 +26,12 @@ class CompletionChoice:
 
     index: int
     with_logprobs: bool
-    echo: PromptEcho | None = None  # until it was said
+    echo: SpelledPrompt | None = None  # until it was said
     _texts: list[str] = field(default_factory=list)
     _tokens: list[_Scored] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
-    _offset: int = 0  # characters of the tokens that were listed
+    _listed: ListedTokens = field(default_factory=ListedTokens)
+    _echoed: int = 0  # characters before the completion
 
     def anew(self) -> "CompletionChoice":
         """An empty one, told in the same way."""
@@ -62,13 +57,15 @@ class CompletionChoice:
 
     def _take(self, output: StepOutput) -> tuple[str, list[_Scored]]:
         """An output's text and tokens, those of the prompt before the first one's."""
-        tokens = [_scored(token) for token in (*output.prompt_logprobs, *output.logprobs)]
+        text, tokens = output.text, []
         echo, self.echo = self.echo, None
-        if echo is None:
-            return output.text, tokens
-        if self.with_logprobs:
-            tokens.insert(0, _Scored(echo.first_token, None, None))
-        return echo.text + output.text, tokens
+        if echo is not None:
+            text = echo.text + text
+            self._echoed = len(echo.text)
+            if self.with_logprobs:
+                tokens = _prompt_tokens(echo, output.prompt_logprobs)
+        listed = self._listed.take(output)
+        return text, tokens + [_scored(token, self._echoed + token.offset) for token in listed]
 
     def _choice(
         self, text: str, tokens: Sequence[_Scored], finish_reason: FinishReason | None
@@ -81,20 +78,26 @@ class CompletionChoice:
         }
 
     def _logprobs(self, tokens: Sequence[_Scored]) -> dict[str, JsonValue]:
-        offsets: list[JsonValue] = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [token.top for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in tokens],
         }
 
 
-def _scored(token: TokenLogprobs) -> _Scored:
-    return _Scored(token.chosen.text, finite(token.chosen.logprob), _alternatives(token))
+def _prompt_tokens(echo: SpelledPrompt, logprobs: Sequence[TokenLogprobs]) -> list[_Scored]:
+    first, *others = echo.offsets
+    return [
+        # It follows nothing, so that it has no probability.
+        _Scored(echo.first_token, None, None, first),
+        *(_scored(token, offset) for token, offset in zip(logprobs, others, strict=True)),
+    ]
+
+
+def _scored(token: TokenLogprobs, offset: int) -> _Scored:
+    chosen = token.chosen
+    return _Scored(chosen.text, finite(chosen.logprob), _alternatives(token), offset)
 
 
 def _alternatives(logprobs: TokenLogprobs) -> dict[str, JsonValue]:

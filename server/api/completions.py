@@ -8,15 +8,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answering import Exchange, Plan, answering, check_request
-from server.api.choices import CompletionChoice, PromptEcho
+from server.api.choices import CompletionChoice
 from server.api.context import Context
 from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.parsing import read_request
 from server.api.schemas import CompletionRequest, Prompt
-from server.engine.base import Engine
+from server.engine.base import Engine, SpelledPrompt
 
 WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
+TOKEN_WORK: Final = 20  # characters that take as long to tokenize as a token takes to spell
 
 router = APIRouter()
 
@@ -24,7 +25,7 @@ router = APIRouter()
 @dataclass(frozen=True, slots=True)
 class _ReadPrompt:
     tokens: tuple[int, ...]
-    echo: PromptEcho | None
+    echo: SpelledPrompt | None
 
 
 @router.post("/completions", summary="Complete one or several prompts")
@@ -74,20 +75,23 @@ async def _read_prompts(
     def read() -> list[_ReadPrompt]:
         return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
 
-    # A token is about as much work to turn into text as a character into tokens.
-    counted = completion.prompt if completion.echo else filter(_is_text, completion.prompt)
-    return await exchange.read_prompt(sum(map(len, counted)), read)
+    work = sum(_work(prompt, echo=completion.echo) for prompt in completion.prompt)
+    return await exchange.read_prompt(work, read)
 
 
-def _is_text(prompt: Prompt) -> bool:
-    return isinstance(prompt, str)
+def _work(prompt: Prompt, *, echo: bool) -> int:
+    """How much it is to read a prompt, in characters of text to turn into tokens."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return TOKEN_WORK * len(prompt) if echo else 0
 
 
 def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> _ReadPrompt:
+    if echo:
+        spelled = engine.spell(prompt)
+        return _ReadPrompt(spelled.tokens, spelled)
     tokens = tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
-    if not echo:
-        return _ReadPrompt(tokens, None)
-    return _ReadPrompt(tokens, PromptEcho(_text(prompt, engine), engine.detokenize(tokens[:1])))
+    return _ReadPrompt(tokens, None)
 
 
 def _text(prompt: Prompt, engine: Engine) -> str:

@@ -117,6 +117,22 @@ class TokenLogprobs:
 
     chosen: ScoredToken
     top: tuple[ScoredToken, ...]  # best first; as many as were asked for
+    # Of a completion's token: the character of the completion's text in which it begins, counted
+    # from 0. A token that ends no character begins in the one that it is part of, a special token
+    # where the next one does. It is the text's length or more where nothing of it is in the text.
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledPrompt:
+    """A prompt as token ids and as text, to be shown with its completion."""
+
+    tokens: tuple[int, ...]
+    # As it was given. If that was as token ids: their text, special tokens included, without a
+    # character at the end that is incomplete. (The completion's text has it, if it completes it.)
+    text: str
+    offsets: tuple[int, ...]  # of each token: the character of the text in which it begins
+    first_token: str  # the first token's text by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +218,15 @@ class Engine(Protocol):
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The tokens' text, special tokens included."""
+        ...
+
+    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
+        """A prompt's tokens and text, and where in the text each token begins.
+
+        Raises:
+            InvalidRequestError: as `tokenize`; or there are more token ids than `max_model_len`,
+                or none.
+        """
         ...
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

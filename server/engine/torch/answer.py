@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 from server.engine.base import FinishReason, StepOutput, TokenLogprobs
 from server.engine.torch.detokenizer import Detokenizer
@@ -48,7 +49,9 @@ class Answer:
         if self.penalties is not None:
             self.penalties.push(token)
         ended = token in eos_tokens and not sampling.ignore_eos
-        text = "" if ended else self._detokenizer.push(token)
+        text = self._detokenizer.push(token, ends=ended)
+        if logprobs is not None:
+            logprobs = replace(logprobs, offset=self._detokenizer.offset)
         if ended or self._detokenizer.stopped or len(sequence.tokens) == sequence.max_length:
             text += self._detokenizer.finish()
             stopped = ended or self._detokenizer.stopped

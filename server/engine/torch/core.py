@@ -60,11 +60,9 @@ class EngineCore:
         self.scheduler = scheduler
         self.interventions = interventions
         self._runner = runner
-        self._tokenizer = tokenizer.backend_tokenizer
+        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         self._penalties = PenaltyTable(model.device)
-        self._postprocessor = Postprocessor(
-            Vocabulary(self._tokenizer), eos_tokens, self._penalties
-        )
+        self._postprocessor = Postprocessor(self._vocabulary, eos_tokens, self._penalties)
         self._check_invariants = check_invariants
         self._dose_interval = dose_interval
         self.steered_steps = 0
@@ -108,7 +106,7 @@ class EngineCore:
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         request = sequence.request
-        return Detokenizer(self._tokenizer, request.sampling.stop, request.prompt)
+        return Detokenizer(self._vocabulary, request.sampling.stop, request.prompt)
 
     def _queue(self, sequence: Sequence, answer: Answer, slots: Mapping[str, int]) -> None:
         """Queue a sequence whose interventions are held in `slots`; it gets pins of its own."""

@@ -15,6 +15,7 @@ from server.engine.base import (
     InvalidRequestError,
     QueueFullError,
     Request,
+    SpelledPrompt,
 )
 from server.engine.torch.build import build_core, context_length
 from server.engine.torch.core import NotReadError
@@ -90,6 +91,10 @@ class TorchEngine:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The tokens' text, special tokens included."""
         return self._prompts.detokenize(tokens)
+
+    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
+        """A prompt as tokens and text; see server.engine.base.Engine.spell."""
+        return self._prompts.spell(prompt)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""

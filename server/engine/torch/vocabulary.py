@@ -14,32 +14,53 @@ _BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece names s
 
 
 class Vocabulary:
-    """A tokenizer's tokens, one at a time."""
+    """A tokenizer's tokens, one at a time. Used from any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # Tokens that a completion's text leaves out, such as a chat template's marks.
+        self.special: Final = frozenset(
+            token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
+        )
 
     def logprobs(self, token: int, row: RowLogprobs) -> TokenLogprobs:
-        """A row's log-probabilities, with the tokens' texts."""
+        """Return a row's log-probabilities, with the tokens' texts."""
         top = tuple(self.scored(other, value) for other, value in row.top)
         return TokenLogprobs(self.scored(token, row.sampled), top)
 
     def scored(self, token: int, logprob: float) -> ScoredToken:
-        """A token with its log-probability."""
-        text = self._text(token)
-        if "\ufffd" not in text:
-            return ScoredToken(text, text.encode(), logprob)
-        # Part of a character: by its name, so that tokens stay distinct.
-        name = self._tokenizer.id_to_token(token) or text
-        return ScoredToken(name, _bytes(name), logprob)
+        """Return a token with its log-probability."""
+        data = self.added(token, token)
+        try:
+            return ScoredToken(data.decode(), data, logprob)
+        except UnicodeDecodeError:
+            # Part of a character: by its name, so that tokens stay distinct.
+            return ScoredToken(self._tokenizer.id_to_token(token) or "", data, logprob)
 
-    def _text(self, token: int) -> str:
-        """What it adds to a text: some decoders strip the blank before the first token."""
-        once, twice = (
-            self._tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2)
-        )
-        added: str = twice[len(once) :]
-        return added
+    def text(self, token: int) -> str:
+        """Return a token's text in the middle of others; U+FFFD for a part of a character."""
+        return self.added(token, token).decode(errors="replace")
+
+    def added(self, token: int, before: int | None) -> bytes:
+        """Return the bytes that a token adds to a text in UTF-8.
+
+        Args:
+            token: its id; one that the tokenizer does not know adds nothing.
+            before: the token that the text ends with, which must be text by itself. None where
+                the text is empty: some decoders strip the blank that a text begins with.
+        """
+        context = [] if before is None else [before]
+        text = self._decode([*context, token])[len(self._decode(context)) :]
+        if "\ufffd" not in text:
+            return text.encode()
+        name = self._tokenizer.id_to_token(token) or ""
+        # U+FFFD is what a decoder writes for bytes that are no character. A token may have it in
+        # its name, too, and then means it.
+        return text.encode() if "\ufffd" in name else _bytes(name)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
 
 
 def _bytes(name: str) -> bytes:

@@ -1,0 +1,29 @@
+"""Which tokens of a completion are listed with their log-probabilities, and when."""
+
+from dataclasses import dataclass, field
+
+from server.engine.base import StepOutput, TokenLogprobs
+
+
+@dataclass(slots=True)
+class ListedTokens:
+    """Lists a completion's tokens as their text is returned.
+
+    Tokens whose text is held back wait with it. When a completion stops, those after its text are
+    left out: the end token, and a stop string's. One that has reached its limit leaves out none,
+    not even tokens at its end that are no text.
+    """
+
+    _waiting: list[TokenLogprobs] = field(default_factory=list)
+    _length: int = 0  # characters of the text that was returned
+
+    def take(self, output: StepOutput) -> list[TokenLogprobs]:
+        """Return the tokens to list after one more step."""
+        self._waiting.extend(output.logprobs)
+        self._length += len(output.text)
+        count = len(self._waiting)
+        if output.finish_reason != "length":
+            count = sum(token.offset < self._length for token in self._waiting)
+        listed = self._waiting[:count]
+        del self._waiting[:count]
+        return listed

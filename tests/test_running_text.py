@@ -1,0 +1,202 @@
+"""Where tokens begin in a text, with characters of several tokens and tokens of no character."""
+
+import codecs
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.base import InvalidRequestError
+from server.engine.torch.detokenizer import Detokenizer
+from server.engine.torch.embedded import embedded_model_folder
+from server.engine.torch.prompts import Prompts
+from server.engine.torch.vocabulary import Vocabulary
+from tests.tiny import tiny_tokenizer
+
+TINY = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Prompts:
+    """Prompts of the embedded model, by its own tokenizer."""
+    file = embedded_model_folder(print) / "tokenizer.json"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))  # type: ignore[no-untyped-call]
+    return Prompts(tokenizer, 1000)
+
+
+def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
+    """What tokens stand for, special ones left out."""
+    return b"".join(
+        vocabulary.scored(token, 0).bytes for token in tokens if token not in vocabulary.special
+    )
+
+
+def unfinished(data: bytes) -> int:
+    """How many bytes at the end may yet become a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return len(decoder.getstate()[0])
+
+
+def check_offsets(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> None:
+    """A completion's text is what its bytes say, and every token begins where its offset says."""
+    vocabulary = Vocabulary(tokenizer)
+    detokenizer = Detokenizer(vocabulary, (), prompt)
+    pieces, offsets = [], []
+    for token in tokens:
+        pieces.append(detokenizer.push(token))
+        offsets.append(detokenizer.offset)
+    text = "".join([*pieces, detokenizer.finish()])
+    before, data = bytes_of(vocabulary, prompt), bytes_of(vocabulary, tokens)
+    if not unfinished(before):
+        whole = data[: len(data) - unfinished(data)]
+        assert text == whole.decode(errors="replace")
+    assert offsets == sorted(offsets)
+    for place, (token, offset) in enumerate(zip(tokens, offsets, strict=True)):
+        assert offset <= len(text)
+        if token in vocabulary.special:
+            continue
+        visible = vocabulary.scored(token, 0)
+        try:
+            visible.bytes.decode()
+        except UnicodeDecodeError:
+            # It is part of the character that is there, if that became one.
+            some = bytes_of(vocabulary, tokens[: place + 1])
+            assert offset <= len(some.decode(errors="replace"))
+        else:
+            assert text[offset:].startswith(visible.text)
+
+
+# Bytes that are often parts of characters, and letters.
+TINY_TOKENS = st.lists(
+    st.one_of(
+        st.sampled_from(TINY("a\u00e9\u20ac\U0001f600\ufffd")["input_ids"]), st.integers(0, 258)
+    ),
+    max_size=12,
+)
+
+
+@given(TINY_TOKENS, TINY_TOKENS)
+def test_offsets_of_a_byte_a_token(prompt: list[int], tokens: list[int]) -> None:
+    check_offsets(TINY.backend_tokenizer, prompt, tokens)
+
+
+@pytest.mark.embedded
+@settings(deadline=None)
+@given(st.data())
+def test_offsets_of_the_embedded_models_tokens(embedded: Prompts, data: st.DataObject) -> None:
+    tokenizer = embedded._tokenizer
+    some = tokenizer.encode(" \U0001f600\U0001f389 \u4f60\u597d\u0301 <|im_end|> \ufffd").ids
+    token = st.one_of(st.sampled_from(some), st.integers(0, tokenizer.get_vocab_size() - 1))
+    tokens = st.lists(token, max_size=10)
+    check_offsets(tokenizer, data.draw(tokens), data.draw(tokens))
+
+
+# Its tokenizer has no tokens for some bytes, and drops them.
+KNOWN = st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cc", "Cs"]), max_size=12)
+
+
+@pytest.mark.embedded
+@settings(deadline=None)
+@given(KNOWN)
+def test_a_texts_own_tokens_join_to_it(embedded: Prompts, text: str) -> None:
+    tokenizer = embedded._tokenizer
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    vocabulary = Vocabulary(tokenizer)
+    detokenizer = Detokenizer(vocabulary, ())
+    pieces = [detokenizer.push(token) for token in tokens]
+    assert "".join([*pieces, detokenizer.finish()]) == text
+
+
+def test_tokens_of_one_character_all_begin_where_it_does() -> None:
+    detokenizer = Detokenizer(Vocabulary(TINY.backend_tokenizer), ())
+    offsets = []
+    for token in TINY("i \U0001f600\u00e9k")["input_ids"]:
+        detokenizer.push(token)
+        offsets.append(detokenizer.offset)
+    assert offsets == [0, 1, 2, 2, 2, 2, 3, 3, 4]
+
+
+# --- prompts ---
+
+
+def check_spelled(prompts: Prompts, prompt: str | list[int]) -> None:
+    """Every token of a prompt begins where its offset says, in the text that is echoed."""
+    spelled = prompts.spell(prompt)
+    vocabulary = prompts._vocabulary
+    assert len(spelled.offsets) == len(spelled.tokens)
+    assert list(spelled.offsets) == sorted(spelled.offsets)
+    for token, offset in zip(spelled.tokens, spelled.offsets, strict=True):
+        assert offset <= len(spelled.text)
+        scored = vocabulary.scored(token, 0)
+        if scored.text.encode() == scored.bytes:  # and not the name of a part of a character
+            assert spelled.text[offset:].startswith(scored.text)
+
+
+@given(st.text(min_size=1, max_size=12))
+def test_offsets_in_a_prompt_given_as_text(text: str) -> None:
+    prompts = Prompts(TINY, 100)
+    check_spelled(prompts, text)
+    assert prompts.spell(text).text == text
+
+
+@given(TINY_TOKENS.filter(bool))
+def test_offsets_in_a_prompt_given_as_token_ids(tokens: list[int]) -> None:
+    prompts = Prompts(TINY, 100)
+    check_spelled(prompts, tokens)
+    data = b"".join(prompts._vocabulary.scored(token, 0).bytes for token in tokens)
+    whole = data[: len(data) - unfinished(data)]
+    assert prompts.spell(tokens).text == whole.decode(errors="replace")
+
+
+@pytest.mark.embedded
+@settings(deadline=None)
+@given(KNOWN.filter(bool))
+def test_offsets_in_a_prompt_of_the_embedded_model(embedded: Prompts, text: str) -> None:
+    prompts = embedded
+    spelled = prompts.spell(text)
+    assert spelled.text == text
+    check_spelled(prompts, text)
+    assert prompts.spell(spelled.tokens).text == text
+    assert prompts.spell(spelled.tokens).offsets == spelled.offsets
+
+
+def test_a_tokenizer_that_leaves_blanks_out_of_its_spans_and_adds_tokens() -> None:
+    """As those of GPT-2 and Llama 3 do."""
+    tokenizer = tiny_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single="<bos> $A <eos>",
+                special_tokens=[(name, backend.token_to_id(name)) for name in ("<bos>", "<eos>")],
+            ),
+        ]
+    )
+    spelled = Prompts(tokenizer, 100).spell("a b\u00e9")
+    assert spelled.offsets == (0, 0, 1, 2, 3, 3, 4)
+    assert spelled.text == "a b\u00e9"
+    assert spelled.first_token == "<bos>"
+
+
+def test_a_prompt_that_ends_within_a_character_is_told_without_it() -> None:
+    prompts = Prompts(tiny_tokenizer(), 100)
+    tokens = prompts.tokenize("a\u20ac")[:-1]
+    spelled = prompts.spell(tokens)
+    assert (spelled.text, spelled.offsets) == ("a", (0, 1, 1))
+    replaced = prompts.spell(prompts.tokenize("\ufffd"))
+    assert (replaced.text, replaced.offsets) == ("\ufffd", (0, 0, 0))
+    assert prompts.spell(tokens[1:]).first_token == "\u00e2"  # the name of its only byte
+
+
+def test_what_cannot_be_served_is_not_spelled() -> None:
+    prompts = Prompts(tiny_tokenizer(), 10)
+    with pytest.raises(InvalidRequestError, match="maximum context length is 10") as refused:
+        prompts.spell([1] * 11)
+    assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(InvalidRequestError, match="empty"):
+        prompts.spell("")
