@@ -16,6 +16,7 @@ from interventions.header import (
     ArtifactError,
     ArtifactLimits,
     Header,
+    UnreadableArtifactError,
     read_header,
 )
 from interventions.layout import (
@@ -36,6 +37,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactLimits",
     "Summary",
+    "UnreadableArtifactError",
     "artifact_digest",
     "read_artifact",
     "read_manifest",
@@ -70,13 +72,16 @@ def read_artifact(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Artifa
     """Read a file as an artifact, checking everything that the format promises.
 
     Raises:
+        UnreadableArtifactError: the file cannot be read.
         ArtifactError: the file is not an artifact, with one sentence that says why.
     """
     summary = read_summary(path, limits)
     try:
         tensors = _read_tensors(path)
         digest = artifact_digest(path)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise UnreadableArtifactError(f"{path.name} cannot be read: {error.strerror}.") from error
+    except SafetensorError as error:
         raise ArtifactError(f"The file is not a safetensors file: {error}") from error
     _check_values(summary.shapes, tensors)
     return Artifact(

@@ -1,49 +1,22 @@
 """What a registry holds, in memory, and the answers that need no disk."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from interventions.artifact import Summary
+from interventions.errors import DamagedInterventionError, UnknownInterventionError
 from interventions.manifest import Manifest
 from interventions.records import NameRecord, Version
 
 DIGEST_PREFIX: Final = "sha256:"
 OBJECT_SUFFIX: Final = ".safetensors"
 RECORD_SUFFIX: Final = ".json"
+DELETED_SUFFIX: Final = ".deleted"  # of a record that was deleted where no new one had room
 
-
-class RegistryError(Exception):
-    """The registry cannot do what was asked, with one sentence that says why."""
-
-
-class InvalidNameError(RegistryError):
-    """A name that an intervention may not have."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"{name[:100]!r} is not a name: 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a "
-            "letter or digit."
-        )
-        self.name = name
-
-
-class UnknownInterventionError(RegistryError):
-    """Nothing is stored under a reference."""
-
-    def __init__(self, reference: str, message: str | None = None) -> None:
-        super().__init__(message or f'There is no intervention "{reference[:100]}".')
-        self.reference = reference
-
-
-class DamagedInterventionError(UnknownInterventionError):
-    """Something was stored under the reference, but its files are damaged or missing."""
-
-    def __init__(self, reference: str, reason: str) -> None:
-        super().__init__(
-            reference, f'The intervention "{reference[:100]}" is stored but damaged: {reason}'
-        )
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +39,24 @@ class Damage:
     reason: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What is stored, and what of it is not usable. Whoever holds it sees to the locking."""
+    """What is stored, and what of it is not usable, at one moment. Never changed, only replaced.
 
-    objects: dict[str, Summary] = field(default_factory=dict)  # by digest
-    records: dict[str, NameRecord] = field(default_factory=dict)  # by name
-    damaged_objects: dict[str, Damage] = field(default_factory=dict)  # by file name
-    damaged_records: dict[str, Damage] = field(default_factory=dict)  # by file name
+    So any thread may read one, without a lock, while another makes the next.
+    """
+
+    objects: Mapping[str, Summary]  # by digest
+    records: Mapping[str, NameRecord]  # by name
+    damaged_objects: Mapping[str, Damage]  # by file name
+    damaged_records: Mapping[str, Damage]  # by file name
+    _referred: frozenset[str] = field(init=False)  # digests in the history of live names
+
+    def __post_init__(self) -> None:
+        referred = frozenset(
+            version.digest for record in self.records.values() for version in record.available
+        )
+        object.__setattr__(self, "_referred", referred)
 
     def resolve(self, reference: str) -> Entry:
         """As `Registry.resolve`."""
@@ -134,23 +117,48 @@ class Catalogue:
             raise UnknownInterventionError(DIGEST_PREFIX + digest)
         return summary
 
-    def can_be_dropped(self, digest: str) -> bool:
-        """Whether an object is stored and no live name's history refers to it.
+    def refers_to(self, digest: str) -> bool:
+        """Whether the history of a live name has the digest."""
+        return digest in self._referred
 
-        Never while a record is damaged: what it refers to is not known.
+    def needs(self, digest: str) -> bool:
+        """Whether a live name may need the digest.
+
+        While a record is damaged, what it refers to is not known: then any digest is needed.
         """
-        return (
-            digest in self.objects
-            and not self.damaged_records
-            and not any(
-                version.digest == digest
-                for record in self.records.values()
-                for version in record.available
-            )
+        return self.refers_to(digest) or bool(self.damaged_records)
+
+    def with_object(self, digest: str, summary: Summary) -> "Catalogue":
+        """The next catalogue: an object is stored; it takes the place of a damaged one."""
+        return replace(
+            self,
+            objects={**self.objects, digest: summary},
+            damaged_objects=_without(self.damaged_objects, digest + OBJECT_SUFFIX),
         )
+
+    def with_objects(self, objects: Mapping[str, Summary]) -> "Catalogue":
+        """The next catalogue: these are the objects, and no others."""
+        return replace(self, objects=objects)
+
+    def with_record(self, record: NameRecord) -> "Catalogue":
+        """The next catalogue: a name has this record; it takes the place of a damaged one."""
+        return replace(
+            self,
+            records={**self.records, record.name: record},
+            damaged_records=_without(self.damaged_records, record.name + RECORD_SUFFIX),
+        )
+
+    def with_damaged_record(self, damage: Damage) -> "Catalogue":
+        """The next catalogue: there is one more record that cannot be understood."""
+        damaged = {**self.damaged_records, damage.path.name: damage}
+        return replace(self, damaged_records=damaged)
 
     def _entry(self, name: str, version: Version, history: tuple[Version, ...]) -> Entry:
         summary = self.objects.get(version.digest)
         if summary is None:
             raise DamagedInterventionError(name, "its artifact is missing or cannot be read.")
         return Entry(name, version.digest, summary.size, version.at, summary.manifest, history)
+
+
+def _without(mapping: Mapping[str, T], key: str) -> Mapping[str, T]:
+    return {other: value for other, value in mapping.items() if other != key}

@@ -21,6 +21,10 @@ class ArtifactError(ValueError):
     """A file that is not accepted as an artifact, with one sentence that says why."""
 
 
+class UnreadableArtifactError(ArtifactError):
+    """A file that cannot be read: that says nothing of what is in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ArtifactLimits:
     """The largest artifact that is accepted."""
@@ -48,8 +52,9 @@ def read_header(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Header:
     """Read and check the header of a file; the tensors' bytes are not read.
 
     Raises:
-        ArtifactError: the file cannot be read, is larger than the limit, is no safetensors file,
-            or holds a tensor of another type than float32, float16 and bfloat16.
+        UnreadableArtifactError: the file cannot be read.
+        ArtifactError: it is larger than the limit, is no safetensors file, or holds a tensor of
+            another type than float32, float16 and bfloat16.
     """
     try:
         # Before opening: opening a pipe would wait for a writer.
@@ -58,7 +63,7 @@ def read_header(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Header:
         with path.open("rb") as file:
             return _read(file, limits)
     except OSError as error:
-        raise ArtifactError(f"{path.name} cannot be read: {error.strerror}.") from error
+        raise UnreadableArtifactError(f"{path.name} cannot be read: {error.strerror}.") from error
 
 
 def _read(file: BinaryIO, limits: ArtifactLimits) -> Header:

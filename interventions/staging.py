@@ -1,25 +1,42 @@
 """An upload on its way into the registry."""
 
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from interventions.errors import disk_errors
 from interventions.header import ArtifactError
+from interventions.storage import create, write_all
 
 
 class StagedUpload:
     """A temporary file inside the registry, gone at the end unless it was committed.
 
-    For one thread at a time.
+    Every method but `path` waits for the disk. A call waits for the one before, also for one whose
+    caller waits no more.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
-        """Create the file; the caller says where, and how large it may become."""
+    def __init__(self, path: Path, max_bytes: int, remove: Callable[[Path], None]) -> None:
+        """Create the file.
+
+        Args:
+            path: where.
+            max_bytes: how large it may become.
+            remove: removes the file at the end, whether it is there or not; it raises nothing.
+
+        Raises:
+            RegistryDiskError: the disk is full, or fails.
+        """
         self._path = path
         self._max_bytes = max_bytes
+        self._remove = remove
         self._size = 0
-        self._file = path.open("xb")
+        self._using = threading.Lock()
+        with disk_errors():
+            self._descriptor: int | None = create(path)
 
     def __enter__(self) -> Self:
         return self
@@ -42,21 +59,40 @@ class StagedUpload:
 
         Raises:
             ArtifactError: the file would become larger than an artifact may be.
-            OSError: the disk is full, or fails.
+            RegistryDiskError: the disk is full, or fails.
         """
-        self._size += len(data)
-        if self._size > self._max_bytes:
-            raise ArtifactError(f"The file is larger than the limit of {self._max_bytes} bytes.")
-        self._file.write(data)
-        self._file.flush()  # so that whoever reads `path` sees it all
+        with self._using, disk_errors():
+            self._size += len(data)
+            if self._size > self._max_bytes:
+                raise ArtifactError(
+                    f"The file is larger than the limit of {self._max_bytes} bytes."
+                )
+            if self._descriptor is None:
+                raise ValueError("The upload is finished.")
+            write_all(self._descriptor, data)
 
     def finish(self) -> None:
-        """Make the bytes durable and accept no more; harmless when done before."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        """Make the bytes durable and accept no more; harmless when done before.
+
+        Raises:
+            RegistryDiskError: the disk is full, or fails.
+        """
+        with self._using, disk_errors():
+            if self._descriptor is not None:
+                os.fsync(self._descriptor)
+                self._close()
 
     def discard(self) -> None:
         """Remove the file. Harmless when it was committed or discarded before."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        with self._using:
+            try:
+                self._close()
+            except OSError:
+                pass  # bytes that could not be written, and that nobody wants any more
+            finally:
+                self._remove(self._path)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)

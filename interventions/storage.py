@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -17,32 +18,42 @@ def publish(temporary: Path, target: Path) -> None:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and make its bytes (not yet its name) durable."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_durably(target: Path, data: bytes, temporary_folder: Path) -> None:
-    """Write a file through a temporary one: at any moment the target is the old file or the new.
-
-    The temporary file is removed if writing fails.
-    """
-    temporary = temporary_path(temporary_folder)
+    descriptor = create(path)
     try:
-        write_synced(temporary, data)
-        publish(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def create(path: Path) -> int:
+    """Open a new file for writing; returns its descriptor.
+
+    Without a buffer: one that could not be written would be written again at the close.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of the bytes; raises OSError where there is room for a part of them only."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def make_directory(path: Path) -> None:
     """Create a folder, and the parents that it lacks, durably; harmless where it exists."""
-    if not path.is_dir():
-        make_directory(path.parent)
-        path.mkdir(exist_ok=True)
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    try:
         sync_directory(path.parent)
+    except OSError:
+        # Where it exists, the next call takes it for durable.
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
 def sync_directory(path: Path) -> None:

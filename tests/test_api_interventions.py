@@ -201,7 +201,7 @@ async def test_a_request_that_runs_keeps_what_was_deleted(
     assert registry.path(digest).exists()
     assert not running.done()
     assert await running == expected
-    assert not registry.path(digest).exists()
+    await eventually(lambda: not registry.path(digest).exists())
 
 
 async def test_one_that_the_model_cannot_take_is_listed(

@@ -199,7 +199,7 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
     assert outcomes["left"] > 0.2 * REQUESTS
     assert outcomes["refused, then completed"] > 0, "nobody met a full queue or bank"
     assert yielded, "nobody was preempted"
-    assert not registry._pins, "artifacts are held for nobody"
+    assert not registry._stored._pins, "artifacts are held for nobody"
     for outcome in ("completed", "dropped"):
         assert f'baselines_total{{outcome="{outcome}"}} 0.0' not in page
     assert "toxicity_dropped_total 0.0" in page

@@ -9,6 +9,7 @@ from typing import Annotated, Final, TypeAlias
 from fastapi import Depends, Request
 
 from interventions.registry import Registry
+from server.api.disk import RegistryDisk
 from server.api.errors import shutting_down
 from server.api.steering import SteeringResolver
 from server.baselines import BaselineSampler
@@ -58,6 +59,7 @@ class ServerContext:
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     # Long prompts are read here: in the pool that all share, they would keep everything waiting.
     prompt_threads: ThreadPoolExecutor = field(default_factory=_prompt_threads)
+    disk: RegistryDisk = field(default_factory=RegistryDisk)
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 

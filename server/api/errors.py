@@ -11,7 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from interventions.registry import DamagedInterventionError, UnknownInterventionError
+from interventions.registry import (
+    DamagedInterventionError,
+    RegistryDiskError,
+    UnknownInterventionError,
+)
 from server.engine.base import (
     BankFullError,
     EngineDeadError,
@@ -112,6 +116,20 @@ def from_registry(error: UnknownInterventionError, param: str | None = None) -> 
     return ApiError(404, str(error), param=param, code="intervention_not_found")
 
 
+def from_registry_disk(error: RegistryDiskError) -> ApiError:
+    """What the client is told where the registry's disk is full (507), or does not work (503)."""
+    logger.error("%s (%s)", error, error.__cause__)  # the cause may name a path
+    if error.full:
+        return ApiError(507, str(error), code="registry_full")
+    return ApiError(503, str(error), code="registry_unwritable")
+
+
+def unreadable_upload() -> ApiError:
+    """A 503: the registry's disk does not give back the bytes that were just written to it."""
+    message = "The upload cannot be read back from the registry's disk; nothing was changed."
+    return ApiError(503, message, code="registry_unwritable")
+
+
 def shutting_down() -> ApiError:
     """A 503: this server is stopping; another one, or the next one, may answer."""
     message = "The server is shutting down; try again later."
@@ -137,6 +155,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _handle_api_error)
     app.add_exception_handler(EngineError, _handle_engine_error)
     app.add_exception_handler(UnknownInterventionError, _handle_registry_error)
+    app.add_exception_handler(RegistryDiskError, _handle_registry_disk_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
     app.add_exception_handler(ClientDisconnect, _handle_client_gone)
@@ -162,6 +181,11 @@ async def _handle_engine_error(request: Request, error: Exception) -> Response:
 async def _handle_registry_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, UnknownInterventionError)
     return _answer(request, from_registry(error))
+
+
+async def _handle_registry_disk_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RegistryDiskError)
+    return _answer(request, from_registry_disk(error))
 
 
 async def _handle_http_exception(request: Request, error: Exception) -> Response:

@@ -4,13 +4,17 @@ import asyncio
 from functools import partial
 from typing import Final, TypeAlias
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, JsonValue
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
-from interventions.artifact import Artifact, ArtifactError, ArtifactLimits, read_artifact
+from interventions.artifact import (
+    Artifact,
+    ArtifactError,
+    ArtifactLimits,
+    UnreadableArtifactError,
+    read_artifact,
+)
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
 from interventions.registry import (
     DIGEST_PREFIX,
@@ -22,7 +26,8 @@ from interventions.registry import (
 )
 from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
-from server.api.errors import ApiError, from_registry, invalid
+from server.api.download import open_download
+from server.api.errors import ApiError, from_registry, invalid, unreadable_upload
 from server.api.upload import receive_upload
 from server.own_thread import in_own_thread
 
@@ -40,15 +45,18 @@ async def upload(request: Request, context: Context) -> Response:
     artifact passes every check and the loaded model can take it.
     """
     settings = context.settings
-    with context.registry.stage() as staged:
-        name = await receive_upload(request, staged, settings.max_artifact_bytes)
+    disk = context.disk
+    async with disk.staged(context.registry) as staged:
+
+        async def write(data: bytes) -> None:
+            await disk.call(staged.write, data)
+
+        name = await receive_upload(request, write, settings.max_artifact_bytes)
         artifact, warnings = await asyncio.wrap_future(
             in_own_thread(partial(_read, staged, context))
         )
         chosen = artifact.manifest.name if name is None else name
-        entry, changed = await to_thread.run_sync(
-            _commit, context.registry, staged, artifact, chosen
-        )
+        entry, changed = await disk.call(_commit, context.registry, staged, artifact, chosen)
     body = _summary(entry, warnings, None)
     return JSONResponse(body, 201 if changed else 200, headers={"Location": _location(entry)})
 
@@ -75,11 +83,8 @@ async def show(reference: str, context: Context) -> Response:
 @router.get("/{reference}/artifact", summary="Download an artifact")
 async def download(reference: str, context: Context) -> Response:
     """The artifact's bytes, as they were uploaded."""
-    registry = context.registry
-    entry = _resolve(registry, reference)
-    stem = entry.name.removeprefix(DIGEST_PREFIX)
-    registry.pin(entry.digest)  # a deletion must not take the file away while it is sent
-    return _PinnedFile(registry, entry.digest, f"{stem}.safetensors")
+    entry = _resolve(context.registry, reference)
+    return await open_download(context.registry, context.disk, entry)
 
 
 @router.delete("/{name}", summary="Delete a name", dependencies=[Depends(require_admin)])
@@ -95,30 +100,8 @@ async def delete(name: str, context: Context) -> Response:
             param="name",
             code="intervention_in_use",
         )
-    await to_thread.run_sync(_delete, context.registry, name)
+    await context.disk.call(_delete, context.registry, name)
     return JSONResponse({"name": name, "digest": entry.digest, "deleted": True})
-
-
-class _PinnedFile(FileResponse):
-    """An artifact's file, which stays pinned until it is sent or its reader is gone."""
-
-    def __init__(self, registry: Registry, digest: str, filename: str) -> None:
-        super().__init__(
-            registry.path(digest),
-            media_type="application/octet-stream",
-            filename=filename,
-            headers={"ETag": f'"{digest}"', "Accept-Ranges": "none"},
-        )
-        self._registry = registry
-        self._digest = digest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The base class answers a wrong range in plain text, not in our envelope.
-        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
-        try:
-            await super().__call__({**scope, "headers": headers}, receive, send)
-        finally:
-            self._registry.unpin(self._digest)
 
 
 def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple[str, ...]]:
@@ -127,6 +110,8 @@ def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple
     try:
         artifact = read_artifact(staged.path, limits)
         return artifact, check_compatible(artifact, context.engine.model)
+    except UnreadableArtifactError as error:
+        raise unreadable_upload() from error
     except ArtifactError as error:
         raise invalid(str(error), "file", "invalid_artifact") from error
     except IncompatibleArtifactError as error:

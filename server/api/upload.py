@@ -1,14 +1,13 @@
 """Reading an uploaded artifact: the multipart form, chunk by chunk, straight to its staged file."""
 
+from collections.abc import Awaitable, Callable
 from typing import Final
 
-from anyio import to_thread
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from interventions.artifact import ArtifactError
-from interventions.registry import StagedUpload
 from server.api.errors import ApiError, invalid
 
 FILE: Final = "file"
@@ -106,8 +105,10 @@ class UploadForm:
         self._complete = True
 
 
-async def receive_upload(request: Request, staged: StagedUpload, max_bytes: int) -> str | None:
-    """Write the form's file to the staged one; returns the form's `name`, None if it has none.
+async def receive_upload(
+    request: Request, write: Callable[[bytes], Awaitable[None]], max_bytes: int
+) -> str | None:
+    """Hand over the form's file as it comes; returns the form's `name`, None if it has none.
 
     Raises:
         ApiError: the body is not a form (400, 415), or the file is too large (413).
@@ -129,7 +130,7 @@ async def receive_upload(request: Request, staged: StagedUpload, max_bytes: int)
             if size > max_bytes:
                 raise _too_large(max_bytes)
             if data:
-                await to_thread.run_sync(staged.write, data)
+                await write(data)
     except FormParserError:
         raise invalid("The body is not a valid multipart form.", None, "invalid_form") from None
     except ArtifactError as error:

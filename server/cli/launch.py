@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.header import ArtifactLimits
-from interventions.registry import Registry, RegistryError
+from interventions.registry import Registry, RegistryDiskError, RegistryError
 from server.app import check_default_steering, create_app
 from server.config import ConfigurationError, Settings
 from server.engine.torch.embedded import EmbeddedModelError, cache_folder
@@ -169,7 +169,10 @@ def _add_bundled(registry: Registry) -> None:
     for path in bundled_artifacts():
         name = read_manifest(path).name
         if not registry.known(name):
-            registry.add(path, name)
+            try:
+                registry.add(path, name)
+            except RegistryDiskError as error:  # what is stored can be served all the same
+                logger.warning("The bundled intervention %s is not stored. %s", name, error)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,0 +1,76 @@
+"""What the registry raises: each a sentence for whoever asked."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+# Of the last, the limit on one file's size: for whoever writes it, room has run out as well.
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class RegistryError(Exception):
+    """The registry cannot do what was asked, with one sentence that says why."""
+
+
+class InvalidNameError(RegistryError):
+    """A name that an intervention may not have."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name[:100]!r} is not a name: 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a "
+            "letter or digit."
+        )
+        self.name = name
+
+
+class UnknownInterventionError(RegistryError):
+    """Nothing is stored under a reference."""
+
+    def __init__(self, reference: str, message: str | None = None) -> None:
+        super().__init__(message or f'There is no intervention "{reference[:100]}".')
+        self.reference = reference
+
+
+class DamagedInterventionError(UnknownInterventionError):
+    """Something was stored under the reference, but its files are damaged or missing."""
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(
+            reference, f'The intervention "{reference[:100]}" is stored but damaged: {reason}'
+        )
+
+
+class RegistryDiskError(RegistryError):
+    """The registry's disk is full, read-only or failing. The sentence names no path.
+
+    `full` says whether room is all that is missing. `visible` says that the change is there all
+    the same, and that only a power cut may undo it; otherwise nothing has changed.
+    """
+
+    def __init__(self, error: OSError, *, visible: bool = False) -> None:
+        self.full = is_full(error)
+        self.visible = visible
+        reason = (
+            "The registry's disk is full"
+            if self.full
+            else f"The registry's disk cannot be used: {error.strerror or 'it fails'}"
+        )
+        outcome = (
+            "the change was made, but a power cut may undo it" if visible else "nothing was changed"
+        )
+        super().__init__(f"{reason}; {outcome}.")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that there is no room: on the disk, in a quota, or for a file."""
+    return error.errno in _NO_ROOM
+
+
+@contextmanager
+def disk_errors(*, visible: bool = False) -> Iterator[None]:
+    """Turns an OSError of the block into a RegistryDiskError."""
+    try:
+        yield
+    except OSError as error:
+        raise RegistryDiskError(error, visible=visible) from error
