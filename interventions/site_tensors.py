@@ -104,7 +104,10 @@ def site_widths(shapes: Mapping[str, Shape], max_sites: int) -> dict[str, int]:
     gates = {stem: parts for stem, parts in sorted(stems.items()) if _is_gate(stem, parts)}
     maps = {stem: parts for stem, parts in sorted(stems.items()) if stem not in gates}
     if len(maps) > max_sites:
-        raise ArtifactError(f"The artifact holds {len(maps)} sites; the limit is {max_sites}.")
+        raise ArtifactError(
+            f"The artifact holds {len(maps)} sites; the limit is {max_sites}. The tensor "
+            f'"{_name(list(maps)[max_sites], "weight")}" is beyond it.'
+        )
     for stem, parts in stems.items():
         _check_pairs(stem, parts)
     for site, parts in maps.items():

@@ -67,6 +67,12 @@ class Bank:
         self.fillings += 1
 
     @torch.inference_mode()
+    def make_room(self, widths: Mapping[str, int]) -> None:
+        """Take the memory for maps at some sites (site -> width), ahead of `put`."""
+        for site, width in widths.items():
+            self._site(site, width)
+
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         if self._heads.pop(slot, None) is not None and self.grouped is not None:

@@ -99,11 +99,11 @@ def test_a_probe_that_failed_is_made_again(
         raise MemoryError
 
     with monkeypatch.context() as failing:
-        failing.setattr(core.interventions, "_probe", fail)
+        failing.setattr(core.interventions._probes, "_probe", fail)
         with pytest.raises(MemoryError):
             core.interventions.install("a", random_maps(1))
     with monkeypatch.context() as dead:
-        dead.setattr(core.interventions, "_probe", lambda sites: sites)
+        dead.setattr(core.interventions._probes, "_probe", lambda sites: sites)
         with pytest.raises(UnservableInterventionError):
             core.interventions.install("a", random_maps(1))
     assert core.interventions.slots.used == 0

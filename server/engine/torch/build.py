@@ -24,7 +24,9 @@ from server.engine.torch.self_test import (
     check_lm_head,
     dead_sites,
     reference_logits,
+    sites_a_batch,
 )
+from server.engine.torch.site_probes import SiteProbes
 from server.engine.torch.staged_runner import StagedRunner
 from steering.hooks import SteeringHooks
 
@@ -53,12 +55,12 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     runner = Runner(model, hooks) if paged is None else StagedRunner(model, hooks, model.device)
     check_forward(model, runner, memory, expected)
     check_lm_head(model, runner, memory, loaded.description.head_width)
+    probe = partial(dead_sites, model, runner, memory, widths=widths)
     interventions = LoadedInterventions(
         options.max_loaded_interventions,
         loaded.description,
-        hooks,
         model.device,
-        probe=partial(dead_sites, model, runner, memory, widths=widths),
+        SiteProbes(hooks, probe, sites_a_batch(memory)),
     )
     prefixes = PrefixCache[list[Tensor]](kv.prefixes, options.prefix_cache)
     scheduler = Scheduler(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Final
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -31,6 +32,8 @@ from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
+
+_IDLE_PIECE_SECONDS: Final = 0.1  # of work between steps while nothing runs that waits for it
 
 
 class NotReadError(Exception):
@@ -71,6 +74,23 @@ class EngineCore:
         self._device = model.device
         self.store = KVStore(memory, prefixes)
         self._answers: dict[Sequence, Answer] = {}
+        self._step_seconds = 0.0  # that the last step took
+
+    def prepare(self, parameters: Parameters) -> bool:
+        """Do one piece of what an intervention needs before it can be admitted.
+
+        A piece takes about as long as a step, so that nobody whose steps are computed in between
+        notices it.
+
+        Returns:
+            Whether nothing is left to do.
+
+        Raises:
+            UnservableInterventionError: it does not fit the model, or an edit at one of its sites
+                does not reach the logits.
+        """
+        seconds = self._step_seconds if self.has_work else _IDLE_PIECE_SECONDS
+        return self.interventions.prepare(parameters, seconds)
 
     def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
         """Queue sequences, all or none, with their interventions in slots and pinned.
@@ -157,6 +177,7 @@ class EngineCore:
 
     def step(self) -> list[Delivery]:
         """Compute one step; the outputs of the sequences that it advanced."""
+        began = time.perf_counter()
         plan = self.scheduler.schedule()
         deliveries: list[Delivery] = [(sequence, _gave_way()) for sequence in plan.dropped]
         if plan.chunks:
@@ -176,6 +197,7 @@ class EngineCore:
                 self.remove(sequence)
         if self._check_invariants:
             self.check()
+        self._step_seconds = time.perf_counter() - began
         return deliveries
 
     def _compute(self, plan: Plan) -> list[Delivery]:

@@ -125,8 +125,7 @@ class TorchEngine:
         """Stop after the current step; see server.engine.base.Engine.close."""
         self._thread.stop()
         # Now: their clients must hear of it however long the step takes.
-        for admission in tuple(self._admissions):
-            admission.cancel()
+        self._end_admissions()
         self._fail_all()
         if not await self._thread_ends():
             logger.critical("the engine is stuck in a step, for over %g s now", LAST_STEP_SECONDS)
@@ -137,16 +136,16 @@ class TorchEngine:
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
-        # Shielded: a client that leaves in the middle of an admission must not leave it running.
+        # A task of its own, which ends with the client's, and which the engine's end ends too.
         admission = asyncio.create_task(self._admit(requests))
         self._admissions.add(admission)
         admission.add_done_callback(self._admissions.discard)
         try:
-            return await asyncio.shield(admission)
+            return await admission
         except asyncio.CancelledError:
-            if admission.cancelled():  # by `close`
+            if not _is_cancelled():
                 raise self._thread.end from None
-            admission.add_done_callback(_cancel_admitted)
+            admission.add_done_callback(_cancel_admitted)  # it may have come to its end before
             raise
 
     def _check(self, requests: Sequence[Request]) -> None:
@@ -197,8 +196,9 @@ class TorchEngine:
         try:
             await self._queue(sequences)
         except BaseException:
+            # The thread may be about to take them, where whoever asked has left meanwhile.
             for sequence in sequences:
-                self._generations.pop(sequence, None)
+                self._cancel(sequence)
             raise
         finally:
             self._admitting -= queued
@@ -215,6 +215,13 @@ class TorchEngine:
                     # Kept for the next attempt: what was loaded may be evicted in between.
                     for digest in not_read.digests:
                         parameters[digest] = await self._reads.read(digest)
+                        await self._prepare(parameters[digest])
+
+    async def _prepare(self, parameters: Parameters) -> None:
+        """Have the engine thread do what an intervention needs, piece by piece between steps."""
+        prepare = partial(self._core.prepare, parameters)
+        while not await asyncio.wrap_future(self._thread.call_piece(prepare)):
+            pass
 
     async def _on_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._thread.call(function))
@@ -243,7 +250,12 @@ class TorchEngine:
 
     def _end(self) -> None:
         self._thread_ended.set()
+        self._end_admissions()
         self._fail_all()
+
+    def _end_admissions(self) -> None:
+        for admission in tuple(self._admissions):
+            admission.cancel()
 
     async def _thread_ends(self) -> bool:
         if self._loop is None:  # it was never started
@@ -263,6 +275,12 @@ def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
     if not admission.cancelled() and admission.exception() is None:
         for generation in admission.result():
             generation.cancel()
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the running task itself that was cancelled, and not what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _ready(

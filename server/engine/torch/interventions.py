@@ -1,6 +1,6 @@
 """The interventions that the engine has loaded: bank, slots and hooks kept in step."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, TypeAlias
 
@@ -8,39 +8,28 @@ import torch
 
 from interventions.model import ModelDescription
 from server.engine.base import UnservableInterventionError
+from server.engine.torch.site_probes import SiteProbes
 from server.engine.torch.slots import SlotTable
 from steering.affine import AffineParameters
 from steering.bank import Bank
-from steering.hooks import SteeringHooks
 from steering.reward import RewardHead
 
 Parameters: TypeAlias = AffineParameters | RewardHead
 
 _REHEARSAL: Final = ""  # no digest
+_NAMED: Final = 8  # sites, in a message
 
 
 class LoadedInterventions:
-    """Used on the engine thread only.
-
-    `probe` is given the sites that have just been hooked and returns those at which an edit does
-    not reach the logits.
-    """
+    """Used on the engine thread only."""
 
     def __init__(
-        self,
-        capacity: int,
-        model: ModelDescription,
-        hooks: SteeringHooks,
-        device: torch.device,
-        probe: Callable[[frozenset[str]], frozenset[str]],
+        self, capacity: int, model: ModelDescription, device: torch.device, probes: SiteProbes
     ) -> None:
         self._model = model
         self.bank = Bank(capacity, device)
         self.slots = SlotTable(capacity)
-        self._hooks = hooks
-        self._probe = probe
-        self._probed_sites: frozenset[str] = frozenset()
-        self._dead_sites: frozenset[str] = frozenset()
+        self._probes = probes
 
     def missing(self, digests: Iterable[str]) -> set[str]:
         """Those that would have to be installed."""
@@ -62,8 +51,27 @@ class LoadedInterventions:
         """Let go of one pin."""
         self.slots.unpin(digest)
 
+    def prepare(self, parameters: Parameters, seconds: float) -> bool:
+        """Probe a few of an intervention's new sites, for about so many seconds.
+
+        Returns:
+            Whether none is left, so that it can be installed without a probe.
+
+        Raises:
+            UnservableInterventionError: it does not fit the model, or an edit at one of its sites
+                does not reach the logits.
+        """
+        self._check_fit(parameters)
+        if not isinstance(parameters, Mapping):
+            return True
+        self._check_alive(parameters)
+        new = self._probes.probe_some(parameters, seconds)
+        self._check_alive(parameters)
+        self.bank.make_room({site: self._model.site_widths[site] for site in new})
+        return not self._probes.left(parameters)
+
     def install(self, digest: str, parameters: Parameters) -> int:
-        """Put an intervention into a slot, and pin it.
+        """Put an intervention into a slot, and pin it; sites that are left to probe are probed.
 
         Raises:
             BankFullError: every slot is pinned.
@@ -72,7 +80,8 @@ class LoadedInterventions:
         """
         self._check_fit(parameters)
         if isinstance(parameters, Mapping):
-            self._hook(frozenset(parameters))
+            self._probes.probe_all(parameters)
+            self._check_alive(parameters)
         slot = self.slots.take(digest)
         try:
             self.bank.put(slot, parameters)
@@ -105,17 +114,11 @@ class LoadedInterventions:
         else:
             _check_width("lm_head", parameters.direction.numel(), self._model.head_width)
 
-    def _hook(self, sites: frozenset[str]) -> None:
-        # Probed and not hooked: a probe that failed has shown nothing, and must be made again.
-        new = sites - self._probed_sites
-        for site in sorted(new):
-            self._hooks.install(site)
-        if new:
-            self._dead_sites |= self._probe(new)
-            self._probed_sites |= new
-        if dead := sorted(sites & self._dead_sites):
+    def _check_alive(self, sites: Collection[str]) -> None:
+        if dead := self._probes.dead(sites):
+            named = f"{', '.join(dead[:_NAMED])}{', ...' if len(dead) > _NAMED else ''}"
             raise UnservableInterventionError(
-                f"An edit at {', '.join(dead)} does not reach the logits of this model."
+                f"An edit at {named} does not reach the logits of this model."
             )
 
 

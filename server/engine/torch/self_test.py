@@ -115,6 +115,11 @@ def check_lm_head(model: PreTrainedModel, runner: Runner, memory: KVMemory, widt
         raise ModelLoadError("an edit before lm_head does not reach the logits")
 
 
+def sites_a_batch(memory: KVMemory) -> int:
+    """How many sites one batch of `dead_sites` can have."""
+    return memory.probe_lanes - _UNEDITED
+
+
 def dead_sites(
     model: PreTrainedModel,
     runner: Runner,
@@ -128,9 +133,9 @@ def dead_sites(
     """
     ordered = sorted(sites)
     dead: set[str] = set()
-    sites_a_batch = memory.probe_lanes - _UNEDITED
-    for first in range(0, len(ordered), sites_a_batch):
-        group = ordered[first : first + sites_a_batch]
+    at_once = sites_a_batch(memory)
+    for first in range(0, len(ordered), at_once):
+        group = ordered[first : first + at_once]
         bank = Bank(len(group), model.device)
         for slot, site in enumerate(group, start=1):
             bank.put(slot, {site: probe_map(widths[site])})

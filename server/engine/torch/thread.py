@@ -45,6 +45,7 @@ class EngineThread:
         self._deliver = deliver
         self._tell_end = ended
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._died = False
         self._ended = False
@@ -78,6 +79,27 @@ class EngineThread:
             Its result or exception; if the thread has ended, ShuttingDownError where it was told
             to and EngineDeadError where it was not.
         """
+        future, run = self._promised(function)
+        self._inbox.put(run)
+        if self._ended:
+            self._drain()
+        return future
+
+    def call_piece(self, function: Callable[[], T]) -> Future[T]:
+        """Run one piece of some longer work: between two steps there is only one such piece.
+
+        Returns:
+            As `call`.
+        """
+        future, run = self._promised(function)
+        self._pieces.put(run)
+        self._inbox.put(_nothing)  # wakes the thread where it has no work
+        if self._ended:
+            self._drain()
+        return future
+
+    def _promised(self, function: Callable[[], T]) -> tuple[Future[T], Callable[[], None]]:
+        """A future, and what makes it the function's result, on the engine thread."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -91,10 +113,7 @@ class EngineThread:
             except Exception as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
-        if self._ended:
-            self._drain()
-        return future
+        return future, run
 
     def stop(self) -> None:
         """Take no more calls, and end after the step that is computed now.
@@ -102,7 +121,7 @@ class EngineThread:
         Does not wait for that step: it may be long, or never end.
         """
         self._stopping = True
-        self._inbox.put(lambda: None)  # wakes the thread where it has no work
+        self._inbox.put(_nothing)  # wakes the thread where it has no work
 
     def _run(self) -> None:
         try:
@@ -111,6 +130,7 @@ class EngineThread:
                 outputs = self._core.step()
                 if outputs:
                     self._deliver(outputs)
+                _run_next(self._pieces)
         except BaseException:
             self._died = True
             logger.critical("the engine thread died", exc_info=True)
@@ -123,13 +143,26 @@ class EngineThread:
         """Run what waits in the inbox; if there is no work, do what is pending, or wait."""
         self._drain()
         while not (self._core.has_work or self._stopping):
-            if not self._core.make_pending():
+            if not (_run_next(self._pieces) or self._core.make_pending()):
                 self._inbox.get()()
             self._drain()
 
     def _drain(self) -> None:
-        while True:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
+        while _run_next(self._inbox):
+            pass
+        while self._ended and _run_next(self._pieces):  # which tell that it has ended
+            pass
+
+
+def _nothing() -> None:
+    """Wakes whoever waits for something to run."""
+
+
+def _run_next(waiting: "queue.SimpleQueue[Callable[[], None]]") -> bool:
+    """Run the next function; False if there is none."""
+    try:
+        run = waiting.get_nowait()
+    except queue.Empty:
+        return False
+    run()
+    return True
