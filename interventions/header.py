@@ -10,10 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from interventions.strict_json import StrictJSONError, parse_json
+from interventions.strict_json import JsonLimits, StrictJSONError, parse_json
 
 _PREFIX_BYTES: Final = 8
 _ELEMENT_BYTES: Final[tuple[tuple[str, int], ...]] = (("F32", 4), ("F16", 2), ("BF16", 2))
+# A map of a module's output or input: weight, bias, low, high, gate's weight and bias.
+_TENSORS_OF_SITE: Final = 6
 _ENTRY_FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
@@ -34,6 +36,17 @@ class ArtifactLimits:
     max_manifest_bytes: int = 64 << 10
     max_sites: int = 1024
     max_head_units: int = 8192
+
+    @property
+    def json(self) -> JsonLimits:
+        """What the header of the largest artifact holds as JSON, and some more."""
+        tensors = self.max_sites * _TENSORS_OF_SITE + 100  # so that one too many can be told
+        return JsonLimits(
+            containers=3 * tensors,  # an entry with its shape and its offsets
+            strings=5 * tensors,  # a name, three keys and a type
+            commas=5 * tensors,
+            members=tensors,
+        )
 
 
 DEFAULT_LIMITS: Final = ArtifactLimits()
@@ -82,7 +95,7 @@ def _read(file: BinaryIO, limits: ArtifactLimits) -> Header:
     text = file.read(length)
     if not text.startswith(b"{"):
         raise ArtifactError(_not_safetensors(prefix, "its header is not a JSON object"))
-    fields = _parse(text)
+    fields = _parse(text, limits.json)
     metadata = _metadata(fields.pop("__metadata__", {}))
     shapes = _tensors(fields, size - _PREFIX_BYTES - length)
     return Header(size, metadata, shapes)
@@ -95,9 +108,9 @@ def _not_safetensors(prefix: bytes, reason: str) -> str:
     return f"The file is not a safetensors file: {reason}."
 
 
-def _parse(text: bytes) -> dict[str, object]:
+def _parse(text: bytes, limits: JsonLimits) -> dict[str, object]:
     try:
-        fields = parse_json(text.decode())
+        fields = parse_json(text.decode(), limits)
     except UnicodeDecodeError as error:
         raise ArtifactError("The file's header is not valid UTF-8.") from error
     except StrictJSONError as error:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Final, get_args
 
 from interventions.manifest import AffineManifest, Manifest, RewardManifest
+from interventions.spelling import nearest_name
 from steering.settings import AffineSettings, Positions, RewardSettings
 
 AFFINE_SETTINGS: Final[tuple[str, ...]] = ("strength", "positions")
@@ -92,8 +92,8 @@ def _check_names(manifest: Manifest, requested: Mapping[str, object]) -> None:
                 f'"{field}" is a setting of {other_kind} interventions; '
                 f'"{manifest.name}" is of kind {manifest.kind} and takes {_listed(own)}.',
             )
-        nearest = get_close_matches(field, own, n=1)
-        hint = f'did you mean "{nearest[0]}"?' if nearest else f"it takes {_listed(own)}."
+        nearest = nearest_name(field, own)
+        hint = f'did you mean "{nearest}"?' if nearest else f"it takes {_listed(own)}."
         raise InvalidSettingError(
             field, f'"{field[:100]}" is not a setting of "{manifest.name}"; {hint}'
         )

@@ -504,8 +504,8 @@ async def test_a_large_request_does_not_stop_the_streams_of_others(
     client: httpx.AsyncClient,
 ) -> None:
     """Neither what has thousands of prompts nor what has thousands of members is taken apart."""
-    many_prompts = await complete(client, prompt=[[1]] * 300_000)
+    many_prompts = await complete(client, prompt=[[1]] * 30_000)
     assert error_of(many_prompts)["param"] == "prompt"
     for field in ("stream_options", "logit_bias", "steering"):
-        many_members = await complete(client, **{field: {str(n): 1 for n in range(100_000)}})
+        many_members = await complete(client, **{field: {str(n): 1 for n in range(1001)}})
         assert "more than 1000 members" in str(error_of(many_members)["message"])

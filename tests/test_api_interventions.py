@@ -354,6 +354,7 @@ async def test_a_form_of_a_wrong_shape(
     good = bytes_of(affine_artifact("maps"))
     part = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
     form = "multipart/form-data; boundary=b"
+    end = b"\r\n--b--\r\n"
     wrong: dict[str, tuple[str, bytes, int]] = {
         "no form": ("application/octet-stream", good, 415),
         "json": ("application/json", b"{}", 415),
@@ -365,13 +366,16 @@ async def test_a_form_of_a_wrong_shape(
         "two files": (form, (part % (b"file", good)) * 2 + b"--b--\r\n", 400),
         "misspelt": (form, part % (b"fiel", good) + b"--b--\r\n", 400),
         "many headers": (form, b"--b\r\n" + b"A: b\r\n" * 500 + b"\r\n", 400),
+        "long headers": (form, b"--b\r\n" + (b"A: " + b"b" * 3000 + b"\r\n") * 3 + end, 400),
+        "two good headers": (form, b"--b\r\n" + (b"A: " + b"b" * 3000 + b"\r\n") * 2 + end, 400),
     }
+    says = {"long headers": "headers of a part", "two good headers": "fields are"}
     for what, (content_type, body, status) in wrong.items():
         response = await client.post(
             "/v1/interventions", content=body, headers={"Content-Type": content_type}
         )
         assert response.status_code == status, what
-        assert error_of(response)
+        assert says.get(what, "") in str(error_of(response)["message"]), what
     assert nothing_stored(registry, tmp_path / "registry")
 
 

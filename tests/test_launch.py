@@ -1,5 +1,6 @@
 """Starting the server: what it says on standard error, and in which words."""
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import httpx
 import pytest
 
 from server.cli import launch
+from server.config import Settings
+from server.engine.torch.engine import TorchEngine
 from tests.processes import ROOT, STOP_SECONDS, steerserve
 
 
@@ -63,3 +66,28 @@ def test_what_is_compiled_is_kept_in_the_users_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     launch._keep_compiled()  # what an operator has set stays
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "steerserve" / "compiled")
+
+
+async def test_what_is_loaded_is_nothing_that_a_request_makes_the_collector_look_at(
+    tiny_engine: TorchEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[int] = []
+
+    class Idle:
+        engine_died = False
+
+        def __init__(self, _: object) -> None:
+            pass
+
+        def run(self) -> None:
+            looked_at.append(len(gc.get_objects()))
+
+    monkeypatch.setattr(launch, "_load_engine", lambda *_: tiny_engine)
+    monkeypatch.setattr(launch, "Server", Idle)
+    settings = Settings(model="tiny", registry=tmp_path, toxicity_scorer="none")
+    loaded = len(gc.get_objects())
+    try:
+        assert launch._run(settings, lambda _: None)
+    finally:
+        gc.unfreeze()
+    assert looked_at[0] < loaded / 100

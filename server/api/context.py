@@ -45,6 +45,10 @@ def _prompt_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompts")
 
 
+def _body_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="bodies")
+
+
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """The parts that the application was made of."""
@@ -60,6 +64,9 @@ class ServerContext:
     # Long prompts are read here: in the pool that all share, they would keep everything waiting.
     prompt_threads: ThreadPoolExecutor = field(default_factory=_prompt_threads)
     disk: RegistryDisk = field(default_factory=RegistryDisk)
+    # Large bodies are parsed here, one at a time: parsing holds the interpreter's lock, and several
+    # threads would keep everything else from it in turn.
+    body_thread: ThreadPoolExecutor = field(default_factory=_body_thread)
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 

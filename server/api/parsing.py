@@ -1,19 +1,20 @@
 """From a request's bytes to a checked object; whatever is wrong becomes one short 400."""
 
-from difflib import get_close_matches
+import asyncio
+from collections.abc import Collection
 from typing import TypeVar
 
-from anyio import to_thread
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
-from interventions.strict_json import StrictJSONError, parse_json
+from interventions.spelling import nearest_name
+from interventions.strict_json import StrictJSONError, UnknownKeyError, parse_json
+from server.api.context import get_context
 from server.api.errors import ApiError, invalid
 
 T = TypeVar("T", bound=BaseModel)
 UNSUPPORTED = "unsupported_parameter"
-MAX_MEMBERS = 1000  # of any object: more than a logit bias has; each one at fault costs time
 LARGE_BODY = 64 * 1024  # bytes from which parsing is worth a thread: others' streams go on
 
 
@@ -34,21 +35,24 @@ async def read_request(schema: type[T], request: Request) -> T:
     body = await request.body()
 
     def read() -> T:
-        return _validate(schema, _parse_object(body))
+        return _validate(schema, _parse_object(body, schema.model_fields))
 
-    return read() if len(body) < LARGE_BODY else await to_thread.run_sync(read)
+    if len(body) < LARGE_BODY:
+        return read()
+    context = await get_context(request)
+    return await asyncio.get_running_loop().run_in_executor(context.body_thread, read)
 
 
-def _parse_object(body: bytes) -> dict[str, object]:
+def _parse_object(body: bytes, known: Collection[str]) -> dict[str, object]:
     try:
-        # This parser refuses what is no Unicode (lone surrogates too) and deep nesting; the
-        # second refuses a key given twice, whose earlier value would silently not count.
-        from_json(body, allow_inf_nan=False, cache_strings="keys")
-        value = parse_json(body.decode(), MAX_MEMBERS)
+        # Some clients put a byte order mark before it.
+        value = parse_json(body.decode("utf-8-sig"), known=known)
+    except UnknownKeyError as error:
+        raise _unknown(error.key, known) from None
     except StrictJSONError as error:
         raise invalid(f"The request's body {error}.", None, "invalid_json") from None
-    except ValueError as error:
-        message = f"The request's body is not valid JSON: {error}."
+    except UnicodeDecodeError:
+        message = "The request's body is not valid JSON: it is not UTF-8."
         raise invalid(message, None, "invalid_json") from None
     if not isinstance(value, dict):
         raise invalid("The request's body must be a JSON object.", None, "invalid_json")
@@ -60,19 +64,24 @@ def _validate(schema: type[T], fields: dict[str, object]) -> T:
         return schema.model_validate(fields)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-        raise _explain(details[0], tuple(schema.model_fields)) from None
+        raise _explain(details[0]) from None
 
 
-def _explain(error: ErrorDetails, known: tuple[str, ...]) -> ApiError:
+def _unknown(param: str, known: Collection[str] = ()) -> ApiError:
+    nearest = nearest_name(param, known)
+    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    param = param[:200]
+    message = f"Unrecognized request argument supplied: {param}.{hint}"
+    return invalid(message, param, "unknown_parameter")
+
+
+def _explain(error: ErrorDetails) -> ApiError:
     param = ".".join(str(part) for part in error["loc"])[:200]
     if error["type"] == "missing":
         message = f"Missing required parameter: '{param}'."
         return invalid(message, param, "missing_required_parameter")
     if error["type"] == "extra_forbidden":
-        nearest = get_close_matches(param, known, n=1)
-        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-        message = f"Unrecognized request argument supplied: {param}.{hint}"
-        return invalid(message, param, "unknown_parameter")
+        return _unknown(param)
     reason = error["msg"]
     if error["type"] == UNSUPPORTED:
         return invalid(reason, param, UNSUPPORTED)

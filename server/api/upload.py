@@ -13,6 +13,7 @@ from server.api.errors import ApiError, invalid
 FILE: Final = "file"
 NAME: Final = "name"
 MAX_NAME_BYTES: Final = 1000  # far beyond any valid name, whose length the registry judges
+MAX_HEADER_BYTES: Final = 8 * 1024  # of all headers of one part
 
 
 class UploadForm:
@@ -34,6 +35,7 @@ class UploadForm:
         )
         self._header_name = b""
         self._header_value = b""
+        self._header_bytes = 0  # of the part so far
         self._disposition = b""
         self._field = ""
         self._seen: set[str] = set()
@@ -70,12 +72,21 @@ class UploadForm:
 
     def _on_part_begin(self) -> None:
         self._disposition = b""
+        self._header_bytes = 0
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header_name += data[start:end]
 
     def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header_value += data[start:end]
+
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEADER_BYTES:
+            message = f"The headers of a part of the form exceed {MAX_HEADER_BYTES} bytes."
+            raise invalid(message, None, "invalid_form")
 
     def _on_header_end(self) -> None:
         if self._header_name.lower() == b"content-disposition":
@@ -125,7 +136,8 @@ async def receive_upload(
         form = UploadForm(options[b"boundary"])
         size = 0
         async for chunk in request.stream():
-            data = form.feed(chunk) if chunk else b""
+            # In a thread: what a form is made of may take its parser a while.
+            data = await to_thread.run_sync(form.feed, chunk) if chunk else b""
             size += len(data)
             if size > max_bytes:
                 raise _too_large(max_bytes)
