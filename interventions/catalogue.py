@@ -90,6 +90,20 @@ class Catalogue:
             raise UnknownInterventionError(name)
         return record.versions
 
+    def names_of(self, digest: str) -> frozenset[str]:
+        """As `Registry.names_of`."""
+        records = self.records.values()
+        current = {
+            record.name
+            for record in records
+            if record.current is not None and record.current.digest == digest
+        }
+        return frozenset(current) or frozenset(
+            record.name
+            for record in records
+            if any(version.digest == digest for version in record.available)
+        )
+
     def entries(self) -> list[Entry]:
         """As `Registry.entries`."""
         return [

@@ -170,6 +170,10 @@ class Registry:
         """
         return self._catalogue.history(name)
 
+    def names_of(self, digest: str) -> frozenset[str]:
+        """The names that point to a digest; if none does, those that once did, and still live."""
+        return self._catalogue.names_of(digest)
+
     def entries(self) -> list[Entry]:
         """What every name points to, sorted by name; without deleted and damaged ones."""
         return self._catalogue.entries()

@@ -41,7 +41,7 @@ def create_app(
         sinks: are told of every request at its end.
 
     Raises:
-        ConfigurationError: the default steering is not one.
+        ConfigurationError: the default steering is not one, or cannot be applied.
     """
     try:
         steering = SteeringResolver(
@@ -83,7 +83,6 @@ def _v1() -> APIRouter:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context = app.state.context
     assert isinstance(context, ServerContext)
-    check_default_steering(context)
     async with AsyncExitStack() as stack:
         if context.scoring is not None:
             context.scoring.start()
@@ -92,16 +91,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await context.engine.start()
             stack.push_async_callback(context.engine.close)
         stack.push_async_callback(context.baselines.close)
+        try:
+            await context.steering.prove_default(context.engine)
+        except ApiError as error:
+            raise ConfigurationError(error.message) from error
         yield
-
-
-def check_default_steering(context: ServerContext) -> None:
-    """Refuse to start with a default that every request would fail on.
-
-    Raises:
-        ConfigurationError: the registry does not have it, or the model cannot take it.
-    """
-    try:
-        context.steering.default()
-    except ApiError as error:
-        raise ConfigurationError(error.message) from error

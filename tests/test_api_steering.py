@@ -4,12 +4,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from pydantic import JsonValue
 
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
-from server.app import check_default_steering
 from server.config import ConfigurationError
 from server.engine.torch.engine import TorchEngine
 from tests.artifact_samples import affine_manifest, affine_parameters
@@ -298,20 +296,6 @@ async def test_locked(
             assert error_of(response)["code"] == "steering_locked"
 
 
-async def test_a_default_that_is_gone_is_never_left_out(
-    stocked: httpx.AsyncClient, make_client: MakeClient, registry: Registry
-) -> None:
-    client = make_client(default_steering={"intervention": "maps"})
-    response = await client.delete("/v1/interventions/maps")
-    assert response.status_code == 409
-    assert error_of(response)["code"] == "intervention_in_use"
-    registry.delete("maps")  # as another program might
-    response = await complete(client)
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "default_steering_unavailable"
-    assert (await complete(client, steering=None)).status_code == 200
-
-
 @pytest.mark.parametrize(
     "default",
     [
@@ -320,16 +304,13 @@ async def test_a_default_that_is_gone_is_never_left_out(
         {"intervention": "maps", "strngth": 1},
     ],
 )
-async def test_a_server_does_not_start_with_a_default_that_fails(
-    stocked: httpx.AsyncClient,
-    tiny_engine: TorchEngine,
-    registry: Registry,
-    default: dict[str, JsonValue],
+@pytest.mark.usefixtures("stocked")
+async def test_a_default_that_fails_is_no_application(
+    tiny_engine: TorchEngine, registry: Registry, default: dict[str, JsonValue]
 ) -> None:
-    app = build_app(tiny_engine, registry, default_steering=default)
     with pytest.raises(ConfigurationError, match="default steering cannot be applied"):
-        await _start(app)
-    check_default_steering(build_app(tiny_engine, registry).state.context)
+        build_app(tiny_engine, registry, default_steering=default)
+    build_app(tiny_engine, registry)
 
 
 async def test_a_malformed_default_is_no_application(
@@ -348,8 +329,3 @@ async def test_moving_a_name_moves_new_requests_only(
     new = await text_of(stocked, steering={"intervention": "maps"})
     assert new != old
     assert await text_of(stocked, steering={"intervention": f"sha256:{before}"}) == old
-
-
-async def _start(app: FastAPI) -> None:
-    async with app.router.lifespan_context(app):
-        pass

@@ -277,6 +277,20 @@ def test_deleting_lets_all_versions_go_and_leaves_a_tombstone(
     assert (last.digest, last.event) == ("", "deleted")
 
 
+def test_the_names_of_a_digest(registry: Registry, make: Callable[[int], Path]) -> None:
+    first, second = registry.add(make(1), "a").digest, read_artifact(make(2)).digest
+    registry.add(make(1), "b")
+    assert registry.names_of(first) == {"a", "b"}
+    assert registry.names_of(second) == set()
+    registry.add(make(2), "a")
+    assert registry.names_of(first) == {"b"}
+    assert registry.names_of(second) == {"a"}
+    registry.delete("b")
+    assert registry.names_of(first) == {"a"}  # by its history
+    registry.delete("a")
+    assert registry.names_of(first) == registry.names_of(second) == set()
+
+
 def test_deleting_what_is_not_there(registry: Registry, make: Callable[[int], Path]) -> None:
     with pytest.raises(UnknownInterventionError):
         registry.delete("a")

@@ -242,9 +242,9 @@ def test_the_help_tells_what_each_is_for_and_its_default() -> None:
     assert "automatic|pages|slabs" in shown
 
 
-@pytest.mark.parametrize("died", [False, True])
+@pytest.mark.parametrize(("started", "died"), [(True, False), (True, True), (False, False)])
 def test_the_settings_get_to_model_and_engine(
-    load_tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: bool
+    load_tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: bool, died: bool
 ) -> None:
     device_maps: list[str] = []
     engines: list[EngineOptions] = []
@@ -258,6 +258,7 @@ def test_the_settings_get_to_model_and_engine(
         return TorchEngine(loaded, lambda _: {}, options)
 
     def run(server: Server) -> None:
+        server.started = started  # not where the application's own start has failed
         server.engine_died = died
 
     monkeypatch.setattr(launch, "configure_logging", lambda _: None)
@@ -277,7 +278,7 @@ def test_the_settings_get_to_model_and_engine(
         max_batch_size=3,
         kv_cache_gb=0.01,
     )
-    assert launch.launch(settings, Console(quiet=True)) is not died
+    assert launch.launch(settings, Console(quiet=True)) is (started and not died)
     assert device_maps == ["auto"]
     [options] = engines
     assert (options.check_invariants, options.max_batch_size) == (True, 3)

@@ -173,7 +173,8 @@ async def answering(
             wording=wording,
         )
         assessment = Assessment(context, wanted, steering)
-        yield Exchange(http, context, wanted, frame, steering.edits, group, assessment, record)
+        with steering.blamed():
+            yield Exchange(http, context, wanted, frame, steering.edits, group, assessment, record)
 
 
 def check_request(wanted: GenerationFields, prompts: int, context: ServerContext) -> None:

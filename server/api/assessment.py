@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from server.api.applied_steering import AppliedSteering
 from server.api.context import ServerContext
 from server.api.errors import RETRY_SECONDS, ApiError, invalid
 from server.api.fields import GenerationFields
 from server.api.frames import Choice
 from server.api.generations import GenerationGroup
 from server.api.progress import Progress
-from server.api.steering import AppliedSteering
 from server.metrics import Arm
 from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import ScoringError

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
+from server.api.applied_steering import AppliedSteering
 from server.api.errors import timed_out
 from server.api.progress import Progress
-from server.api.steering import AppliedSteering
 from server.api.waiting import gather_or_cancel
 from server.engine.base import Engine, Generation, Request, StepOutput
 from server.metrics import NONE, Metrics

@@ -27,7 +27,7 @@ from interventions.registry import (
 from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
 from server.api.download import open_download
-from server.api.errors import ApiError, from_registry, invalid, unreadable_upload
+from server.api.errors import from_registry, invalid, unreadable_upload
 from server.api.upload import receive_upload
 from server.own_thread import in_own_thread
 
@@ -56,7 +56,8 @@ async def upload(request: Request, context: Context) -> Response:
             in_own_thread(partial(_read, staged, context))
         )
         chosen = artifact.manifest.name if name is None else name
-        entry, changed = await disk.call(_commit, context.registry, staged, artifact, chosen)
+        async with context.steering.default_artifacts.changing(chosen, artifact.digest):
+            entry, changed = await disk.call(_commit, context.registry, staged, artifact, chosen)
     body = _summary(entry, warnings, None)
     return JSONResponse(body, 201 if changed else 200, headers={"Location": _location(entry)})
 
@@ -93,14 +94,8 @@ async def delete(name: str, context: Context) -> Response:
     if name.startswith(DIGEST_PREFIX):
         raise invalid("Only a name can be deleted, not a digest.", "name", "invalid_name")
     entry = _resolve(context.registry, name)
-    if name in context.steering.default_references:
-        raise ApiError(
-            409,
-            f"The server's default steering uses '{name}': it cannot be deleted.",
-            param="name",
-            code="intervention_in_use",
-        )
-    await context.disk.call(_delete, context.registry, name)
+    async with context.steering.default_artifacts.changing(name, None):
+        await context.disk.call(_delete, context.registry, name)
     return JSONResponse({"name": name, "digest": entry.digest, "deleted": True})
 
 

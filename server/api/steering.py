@@ -1,73 +1,17 @@
 """From what a request says of steering to what is applied: one place, so that none slips by."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeAlias
-
-from pydantic import JsonValue
 
 from interventions.compatibility import IncompatibleArtifactError, check_shapes
 from interventions.model import ModelDescription
-from interventions.registry import (
-    DIGEST_PREFIX,
-    Entry,
-    Registry,
-    UnknownInterventionError,
-)
+from interventions.registry import Entry, Registry, UnknownInterventionError
 from interventions.settings import Caps, InvalidSettingError, resolve_settings
+from server.api.applied_steering import AppliedSteering, Resolved, Source, applied, sentence_of
+from server.api.default_steering import DefaultArtifacts, default_unavailable
 from server.api.errors import ApiError, from_registry, invalid
 from server.api.wanted import Wanted, parse_steering
 from server.config import SteeringPolicy
-from server.engine.base import Edit
-from server.metrics import NONE, OTHER, SEPARATOR
-from server.records import InterventionRecord
-
-Source: TypeAlias = Literal["request", "model", "default"]
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """One intervention of a request: what is stored, and the settings in full."""
-
-    entry: Entry
-    edit: Edit
-
-
-@dataclass(slots=True)
-class AppliedSteering:
-    """What a request is steered by. Holds pins in the registry until `release`."""
-
-    edits: tuple[Edit, ...]
-    echo: tuple[JsonValue, ...]  # for the client
-    kind: str | None  # for the metrics; None where nothing is edited
-    labels: tuple[str, ...]  # for the metrics, of each effective edit
-    interventions: tuple[InterventionRecord, ...]  # for the log
-    _registry: Registry
-    _pinned: list[str] = field(default_factory=list)
-
-    def pin(self) -> None:
-        """Keep the artifacts' bytes, whatever is deleted meanwhile.
-
-        Raises:
-            UnknownInterventionError: one has just been deleted; nothing stays pinned.
-        """
-        try:
-            for edit in self.edits:
-                self._registry.pin(edit.digest)
-                self._pinned.append(edit.digest)
-        except UnknownInterventionError:
-            self.release()
-            raise
-
-    @property
-    def label(self) -> str:
-        """All effective edits, for the metrics."""
-        return SEPARATOR.join(self.labels) or NONE
-
-    def release(self) -> None:
-        """Undo the pins. May be called again."""
-        while self._pinned:
-            self._registry.unpin(self._pinned.pop())
+from server.engine.base import Edit, Engine, EngineError, Request, SamplingSettings
 
 
 class SteeringResolver:
@@ -81,12 +25,29 @@ class SteeringResolver:
         policy: SteeringPolicy,
         caps: Caps,
     ) -> None:
-        """Raises ApiError if the default is not a `steering` value."""
+        """Resolve the default steering, once: it stays that, whatever its names point to later.
+
+        Raises:
+            ApiError: the default is not a `steering` value, cannot be applied, or does nothing
+                where the policy wants every request steered.
+        """
         self._registry = registry
         self._model = model
-        self._default = parse_steering(default, "default_steering")
         self._policy = policy
         self._caps = caps
+        wanted = parse_steering(default, "default_steering")
+        try:
+            self._default = self._resolve(wanted)
+        except ApiError as error:
+            raise default_unavailable(error.message) from error
+        self._check_default()
+        given = zip(wanted, self._default, strict=True)
+        self.default_artifacts = DefaultArtifacts(
+            registry, {item.reference: resolved.entry for item, resolved in given}
+        )
+        problem = self.default_artifacts.problem()
+        if problem is not None:
+            raise default_unavailable(problem)
 
     def apply(self, suffix: str | None, value: object, *, given: bool) -> AppliedSteering:
         """What to apply to a request, its artifacts pinned.
@@ -107,39 +68,36 @@ class SteeringResolver:
                 "steering",
             )
         if source == "default":
-            resolved = self.default()
+            resolved = self._default
         else:
             wanted = (
                 parse_steering(value) if suffix is None else (Wanted(suffix, {}, "model", "model"),)
             )
             resolved = self._chosen(wanted)
         self._check_required(resolved)
-        steering = self._applied(resolved, source)
+        steering = applied(resolved, source, self._registry)
         try:
             steering.pin()
         except UnknownInterventionError as error:
             raise from_registry(error, "steering.intervention") from None
         return steering
 
-    @property
-    def default_references(self) -> frozenset[str]:
-        """The names and digests that the server's default steering needs."""
-        return frozenset(wanted.reference for wanted in self._default)
-
-    def default(self) -> tuple[Resolved, ...]:
-        """The server's default steering, as the registry is now.
+    async def prove_default(self, engine: Engine) -> None:
+        """Have the engine draw one token under the default steering.
 
         Raises:
-            ApiError: a 503. The request is not at fault, and is not served without.
+            ApiError: it cannot, so that every request would fail.
         """
+        edits = tuple(item.edit for item in self._default)
+        if not edits:
+            return
+        sampling = SamplingSettings(max_tokens=1, temperature=0.0, ignore_eos=True)
         try:
-            return self._resolve(self._default)
-        except ApiError as error:
-            raise ApiError(
-                503,
-                f"The server's default steering cannot be applied: {error.message}",
-                code="default_steering_unavailable",
-            ) from error
+            [generation] = await engine.submit([Request("default", (0,), sampling, edits)])
+            async for _ in generation:
+                pass
+        except (EngineError, UnknownInterventionError) as error:
+            raise default_unavailable(sentence_of(error)) from error
 
     def servable(self, entry: Entry) -> tuple[tuple[str, ...], str | None]:
         """Warnings for an entry, and the reason why the model cannot take it (None if it can)."""
@@ -153,14 +111,21 @@ class SteeringResolver:
         """What the request itself chose, where the policy lets it choose."""
         if self._policy != "locked":
             return self._resolve(wanted)
-        default = self.default()
         try:
             resolved = self._resolve(wanted)
         except ApiError as error:
             raise _locked() from error
-        if [item.edit for item in resolved] != [item.edit for item in default]:
+        if [item.edit for item in resolved] != [item.edit for item in self._default]:
             raise _locked()
         return resolved
+
+    def _check_default(self) -> None:
+        nothing = all(item.edit.settings.does_nothing for item in self._default)
+        if self._policy != "optional" and self._default and nothing:
+            raise default_unavailable(
+                f"its settings do nothing, and the policy `{self._policy}` wants every request "
+                "steered."
+            )
 
     def _check_required(self, resolved: Sequence[Resolved]) -> None:
         if self._policy == "optional":
@@ -198,37 +163,6 @@ class SteeringResolver:
                 "intervention_not_servable",
             )
         return Resolved(entry, Edit(entry.digest, settings))
-
-    def _applied(self, resolved: Sequence[Resolved], source: Source) -> AppliedSteering:
-        effective = [item.entry for item in resolved if not item.edit.settings.does_nothing]
-        kinds = sorted({entry.manifest.kind for entry in effective})
-        return AppliedSteering(
-            edits=tuple(item.edit for item in resolved),
-            echo=tuple(
-                {
-                    "intervention": item.entry.name,
-                    "digest": item.entry.digest,
-                    "kind": item.entry.manifest.kind,
-                    "settings": asdict(item.edit.settings),
-                    "source": source,
-                }
-                for item in resolved
-            ),
-            kind=SEPARATOR.join(kinds) or None,
-            labels=tuple(map(_label, effective)),
-            interventions=tuple(
-                InterventionRecord(item.entry.name, item.entry.digest, item.entry.manifest.kind)
-                for item in resolved
-            ),
-            _registry=self._registry,
-        )
-
-
-def _label(entry: Entry) -> str:
-    # A digest that no name points to any more is no name: it must not become a label. And two
-    # names mean something else there.
-    nameless = entry.name.startswith(DIGEST_PREFIX) or entry.name in (NONE, OTHER)
-    return OTHER if nameless else entry.name
 
 
 def _locked() -> ApiError:

@@ -5,6 +5,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from server.api.context import AnyTimeContext, Context
+from server.api.default_steering import default_unavailable
 from server.api.errors import ApiError
 from server.metrics import CONTENT_TYPE
 from server.version import installed_version
@@ -20,11 +21,17 @@ async def health() -> Response:
 
 @router.get("/ready", summary="Whether the model is served")
 async def ready(context: Context) -> Response:
-    """200 while new requests are served; 503 before, after, and when the engine has ended."""
+    """200 while new requests are served; 503 before, after, and when the engine has ended.
+
+    Also where the artifacts of the server's default steering cannot be loaded any more.
+    """
     if not context.engine.ready:
         raise ApiError(
             503, "The model is not loaded yet, or the engine has ended.", code="not_ready"
         )
+    problem = await to_thread.run_sync(context.steering.default_artifacts.problem)
+    if problem is not None:
+        raise default_unavailable(problem)
     return JSONResponse({"status": "ready"})
 
 

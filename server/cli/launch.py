@@ -19,7 +19,7 @@ from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.header import ArtifactLimits
 from interventions.registry import Registry, RegistryDiskError, RegistryError
-from server.app import check_default_steering, create_app
+from server.app import create_app
 from server.config import ConfigurationError, Settings
 from server.engine.torch.embedded import EmbeddedModelError, cache_folder
 from server.engine.torch.engine import TorchEngine
@@ -101,13 +101,12 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
             pace = _pace(settings, engine)
             scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size, pace)
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
-        check_default_steering(app.state.context)
         names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
         say(f"interventions: {names}")
         server = Server(app)
         _freeze_heap()
         server.run()
-        return not server.engine_died
+        return server.started and not server.engine_died
 
 
 def _freeze_heap() -> None:
