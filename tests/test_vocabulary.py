@@ -9,7 +9,7 @@ from tests.tiny import tiny_tokenizer
 
 def sentencepiece() -> Tokenizer:
     """As Llama 2's and Gemma's: blanks as \u2581, bytes as <0x..>."""
-    words = ["\u2581the", "cat", "<0xC3>", "<0xA9>", "\u2581"]
+    words = ["\u2581the", "cat", "<0xC3>", "<0xA9>", "\u2581", "\u2581\ufffd"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     strip = decoders.Strip(content=" ", left=1, right=0)
     tokenizer.decoder = decoders.Sequence(
@@ -26,6 +26,8 @@ def sentencepiece() -> Tokenizer:
         (2, "<0xC3>", b"\xc3"),
         (3, "<0xA9>", b"\xa9"),
         (4, " ", b" "),
+        (5, " \ufffd", b" \xef\xbf\xbd"),  # it means the replacement character
+        (6, "", b""),  # no token
     ],
 )
 def test_tokens_of_sentencepiece(token: int, text: str, data: bytes) -> None:
@@ -58,3 +60,10 @@ def test_a_special_token_is_its_name() -> None:
     assert eos is not None
     scored = Vocabulary(tokenizer).scored(eos, 0)
     assert (scored.text, scored.bytes) == ("<eos>", b"<eos>")
+
+
+def test_the_special_tokens_are_known() -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    tokenizer.add_tokens(["<think>"])  # added, and not special: texts show it
+    names = {tokenizer.id_to_token(token) for token in Vocabulary(tokenizer).special}
+    assert names == {"<eos>", "<bos>", "<pad>"}

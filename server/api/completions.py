@@ -80,7 +80,7 @@ async def _read_prompts(
 
 
 def _work(prompt: Prompt, *, echo: bool) -> int:
-    """How much it is to read a prompt, in characters of text to turn into tokens."""
+    """Estimate the work of reading a prompt, in characters of text that are as much to tokenize."""
     if isinstance(prompt, str):
         return len(prompt)
     return TOKEN_WORK * len(prompt) if echo else 0

@@ -221,11 +221,11 @@ class Engine(Protocol):
         ...
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """A prompt's tokens and text, and where in the text each token begins.
+        """Tells a prompt's tokens and text, and where in the text each token begins.
 
         Raises:
-            InvalidRequestError: as `tokenize`; or there are more token ids than `max_model_len`,
-                or none.
+            InvalidRequestError: the prompt is a text that `tokenize` refuses, has no tokens, or
+                is more token ids than `max_model_len`.
         """
         ...
 

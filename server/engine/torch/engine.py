@@ -93,7 +93,7 @@ class TorchEngine:
         return self._prompts.detokenize(tokens)
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """A prompt as tokens and text; see server.engine.base.Engine.spell."""
+        """Tell a prompt's tokens and text; see server.engine.base.Engine.spell."""
         return self._prompts.spell(prompt)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

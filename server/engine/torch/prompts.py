@@ -38,7 +38,7 @@ class Prompts:
         return str(text)
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """A prompt as tokens and text; see server.engine.base.Engine.spell."""
+        """Tell a prompt's tokens and text; see server.engine.base.Engine.spell."""
         if isinstance(prompt, str):
             encoding = self._encode(prompt, "prompt", add_special_tokens=True)
             return self._spelled(encoding.ids, prompt, _begins(encoding.offsets))
@@ -96,9 +96,10 @@ class Prompts:
 
 
 def _begins(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Where tokens begin whose spans in a text are given, as a tokenizer tells them.
+    """Tell where tokens begin in a text, from the spans that a tokenizer gives them.
 
-    It leaves the blank before a word out of the word's span, and gives (0, 0) to what it adds.
+    A tokenizer may leave the blank before a word out of the word's span, and gives (0, 0) to the
+    special tokens that it adds.
     """
     begins, end = [], 0
     for start, stop in spans:

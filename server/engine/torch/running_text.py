@@ -23,7 +23,7 @@ class RunningText:
         self._vocabulary = vocabulary
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._before: int | None = None  # the last token that is text by itself
-        self._only_prompts = False  # the bytes of an unfinished character, if there are any
+        self._only_prompts = False  # whether an unfinished character has no bytes but the prompt's
         self.length = 0  # characters so far, an unfinished one not counted
         self.begin = 0  # the character in which the last token begins
 
@@ -66,7 +66,7 @@ class RunningText:
 
 
 def _goes_on(unfinished: bytes, data: bytes) -> bool:
-    """Whether data may be the next bytes of a character whose first ones are given."""
+    """Tell whether data may be the next bytes of a character whose first ones are given."""
     if not unfinished:
         return True
     try:

@@ -40,11 +40,11 @@ class StopStrings:
         return "" if self.found else self._release(len(self._held))
 
     def _find(self, text: str) -> int | None:
-        """Where the first stop string begins, if there is one."""
+        """Find where the first stop string begins, if there is one."""
         return min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
 
     def _overlap(self, text: str) -> int:
-        """The length of the longest end of the text that is the beginning of a stop string."""
+        """Measure the longest end of the text that is the beginning of a stop string."""
         return max(_overlap(text, stop) for stop in self._stop)
 
     def _release(self, end: int) -> str:
