@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     max_artifact_bytes: int = Field(default=256 * MIB, ge=1024)
     """Largest artifact, in bytes."""
     max_completions_per_request: int = Field(default=128, ge=1)
-    """Completions of one request at most: prompts times n, twice that with compare."""
+    """Completions of one request at most: prompts times n, three times that with compare."""
     body_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     """Seconds that a client may send nothing of a request's body, or no request at all."""
     write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)

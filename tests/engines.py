@@ -9,11 +9,12 @@ _COMPILE_SECONDS: Final = 120.0
 
 
 def idle(engine: TorchEngine) -> bool:
-    """Nothing runs, waits, or holds memory or slots."""
+    """Nothing runs, waits, or holds memory, slots or places in the queue."""
     stats = engine.stats()
     return (
         (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
         and engine._core.interventions.slots.pins == 0
+        and not engine._core.scheduler.followed
         and not engine._core.store.lanes
         and not engine._generations
     )

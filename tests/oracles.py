@@ -101,6 +101,14 @@ def sampling_probabilities(
     return [weights[token] / total * (token in nucleus) for token in range(len(values))]
 
 
+def mean_log_ratio(steered: Tensor, base: Tensor, tokens: Sequence[int]) -> float:
+    """Of tokens, each by its row of (tokens, vocabulary) logits, in double precision, in nats."""
+    total = 0.0
+    for mine, other, token in zip(steered.double(), base.double(), tokens, strict=True):
+        total += float(mine.log_softmax(-1)[token] - other.log_softmax(-1)[token])
+    return total / len(tokens)
+
+
 def dose(before: Tensor, after: Tensor) -> float:
     """‖edit‖ / ‖activation‖ of one vector."""
     edit: list[float] = (after - before).tolist()

@@ -166,6 +166,9 @@ class ScriptedGeneration:
         if not self.outputs or self.outputs[-1].finish_reason is None:
             await asyncio.Event().wait()
 
+    async def follow(self, request: Request) -> Generation:
+        raise AssertionError("a scripted generation has no follower")
+
     def cancel(self) -> None:
         self.cancelled = True
 

@@ -109,6 +109,7 @@ async def test_a_comparison_goes_without_scores_that_cannot_be_had(
     body = await answer(client, steering=MAPS, compare=True)
     assert body["toxicity"] == body["comparison"]["toxicity"] == [None]
     assert body["comparison"]["choices"][0]["text"]
+    assert body["comparison"]["mean_log_ratio"][0] > 0
 
 
 async def test_a_prompt_that_is_only_read_has_no_score(client: httpx.AsyncClient) -> None:
@@ -194,7 +195,7 @@ async def test_a_conversation_is_compared_too(
         assert body["choices"] != base["choices"]
 
 
-@pytest.mark.parametrize("steering", [None, [], {**MAPS, "strength": 0}])
+@pytest.mark.parametrize("steering", [None, []])
 async def test_where_nothing_steers_there_is_nothing_to_compare(
     client: httpx.AsyncClient, steering: object
 ) -> None:
@@ -221,7 +222,7 @@ async def test_a_policy_that_steers_everything_gives_nobody_the_bare_model(
         assert (await complete(client, toxicity=True)).status_code == 200
 
 
-async def test_what_is_compared_counts_twice(
+async def test_what_is_compared_counts_three_times(
     tiny_engine: TorchEngine,
     registry: Registry,
     scorer: TestScorer,
@@ -229,12 +230,12 @@ async def test_what_is_compared_counts_twice(
 ) -> None:
     registry.add(affine_artifact("maps"), "maps")
     async with scored_client(
-        tiny_engine, registry, scorer, max_completions_per_request=4
+        tiny_engine, registry, scorer, max_completions_per_request=6
     ) as client:
         assert (await complete(client, n=2, compare=True, steering=MAPS)).status_code == 200
         response = await complete(client, n=3, compare=True, steering=MAPS)
         assert (response.status_code, error_of(response)["param"]) == (400, "compare")
-        response = await complete(client, n=5, compare=True, steering=MAPS)
+        response = await complete(client, n=7, compare=True, steering=MAPS)
         assert error_of(response)["param"] == "n"
 
 

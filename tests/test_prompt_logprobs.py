@@ -12,7 +12,15 @@ from server.engine.torch.vocabulary import Vocabulary
 from steering.settings import AffineSettings
 from tests.conftest import StartEngine
 from tests.oracles import Oracle
-from tests.steered import GREEDY, PROMPTS, STACKS, generate, interventions_of, stack_of
+from tests.steered import (
+    GREEDY,
+    PROMPTS,
+    STACKS,
+    generate,
+    interventions_of,
+    stack_of,
+    tokens_of,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = Vocabulary(tiny_tokenizer().backend_tokenizer)
@@ -103,3 +111,28 @@ async def test_an_edit_that_leaves_no_finite_logits_in_the_prompt_fails_its_own_
     assert "weaker settings" in str(lost)
     assert isinstance(kept, list)
     assert_scores(kept, PROMPTS[0], ())
+
+
+@pytest.mark.parametrize("budget", [4, 64])
+@pytest.mark.parametrize("first", [1, 2, 17, 30, 121, 122, 200])
+async def test_scores_may_begin_later_in_the_prompt(
+    start_engine: StartEngine, budget: int, first: int
+) -> None:
+    """They are those of the whole prompt, also where its beginning is read from the cache."""
+    options = EngineOptions(
+        kv_cache_gb=0.02, max_batch_size=4, max_batch_tokens=budget, check_invariants=True
+    )
+    engine = await start_engine(interventions_of(), options=options)
+    whole = await generate(engine, PROMPTS[2], STACKS["a"], sampling=SCORED)
+    assert len(whole[0].prompt_logprobs) == 121
+    prefixes = engine._core.store.prefixes
+    found = prefixes.hits
+    later = replace(SCORED, prompt_logprobs_from=first)
+    outputs = await generate(engine, PROMPTS[2], STACKS["a"], sampling=later)
+    expected = whole[0].prompt_logprobs[first - 1 :]
+    for one, other in zip(outputs[0].prompt_logprobs, expected, strict=True):
+        assert one.chosen.text == other.chosen.text
+        assert one.chosen.logprob == pytest.approx(other.chosen.logprob, abs=1e-4)
+    assert tokens_of(outputs) == tokens_of(whole)
+    read = min(first - 1, 121) // 16 * 16
+    assert prefixes.hits - found == read

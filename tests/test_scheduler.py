@@ -10,8 +10,12 @@ from server.engine.torch.sequence import Sequence
 from tests.schedules import step
 
 
-def sequence(prompt: int, max_tokens: int = 4, prompt_logprobs: int | None = None) -> Sequence:
-    sampling = SamplingSettings(max_tokens, prompt_logprobs=prompt_logprobs)
+def sequence(
+    prompt: int, max_tokens: int = 4, prompt_logprobs: int | None = None, first: int = 1
+) -> Sequence:
+    sampling = SamplingSettings(
+        max_tokens, prompt_logprobs=prompt_logprobs, prompt_logprobs_from=first
+    )
     return Sequence.of(Request("test", tuple(range(prompt)), sampling))
 
 
@@ -204,6 +208,15 @@ def test_logits_are_needed_after_each_prompt_token_that_is_scored_and_once_only(
     assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
         *([], [11], [12])
     ]
+
+
+def test_logits_are_needed_from_the_first_token_that_is_scored_on() -> None:
+    schedule = scheduler(sequence(10, 2, prompt_logprobs=0, first=7), tokens=8)
+    assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
+        *([6, 7], [8, 9], [10])
+    ]
+    [only_read] = scheduler(sequence(5, 0, prompt_logprobs=0, first=4)).schedule().chunks
+    assert list(only_read.logits_places) == [3]
 
 
 def test_a_prompt_that_is_only_read_draws_nothing() -> None:

@@ -64,7 +64,10 @@ class Scheduling(RuleBasedStateMachine):
         prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
         longest = room - prompt
         max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
-        sampling = SamplingSettings(max_tokens, prompt_logprobs=1 if scored else None)
+        first = data.draw(st.integers(1, prompt), "prompt_logprobs_from") if scored else 1
+        sampling = SamplingSettings(
+            max_tokens, prompt_logprobs=1 if scored else None, prompt_logprobs_from=first
+        )
         return Sequence.of(Request("test", (0,) * prompt, sampling, background=background))
 
     @precondition(lambda self: self.living or self.background)

@@ -251,7 +251,11 @@ async def ask(connection: httpx.AsyncClient, job: Job) -> list[list[str]] | None
 def take(body: Any, job: Job, answers: list[list[str]]) -> None:
     """Add the tokens of an answer's or a chunk's choices, and of those that it is compared with."""
     assert "error" not in body, body
-    compared = body.get("comparison", {"choices": ()})["choices"]
+    compared: list[Any] = []
+    if comparison := body.get("comparison"):
+        compared = comparison["choices"]
+        assert len(comparison["mean_log_ratio"]) == job.n
+        assert all(abs(ratio) < 100 for ratio in comparison["mean_log_ratio"])
     for place, choice in enumerate((*body["choices"], *compared)):
         base = place >= len(body["choices"])
         logprobs = choice["logprobs"]

@@ -191,10 +191,11 @@ def check_request(wanted: GenerationFields, prompts: int, context: ServerContext
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
     check_wanted(wanted, context)
     limit = context.settings.max_completions_per_request
-    if prompts * wanted.n * (1 + wanted.compare) > limit:
-        twice = ", and as many to compare with," if wanted.compare else ""
+    if prompts * wanted.n * (3 if wanted.compare else 1) > limit:
+        # The base model's answer to each, and its reading of the steered one.
+        more = ", and twice as many to compare with," if wanted.compare else ""
         raise invalid(
-            f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n}{twice} are more than the "
+            f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n}{more} are more than the "
             f"{limit} completions that one request may ask for.",
             _at_fault(prompts, wanted, limit),
             "too_many_completions",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from server.api.applied_steering import AppliedSteering
+from server.api.comparison import mean_log_ratio
 from server.api.context import ServerContext
 from server.api.errors import RETRY_SECONDS, ApiError, invalid
 from server.api.fields import GenerationFields
@@ -55,6 +56,7 @@ class Assessment:
         fields: dict[str, JsonValue] = {
             "choices": [choice.body() for choice in base_choices],
             "usage": dict(group.compared_usage.body),
+            "mean_log_ratio": [mean_log_ratio(progress) for progress in group.served],
         }
         if scoring is not None:
             fields["toxicity"] = await self._score(scoring, group.compared, "baseline")
@@ -107,9 +109,9 @@ def check_compared(wanted: GenerationFields, steering: AppliedSteering) -> None:
     """Whether there is something to compare.
 
     Raises:
-        ApiError: nothing steers the request.
+        ApiError: the request names no intervention.
     """
-    if wanted.compare and not steering.labels:
+    if wanted.compare and not steering.edits:
         raise invalid(
             "'compare' sets the base model's answer beside the steered one, and nothing steers "
             "this request.",

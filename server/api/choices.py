@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from server.api.frames import finite
 from server.api.listed_tokens import ListedTokens
+from server.api.logprobs import finite
 from server.engine.base import FinishReason, SpelledPrompt, StepOutput, TokenLogprobs
 
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from pydantic import JsonValue
 
 from server.api.generations import Usage
 from server.engine.base import StepOutput
 from server.records import Operation
-
-LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
 class Choice(Protocol):
@@ -94,8 +92,3 @@ class Frame:
 
     def _ending(self, further: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         return {"steering": list(self.steering), **further}
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(logprob, LOWEST_LOGPROB)

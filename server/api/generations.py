@@ -4,10 +4,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 from server.api.applied_steering import AppliedSteering
+from server.api.comparison import begin_scoring, to_be_scored
 from server.api.errors import timed_out
 from server.api.progress import Progress
 from server.api.waiting import gather_or_cancel
@@ -95,15 +96,18 @@ class GenerationGroup:
 
         Args:
             prompt_tokens: counts each prompt once, however many choices it has.
-            compared: what the base model is asked beside them.
+            compared: what the base model is asked beside them; it scores their answers too.
 
         Raises:
             EngineError: the engine refuses one.
             ApiError: the deadline has passed.
         """
-        generations = await self.in_time(self._engine.submit([*requests, *compared]))
+        scored = [bool(compared and request.effective_edits) for request in requests]
+        pairs = list(zip(requests, scored, strict=True))
+        served = [to_be_scored(request) if score else request for request, score in pairs]
+        generations = await self.in_time(self._engine.submit([*served, *compared]))
         self._generations.extend(generations)
-        self.served = [Progress(request) for request in requests]
+        self.served = [Progress(request, to_score=score) for request, score in pairs]
         self.compared = [Progress(request) for request in compared]
         self._prompt_tokens = prompt_tokens
         self._metrics.admitted(prompt_tokens * (2 if compared else 1))
@@ -111,7 +115,8 @@ class GenerationGroup:
     async def run(self, deliver: Deliver) -> None:
         """Hand over every output with its place, until all generations have finished.
 
-        Places are those of the requests, then of what they are compared with.
+        Places are those of the requests, then of what they are compared with. An answer that is
+        compared is scored as soon as it has finished.
 
         Raises:
             EngineError: one was lost; the others are not waited for.
@@ -127,13 +132,12 @@ class GenerationGroup:
             async with self._deadline():
                 await gather_or_cancel(pumps)
         except TimeoutError:
-            if not all(progress.finish_reason for progress in self._progress):
+            if not all(progress.complete for progress in self._progress):
                 raise timed_out(self._timeout) from None
         finally:
             # Now: a reader may take long over what is still to be said.
             self.close()
             self._tell()
-        self._seconds = time.perf_counter() - self._arrived
 
     def finished(self) -> None:
         """Count the request as one that ended well, in the time that its generations took."""
@@ -163,7 +167,18 @@ class GenerationGroup:
         async for output in generation:
             self._measure(output, progress)
             progress.add(output)
-            await deliver(place, output)
+            await deliver(place, _as_asked(output, progress.request))
+        self._seconds = time.perf_counter() - self._arrived
+        if progress.to_score:
+            await self._score(generation, progress)
+
+    async def _score(self, generation: Generation, progress: Progress) -> None:
+        if progress.tokens:
+            scoring = await begin_scoring(generation, progress)
+            self._generations.append(scoring)
+            async for output in scoring:
+                progress.base_logprobs += [each.chosen.logprob for each in output.prompt_logprobs]
+        progress.to_score = False
 
     def _measure(self, output: StepOutput, progress: Progress) -> None:
         """Count an output's tokens, and the time since the one before."""
@@ -198,6 +213,13 @@ class GenerationGroup:
         record.finish_reasons = [progress.finish_reason for progress in served]
         record.queue_seconds = _least(progress.queue_seconds for progress in served)
         record.first_token_seconds = _least(progress.first_token_seconds for progress in served)
+
+
+def _as_asked(output: StepOutput, request: Request) -> StepOutput:
+    """An output without log-probabilities that are there for the comparison only."""
+    if output.logprobs and request.sampling.logprobs is None:
+        return replace(output, logprobs=())
+    return output
 
 
 def _least(values: Iterable[float | None]) -> float | None:

@@ -9,13 +9,26 @@ from server.engine.base import FinishReason, Request, StepOutput
 class Progress:
     """A generation's tokens, text and times, up to now."""
 
-    request: Request
-    tokens: int = 0
+    request: Request  # as its client means it
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of each token, if the engine tells them
+    base_logprobs: list[float] = field(default_factory=list)  # the same by the base model
+    to_score: bool = False  # the base model has still to do so
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # from submission to the first step
     first_token_seconds: float | None = None  # from the HTTP request's arrival
     last_token: float | None = None  # by time.perf_counter()
     _texts: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return len(self.token_ids)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.finish_reason is not None and not self.to_score
 
     @property
     def text(self) -> str:
@@ -24,7 +37,8 @@ class Progress:
 
     def add(self, output: StepOutput) -> None:
         """Append what one step gave."""
-        self.tokens += len(output.token_ids)
+        self.token_ids += output.token_ids
+        self.logprobs += [token.chosen.logprob for token in output.logprobs]
         self.finish_reason = output.finish_reason
         self._texts.append(output.text)
         if output.queue_seconds is not None:

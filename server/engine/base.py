@@ -75,6 +75,7 @@ class SamplingSettings:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives beside the sampled token; None for none
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    prompt_logprobs_from: int = 1  # place of the first of them; token 0 follows nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +96,19 @@ class Request:
     edits: tuple[Edit, ...] = ()
     # Nobody waits for it: it runs where there is room, and is ended with GaveWayError where not.
     background: bool = False
+    # One more request will follow, by `Generation.follow`: its place in the waiting queue is taken
+    # together with this one's.
+    followed: bool = False
 
     @property
     def effective_edits(self) -> tuple[Edit, ...]:
         """The edits but for those whose settings do nothing: with none left, the base model."""
         return tuple(edit for edit in self.edits if not edit.settings.does_nothing)
+
+    @property
+    def places(self) -> int:
+        """Places in the waiting queue that it takes: its own, and that of the one to follow."""
+        return (not self.background) + self.followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +154,8 @@ class StepOutput:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
-    # On the first output, if asked for: a token of the prompt each, but for the first, which
-    # follows nothing.
+    # On the first output, if asked for: one for each token of the prompt, from the place that was
+    # asked for to the last.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
@@ -179,8 +188,21 @@ class Generation(Protocol):
         """Yields outputs until one carries a finish reason; raises EngineError if it is lost."""
         ...
 
+    async def follow(self, request: Request) -> "Generation":
+        """Admit one more request, in the place in the queue that is held for it.
+
+        To be called once, for a request with `followed` that is not cancelled.
+
+        Raises:
+            EngineError: as `Engine.submit` does, but never QueueFullError.
+        """
+        ...
+
     def cancel(self) -> None:
-        """Stop generating and free what the request holds. Harmless when it has finished."""
+        """Stop generating and free what the request holds, also a place that is held.
+
+        Harmless when it has finished.
+        """
         ...
 
 

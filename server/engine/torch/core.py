@@ -92,11 +92,17 @@ class EngineCore:
         seconds = self._step_seconds if self.has_work else _IDLE_PIECE_SECONDS
         return self.interventions.prepare(parameters, seconds)
 
-    def admit(self, sequences: Collection[Sequence], parameters: Mapping[str, Parameters]) -> None:
+    def admit(
+        self,
+        sequences: Collection[Sequence],
+        parameters: Mapping[str, Parameters],
+        leader: Sequence | None = None,
+    ) -> None:
         """Queue sequences, all or none, with their interventions in slots and pinned.
 
         Args:
             parameters: of at least those interventions that are not loaded.
+            leader: a sequence that they follow, whose place for them is there for certain.
 
         Raises:
             NotReadError: `parameters` lacks some; nothing was done.
@@ -108,7 +114,8 @@ class EngineCore:
         background = [sequence for sequence in sequences if sequence.request.background]
         if background:
             self.scheduler.check_background(*background)
-        self.scheduler.check_room(len(sequences) - len(background))
+        if leader is None:
+            self.scheduler.check_room(sum(sequence.request.places for sequence in sequences))
         digests = {digest for sequence in sequences for digest in sequence.digests}
         missing = self.interventions.missing(digests)
         if unread := missing - parameters.keys():
@@ -123,6 +130,8 @@ class EngineCore:
             answers = [Answer(sequence, self._detokenizer(sequence)) for sequence in sequences]
             for sequence, answer in zip(sequences, answers, strict=True):
                 self._queue(sequence, answer, slots)
+        if leader is not None:
+            self.scheduler.followed.discard(leader)
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         request = sequence.request
@@ -151,9 +160,15 @@ class EngineCore:
         for digest in sequence.digests:
             self.interventions.unpin(digest)
 
+    def cancel(self, sequence: Sequence) -> None:
+        """Remove a sequence that nothing will follow. Harmless when it has ended."""
+        self.scheduler.followed.discard(sequence)
+        self.remove(sequence)
+
     def clear(self) -> None:
         """Remove every sequence, and what is kept of them."""
         self.store.clear()
+        self.scheduler.followed.clear()
         for sequence in tuple(self._answers):
             self.remove(sequence)
 
@@ -192,7 +207,7 @@ class EngineCore:
         for sequence, output in deliveries:
             if isinstance(output, EngineError):
                 self.store.discard(sequence)
-                self.remove(sequence)
+                self.cancel(sequence)
             elif output.finish_reason is not None:
                 self.remove(sequence)
         if self._check_invariants:

@@ -62,7 +62,7 @@ class TorchEngine:
         self._reads = SharedReads(
             partial(_ready, source, self._core.interventions.bank, loaded.model.device)
         )
-        self._admitting = 0  # requests on their way to the scheduler's queue, but for background
+        self._admitting = 0  # places in the scheduler's queue of the requests on their way there
 
     @property
     def model(self) -> ModelDescription:
@@ -136,8 +136,22 @@ class TorchEngine:
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
+        # What waits for an intervention to be read is not in the scheduler's queue yet.
+        places = sum(request.places for request in requests)
+        if self._admitting and self._admitting + places > self._core.scheduler.max_waiting:
+            raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
+        return await self._admitted(requests)
+
+    async def _follow(self, leader: EngineSequence, request: Request) -> TorchGeneration:
+        self._check([request])
+        (generation,) = await self._admitted([request], leader)
+        return generation
+
+    async def _admitted(
+        self, requests: Sequence[Request], leader: EngineSequence | None = None
+    ) -> list[TorchGeneration]:
         # A task of its own, which ends with the client's, and which the engine's end ends too.
-        admission = asyncio.create_task(self._admit(requests))
+        admission = asyncio.create_task(self._admit(requests, leader))
         self._admissions.add(admission)
         admission.add_done_callback(self._admissions.discard)
         try:
@@ -151,10 +165,6 @@ class TorchEngine:
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
             raise self._thread.end
-        # What waits for an intervention to be read is not in the scheduler's queue yet.
-        queued = sum(not request.background for request in requests)
-        if self._admitting and self._admitting + queued > self._core.scheduler.max_waiting:
-            raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         for request in requests:
             self._check_lengths(request)
         named = {edit.digest for request in requests for edit in request.effective_edits}
@@ -186,31 +196,39 @@ class TorchEngine:
             if not all(0 <= token < vocabulary for token in tokens):
                 raise InvalidRequestError(f"Token ids must be in 0..{vocabulary - 1}.", param)
 
-    async def _admit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
+    async def _admit(
+        self, requests: Sequence[Request], leader: EngineSequence | None
+    ) -> list[TorchGeneration]:
         sequences = [EngineSequence.of(request) for request in requests]
         # Known before the engine is, so that no output can come too early.
-        generations = [TorchGeneration(partial(self._cancel, each)) for each in sequences]
+        generations = [
+            TorchGeneration(partial(self._cancel, each), partial(self._follow, each), each.request)
+            for each in sequences
+        ]
         self._generations.update(zip(sequences, generations, strict=True))
-        queued = sum(not request.background for request in requests)
-        self._admitting += queued
+        places = sum(request.places for request in requests) if leader is None else 0
+        self._admitting += places
         try:
-            await self._queue(sequences)
+            await self._queue(sequences, leader)
         except BaseException:
             # The thread may be about to take them, where whoever asked has left meanwhile.
             for sequence in sequences:
                 self._cancel(sequence)
             raise
         finally:
-            self._admitting -= queued
+            self._admitting -= places
         return generations
 
-    async def _queue(self, sequences: Sequence[EngineSequence]) -> None:
+    async def _queue(
+        self, sequences: Sequence[EngineSequence], leader: EngineSequence | None
+    ) -> None:
         """Have the engine thread take the sequences, reading what it has not loaded."""
         parameters: dict[str, Parameters] = {}
         with self._reads.kept({digest for each in sequences for digest in each.digests}):
             while True:
                 try:
-                    return await self._on_thread(partial(self._core.admit, sequences, parameters))
+                    admit = partial(self._core.admit, sequences, parameters, leader)
+                    return await self._on_thread(admit)
                 except NotReadError as not_read:
                     # Kept for the next attempt: what was loaded may be evicted in between.
                     for digest in not_read.digests:
@@ -228,7 +246,7 @@ class TorchEngine:
 
     def _cancel(self, sequence: EngineSequence) -> None:
         self._generations.pop(sequence, None)
-        self._thread.call(partial(self._core.remove, sequence))
+        self._thread.call(partial(self._core.cancel, sequence))
 
     def _hand_over(self, deliveries: list[Delivery]) -> None:
         """On the engine thread: pass a step's outputs to the event loop, in one call."""

@@ -1,16 +1,23 @@
 """One admitted request's outputs, on the asyncio side."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-from server.engine.base import EngineError, StepOutput
+from server.engine.base import EngineError, Request, StepOutput
 
 
 class TorchGeneration:
     """Yields what the engine thread delivers. Used on the event loop only."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        cancel: Callable[[], None],
+        follow: Callable[[Request], Awaitable["TorchGeneration"]],
+        request: Request,
+    ) -> None:
         self._cancel = cancel
+        self._follow = follow
+        self._holds_place = request.followed  # until the follower has it, or nobody wants it
         self._outputs: asyncio.Queue[StepOutput | EngineError] = asyncio.Queue()
         self.ended = False  # nothing more will be delivered
 
@@ -30,8 +37,18 @@ class TorchGeneration:
             if output.finish_reason is not None:
                 return
 
+    async def follow(self, request: Request) -> "TorchGeneration":
+        """Admit one more request; see server.engine.base.Generation.follow."""
+        if not self._holds_place:
+            raise EngineError("no place is held for a request that follows this one")
+        generation = await self._follow(request)
+        self._holds_place = False
+        return generation
+
     def cancel(self) -> None:
-        """Stop generating and free what the request holds. Harmless when it has finished."""
-        if not self.ended:
-            self.deliver(EngineError("the request was cancelled"))
-            self._cancel()
+        """Stop generating and free what is held; see server.engine.base.Generation.cancel."""
+        if self.ended and not self._holds_place:
+            return
+        self._holds_place = False
+        self.deliver(EngineError("the request was cancelled"))
+        self._cancel()

@@ -43,13 +43,12 @@ class PrefixCache(Generic[Values]):
     def find(self, sequence: EngineSequence) -> int:
         """How many of its first tokens are stored.
 
-        Fewer than it has: the last one is always computed, for its logits. None where logits after
-        each token of the prompt are wanted.
+        Only those that are followed by no token whose logits are wanted, so never the last one.
         """
-        if not self._reads(sequence):
+        if not self._enabled:
             return 0
         size = self._pool.block_size
-        blocks = (len(sequence.tokens) - 1) // size
+        blocks = sequence.skippable // size
         keys = sequence.chain.first(blocks, size, sequence.tokens)
         found = next((i for i, key in enumerate(keys) if key not in self._blocks), blocks)
         return found * size
@@ -61,7 +60,7 @@ class PrefixCache(Generic[Values]):
         """
         size = self._pool.block_size
         blocks = sequence.computed // size
-        if self._reads(sequence) and not sequence.preemptions:
+        if self._enabled and sequence.skippable and not sequence.preemptions:
             self.queries += sequence.prompt_length
             self.hits += sequence.computed
         keys = sequence.chain.first(blocks, size, sequence.tokens)
@@ -93,6 +92,3 @@ class PrefixCache(Generic[Values]):
     def check(self) -> None:
         """Assert that what is stored has room. Between two steps."""
         assert len(self._blocks) <= self._pool.free, "cached blocks take memory that others hold"
-
-    def _reads(self, sequence: EngineSequence) -> bool:
-        return self._enabled and sequence.request.sampling.prompt_logprobs is None

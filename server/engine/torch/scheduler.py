@@ -97,6 +97,8 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     background: list[Sequence] = field(default_factory=list)  # runs too, in order of arrival
+    # Those that another one will follow, whose place in the queue is taken; finished ones too.
+    followed: set[Sequence] = field(default_factory=set)
     preemptions: int = 0  # since the start
     _arrivals: int = 0
 
@@ -112,12 +114,13 @@ class Scheduler:
                 "can take its turn"
             )
 
-    def check_room(self, sequences: int) -> None:
-        """Raise QueueFullError unless the waiting queue has room for so many.
+    def check_room(self, places: int) -> None:
+        """Raise QueueFullError unless so many places of the waiting queue are free.
 
         An empty queue takes whatever one client may ask for at once.
         """
-        if self.waiting and len(self.waiting) + sequences > self.max_waiting:
+        taken = len(self.waiting) + len(self.followed)
+        if self.waiting and taken + places > self.max_waiting:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting already; try again later"
             )
@@ -135,6 +138,8 @@ class Scheduler:
         assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
         sequence.arrival = self._arrivals
         self._arrivals += 1
+        if sequence.request.followed:
+            self.followed.add(sequence)
         if sequence.request.background:
             self._hold(sequence)
             self.background.append(sequence)

@@ -18,14 +18,16 @@ class Sequence:
     arrival: int = -1  # its place in the order of arrival
     computed: int = 0  # how many of `tokens` have their K/V in the cache
     checked: int = 0  # those of them that logits were seen to follow that are numbers
-    scored: int = 0  # prompt tokens after which the next one's log-probability is known
+    # Prompt tokens after which the next one's log-probability is known, or not asked for.
+    scored: int = 0
     preemptions: int = 0  # how often it gave up its K/V
 
     @classmethod
     def of(cls, request: Request) -> "Sequence":
         """A request at its beginning."""
         chain = KeyChain(len(request.prompt), request.effective_edits)
-        return cls(request, list(request.prompt), chain)
+        unasked = request.sampling.prompt_logprobs_from - 1
+        return cls(request, list(request.prompt), chain, scored=unasked)
 
     @property
     def id(self) -> str:
@@ -46,6 +48,14 @@ class Sequence:
     def max_length(self) -> int:
         """Tokens of the prompt and the longest completion asked for."""
         return self.prompt_length + self.request.sampling.max_tokens
+
+    @property
+    def skippable(self) -> int:
+        """Its first tokens after which no logits are wanted: K/V is all that is needed of them."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        if asked and self.scored < self.prompt_length - 1:
+            return self.scored
+        return len(self.tokens) - 1
 
     @property
     def pending(self) -> int:
