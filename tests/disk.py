@@ -120,7 +120,7 @@ class FaultyDisk:
         """Refuse an operation, or not."""
         number = len(self.done)
         self.done.append(f"{operation} {path.name}")
-        if self._fails == errno.ENOSPC and operation not in NEEDS_ROOM:
+        if self._fails in (errno.ENOSPC, errno.EDQUOT) and operation not in NEEDS_ROOM:
             return
         if number == self._number or (self._lasting and number > self._number):
             self.refused.append(operation)
@@ -128,18 +128,20 @@ class FaultyDisk:
 
 
 class SlowDisk:
-    """Holds up every operation until it is told to go on."""
+    """Holds up one kind of operation until it is told to go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: str) -> None:
+        """Make it on the thread of the event loop, which must ask for no operation of any kind."""
+        self._held = held
+        self._loop = threading.current_thread()
         self.go_on = threading.Event()
         self.waiting: list[str] = []
-        self.on_the_loop: list[str] = []  # what an event loop's thread asked for
-        self._loop = threading.current_thread()
+        self.on_the_loop: list[str] = []  # the operations that the loop's thread asked for
 
     def before(self, operation: str, path: Path) -> None:
-        """Wait, but for an event loop: there it is noted, and is a fault."""
+        """Wait, if it is that operation."""
         if threading.current_thread() is self._loop:
             self.on_the_loop.append(f"{operation} {path}")
-            return
-        self.waiting.append(operation)
-        assert self.go_on.wait(60)
+        elif operation == self._held:
+            self.waiting.append(path.name)
+            assert self.go_on.wait(60)

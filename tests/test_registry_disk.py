@@ -3,8 +3,10 @@
 import errno
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -171,3 +173,145 @@ def test_a_disk_that_refuses_any_operation(
             registry.delete("new")
             assert nothing_left(registry, root), place
             assert reopened(root) == contents(registry), place
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte, where this user may mount one."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount_point)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield mount_point
+    finally:
+        subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write into a file until the disk is full."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1024))
+
+
+def test_a_file_system_that_is_full(small_disk: Path, artifacts: Artifacts) -> None:
+    root = small_disk / "registry"
+    with Registry(root) as registry:
+        upload(registry, artifacts[0], "a")
+        upload(registry, artifacts[0], "b")
+        fill(small_disk / "filler")
+        before = contents(registry)
+        for name in ("a", "new"):
+            with pytest.raises(RegistryDiskError) as caught:
+                upload(registry, artifacts[1], name)
+            assert caught.value.full
+            assert contents(registry) == before
+            assert nothing_left(registry, root)
+
+        registry.delete("a")  # frees nothing, as "b" has the same bytes
+        assert [entry.name for entry in registry.entries()] == ["b"]
+        deleted = registry.history("a")
+        assert {path.name for path in (root / "names").iterdir()} == {"a.deleted", "b.json"}
+    with Registry(root) as registry:
+        assert [entry.name for entry in registry.entries()] == ["b"]
+        history = registry.history("a")
+        assert [version.event for version in history] == ["stored", "deleted"]
+        assert abs(history[-1].at - deleted[-1].at).total_seconds() < 0.001
+        registry.delete("b")  # frees its bytes, which is room for both records
+        assert nothing_left(registry, root)
+        assert registry.history("a") == history
+        (small_disk / "filler").unlink()
+        upload(registry, artifacts[0], "a")
+        assert [version.event for version in registry.history("a")] == [
+            "stored",
+            "deleted",
+            "stored",
+        ]
+        assert nothing_left(registry, root)
+
+
+def test_a_record_is_newer_than_the_mark_beside_it(
+    folder: Path, template: Path, artifacts: Artifacts
+) -> None:
+    """As a crash leaves them between writing the record and removing the mark."""
+    root = folder / "registry"
+    shutil.copytree(template, root)
+    shutil.copy(root / "names" / "a.json", root / "names" / "a.deleted")
+    with Registry(root) as registry:
+        assert registry.get("a").manifest == affine_manifest()
+        assert nothing_left(registry, root)
+    shutil.copy(root / "names" / "a.json", root / "names" / "a.deleted")
+    (root / "names" / "a.json").write_bytes(b"damaged")
+    with Registry(root) as registry:
+        assert [damage.path.name for damage in registry.damaged()] == ["a.json"]
+        assert (root / "names" / "a.json").read_bytes() == b"damaged"
+        assert len(objects(root)) == 2
+    (root / "names" / "a.json").unlink()
+    (root / "names" / "b.deleted").write_bytes(b"damaged")
+    with Registry(root) as registry:
+        assert [damage.path.name for damage in registry.damaged()] == ["b.deleted"]
+        assert [entry.name for entry in registry.entries()] == ["b"]
+        assert [version.event for version in registry.history("a")][-1] == "deleted"
+
+
+def test_an_upload_in_place_of_a_damaged_record(
+    folder: Path, template: Path, artifacts: Artifacts
+) -> None:
+    """Nothing that a damaged record may point to goes, but what never was stored does."""
+    damaged = folder / "damaged"
+    shutil.copytree(template, damaged)
+    (damaged / "names" / "b.json").write_bytes(b"damaged")
+    change: Change = lambda registry, artifacts: upload(registry, artifacts[2], "b")  # noqa: E731
+    for number in range(operations(change, damaged, folder / "counted", artifacts)):
+        root = folder / str(number)
+        shutil.copytree(damaged, root)
+        stored = objects(root)
+        with Registry(root) as registry:
+            disk = FaultyDisk(number, FAILING, lasting=False)
+            with pytest.MonkeyPatch.context() as patched:
+                WatchedDisk(root, disk.before).install(patched)
+                try:
+                    change(registry, artifacts)
+                    made = True
+                except RegistryDiskError as error:
+                    made = error.visible
+            place = f"{disk.refused} after {disk.done[:number]}"
+            kept = [path.name for path in (root / "names").iterdir() if path.suffix == ".damaged"]
+            assert len(kept) == made, place
+            assert len(registry.damaged()) == 1, place
+            assert (objects(root) == stored) == (not made), place
+            assert stored <= objects(root), place
+            assert not list((root / "tmp").iterdir()) or "unlink" in disk.refused, place
+            upload(registry, artifacts[2], "b")
+            assert registry.get("b").digest in objects(root)
+            assert not list((root / "tmp").iterdir())
+
+
+def test_what_could_not_be_removed_goes_with_the_next_change(
+    folder: Path, template: Path, artifacts: Artifacts
+) -> None:
+    root = folder / "registry"
+    shutil.copytree(template, root)
+    with Registry(root) as registry:
+        digest = registry.get("a").history[0].digest
+        registry.pin(digest)
+        registry.delete("a")
+
+        def refuse(operation: str, path: Path) -> None:
+            if operation == "unlink":
+                raise PermissionError(errno.EPERM, "immutable", str(path))
+
+        with pytest.MonkeyPatch.context() as patched:
+            WatchedDisk(root, refuse).install(patched)
+            registry.unpin(digest)
+            upload(registry, artifacts[2], "new")  # works; its temporary file has been moved
+            registry.delete("new")
+            assert digest in objects(root)
+            assert len(objects(root)) == 3
+            registry.pin(digest)  # the bytes are still there
+            registry.unpin(digest)
+        registry.delete("b")
+        assert objects(root) == set()
+        assert nothing_left(registry, root)
