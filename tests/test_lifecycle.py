@@ -403,7 +403,8 @@ def test_who_waits_for_a_score_at_the_end_is_told_in_time(
             server.process.send_signal(signal.SIGTERM)
             plain, stream = (answer.result() for answer in answers)
         assert server.process.wait(30) == 0
-        assert time.monotonic() - began < 5
+        # A killed worker needs a processor to end, at the lowest priority; hung, it has a minute.
+        assert time.monotonic() - began < 25
         assert (plain.status_code, error_of(plain)["code"]) == (503, "toxicity_unavailable")
         assert "toxicity_unavailable" in stream.text
         assert "Traceback" not in server.log.read_text()

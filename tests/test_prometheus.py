@@ -166,7 +166,7 @@ def test_every_rule_runs_and_finds_the_series_that_it_asks_for(busy: Stand) -> N
     rules: list[dict[str, Any]] = [
         rule for group in busy.api.get("rules")["groups"] for rule in group["rules"]
     ]
-    assert len(rules) == 7
+    assert len(rules) == 8
     for rule in rules:
         assert rule["health"] == "ok", rule
         busy.api.query(rule["query"])

@@ -375,6 +375,23 @@ async def test_a_scorers_fault_does_not_end_the_thread(metrics: Metrics) -> None
     assert counts(metrics) == (1, 1, 0)
 
 
+async def test_a_fault_of_the_queues_own_is_told_and_does_not_end_it(
+    scoring: ScoringQueue,
+    metrics: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "scored", lambda *_: 1 / 0)
+        with pytest.raises(ScoringError, match="queue has failed"):
+            await scoring.score(["1"], "none", "served")
+    assert await scoring.score(["2"], "none", "served") == [0.02]
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
+    assert counts(metrics) == (1, 1, 0)
+
+
 async def test_with_the_embedded_scorer_in_its_process(metrics: Metrics) -> None:
     process = ScorerProcess("embedded")
     scoring = ScoringQueue(process, metrics, CAPACITY)

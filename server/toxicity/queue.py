@@ -133,8 +133,14 @@ class ScoringQueue:
             batch = self._backlog.take()
             if batch is None:
                 await self._wait()
-            else:
+                continue
+            self._running = batch.jobs
+            try:
                 await self._score_batch(batch)
+            except Exception:
+                logger.exception("completions are not scored: the queue has failed")
+                self._fail(self._running, ScoringError("the toxicity queue has failed"))
+            self._running = ()
 
     async def _wait(self) -> None:
         """Wait for a further text, or until it is to be seen whether those that rest still must."""
@@ -144,14 +150,12 @@ class ScoringQueue:
                 await self._changed.wait()
 
     async def _score_batch(self, batch: Batch) -> None:
-        self._running = batch.jobs
         texts = [job.text for job in batch.jobs]
         used = self._scorer.processor_seconds
         work = in_own_thread(partial(score_batch, self._scorer, texts))
         results = await asyncio.wrap_future(work)
         if self._closed:
             return  # `close` has given it up
-        self._running = ()
         for job, result in zip(batch.jobs, results, strict=True):
             self._receive(job, result)
         errors = [result for result in results if isinstance(result, ScoringError)]
