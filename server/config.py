@@ -96,10 +96,12 @@ class Settings(BaseSettings):
     """Completions of one request at most: prompts times n, three times that with compare."""
     body_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     """Seconds that a client may send nothing of a request's body, or no request at all."""
+    min_upload_rate: int = Field(default=16 * 1024, ge=1)
+    """Bytes a second at which an artifact must come, after as many seconds as the body timeout."""
     write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that a client may read nothing of its answer."""
     request_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    """Seconds from the arrival of a request that generates to its last token, at most."""
+    """Seconds from the arrival of a request to the end of its body, and to its last token."""
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running and waiting requests may go on after SIGTERM."""
 
@@ -124,7 +126,7 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt with its completion, in tokens; if unset, the model's own limit."""
     max_waiting: int = Field(default=256, ge=1)
-    """Requests that may wait for their turn; further ones are refused."""
+    """Completions that may wait beside those that run; further ones are refused."""
     max_batch_size: int = Field(default=64, ge=1)
     """Completions running at once, at most."""
     max_batch_tokens: int = Field(default=512, ge=1)

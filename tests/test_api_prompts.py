@@ -1,7 +1,6 @@
 """Prompts that take long to read, and prompts that are too long to be read at all."""
 
 import asyncio
-import json
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +12,6 @@ from server.api import answering
 from server.api.context import PROMPT_THREADS
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import MakeClient
-from tests.live import live
 from tests.serving import Connection, build_app, complete, error_of, eventually, text_of
 
 LONG = "x" * answering.LONG_TEXT
@@ -136,19 +134,3 @@ async def test_a_text_that_cannot_fit_is_refused_unread(
         message = str(error["message"])
         assert message.startswith("This model's maximum context length is 512 tokens. However, ")
         assert f"{length} characters" in message
-
-
-async def test_the_deadline_counts_from_the_requests_first_bytes(
-    tiny_engine: TorchEngine, registry: Registry
-) -> None:
-    body = json.dumps({"model": "tiny", "prompt": "x"}).encode()
-    async with live(build_app(tiny_engine, registry, request_timeout=0.2)) as server:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
-        writer.write(b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
-        await asyncio.sleep(0.3)
-        writer.write(body)
-        async with asyncio.timeout(10):
-            answer = await reader.read()
-        writer.close()
-    assert answer.startswith(b"HTTP/1.1 504 ")

@@ -1,10 +1,13 @@
-"""Limits on a request's body, in plain ASGI: they hold before anything is parsed.
+"""Limits on a request's body, its bytes and its time, in plain ASGI, before anything is parsed.
 
 A body that is still coming when the server stops is not waited for.
 """
 
 import asyncio
+import math
 import re
+import time
+from dataclasses import dataclass
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,8 +23,23 @@ DRAIN_SECONDS: Final = 2.0
 LAST_DRAIN_SECONDS: Final = 0.2  # the same when the server stops
 
 
+@dataclass(frozen=True, slots=True)
+class _Allowance:
+    """What a body may take."""
+
+    size: int  # bytes
+    pause: float  # seconds without a byte of it
+    seconds: float  # for all of it, from the request's arrival
+    rate: float  # bytes that each lengthen that by a second's share; infinite where none does
+
+    def time_left(self, arrived: float, received: int) -> float:
+        """Seconds that its next bytes may take; negative where its time is over."""
+        end = arrived + self.seconds + received / self.rate
+        return min(self.pause, end - time.monotonic())
+
+
 class BodyLimitMiddleware:
-    """Refuses a body that is too large by its Content-Length or by its bytes, or that stalls.
+    """Refuses a body that is too large by its Content-Length or by its bytes, or too slow.
 
     Also one that is incomplete when the server stops.
     """
@@ -35,30 +53,34 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limit(scope)
+        allowance = self._allowance(scope)
         try:
-            _check_length(scope, limit)
+            _check_length(scope, allowance.size)
         except ApiError as error:
             await _drain(receive, DRAIN_SECONDS)
             await error.response(scope, receive, send)
             return
-        body = _LimitedBody(receive, limit, self._settings.body_timeout, self._lifecycle)
+        body = _LimitedBody(receive, allowance, self._lifecycle)
         await self._app(scope, body.receive, send)
 
-    def _limit(self, scope: Scope) -> int:
+    def _allowance(self, scope: Scope) -> _Allowance:
+        settings = self._settings
+        pause = settings.body_timeout
         if scope["method"] == "POST" and scope["path"] == UPLOAD_PATH:
-            return self._settings.max_artifact_bytes + MULTIPART_OVERHEAD
-        return self._settings.max_body_bytes
+            # An artifact may take long on a slow line, so that what counts is its pace.
+            size = settings.max_artifact_bytes + MULTIPART_OVERHEAD
+            return _Allowance(size, pause, pause, settings.min_upload_rate)
+        return _Allowance(settings.max_body_bytes, pause, settings.request_timeout, math.inf)
 
 
 class _LimitedBody:
     """Passes on a request's messages while its body stays within the limits."""
 
-    def __init__(self, receive: Receive, limit: int, timeout: float, lifecycle: Lifecycle) -> None:
+    def __init__(self, receive: Receive, allowance: _Allowance, lifecycle: Lifecycle) -> None:
         self._receive = receive
-        self._limit = limit
-        self._timeout = timeout
+        self._allowance = allowance
         self._lifecycle = lifecycle
+        self._arrived = time.monotonic()
         self._received = 0
         self._begun = False
         self._complete = False
@@ -67,7 +89,7 @@ class _LimitedBody:
         """The next message.
 
         Raises:
-            ApiError: the body is too large (413) or stalls (408), or the server stops (503).
+            ApiError: the body is too large (413) or too slow (408), or the server stops (503).
         """
         if self._complete:
             return await self._receive()  # waits for the disconnect, as long as it takes
@@ -76,18 +98,21 @@ class _LimitedBody:
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
-            if self._received > self._limit:
+            if self._received > self._allowance.size:
                 if not self._complete:
                     await _drain(self._receive, DRAIN_SECONDS)
-                raise _too_large(self._limit)
+                raise _too_large(self._allowance.size)
         return message
 
     async def _next(self) -> Message:
+        timeout = self._allowance.time_left(self._arrived, self._received)
+        if timeout <= 0:  # even if something has come: it is how a body trickles in
+            raise _too_slow(self._allowance)
         receiving = asyncio.ensure_future(self._receive())
         stopping = asyncio.ensure_future(self._lifecycle.until_stopping())
         try:
             await asyncio.wait(
-                (receiving, stopping), timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
+                (receiving, stopping), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
             # A body that comes fast must not hold the server either, once part of it is here.
             if receiving.done() and not (self._begun and self._lifecycle.stopping):
@@ -97,12 +122,7 @@ class _LimitedBody:
         if self._lifecycle.stopping:
             await _drain(self._receive, LAST_DRAIN_SECONDS)
             raise shutting_down()
-        raise ApiError(
-            408,
-            f"Nothing of the request's body came for {self._timeout:g} s.",
-            code="body_timeout",
-            headers={"Connection": "close"},
-        )
+        raise _too_slow(self._allowance)
 
 
 def _check_length(scope: Scope, limit: int) -> None:
@@ -119,6 +139,21 @@ def _too_large(limit: int) -> ApiError:
         413,
         f"The request's body is larger than the {limit:,} bytes that the server takes.",
         code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _too_slow(allowance: _Allowance) -> ApiError:
+    limit = (
+        f"{allowance.seconds:g} s after the request's arrival"
+        if math.isinf(allowance.rate)
+        else f"{allowance.seconds:g} s after its arrival at {allowance.rate:,} bytes a second"
+    )
+    return ApiError(
+        408,
+        f"The request's body was too slow: it may pause for {allowance.pause:g} s, and must be "
+        f"here {limit}.",
+        code="body_timeout",
         headers={"Connection": "close"},
     )
 
