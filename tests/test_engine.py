@@ -202,6 +202,23 @@ async def test_the_queue_is_bounded(start_engine: StartEngine) -> None:
     await eventually(lambda: idle(engine))
 
 
+async def test_what_comes_at_once_to_an_idle_engine_is_taken_as_far_as_it_can_run_or_wait(
+    start_engine: StartEngine,
+) -> None:
+    options = EngineOptions(kv_cache_gb=0.02, max_batch_size=8, max_waiting=2)
+    engine = await start_engine(INTERVENTIONS, options=options)
+    sampling = SamplingSettings(20, 0, ignore_eos=True)
+    admitted = await asyncio.gather(
+        *(submit(engine, request(sampling)) for _ in range(40)), return_exceptions=True
+    )
+    refused = [each for each in admitted if isinstance(each, BaseException)]
+    assert all(isinstance(each, QueueFullError) for each in refused)
+    assert len(admitted) - len(refused) >= 8 + 2
+    for generation in admitted:
+        if not isinstance(generation, BaseException):
+            assert len(await finish(generation)) == 20
+
+
 async def test_interventions_take_turns_in_the_bank(start_engine: StartEngine) -> None:
     options = EngineOptions(kv_cache_gb=0.02, max_loaded_interventions=1)
     engine = await start_engine(INTERVENTIONS, options=options)
@@ -474,7 +491,9 @@ async def test_a_slow_read_delays_nobody_else_and_does_not_let_the_queue_grow(
             assert go_on.wait(20)
         return INTERVENTIONS[digest]
 
-    engine = TorchEngine(load_tiny(), source, replace(TINY_OPTIONS, max_waiting=3))
+    engine = TorchEngine(
+        load_tiny(), source, replace(TINY_OPTIONS, max_batch_size=1, max_waiting=2)
+    )
     await engine.start()
     sampling = SamplingSettings(2, 0, ignore_eos=True)
     slow = [

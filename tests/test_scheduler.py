@@ -79,18 +79,57 @@ def test_background_takes_little_of_a_step_that_others_wait_for() -> None:
 
 
 def test_the_waiting_queue_is_bounded() -> None:
-    schedule = scheduler(sequence(1), sequence(1), waiting=2)
+    schedule = scheduler(*(sequence(1) for _ in range(4)), batch=2, waiting=2)
+    with pytest.raises(QueueFullError, match="2 requests"):
+        schedule.check_room(1)
+    step(schedule)
     with pytest.raises(QueueFullError, match="2 requests"):
         schedule.check_room(1)
 
 
 def test_an_empty_queue_takes_what_one_client_asks_for_at_once() -> None:
-    schedule = scheduler(waiting=2)
+    schedule = scheduler(batch=1, waiting=2)
     schedule.check_room(5)
+    schedule.add(sequence(1))
+    schedule.check_room(5)  # the one that is here will run
     schedule.add(sequence(1))
     schedule.check_room(1)
     with pytest.raises(QueueFullError):
         schedule.check_room(2)
+
+
+def test_what_could_start_at_once_does_not_wait() -> None:
+    schedule = scheduler(batch=4, waiting=2)
+    for _ in range(4 + 2):
+        schedule.check_room(1)
+        schedule.add(sequence(1))
+    with pytest.raises(QueueFullError, match="2 requests"):
+        schedule.check_room(1)
+
+
+def test_what_has_a_place_but_no_memory_waits() -> None:
+    # Three blocks: one each, and one to spare for each that runs beside the one that starts.
+    schedule = scheduler(blocks=3, batch=8, waiting=2)
+    for _ in range(2 + 2):
+        schedule.check_room(1)
+        schedule.add(sequence(4))
+    with pytest.raises(QueueFullError, match="2 requests"):
+        schedule.check_room(1)
+    assert len(step(schedule)) == 2
+    with pytest.raises(QueueFullError, match="2 requests"):
+        schedule.check_room(1)
+
+
+def test_background_work_takes_no_place_from_what_arrives() -> None:
+    background = sequence(8, 4)
+    background.request = replace(background.request, background=True)
+    schedule = scheduler(background, blocks=3, batch=1, waiting=1)
+    schedule.add(sequence(4))
+    schedule.check_room(5)
+    schedule.add(sequence(4))
+    with pytest.raises(QueueFullError, match="1 requests"):
+        schedule.check_room(1)
+    assert schedule.schedule().dropped == [background]
 
 
 def test_a_sequence_holds_the_blocks_of_the_tokens_that_it_has() -> None:

@@ -36,12 +36,13 @@ class Scheduling(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject, scored: bool) -> None:
         sequence = self._draw_sequence(data, scored)
         queued = len(self.scheduler.waiting)
+        running = len(self.scheduler.running)
         try:
             self.scheduler.check_room(1)
         except QueueFullError:
             assert queued >= self.scheduler.max_waiting
         else:
-            assert queued < max(self.scheduler.max_waiting, 1)
+            assert queued + running < self.scheduler.capacity
             self.scheduler.add(sequence)
             self.living.append(sequence)
 

@@ -136,9 +136,10 @@ class TorchEngine:
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
-        # What waits for an intervention to be read is not in the scheduler's queue yet.
+        # What waits for an intervention to be read is not in the scheduler's queue yet. Which of it
+        # will run at once is told when it gets there.
         places = sum(request.places for request in requests)
-        if self._admitting and self._admitting + places > self._core.scheduler.max_waiting:
+        if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         return await self._admitted(requests)
 

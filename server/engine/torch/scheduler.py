@@ -114,16 +114,34 @@ class Scheduler:
                 "can take its turn"
             )
 
+    @property
+    def capacity(self) -> int:
+        """Sequences that may be here at once: those that run or wait."""
+        return self.max_batch_size + self.max_waiting
+
     def check_room(self, places: int) -> None:
         """Raise QueueFullError unless so many places of the waiting queue are free.
 
-        An empty queue takes whatever one client may ask for at once.
+        What could start at once takes none of it. An empty queue takes whatever one client may ask
+        for at once.
         """
-        taken = len(self.waiting) + len(self.followed)
-        if self.waiting and taken + places > self.max_waiting:
-            raise QueueFullError(
-                f"{len(self.waiting)} requests are waiting already; try again later"
-            )
+        waiting = len(self.waiting) - self._startable()
+        if waiting and waiting + len(self.followed) + places > self.max_waiting:
+            raise QueueFullError(f"{waiting} requests are waiting already; try again later")
+
+    def _startable(self) -> int:
+        """How many of the queue would start with a step that began now, background work gone."""
+        places = self.max_batch_size - len(self.running)
+        blocks = self.pool.free + sum(
+            self.pool.needed(len(each.tokens)) for each in self.background
+        )
+        for started, sequence in enumerate(self.waiting):
+            places -= 1
+            blocks -= self.pool.needed(len(sequence.tokens))
+            # As `_has_room`: with a block to spare for each that runs.
+            if places < 0 or blocks < len(self.running) + started:
+                return started
+        return len(self.waiting)
 
     def check_background(self, *sequences: Sequence) -> None:
         """Raise GaveWayError unless background work can start now, beside all there is."""
