@@ -111,6 +111,16 @@ async def chat(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
     return await client.post("/v1/chat/completions", json=body)
 
 
+def usage(prompt: int, completion: int, cached: int = 0) -> Json:
+    """OpenAI's count of tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
 def error_of(response: httpx.Response) -> Json:
     """The error of an answer, which must be in OpenAI's envelope and nothing else."""
     body = response.json()

@@ -28,6 +28,7 @@ from tests.serving import (
     metric,
     push,
     text_of,
+    usage,
 )
 
 
@@ -36,7 +37,7 @@ async def test_the_answer_has_openais_shape(client: httpx.AsyncClient) -> None:
     assert body["id"].startswith("cmpl-")
     assert isinstance(body["created"], int)
     assert (body["object"], body["model"], body["steering"]) == ("text_completion", "tiny", [])
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert body["usage"] == usage(prompt=5, completion=6)
     [choice] = body["choices"]
     assert set(choice) == {"index", "text", "logprobs", "finish_reason"}
     assert (choice["index"], choice["logprobs"], choice["finish_reason"]) == (0, None, "length")
@@ -107,7 +108,30 @@ async def test_choices_draw_by_seeds_that_follow_each_other(client: httpx.AsyncC
 async def test_usage_counts_a_prompt_once_and_every_choice(client: httpx.AsyncClient) -> None:
     body = (await complete(client, prompt=["Hello", "Bye!"], n=3, ignore_eos=True)).json()
     assert len(body["choices"]) == 6
-    assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 36, "total_tokens": 45}
+    assert body["usage"] == usage(prompt=9, completion=36)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_usage_says_how_much_of_a_prompt_was_cached(
+    client: httpx.AsyncClient, affine_artifact: WriteArtifact, stream: bool
+) -> None:
+    await push(client, affine_artifact("maps"))
+
+    async def cached(**fields: object) -> Json:
+        if stream:
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
+        response = await complete(client, prompt=[65] * 40, **fields)
+        body = chunks(response.text)[-1] if stream else response.json()
+        details: Json = body["usage"]["prompt_tokens_details"]  # type: ignore[index]
+        return details
+
+    steering = {"intervention": "maps"}
+    assert await cached() == {"cached_tokens": 0}
+    assert await cached() == {"cached_tokens": 32}
+    assert await cached(n=2) == {"cached_tokens": 32}
+    assert await cached(echo=True, logprobs=1) == {"cached_tokens": 0}  # it does not read the cache
+    assert await cached(steering=steering) == {"cached_tokens": 0}
+    assert await cached(steering=steering) == {"cached_tokens": 32}
 
 
 async def test_logprobs(client: httpx.AsyncClient) -> None:
@@ -153,6 +177,8 @@ async def test_top_k_one_is_greedy_and_null_means_not_given(client: httpx.AsyncC
     greedy = await text_of(client)
     assert await text_of(client, temperature=2, top_k=1) == greedy
     assert await text_of(client, temperature=2, top_p=1e-6) == greedy
+    assert await text_of(client, temperature=2, top_p=0) == greedy
+    assert await text_of(client, temperature=2, top_p=0, top_k=5, min_p=0.1) == greedy
     nothing = dict.fromkeys(
         (
             *("top_p", "n", "best_of", "stop", "seed", "logprobs", "stream", "user", "suffix"),
@@ -213,6 +239,41 @@ async def test_wrong_sampling_is_named(client: httpx.AsyncClient, field: str) ->
             error = error_of(response)
             assert (response.status_code, error["param"]) == (400, field), value
             assert len(str(error["message"])) < 300
+
+
+@pytest.mark.parametrize(
+    ("bias", "says"),
+    [
+        ({"5": 1, "zzz": 1}, "'zzz' is none"),
+        ({"5": 1, "z" * 5000: 1}, "zzzz' is none"),
+        ({"5": 1, "6": 101}, "that of token 6 is none"),
+        ({"5": 1, "259": 1}, "Token ids must be in 0..258; 259 is not."),
+    ],
+)
+async def test_which_bias_is_wrong_is_said(
+    client: httpx.AsyncClient, bias: Json, says: str
+) -> None:
+    error = error_of(await complete(client, logit_bias=bias))
+    assert error["param"] == "logit_bias"
+    assert says in str(error["message"])
+    assert len(str(error["message"])) < 300
+
+
+async def test_a_seed_of_minus_one_is_none(
+    client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: tuple[tuple[Json, int | None], ...] = (
+        ({"seed": -1}, None),
+        ({"seed": -2}, -2),
+        ({"seed": 0}, 0),
+    )
+    script = Script([_ended() for _ in seeds])
+    monkeypatch.setattr(tiny_engine, "submit", script.submit)
+    for fields, _ in seeds:
+        assert (await complete(client, **fields)).status_code == 200
+    assert [each.sampling.seed for each in script.submitted] == [
+        None if seed is None else seed % 2**63 for _, seed in seeds
+    ]
 
 
 async def test_a_bias_forces_a_token_that_the_model_has(
@@ -326,7 +387,7 @@ async def test_no_tokens_are_only_for_reading_the_prompt(
         assert choice["text"] == "Hi"
         assert choice["finish_reason"] == "length"
         assert choice["logprobs"]["token_logprobs"] == [None, -1.0]
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert body["usage"] == usage(prompt=2, completion=0)
     assert script.submitted[0].sampling.max_tokens == 0
 
 

@@ -31,6 +31,7 @@ from tests.serving import (
     metric,
     push,
     text_of,
+    usage,
 )
 
 FIRST = StepOutput(token_ids=(1,), text="one")
@@ -94,9 +95,31 @@ async def test_usage_comes_last_when_it_is_asked_for(client: httpx.AsyncClient) 
     response = await complete(client, stream=True, ignore_eos=True, stream_options=options)
     *stream, last = chunks(response.text)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert last["usage"] == usage(prompt=5, completion=6)
     assert all(chunk["usage"] is None for chunk in stream)
     assert stream
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+async def test_usage_in_every_chunk(client: httpx.AsyncClient, include_usage: bool) -> None:
+    """As guidellm asks for it, always."""
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    fields: dict[str, object] = {"stream": True, "ignore_eos": True, "stream_options": options}
+    stream = chunks((await complete(client, **fields)).text)
+    counted = [chunk for chunk in stream if chunk["choices"]]
+    completed = [chunk["usage"]["completion_tokens"] for chunk in counted]  # type: ignore[index]
+    assert completed == sorted(completed)
+    assert counted[-1]["usage"] == usage(prompt=5, completion=6)
+    assert len(stream) - len(counted) == include_usage
+    assert stream[-1]["usage"] == counted[-1]["usage"]
+
+
+async def test_usage_in_every_chunk_counts_all_choices(client: httpx.AsyncClient) -> None:
+    options = {"continuous_usage_stats": True}
+    fields: dict[str, object] = {"stream": True, "ignore_eos": True, "n": 3, "max_tokens": 4}
+    stream = chunks((await complete(client, **fields, stream_options=options)).text)
+    assert stream[0]["usage"]["prompt_tokens"] == 5  # type: ignore[index]
+    assert stream[-1]["usage"] == usage(prompt=5, completion=12)
 
 
 async def test_the_last_chunk_says_what_was_applied(

@@ -12,7 +12,7 @@ from server.api.generations import GenerationGroup
 from server.engine.base import Request, SamplingSettings, StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.records import GenerationRecord
-from tests.serving import Script, ScriptedGeneration, build_app
+from tests.serving import Script, ScriptedGeneration, build_app, usage
 
 LAST = StepOutput((1,), "one", finish_reason="stop")
 RECORD = GenerationRecord("text_completion", "cmpl-x", "tiny", "tiny")
@@ -86,3 +86,20 @@ async def test_a_deadline_that_passes_before_admission(context: ServerContext) -
     with pytest.raises(ApiError) as caught:
         await group.submit([REQUEST], prompt_tokens=1)
     assert caught.value.code == "request_timeout"
+
+
+async def test_a_prompt_counts_as_cached_where_it_was_for_all_of_its_choices(
+    context: ServerContext,
+) -> None:
+    cached = (0, 16, 32, 16)
+    outputs = [StepOutput((1,), "one", finish_reason="stop", cached_tokens=each) for each in cached]
+    steering = context.steering.apply(None, None, given=False)
+    group = GenerationGroup(
+        context.engine, context.metrics, steering, time.perf_counter(), 5, RECORD
+    )
+    script = Script([ScriptedGeneration((output,)) for output in outputs])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context.engine, "submit", script.submit)
+        await group.submit([REQUEST] * 4, prompt_tokens=80, n=2)
+    await group.run(nowhere)
+    assert group.usage.body == usage(prompt=80, completion=4, cached=16)

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from server.api.assessment import Assessment, check_compared, check_wanted
 from server.api.context import ServerContext
 from server.api.errors import ApiError, invalid, shutting_down
-from server.api.fields import GenerationFields
+from server.api.fields import GenerationFields, StreamOptions
 from server.api.frames import Choice, Frame, Wording
 from server.api.generations import GenerationGroup, closing_on_error
 from server.api.model_names import split_model
@@ -87,7 +87,7 @@ class Exchange:
             plans = [replace(plan, sampling=_seeded(plan.sampling)) for plan in plans]
         requests = [self._request(index, plan, self._edits) for index, plan in enumerate(plans)]
         compared = [self._request(index, plan, ()) for index, plan in enumerate(plans) if compare]
-        submission = self._group.submit(requests, prompt_tokens, compared)
+        submission = self._group.submit(requests, prompt_tokens, compared, self._wanted.n)
         await unless_client_leaves(receive, submission)
         choices = [plan.choice for plan in plans]
         base_choices = [choice.anew() for choice in choices if compare]
@@ -97,7 +97,7 @@ class Exchange:
                 self._frame,
                 choices,
                 base_choices,
-                include_usage=self._wanted.include_usage,
+                options=self._wanted.stream_options or StreamOptions(),
                 conclude=lambda: self._conclude(base_choices),
             )
         body = await unless_client_leaves(receive, self._collect(choices, base_choices))

@@ -55,7 +55,7 @@ class Assessment:
         scoring = self._context.scoring
         fields: dict[str, JsonValue] = {
             "choices": [choice.body() for choice in base_choices],
-            "usage": dict(group.compared_usage.body),
+            "usage": group.compared_usage.body,
             "mean_log_ratio": [mean_log_ratio(progress) for progress in group.served],
         }
         if scoring is not None:

@@ -6,6 +6,7 @@ from typing import Annotated, Final
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -20,6 +21,7 @@ MAX_STOPS: Final = 32  # OpenAI takes 4; lm-evaluation-harness sends as many as 
 MAX_STOP_LENGTH: Final = 1000
 MAX_BIASES: Final = 300
 LARGEST_BIAS: Final = 100
+SHOWN: Final = 100  # characters of a key, in messages
 SEEDS: Final = 2**63
 TOKENS: Final = 2**31  # more than any context, and what a tokenizer's ids fit in
 
@@ -55,10 +57,16 @@ def _parse_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
         raise ValueError("it must be an object of token ids, as strings, with a number each")
     if len(value) > MAX_BIASES:
         raise ValueError(f"it has {len(value)} entries, more than {MAX_BIASES}")
-    if not all(TOKEN_ID.fullmatch(token) for token in value):
-        raise ValueError("its keys must be token ids, as strings of digits")
-    if not all(_is_bias(bias) for bias in value.values()):
-        raise ValueError(f"its values must be numbers from {-LARGEST_BIAS} to {LARGEST_BIAS}")
+    for token, bias in value.items():
+        if not TOKEN_ID.fullmatch(token):
+            raise ValueError(
+                f"its keys must be token ids, as strings of digits; {token[:SHOWN]!r} is none"
+            )
+        if not _is_bias(bias):
+            raise ValueError(
+                f"its values must be numbers from {-LARGEST_BIAS} to {LARGEST_BIAS}; that of token "
+                f"{token} is none"
+            )
     return tuple((int(token), float(bias)) for token, bias in value.items())
 
 
@@ -66,6 +74,11 @@ def _is_bias(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -LARGEST_BIAS <= value <= LARGEST_BIAS
+
+
+def _none_for_minus_one(value: object) -> object:
+    """Clients whose settings always hold a seed mean none by -1, as llama.cpp and vLLM do."""
+    return None if type(value) is int and value == -1 else value
 
 
 class Strict(BaseModel):
@@ -93,6 +106,7 @@ class StreamOptions(Strict):
     """What a stream carries beside the text."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: usage in every chunk
     include_obfuscation: Annotated[bool, only("stream_options.include_obfuscation", False)] = False
 
 
@@ -107,7 +121,7 @@ class GenerationFields(Strict):
     steering: object = None
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0  # 0: the best token
     top_k: Annotated[int, Field(ge=-1, lt=TOKENS)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -116,7 +130,9 @@ class GenerationFields(Strict):
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_parse_logit_bias)] = ()
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stop: Annotated[tuple[str, ...], PlainValidator(_parse_stops)] = ()
-    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    seed: Annotated[
+        Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None, BeforeValidator(_none_for_minus_one)
+    ] = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -130,11 +146,6 @@ class GenerationFields(Strict):
         """Whether the request has the field `steering`; null is one."""
         return "steering" in self.model_fields_set
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that counts tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def settings(
         self,
         choice: int,
@@ -147,8 +158,8 @@ class GenerationFields(Strict):
         return SamplingSettings(
             max_tokens=max_tokens,
             temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
+            top_p=self.top_p or 1.0,
+            top_k=max(self.top_k, 0) if self.top_p else 1,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
+from server.api.fields import StreamOptions
 from server.api.generations import Usage
 from server.engine.base import StepOutput
 from server.records import Operation
@@ -60,12 +61,19 @@ class Frame:
     ) -> dict[str, JsonValue]:
         """The whole answer; `further` fields are what is told beside its choices."""
         body = self._body(self.wording.answer, choices)
-        return body | {"usage": dict(usage.body)} | self._ending(further)
+        return body | {"usage": usage.body} | self._ending(further)
 
-    def chunk(self, choice: dict[str, JsonValue], *, usage_follows: bool) -> dict[str, JsonValue]:
-        """A stream's chunk. The one that ends a choice says what steered it."""
+    def chunk(
+        self, choice: dict[str, JsonValue], usage: Usage, options: StreamOptions
+    ) -> dict[str, JsonValue]:
+        """A stream's chunk, `usage` being what there is so far.
+
+        The chunk that ends a choice says what steered it.
+        """
         chunk = self._body(self.wording.chunk, [choice])
-        if usage_follows:
+        if options.continuous_usage_stats:
+            chunk["usage"] = usage.body
+        elif options.include_usage:
             chunk["usage"] = None
         if choice["finish_reason"] is not None:
             chunk["steering"] = list(self.steering)
@@ -77,7 +85,7 @@ class Frame:
         """The chunk after the last choice, with the tokens' count if it is asked for."""
         body = self._body(self.wording.chunk, [])
         if usage is not None:
-            body["usage"] = dict(usage.body)
+            body["usage"] = usage.body
         return body | self._ending(further)
 
     def _body(self, name: str, choices: Iterable[JsonValue]) -> dict[str, JsonValue]:

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
+from pydantic import JsonValue
+
 from server.api.applied_steering import AppliedSteering
 from server.api.comparison import begin_scoring, to_be_scored
 from server.api.errors import timed_out
@@ -26,14 +28,16 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int  # those of the prompts that were computed for none of its choices
 
     @property
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, JsonValue]:
         """OpenAI's object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -60,6 +64,7 @@ class GenerationGroup:
         self._steering = steering
         self._arrived = arrived
         self._timeout = timeout
+        self._n = 1
         self._record = record
         self._prompt_tokens = 0
         self._seconds = 0.0  # from the arrival to the last token, once that has come
@@ -90,13 +95,18 @@ class GenerationGroup:
             raise timed_out(self._timeout) from None
 
     async def submit(
-        self, requests: Sequence[Request], prompt_tokens: int, compared: Sequence[Request] = ()
+        self,
+        requests: Sequence[Request],
+        prompt_tokens: int,
+        compared: Sequence[Request] = (),
+        n: int = 1,
     ) -> None:
         """Admit all requests, or none.
 
         Args:
             prompt_tokens: counts each prompt once, however many choices it has.
             compared: what the base model is asked beside them; it scores their answers too.
+            n: how many choices of each prompt follow each other.
 
         Raises:
             EngineError: the engine refuses one.
@@ -110,6 +120,7 @@ class GenerationGroup:
         self.served = [Progress(request, to_score=score) for request, score in pairs]
         self.compared = [Progress(request) for request in compared]
         self._prompt_tokens = prompt_tokens
+        self._n = n
         self._metrics.admitted(prompt_tokens * (2 if compared else 1))
 
     async def run(self, deliver: Deliver) -> None:
@@ -154,8 +165,11 @@ class GenerationGroup:
     def _progress(self) -> list[Progress]:
         return [*self.served, *self.compared]
 
-    def _usage(self, progress: Iterable[Progress]) -> Usage:
-        return Usage(self._prompt_tokens, sum(each.tokens for each in progress))
+    def _usage(self, progress: Sequence[Progress]) -> Usage:
+        tokens = sum(each.tokens for each in progress)
+        by_prompt = (progress[at : at + self._n] for at in range(0, len(progress), self._n))
+        cached = sum(min(each.cached_tokens for each in choices) for choices in by_prompt)
+        return Usage(self._prompt_tokens, tokens, cached)
 
     def _deadline(self) -> asyncio.Timeout:
         """Raises TimeoutError out of its block when the request's time is over."""

@@ -14,6 +14,7 @@ class Progress:
     logprobs: list[float] = field(default_factory=list)  # of each token, if the engine tells them
     base_logprobs: list[float] = field(default_factory=list)  # the same by the base model
     to_score: bool = False  # the base model has still to do so
+    cached_tokens: int = 0  # of the prompt
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # from submission to the first step
     first_token_seconds: float | None = None  # from the HTTP request's arrival
@@ -39,6 +40,7 @@ class Progress:
         """Append what one step gave."""
         self.token_ids += output.token_ids
         self.logprobs += [token.chosen.logprob for token in output.logprobs]
+        self.cached_tokens += output.cached_tokens
         self.finish_reason = output.finish_reason
         self._texts.append(output.text)
         if output.queue_seconds is not None:

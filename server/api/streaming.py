@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError, ClientGoneError, from_engine, internal_error
+from server.api.fields import StreamOptions
 from server.api.frames import Choice, Frame
 from server.api.generations import GenerationGroup
 from server.api.observe import outcome_of, set_outcome
@@ -40,7 +41,7 @@ class CompletionStream(Response):
         choices: Sequence[Choice],
         compared: Sequence[Choice],
         *,
-        include_usage: bool,
+        options: StreamOptions,
         conclude: Callable[[], Awaitable[Mapping[str, JsonValue]]],
     ) -> None:
         """Stream `choices`, while those that they are compared with are only gathered.
@@ -54,7 +55,7 @@ class CompletionStream(Response):
         self._frame = frame
         self._choices = choices
         self._compared = compared
-        self._include_usage = include_usage
+        self._options = options
         self._conclude = conclude
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,13 +83,15 @@ class CompletionStream(Response):
                 self._compared[index - len(self._choices)].add(output)
                 return
             for choice in self._choices[index].deltas(output):
-                chunk = self._frame.chunk(choice, usage_follows=self._include_usage)
+                chunk = self._frame.chunk(choice, self._group.usage, self._options)
                 await _send(_event(chunk), send)
 
         await self._group.run(deliver)
         further = await self._conclude()
-        if self._include_usage or further:
-            usage = self._group.usage if self._include_usage else None
+        options = self._options
+        if options.include_usage or further:
+            counted = options.include_usage or options.continuous_usage_stats
+            usage = self._group.usage if counted else None
             await _send(_event(self._frame.closing_chunk(usage, further)), send)
         await _send(DONE, send, last=True)
 

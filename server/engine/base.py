@@ -159,6 +159,8 @@ class StepOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
+    # On the first output: tokens of the prompt that were in a cache, and not computed for it.
+    cached_tokens: int = 0
     # Of each effective edit, in some steps only: norm of the edit / norm of what it edited, a mean
     # over this step's tokens and the edit's sites; None where it acted on none of these tokens.
     doses: tuple[float | None, ...] = ()
@@ -255,7 +257,8 @@ class Engine(Protocol):
         """The token ids of a conversation, up to where the assistant speaks next.
 
         Args:
-            messages: each with `role` and `content`, as the model's template knows them.
+            messages: each with `role` and `content`, as the model's template knows them, and with
+                `name` where one was given, which many templates have no place for.
 
         Raises:
             InvalidRequestError: the model has no template, or its template refuses the messages.

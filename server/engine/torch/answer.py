@@ -24,11 +24,16 @@ class Answer:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._submitted: float | None = time.monotonic()  # until it is first scheduled
         self._queue_seconds: float | None = None  # told once
+        self._cached_tokens = 0  # told once
 
     def start(self) -> None:
-        """The sequence is scheduled for the first time, or again after a preemption."""
+        """Note that the sequence begins, or begins again after a preemption.
+
+        What counts as computed by then was found in the prefix cache.
+        """
         if self._submitted is not None:
             self._queue_seconds = time.monotonic() - self._submitted
+            self._cached_tokens = self._sequence.computed
             self._submitted = None
 
     def draw(self) -> Draw:
@@ -77,7 +82,9 @@ class Answer:
             prompt_logprobs=tuple(self._prompt_logprobs),
             finish_reason=finish_reason,
             queue_seconds=self._queue_seconds,
+            cached_tokens=self._cached_tokens,
         )
         self._prompt_logprobs.clear()
         self._queue_seconds = None
+        self._cached_tokens = 0
         return output

@@ -194,8 +194,11 @@ class TorchEngine:
         vocabulary = self.model.vocab_size
         biased = [token for token, _ in request.sampling.logit_bias]
         for tokens, param in ((request.prompt, "prompt"), (biased, "logit_bias")):
-            if not all(0 <= token < vocabulary for token in tokens):
-                raise InvalidRequestError(f"Token ids must be in 0..{vocabulary - 1}.", param)
+            unknown = next((each for each in tokens if not 0 <= each < vocabulary), None)
+            if unknown is not None:
+                raise InvalidRequestError(
+                    f"Token ids must be in 0..{vocabulary - 1}; {unknown} is not.", param
+                )
 
     async def _admit(
         self, requests: Sequence[Request], leader: EngineSequence | None
