@@ -41,8 +41,14 @@ def create_app(
         sinks: are told of every request at its end.
 
     Raises:
-        ConfigurationError: the default steering is not one, or cannot be applied.
+        ConfigurationError: the default steering is not one, or cannot be applied; or the default
+            length of an answer is longer than the context.
     """
+    if (tokens := settings.default_max_tokens or 0) >= engine.max_model_len:
+        raise ConfigurationError(
+            f"The default of {tokens} tokens for a chat's answer (--default-max-tokens) leaves no "
+            f"room for its messages: the context has {engine.max_model_len} tokens."
+        )
     try:
         steering = SteeringResolver(
             registry, engine.model, settings.default_steering, settings.steering_policy, Caps()

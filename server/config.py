@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     """Bytes a second at which an artifact must come, after as many seconds as the body timeout."""
     write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that a client may read nothing of its answer."""
+    default_max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a chat's answer, at most, where the request sets no limit; if unset, what is left
+    of the context, as with OpenAI."""
     request_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """Seconds from the arrival of a request to the end of its body, and to its last token."""
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)

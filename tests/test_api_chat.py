@@ -9,6 +9,7 @@ from openai import AsyncOpenAI
 
 from interventions.registry import Registry
 from server.api.errors import ApiError
+from server.config import ConfigurationError
 from server.engine.base import StepFailedError, StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
@@ -30,6 +31,7 @@ from tests.serving import (
     logprobs_of,
     push,
     text_of,
+    usage,
     user,
 )
 
@@ -43,11 +45,7 @@ async def test_the_answer_has_openais_shape(chat_client: httpx.AsyncClient) -> N
     assert body["system_fingerprint"].startswith("fp_")
     assert (body["object"], body["model"], body["steering"]) == ("chat.completion", "tiny", [])
     prompt = len(RENDERED)
-    assert body["usage"] == {
-        "prompt_tokens": prompt,
-        "completion_tokens": 6,
-        "total_tokens": prompt + 6,
-    }
+    assert body["usage"] == usage(prompt, 6)
     [choice] = body["choices"]
     assert set(choice) == {"index", "message", "logprobs", "finish_reason"}
     assert (choice["index"], choice["logprobs"], choice["finish_reason"]) == (0, None, "length")
@@ -101,7 +99,9 @@ async def test_the_openai_client_chats_and_steers(
     assert len(steered.choices[0].logprobs.content[0].top_logprobs) == 2
     texts = [choice.delta.content or "" for chunk in streamed for choice in chunk.choices]
     assert "".join(texts) == steered.choices[0].message.content
-    assert streamed[-1].usage == steered.usage
+    assert streamed[-1].usage is not None
+    assert steered.usage is not None
+    assert streamed[-1].usage.total_tokens == steered.usage.total_tokens
     assert streamed[-1].model_extra is not None
     assert streamed[-1].model_extra["steering"][0]["source"] == "model"
     message = gathered.choices[0].message
@@ -199,6 +199,34 @@ async def test_the_longest_answer(
     assert script.submitted[0].sampling.max_tokens == max_tokens
 
 
+@pytest.mark.parametrize(
+    ("fields", "max_tokens"),
+    [
+        ({"max_tokens": None}, 20),
+        ({"max_tokens": 30}, 30),
+        ({"max_tokens": None, "max_completion_tokens": 40}, 40),
+        ({"max_tokens": None, "messages": [user("x" * 485)]}, 10),
+        ({"max_tokens": None, "messages": [user("x" * 600)]}, 1),
+    ],
+)
+async def test_the_longest_answer_where_the_operator_limits_it(
+    chat_engine: TorchEngine, registry: Registry, script: Script, fields: Json, max_tokens: int
+) -> None:
+    app = build_app(chat_engine, registry, default_max_tokens=20)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        assert (await chat(client, **fields)).status_code == 200
+    assert script.submitted[0].sampling.max_tokens == max_tokens
+
+
+def test_a_limit_that_leaves_no_room_for_messages(
+    chat_engine: TorchEngine, registry: Registry
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"--default-max-tokens.* 512 tokens"):
+        build_app(chat_engine, registry, default_max_tokens=512)
+    build_app(chat_engine, registry, default_max_tokens=511)
+
+
 async def test_no_limit_fills_the_context(chat_client: httpx.AsyncClient) -> None:
     content = "x" * 480
     messages = [user(content)]
@@ -213,6 +241,7 @@ async def test_sampling_reaches_the_engine(chat_client: httpx.AsyncClient, scrip
     assert request.sampling == SAMPLING
 
 
+TOOLS: list[Json] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
@@ -231,11 +260,18 @@ WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"chat_template": "x"}, "chat_template"),
     ({"max_completion_token": 5}, "max_completion_token"),
     ({"response_fromat": None}, "response_fromat"),
+    ({"tools": "none"}, "tools"),
+    ({"tools": TOOLS}, "tools"),
+    ({"tools": TOOLS, "tool_choice": None}, "tools"),
+    ({"tools": TOOLS, "tool_choice": "auto"}, "tool_choice"),
+    ({"tools": TOOLS, "function_call": "none"}, "tools"),
+    ({"functions": [{"name": "f"}], "tool_choice": "none"}, "functions"),
+    ({"functions": [{"name": "f"}], "function_call": {"name": "f"}}, "function_call"),
 )
 UNSUPPORTED: tuple[Json, ...] = (
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"tools": "none"},
     {"tool_choice": "auto"},
+    {"tool_choice": "required"},
     {"functions": [{"name": "f"}]},
     {"function_call": "auto"},
     {"response_format": {"type": "json_object"}},
@@ -276,6 +312,12 @@ HARMLESS: Json = {
 }
 
 
+NOT_TO_BE_CALLED: tuple[Json, ...] = (
+    {"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False},
+    {"functions": [{"name": "f"}], "function_call": "none"},
+)
+
+
 async def test_a_wrong_field_is_named(chat_client: httpx.AsyncClient) -> None:
     for fields, param in WRONG_FIELDS:
         response = await chat(chat_client, **fields)
@@ -296,6 +338,8 @@ async def test_a_field_that_asks_for_nothing_changes_nothing(
 ) -> None:
     plain = (await chat(chat_client)).json()["choices"]
     assert (await chat(chat_client, **HARMLESS)).json()["choices"] == plain
+    for fields in NOT_TO_BE_CALLED:
+        assert (await chat(chat_client, **fields)).json()["choices"] == plain
     nothing = dict.fromkeys(set(HARMLESS) | {"seed", "top_p", "logprobs", "stream_options"})
     assert (await chat(chat_client, **nothing)).json()["choices"] == plain
 

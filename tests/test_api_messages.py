@@ -34,6 +34,12 @@ from tests.serving import (
         ),
         ([user("")], "<user><assistant>"),
         ([user("h\u00e9", name=None)], "<user>h\u00e9<assistant>"),
+        ([user("u", name="Ann")], "<user>u<assistant>"),  # the template has no place for it
+        ([user("u", cache_control={"type": "ephemeral"}, type="message")], "<user>u<assistant>"),
+        (
+            [user([{"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}}])],
+            "<user>u<assistant>",
+        ),
     ],
 )
 async def test_what_the_template_is_given(
@@ -68,6 +74,57 @@ async def test_an_answer_may_be_sent_back_as_the_client_got_it(
     assert second.usage.prompt_tokens > len("<user>Hello<assistant>")  # as the template renders it
 
 
+# An answer's message as clients of other servers keep it, and send it back.
+SENT_BACK: tuple[Json, ...] = (
+    # openai-python, parsed or not
+    {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+        "parsed": None,
+    },
+    # litellm
+    {
+        "tool_calls": [],
+        "images": [],
+        "reasoning_content": "Let me think.",
+        "thinking_blocks": [{"type": "thinking", "thinking": "Let me think.", "signature": "x"}],
+        "reasoning_items": [{"id": "r"}],
+        "provider_specific_fields": {"refusal": None, "citations": [{"url": "x"}]},
+        "annotations": [{"type": "url_citation", "url_citation": {"url": "x"}}],
+    },
+    # vLLM, SGLang, OpenRouter
+    {"reasoning": "Let me think.", "reasoning_details": [{"type": "reasoning.text"}]},
+    {"prefix": False, "name": None, "id": "msg_1", "finish_reason": "stop", "timestamp": 5},
+)
+
+
+@pytest.mark.parametrize("fields", SENT_BACK)
+async def test_what_only_comes_back_with_an_answer_changes_nothing(
+    chat_client: httpx.AsyncClient, chat_engine: TorchEngine, script: Script, fields: Json
+) -> None:
+    messages = [user("u"), {"role": "assistant", "content": "a", **fields}, user("v")]
+    response = await chat(chat_client, messages=messages)
+    assert response.status_code == 200, response.text
+    rendered = "<user>u<assistant>a<user>v<assistant>"
+    assert script.submitted[0].prompt == tuple(chat_engine.tokenize(rendered))
+
+
+async def test_a_template_with_a_place_for_names_is_given_them(
+    chat_client: httpx.AsyncClient,
+    chat_engine: TorchEngine,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = "{% for m in messages %}<{{ m.name or m.role }}>{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(chat_engine._loaded.tokenizer, "chat_template", template)
+    messages = [user("u", name="Ann"), user("v", name="")]
+    assert (await chat(chat_client, messages=messages)).status_code == 200
+    assert script.submitted[0].prompt == tuple(chat_engine.tokenize("<Ann>u<user>v"))
+
+
 WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     (None, "messages"),
     ("Hello", "messages"),
@@ -90,7 +147,13 @@ WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     ([user(), {"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[1].tool_calls"),
     ([user(audio={"id": "1"})], "messages[0].audio"),
     ([user(refusal="no")], "messages[0].refusal"),
-    ([user(name="Ann")], "messages[0].name"),
+    ([user(name=5)], "messages[0].name"),
+    ([user(cache_control={}, reasoning_content="a")], "messages[0].reasoning_content"),
+    ([user(), {"role": "assistant", "content": "a", "refusal": "no"}], "messages[1].refusal"),
+    ([user(), {"role": "assistant", "content": "a", "images": [{}]}], "messages[1].images"),
+    ([user(), {"role": "assistant", "content": "a", "prefix": True}], "messages[1].prefix"),
+    ([user(), {"role": "assistant", "content": "a", "partial": True}], "messages[1].partial"),
+    ([user(), {"role": "assistant", "reasoning_content": "a"}], "messages[1].content"),
     ([user(weight=1)], "messages[0].weight"),
     ([user(weight=None)], "messages[0].weight"),
     ([user(["a"])], "messages[0].content[0]"),

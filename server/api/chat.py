@@ -14,7 +14,7 @@ from server.api.context import Context
 from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.messages import Message
-from server.api.parsing import read_request
+from server.api.parsing import UNSUPPORTED, read_request
 from server.engine.base import Engine, InvalidRequestError
 
 WORDING: Final = Wording("chat", "chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -38,8 +38,9 @@ async def create_chat_completion(request: Request, context: Context) -> Response
         prompt = await _read_messages(chat.messages, context.engine, exchange)
         exchange.note_prompts((message["role"], message["content"]) for message in chat.messages)
         room = context.engine.max_model_len - len(prompt)
+        limit = context.settings.default_max_tokens
         plans = [
-            Plan(prompt, chat.sampling(index, room), ChatChoice(index, chat.logprobs))
+            Plan(prompt, chat.sampling(index, room, limit), ChatChoice(index, chat.logprobs))
             for index in range(chat.n)
         ]
         try:
@@ -50,6 +51,9 @@ async def create_chat_completion(request: Request, context: Context) -> Response
 
 def _check(chat: ChatRequest) -> None:
     """What this endpoint's own fields say together."""
+    if (field := chat.unsupported) is not None:
+        message = f"This server does not support '{field}', unless they must not be called."
+        raise invalid(message, field, UNSUPPORTED)
     limits = {chat.max_tokens, chat.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise invalid(
@@ -63,7 +67,7 @@ def _check(chat: ChatRequest) -> None:
 async def _read_messages(
     messages: tuple[Message, ...], engine: Engine, exchange: Exchange
 ) -> tuple[int, ...]:
-    characters = sum(len(message["content"]) + TEMPLATE_LENGTH for message in messages)
+    characters = sum(sum(map(len, message.values())) + TEMPLATE_LENGTH for message in messages)
     tokenize = partial(engine.tokenize_chat, messages)
     return tuple(await exchange.read_prompt(characters, tokenize))
 

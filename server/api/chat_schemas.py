@@ -22,9 +22,10 @@ class ChatRequest(GenerationFields):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    tools: Annotated[object, only("tools", [])] = None
+    # Tools that must not be called change nothing: see `unsupported`.
+    tools: list[dict[str, object]] | None = None
     tool_choice: Annotated[object, only("tool_choice", "none")] = None
-    functions: Annotated[object, only("functions", [])] = None
+    functions: list[dict[str, object]] | None = None
     function_call: Annotated[object, only("function_call", "none")] = None
     response_format: Annotated[object, only("response_format", {"type": "text"})] = None
     modalities: Annotated[object, only("modalities", ["text"])] = None
@@ -46,15 +47,28 @@ class ChatRequest(GenerationFields):
     service_tier: Literal["auto", "default"] | None = None
 
     @property
+    def unsupported(self) -> str | None:
+        """The field that asks for what the server cannot do, as the others are; None if none."""
+        if self.tools and self.tool_choice is None:
+            return "tools"
+        return "functions" if self.functions and self.function_call is None else None
+
+    @property
     def limit_field(self) -> str:
         """The field that limits the answer's length."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-    def sampling(self, choice: int, room: int) -> SamplingSettings:
-        """How to sample one choice, whose prompt leaves `room` tokens of the context."""
+    def sampling(self, choice: int, room: int, default: int | None) -> SamplingSettings:
+        """How to sample one choice.
+
+        Args:
+            room: tokens of the context that its prompt leaves.
+            default: the most tokens where the request sets no limit; None for all that is left.
+        """
         limits = (self.max_completion_tokens, self.max_tokens)
+        unlimited = max(room if default is None else min(room, default), 1)
         return self.settings(
             choice,
-            max_tokens=next((limit for limit in limits if limit is not None), max(room, 1)),
+            max_tokens=next((limit for limit in limits if limit is not None), unlimited),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

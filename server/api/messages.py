@@ -15,18 +15,21 @@ ROLES: Final[Mapping[str, str]] = {
     "user": "user",
     "assistant": "assistant",
 }
-# Fields of OpenAI's that a template cannot take. Clients send an answer's message back as it came,
-# with some of them empty.
+ASSISTANT: Final = "assistant"
+# What a message says beside its text, and a template has no place for: it must be empty, as in an
+# answer that a client sends back. The last two ask for the message to be continued.
 EMPTY_FIELDS: Final = frozenset(
-    {"name", "refusal", "annotations", "audio", "function_call", "tool_calls"}
+    {"refusal", "audio", "images", "function_call", "tool_calls", "prefix", "partial"}
 )
-PART_FIELDS: Final = frozenset({"type", "text", "prompt_cache_breakpoint"})  # the last: a hint
+HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})  # where others cache
+MESSAGE_FIELDS: Final = EMPTY_FIELDS | HINTS | {"role", "content", "name", "type", "annotations"}
+PART_FIELDS: Final = HINTS | {"type", "text"}
 
 Message: TypeAlias = Mapping[str, str]
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:
-    """Each message's `role` and `content`, the content as one string.
+    """Each message's `role` and `content`, the content as one string; its `name`, if it has one.
 
     Raises:
         ApiError: a 400 that names the place.
@@ -44,13 +47,24 @@ def _parse_message(value: object, param: str) -> Message:
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
     # Its role first: that a tool's answer has other fields is not what is wrong with it.
     role = _parse_role(_required(value, "role", param), f"{param}.role")
-    _check_known(value, EMPTY_FIELDS | {"role", "content", "type"}, param)
-    if value.get("type") not in (None, "text"):  # lm-evaluation-harness marks each as text
+    if role != ASSISTANT:
+        # An answer that comes back has whatever some server has told of it: reasoning, sources.
+        _check_known(value, MESSAGE_FIELDS, param)
+    if value.get("type") not in (None, "text", "message"):  # lm-evaluation-harness marks each
         raise _no_text_part(value["type"], f"{param}.type")
-    for name in EMPTY_FIELDS & value.keys():
+    for name in sorted(EMPTY_FIELDS & value.keys()):
         _check_empty(value[name], f"{param}.{name}")
     content = _required(value, "content", param)
-    return {"role": role, "content": _parse_content(content, f"{param}.content")}
+    message = {"role": role, "content": _parse_content(content, f"{param}.content")}
+    if speaker := _parse_name(value.get("name"), f"{param}.name"):
+        message["name"] = speaker  # for templates that have a place for it
+    return message
+
+
+def _parse_name(value: object, param: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise invalid(f"'{param}' must be a string.", param, "invalid_type")
+    return value or ""
 
 
 def _parse_role(value: object, param: str) -> str:
@@ -71,7 +85,7 @@ def _check_known(value: dict[str, object], known: frozenset[str], param: str) ->
 
 
 def _check_empty(value: object, param: str) -> None:
-    if value not in (None, "", [], {}):
+    if value not in (None, False, "", [], {}):
         raise invalid(f"This server does not support '{param}'.", param, UNSUPPORTED)
 
 
