@@ -4,13 +4,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from interventions.registry import Registry
 from interventions.settings import Caps
 from server.api import chat, completions, interventions, models, system
 from server.api.auth import require_api_key
 from server.api.context import ServerContext
-from server.api.errors import ApiError, install_error_handlers
+from server.api.cross_origin import CrossOriginMiddleware
+from server.api.errors import ApiError, handle_unexpected, install_error_handlers
+from server.api.host_check import HostMiddleware, host_check
 from server.api.limits import BodyLimitMiddleware
 from server.api.observe import RequestObserver
 from server.api.steering import SteeringResolver
@@ -71,11 +74,22 @@ def create_app(
     app.include_router(_v1())
     app.include_router(system.router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, settings=settings, lifecycle=context.lifecycle)
-    app.add_middleware(
-        RequestObserver, metrics=metrics, sinks=sinks
-    )  # outermost: it sees every answer
+    _add_middleware(app, context, sinks)
     return app
+
+
+def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[RecordSink]) -> None:
+    """Put the layers around the routes, from the innermost to the outermost."""
+    settings = context.settings
+    app.add_middleware(BodyLimitMiddleware, settings=settings, lifecycle=context.lifecycle)
+    check = host_check(settings)
+    if check is not None:
+        app.add_middleware(HostMiddleware, check=check)
+    # Inside of what adds headers to every answer: the application's own is outside of it.
+    app.add_middleware(ServerErrorMiddleware, handler=handle_unexpected)
+    if settings.cors_origins:
+        app.add_middleware(CrossOriginMiddleware, origins=settings.cors_origins, check=check)
+    app.add_middleware(RequestObserver, metrics=context.metrics, sinks=sinks)  # sees every answer
 
 
 def _v1() -> APIRouter:

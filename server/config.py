@@ -1,6 +1,5 @@
 """What the server is told at start, resolved once: flags, then the environment, then defaults."""
 
-import ipaddress
 import os
 import re
 from functools import cached_property
@@ -24,6 +23,8 @@ from pydantic_settings import (
 )
 
 from server.environment import Environment
+from server.hosts import ANY_ORIGIN, check_host, check_origin, is_loopback
+from server.keys import is_key, with_keys_read
 from server.toxicity.scorer import parse_spec
 
 MIB = 1024 * 1024
@@ -75,8 +76,20 @@ class Settings(BaseSettings):
     """Port to listen on; 0 for any that is free."""
     api_key: SecretStr | None = None
     """Key that clients of /v1 must send; if unset, they need none."""
+    api_key_file: Path | None = None
+    """File that holds the API key, which nobody sees in the list of processes then; if unset, there
+    is only --api-key."""
     admin_key: SecretStr | None = None
-    """Key for upload and delete; if unset, both are allowed on a loopback address only."""
+    """Key for upload and delete; if unset, both are allowed from this machine only, on a loopback
+    address, without a proxy and without an API key."""
+    admin_key_file: Path | None = None
+    """File that holds the admin key; if unset, there is only --admin-key."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Names that a request's Host header may give, beside localhost and loopback addresses;
+    if unset, no others where the server listens on a loopback address, and any elsewhere."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins, as https://chat.example.org, whose web pages may use the server from a browser; *
+    for all, which needs an API key; if unset, none."""
 
     registry: Path | None = None
     """Folder of the stored interventions; if unset, steerserve/registry in the user's data."""
@@ -149,11 +162,27 @@ class Settings(BaseSettings):
     check_invariants: bool = False
     """Check the engine's bookkeeping after every step; slow."""
 
-    @field_validator("served_model_names", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _read_keys(cls, given: object) -> object:
+        """A key in a file is a key: who asks for keys need not know where one came from."""
+        return with_keys_read(given) if isinstance(given, dict) else given
+
+    @field_validator("served_model_names", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         """A variable holds several names separated by commas or blanks."""
         return tuple(re.split(r"[\s,]+", value.strip())) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_host, value))
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_origin, value))
 
     @field_validator("default_steering", mode="before")
     @classmethod
@@ -178,7 +207,7 @@ class Settings(BaseSettings):
     @field_validator("api_key", "admin_key")
     @classmethod
     def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+        if value is not None and not is_key(value.get_secret_value()):
             raise ValueError("a key is one or more printable ASCII characters without blanks")
         return value
 
@@ -188,6 +217,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "the steering policy `locked` needs a default steering: without one every "
                 "request would be refused"
+            )
+        if ANY_ORIGIN in self.cors_origins and self.api_key is None:
+            raise ValueError(
+                "the CORS origin `*` needs an API key: without one, every page that anybody on "
+                "this machine opens could use the server; name the origins, or set a key"
             )
         if self.baseline_sample_rate and self.toxicity_scorer == "none":
             raise ValueError(
@@ -245,9 +279,4 @@ class Settings(BaseSettings):
     @property
     def binds_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host.strip("[]"))

@@ -159,7 +159,7 @@ async def make_client(tiny_engine: TorchEngine, registry: Registry) -> AsyncIter
     def make(**settings: JsonValue) -> httpx.AsyncClient:
         app = build_app(tiny_engine, registry, None, **settings)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        clients.append(httpx.AsyncClient(transport=transport, base_url="http://tiny"))
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://localhost"))
         return clients[-1]
 
     yield make
@@ -189,7 +189,7 @@ async def chat_client(
     chat_engine: TorchEngine, registry: Registry
 ) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=build_app(chat_engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 

@@ -1,5 +1,8 @@
 """Who may do what: API key, admin key, and what is safe without either."""
 
+import itertools
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -124,6 +127,8 @@ async def test_another_sites_page_cannot_change_the_registry(
         {"Origin": "http://["},
         {"Origin": "http://127.0.0.1:9000", "Host": "127.0.0.1:8000"},
         {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"},  # rebound name
+        {"Origin": "http://evil.example:8000", "Host": "127.0.0.1:8000"},
+        {"Origin": "", "Host": "127.0.0.1:8000"},
     )
     for headers in attacks:
         response = await upload(client, affine_artifact, headers)
@@ -134,6 +139,82 @@ async def test_another_sites_page_cannot_change_the_registry(
     for headers in attacks:
         response = await client.delete("/v1/interventions/maps", headers=headers)
         assert response.status_code == 403
+
+
+FORWARDING = (
+    *("Forwarded", "forwarded", "X-Forwarded-For", "x-forwarded-host", "X-Forwarded-Proto"),
+    *("X-Forwarded-Prefix", "X-Forwarded-Anything", "X-Forwarded", "X_Forwarded_For", "X-Real-IP"),
+    *("Via", "CF-Connecting-IP", "CF-Ray", "True-Client-IP", "X-Client-IP", "X-Cluster-Client-IP"),
+    *("Fastly-Client-IP", "X-Original-Forwarded-For", "X-Envoy-External-Address", "CDN-Loop"),
+)
+
+
+async def test_behind_a_proxy_changes_need_an_admin_key(
+    make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
+) -> None:
+    """On the machine of the proxy, everybody's requests come from 127.0.0.1."""
+    registry.add(affine_artifact("kept"))
+    client, guarded = make_client(), make_client(admin_key="admin")
+    for header, value in itertools.product(FORWARDING, ("203.0.113.7", "127.0.0.1", "")):
+        headers = {header: value}
+        for response in (
+            await upload(client, affine_artifact, headers),
+            await client.delete("/v1/interventions/kept", headers=headers),
+        ):
+            error = error_of(response)
+            assert (response.status_code, error["code"]) == (403, "admin_key_required")
+            assert header.lower() in str(error["message"])
+            assert "--admin-key" in str(error["message"])
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        response = await guarded.delete("/v1/interventions/kept", headers=headers)
+        assert response.status_code == 401
+    assert [entry.name for entry in registry.entries()] == ["kept"]
+    headers = {"X-Forwarded-For": "203.0.113.7", **bearer("admin")}
+    assert (await upload(guarded, affine_artifact, headers)).status_code == 201
+
+
+async def test_whoever_comes_by_an_allowed_host_is_not_local(
+    make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
+) -> None:
+    """A proxy may pass the public name on, and add no header at all."""
+    client = make_client(allowed_hosts=["llm.example.org"])
+    for origin in ({}, {"Origin": "https://llm.example.org"}):
+        headers = {"Host": "llm.example.org", **origin}
+        response = await upload(client, affine_artifact, headers)
+        assert response.status_code == 403
+        assert error_of(response)["code"] == "admin_key_required"
+        assert not registry.entries()
+    assert (await upload(client, affine_artifact, {})).status_code == 201
+
+
+async def test_with_an_api_key_alone_nobody_changes_the_registry(
+    make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
+) -> None:
+    registry.add(affine_artifact("kept"))
+    client = make_client(api_key="the-key")
+    for headers, status in (({}, 401), (bearer("wrong"), 401), (bearer("the-key"), 403)):
+        for response in (
+            await upload(client, affine_artifact, headers),
+            await client.delete("/v1/interventions/kept", headers=headers),
+        ):
+            assert response.status_code == status
+            if status == 403:
+                error = error_of(response)
+                assert error["code"] == "admin_key_required"
+                assert "--admin-key" in str(error["message"])
+    assert [entry.name for entry in registry.entries()] == ["kept"]
+
+
+async def test_a_key_from_a_file_guards_as_one_that_is_given(
+    make_client: MakeClient, affine_artifact: WriteArtifact, tmp_path: Path
+) -> None:
+    (tmp_path / "api").write_text("the-key\n")
+    (tmp_path / "admin").write_text("the-admin-key\n")
+    client = make_client(api_key_file=str(tmp_path / "api"), admin_key_file=str(tmp_path / "admin"))
+    assert (await client.get("/v1/models")).status_code == 401
+    assert (await client.get("/v1/models", headers=bearer("the-key"))).status_code == 200
+    assert (await upload(client, affine_artifact, bearer("the-key"))).status_code == 403
+    assert (await upload(client, affine_artifact, bearer("the-admin-key"))).status_code == 201
 
 
 async def test_keys_reach_no_log(

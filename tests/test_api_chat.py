@@ -379,7 +379,7 @@ async def test_choices_draw_by_seeds_that_follow_each_other(
 async def test_too_many_completions(chat_engine: TorchEngine, registry: Registry) -> None:
     app = build_app(chat_engine, registry, max_completions_per_request=3)
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         error = error_of(await chat(client, n=4))
     assert (error["code"], error["param"]) == ("too_many_completions", "n")
 
@@ -420,7 +420,7 @@ async def test_the_policy_holds_for_chats(
         chat_engine, registry, default_steering=default, steering_policy="locked", api_key="k"
     )
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await chat(client)).status_code == 401
         client.headers["Authorization"] = "Bearer k"
         body = (await chat(client)).json()

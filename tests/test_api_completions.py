@@ -476,7 +476,7 @@ async def test_a_refusal_leaves_no_pin(
     monkeypatch.setattr(tiny_engine, "submit", script.submit)
     app = build_app(tiny_engine, registry)
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://tiny"
+        transport=httpx.ASGITransport(app=app), base_url="http://localhost"
     ) as client:
         response = await complete(client, n=3, steering={"intervention": "maps"})
     assert response.status_code == 429
@@ -516,7 +516,7 @@ async def test_a_client_that_leaves_cancels_its_generations(
     assert all(generation.cancelled for generation in generations)
     assert not registry.path(entry.digest).exists()
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://tiny"
+        transport=httpx.ASGITransport(app=app), base_url="http://localhost"
     ) as client:
         cancelled = 'requests_total{endpoint="/v1/completions",outcome="cancelled"}'
         assert await metric(client, cancelled) == 1

@@ -199,7 +199,8 @@ async def test_a_body_that_stalls(tiny_engine: TorchEngine, registry: Registry) 
     async with live(app) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\n"
             b'Content-Length: 100\r\n\r\n{"model": '
         )
         async with asyncio.timeout(10):

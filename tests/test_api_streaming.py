@@ -166,7 +166,7 @@ async def test_an_error_in_the_middle_is_an_event_and_ends_the_stream(
     waiting = ScriptedGeneration(outputs=(FIRST,))
     monkeypatch.setattr(tiny_engine, "submit", Script([failing, waiting]).submit)
     transport = httpx.ASGITransport(app=build_app(tiny_engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         response = await complete(client, n=2, stream=True)
         *_, last = events(response.text)
         body = json.loads(last)

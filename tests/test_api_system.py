@@ -55,7 +55,7 @@ async def test_the_application_starts_and_closes_its_engine(
     engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS)
     app = build_app(engine, registry)
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await client.get("/ready")).status_code == 503
         async with app.router.lifespan_context(app):
             assert (await client.get("/ready")).status_code == 200

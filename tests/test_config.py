@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue, SecretStr, ValidationError
 
 from server.config import Settings
 
@@ -116,6 +116,76 @@ def test_keys_are_never_shown() -> None:
     assert "secret-" not in problem(api_key="secret-1 secret-2")
 
 
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+@pytest.mark.parametrize("content", [b"the-key", b"the-key\n", b"  the-key\r\n\n"])
+def test_a_key_may_be_in_a_file(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    settings = Settings.model_validate({f"{name}_file": path})
+    assert getattr(settings, name) == SecretStr("the-key")
+    assert "the-key" not in repr(settings)
+
+
+def test_a_key_file_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "key").write_text("the-key")
+    monkeypatch.setenv("STEERSERVE_ADMIN_KEY_FILE", "~/key")
+    assert Settings().admin_key == SecretStr("the-key")
+    assert "cannot be read" in problem(api_key_file="~nobody-of-this-name/key")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"secret one\nsecret two\n", "does not hold one key"),
+        ("schlüssel-secret".encode(), "does not hold one key"),
+        (b"\0secret", "does not hold one key"),
+        (b"secret" * 1000, "does not hold one key"),
+        (None, "cannot be read: Is a directory"),
+    ],
+)
+def test_a_file_without_a_key_ends_the_start(
+    content: bytes | None, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "key"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    message = problem(api_key_file=path)
+    assert f"the file of api_key_file, {path}, {told}" in message
+    assert "secret" not in message
+    assert "cannot be read: No such file" in problem(admin_key_file=tmp_path / "none")
+
+
+def test_a_key_that_is_given_twice_ends_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("secret-1")
+    message = problem(api_key="secret-2", api_key_file=path)
+    assert "api_key and api_key_file are both given" in message
+    assert "secret" not in message
+    settings = Settings.model_validate({"api_key": "secret-2", "admin_key_file": path})
+    assert settings.admin_key == SecretStr("secret-1")
+
+
+def test_hosts_and_origins_are_kept_as_requests_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERSERVE_ALLOWED_HOST", "LLM.example.org, [::2] 10.0.0.1")
+    monkeypatch.setenv("STEERSERVE_CORS_ORIGIN", "HTTPS://Chat.example.org:443,tauri://localhost")
+    settings = Settings()
+    assert settings.allowed_hosts == ("llm.example.org", "::2", "10.0.0.1")
+    assert settings.cors_origins == ("https://chat.example.org", "tauri://localhost")
+
+
+def test_every_origin_needs_an_api_key(tmp_path: Path) -> None:
+    assert "needs an API key" in problem(cors_origins=["*"])
+    assert "needs an API key" in problem(cors_origins=["http://a", "*"], admin_key="k")
+    (tmp_path / "key").write_text("k")
+    for key in ({"api_key": "k"}, {"api_key_file": tmp_path / "key"}):
+        assert Settings.model_validate({"cors_origins": ["*"], **key}).cors_origins == ("*",)
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [
@@ -123,6 +193,7 @@ def test_keys_are_never_shown() -> None:
         ("127.8.9.1", True),
         ("::1", True),
         ("localhost", True),
+        ("::ffff:127.0.0.1", True),
         ("0.0.0.0", False),
         ("::", False),
         ("192.168.1.2", False),

@@ -55,6 +55,11 @@ def test_an_admin_key_that_is_given_is_kept(tmp_path: Path) -> None:
     assert with_admin_key(tmp_path, STEERSERVE_ADMIN_KEY="given") == "given"
 
 
+def test_an_admin_key_that_is_given_by_file_is_the_only_one(tmp_path: Path) -> None:
+    assert with_admin_key(tmp_path, STEERSERVE_ADMIN_KEY_FILE="/run/secrets/admin") == ""
+    assert with_admin_key(tmp_path, STEERSERVE_ADMIN_KEY_FILE="") != ""
+
+
 def test_everything_that_is_mounted_or_built_exists() -> None:
     for name, service in SERVICES.items():
         for volume in service.get("volumes", ()):

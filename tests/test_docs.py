@@ -19,7 +19,7 @@ from server.variables import OTHER_VARIABLES
 ROOT = Path(__file__).parent.parent
 # Name variables that are none: as examples of mistakes, or as Kubernetes names its own.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
-DOCS = ("observability", "options", "structures")
+DOCS = ("observability", "options", "security", "structures")
 README = (ROOT / "README.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 STRUCTURES = (ROOT / "docs" / "structures.md").read_text()
@@ -67,7 +67,7 @@ def test_every_setting_has_a_row_in_the_page_of_options() -> None:
     assert len(rows) == len(Settings.model_fields)
     for row, (name, field) in zip(rows, Settings.model_fields.items(), strict=True):
         flags, variable, _, default, description = row.strip("| ").split(" | ")
-        flag = "served_model_name" if name == "served_model_names" else name
+        flag = name.removesuffix("s") if field.default == () else name
         assert flags.split(", ")[0] == f"`--{flag.replace('_', '-')}`"
         assert variable == f"`STEERSERVE_{flag.upper()}`"
         assert description == " ".join((field.description or "").split())

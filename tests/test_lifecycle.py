@@ -125,7 +125,7 @@ async def test_a_server_that_stops_takes_no_new_request(
     app = build_app(tiny_engine, registry)
     app.state.context.lifecycle.stop()
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         refused = [
             await client.get("/ready"),
             await complete(client),
@@ -183,8 +183,8 @@ async def test_a_body_that_is_still_coming_is_not_waited_for(
         for path, (media_type, part) in bodies.items():
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(
-                b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nContent-Length: 9999\r\n\r\n%b"
-                % (path, media_type, part)
+                b"POST %b HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: %b\r\nContent-Length: 9999\r\n\r\n%b" % (path, media_type, part)
             )
             connections.append((reader, writer))
         await eventually(lambda: len(server.server.server_state.tasks) == len(bodies))
@@ -250,7 +250,8 @@ async def test_a_server_whose_engine_dies_stops_whatever_it_was_doing(
         # A request whose body never comes would hold the server for long.
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\n"
             b"Content-Length: 9\r\n\r\n{"
         )
         await eventually(lambda: len(server.server.server_state.tasks) == 3)
@@ -305,7 +306,7 @@ async def test_the_head_of_a_request_is_bounded(
         assert server.server.config.http == "h11"
         assert server.server.config.ws == "none"
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 200_000)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 200_000)
         async with asyncio.timeout(10):
             assert (await reader.read(12)) == b"HTTP/1.1 400"
         writer.close()

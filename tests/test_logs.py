@@ -202,7 +202,7 @@ def client_of(engine: TorchEngine, registry: Registry, *, log_content: bool) -> 
     metrics, sinks = Metrics(engine, registry, "tiny"), [LogSink(with_content=log_content)]
     app = create_app(engine, registry, metrics, None, settings, sinks)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://tiny")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 async def test_a_real_application_logs_no_text_of_a_client(

@@ -66,7 +66,7 @@ async def test_after_errors_and_clients_that_leave_the_counts_add_up_and_the_gau
     running = [asyncio.create_task(connection.run(app)) for connection in leaving]
     await eventually(lambda: tiny_engine.stats().running == len(leaving))
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         async with asyncio.timeout(20):  # each has its first token
             while await metric(client, FIRST_TOKENS) < len(leaving):  # noqa: ASYNC110 - a page
                 await asyncio.sleep(0.001)

@@ -60,7 +60,7 @@ def watched(engine: TorchEngine, registry: Registry, *sinks: Kept | Broken) -> F
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://tiny")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 async def test_every_answer_carries_an_id_of_its_own(client: httpx.AsyncClient) -> None:

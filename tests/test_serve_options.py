@@ -29,7 +29,11 @@ GIVEN: dict[str, tuple[str, object]] = {
     "host": ("::1", "::1"),
     "port": ("9", 9),
     "api_key": ("k", SecretStr("k")),
+    "api_key_file": ("api.key", Path("api.key")),
     "admin_key": ("l", SecretStr("l")),
+    "admin_key_file": ("admin.key", Path("admin.key")),
+    "allowed_hosts": ("a.example b.example", ("a.example", "b.example")),
+    "cors_origins": ("http://a:1 http://b", ("http://a:1", "http://b")),
     "registry": ("elsewhere", Path("elsewhere")),
     "max_loaded_interventions": ("4", 4),
     "default_steering": ('{"intervention":"x"}', {"intervention": "x"}),
@@ -64,6 +68,9 @@ GIVEN: dict[str, tuple[str, object]] = {
 }
 
 
+KEY_FILES = ("api_key_file", "admin_key_file")
+
+
 class Launches:
     """What would have been served."""
 
@@ -83,6 +90,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return launches
 
 
+@pytest.fixture(autouse=True)
+def key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that are given for keys, in the folder that the command is run in."""
+    monkeypatch.chdir(tmp_path)
+    for name in KEY_FILES:
+        Path(GIVEN[name][0]).write_text("k\n")
+
+
 def serve(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
 
@@ -96,7 +111,16 @@ def as_words(name: str) -> list[str]:
             return [flag]
         case "off":
             return [flag.replace("--", "--no-")]
-    return ["--served-model-name" if name == "served_model_names" else flag, *text.split()]
+    if name == "served_model_names":
+        return ["--served-model-name", *text.split()]
+    if isinstance(GIVEN[name][1], tuple):
+        return [word for item in text.split() for word in (flag.removesuffix("s"), item)]
+    return [flag, text]
+
+
+def fields_set_by(name: str) -> set[str]:
+    """The settings that are given with one: a file of a key is the key too."""
+    return {name, name.removesuffix("_file")} if name in KEY_FILES else {name}
 
 
 def test_every_setting_is_tried() -> None:
@@ -108,7 +132,7 @@ def test_every_setting_has_a_flag(name: str, launches: Launches) -> None:
     shown = serve(*as_words(name))
     assert shown.exit_code == 0, shown.output
     [settings] = launches.settings
-    assert settings.model_fields_set == {name}
+    assert settings.model_fields_set == fields_set_by(name)
     assert getattr(settings, name) == GIVEN[name][1]
 
 
@@ -119,18 +143,19 @@ def test_every_setting_has_a_variable_named_as_its_option(
     option = as_words(name)[0].removeprefix("--no-").removeprefix("--")
     monkeypatch.setenv(f"STEERSERVE_{option.replace('-', '_').upper()}", GIVEN[name][0])
     settings = Settings()
-    assert settings.model_fields_set == {name}
+    assert settings.model_fields_set == fields_set_by(name)
     assert getattr(settings, name) == GIVEN[name][1]
 
 
 @pytest.mark.parametrize("end_well", [True, False])
 def test_all_flags_at_once(launches: Launches, end_well: bool) -> None:
     launches.end_well = end_well
-    shown = serve(*(word for name in GIVEN for word in as_words(name)))
+    together = [name for name in GIVEN if name not in KEY_FILES]  # the keys are given themselves
+    shown = serve(*(word for name in together for word in as_words(name)))
     assert shown.exit_code == (0 if end_well else 1), shown.output
     [settings] = launches.settings
-    assert {name: getattr(settings, name) for name in GIVEN} == {
-        name: value for name, (_, value) in GIVEN.items()
+    assert {name: getattr(settings, name) for name in together} == {
+        name: GIVEN[name][1] for name in together
     }
 
 
@@ -179,6 +204,14 @@ def test_names_may_follow_one_flag_or_one_each(words: list[str], launches: Launc
         (["--kv-cache-gb", "nan"], "kv_cache_gb"),
         (["--default-steering", "{"], "default_steering"),
         (["--served-model-name", "a", "a"], "served model names"),
+        (["--api-key", "k", "--api-key-file", "api.key"], "api_key and api_key_file"),
+        (["--admin-key", "k", "--admin-key-file", "admin.key"], "admin_key and admin_key_file"),
+        (["--admin-key-file", "nowhere.key"], "nowhere.key, cannot be read: No such file"),
+        (["--allowed-host", "a.example", "b.example"], "b.example"),
+        (["--allowed-host", "https://a.example"], "is not a host to allow"),
+        (["--cors-origin", "https://a.example/"], "is not an origin"),
+        (["--cors-origin", "https://a.example", "--cors-origin", "a.example"], "'a.example'"),
+        (["--cors-origin", "*"], "needs an API key"),
     ],
 )
 def test_what_is_refused_is_named(words: list[str], told: str, launches: Launches) -> None:
@@ -222,6 +255,19 @@ def test_other_commands_do_not_mind_a_misspelt_variable(monkeypatch: pytest.Monk
     monkeypatch.setenv("STEERSERVE_STEERING_POLCY", "locked")
     shown = CliRunner().invoke(app, ["list", "--url", "http://127.0.0.1:9"])
     assert "Cannot reach" in shown.output
+
+
+@pytest.mark.parametrize("given_as", ["flag", "variable"])
+def test_a_key_in_a_variable_and_another_in_a_file_contradict_each_other(
+    given_as: str, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEERSERVE_API_KEY", "k")
+    if given_as == "variable":
+        monkeypatch.setenv("STEERSERVE_API_KEY_FILE", "api.key")
+    shown = serve(*(["--api-key-file", "api.key"] if given_as == "flag" else []))
+    assert shown.exit_code == 1
+    assert "api_key and api_key_file are both given" in shown.output
+    assert not launches.settings
 
 
 @pytest.mark.parametrize("flag", ["--api-key", "--admin-key"])

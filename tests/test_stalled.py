@@ -92,7 +92,7 @@ def ask(reader: socket.socket, **fields: object) -> None:
     """Send a request for many long answers."""
     wanted = {"model": "tiny", "prompt": "x", "ignore_eos": True, "logprobs": 5, "n": 16, **fields}
     body = json.dumps(wanted).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     reader.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
 

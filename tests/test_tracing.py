@@ -270,7 +270,7 @@ async def test_a_real_application_makes_spans(tiny_engine: TorchEngine, registry
     before = time.time_ns()
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app),
-        base_url="http://tiny",
+        base_url="http://localhost",
         headers={"traceparent": TRACEPARENT},
     ) as client:
         answer = await complete(client, prompt=SECRET, stop=SECRET, seed=3)

@@ -61,7 +61,7 @@ class AppliedSteering:
         try:
             yield
         except (UnknownInterventionError, UnservableInterventionError) as error:
-            if self.source != "default":
+            if self.source != "default" or not self.edits:
                 raise
             raise default_unavailable(sentence_of(error)) from error
 

@@ -1,16 +1,25 @@
 """Who may do what: the API key for `/v1`, the admin key to change the registry."""
 
+import re
 import secrets
 from typing import Final
 from urllib.parse import urlsplit
 
 from fastapi import Request
 from pydantic import SecretStr
+from starlette.datastructures import Headers
 
 from server.api.context import Context
 from server.api.errors import ApiError
+from server.config import Settings
+from server.hosts import is_loopback, named_host
 
-LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+# Headers that a proxy adds, under any of the names in use for whom it speaks. Who is taken for a
+# proxy by mistake has to give the admin key: so rather one name too many than one too few.
+_FORWARDING: Final = re.compile(
+    r"forwarded|via|cdn-loop|x-forwarded.*|x-original-.*|x-envoy-.*|x-proxyuser-.*|cf-.*"
+    r"|(?:.*-)?(?:client|connecting|real|user|remote)-?ip"
+)
 
 
 async def require_api_key(request: Request, context: Context) -> None:
@@ -31,8 +40,9 @@ async def require_api_key(request: Request, context: Context) -> None:
 async def require_admin(request: Request, context: Context) -> None:
     """Refuse a change of the registry by anybody but its admin.
 
-    Without an admin key, whoever reaches a server that is bound to loopback is its admin, except a
-    web page that the user's browser shows: any page may post a form to 127.0.0.1.
+    Without an admin key, the admin is whoever sends requests from this machine itself to a server
+    that is bound to loopback and has no other key. No sign may speak for anybody else: neither a
+    proxy's headers, nor a host name that a proxy would pass on, nor a web page of another origin.
 
     Raises:
         ApiError: 401 or 403.
@@ -45,13 +55,33 @@ async def require_admin(request: Request, context: Context) -> None:
         if _equal(presented, settings.api_key):
             raise _forbidden("Uploading and deleting need the admin key; this is the API key.")
         raise _unauthorized(presented)
-    if not settings.binds_loopback:
+    obstacle = _why_not_local(request.headers, settings)
+    if obstacle is not None:
         raise _forbidden(
-            "Uploading and deleting are off: this server is not bound to a loopback address. "
-            "Start it with --admin-key to turn them on."
+            f"Uploading and deleting need an admin key here: {obstacle}. "
+            "Start the server with --admin-key-file or --admin-key, and send that key."
         )
-    if not _comes_from_here(request):
-        raise _forbidden("Uploading and deleting from another site's page are not allowed.")
+
+
+def _why_not_local(headers: Headers, settings: Settings) -> str | None:
+    """Says why a request may come from somebody else than this machine's user; None if not."""
+    if not settings.binds_loopback:
+        return "this server is not bound to a loopback address"
+    if settings.api_key is not None:
+        return "this server has an API key, so others than its admin use it"
+    proxied = next((name for name in headers if _is_forwarding(name)), None)
+    if proxied is not None:
+        return f"the header {proxied[:50]} says that the request came through a proxy"
+    host = named_host(headers.get("host", ""))
+    if host is None or not is_loopback(host):
+        return "the request's Host header is not localhost or a loopback address"
+    if not _is_of_own_page(headers):
+        return "the request comes from another site's page"
+    return None
+
+
+def _is_forwarding(header: str) -> bool:
+    return _FORWARDING.fullmatch(header.lower().replace("_", "-")) is not None
 
 
 def _presented_key(request: Request) -> bytes | None:
@@ -65,18 +95,13 @@ def _equal(presented: bytes | None, key: SecretStr | None) -> bool:
     return secrets.compare_digest(presented, key.get_secret_value().encode())
 
 
-def _comes_from_here(request: Request) -> bool:
+def _is_of_own_page(headers: Headers) -> bool:
     """Whether the request is not a browser's, or is one of a page that this server sent."""
-    origin = request.headers.get("origin")
-    if origin is None:
-        return True
     try:
-        parts = urlsplit(origin)
-        name = parts.hostname
+        pages = {urlsplit(origin).netloc for origin in headers.getlist("origin")}
     except ValueError:
         return False
-    # The name too: one that an attacker owns may be made to resolve to 127.0.0.1.
-    return name in LOOPBACK_NAMES and parts.netloc == request.headers.get("host")
+    return pages <= {headers.get("host")}
 
 
 def _unauthorized(presented: bytes | None) -> ApiError:

@@ -160,7 +160,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
     app.add_exception_handler(ClientDisconnect, _handle_client_gone)
     app.add_exception_handler(ClientGoneError, _handle_client_gone)
-    app.add_exception_handler(Exception, _handle_unexpected)
+    app.add_exception_handler(Exception, handle_unexpected)
 
 
 def _answer(request: Request, error: ApiError) -> Response:
@@ -215,7 +215,8 @@ async def _handle_client_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _handle_unexpected(request: Request, _: Exception) -> Response:
+async def handle_unexpected(request: Request, _: Exception) -> Response:
+    """Answers what nothing else has caught; whoever runs the application hears of it too."""
     return _answer(request, internal_error())
 
 

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import CLIENT_CLOSED_REQUEST, internal_error
+from server.api.errors import CLIENT_CLOSED_REQUEST
 from server.metrics import Metrics
 from server.records import OUTCOMES, UNMATCHED, Outcome, RecordSink, RequestRecord
 
@@ -47,11 +47,6 @@ class RequestObserver:
         answer = _Answer(send, record)
         try:
             await self._app(scope, receive, answer.send)
-        except Exception:
-            # Whoever catches it further out would answer without the id.
-            if not answer.begun:
-                await internal_error().response(scope, receive, answer.send)
-            raise
         finally:
             record.seconds = time.perf_counter() - began
             self._end(scope, record, complete=answer.complete)
@@ -77,12 +72,10 @@ class _Answer:
 
     _send: Send
     _record: RequestRecord
-    begun: bool = False
     complete: bool = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.begun = True
             self._record.status = message["status"]
             name, value = REQUEST_ID_HEADER.encode(), self._record.request_id.encode()
             message = {**message, "headers": [*message.get("headers", ()), (name, value)]}

@@ -16,8 +16,10 @@ Written by `python -m server.cli.options_page > docs/options.md` from the fields
 
 An option comes before its variable, and that before the default. An empty variable is not set.
 The variable of a switch takes `on` or `off`. Several names follow one `--served-model-name`,
-separated by blanks; in the variable blanks or commas separate them. Keys are best given as
-variables: options are seen by whoever lists the machine's processes.
+separated by blanks; several hosts or origins have an option each; in a variable blanks or commas
+separate them. Keys are best given by file or as variables: options are seen by whoever lists the
+machine's processes. A key that is given twice, directly and by file, ends the start.
+[security.md](security.md) says which of them an operator should set.
 
 Names of variables are in capitals. A variable that begins with `STEERSERVE_` and is not on this
 page ends the start, with the name that is nearest. What Kubernetes sets for a service called

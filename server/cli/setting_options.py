@@ -62,7 +62,8 @@ class SettingOption:
     @property
     def kind(self) -> str:
         """What a value is called that is not one of a few words."""
-        return "names" if self.takes_several else _WORDS.get(self.type, "JSON")
+        several = self.name.rpartition("_")[2]  # "names", "hosts" and the like
+        return several if self.takes_several else _WORDS.get(self.type, "JSON")
 
     @property
     def limits(self) -> dict[str, float]:

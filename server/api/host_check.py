@@ -1,0 +1,66 @@
+"""Refuses requests for hosts that this server is not, in plain ASGI, before anything is read.
+
+A browser lets a page read what its own host answers. Whoever owns a page's name can have it resolve
+to 127.0.0.1 while the page is open (DNS rebinding); then only the Host header still tells.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.errors import ApiError
+from server.config import Settings
+from server.hosts import is_loopback, named_host
+
+HostCheck: TypeAlias = Callable[[list[str]], ApiError | None]
+
+
+def host_check(settings: Settings) -> HostCheck | None:
+    """Makes what judges the values of a request's Host headers; None where any host will do.
+
+    Hosts are checked where the server is bound to loopback, and wherever the operator has named
+    some. Loopback's own names always pass: no page can have them. So does a request without the
+    header, which HTTP/1.0 allows (health checks of load balancers): no browser sends one.
+    """
+    if not settings.binds_loopback and not settings.allowed_hosts:
+        return None
+
+    def check(hosts: list[str]) -> ApiError | None:
+        names = {named_host(host) for host in hosts}
+        if len(hosts) <= 1 and all(_passes(name, settings.allowed_hosts) for name in names):
+            return None
+        return ApiError(
+            403,
+            f"This server does not answer for the host '{', '.join(hosts)[:100]}': it is neither "
+            "localhost, nor a loopback address, nor a host that the server was started with "
+            "(--allowed-host).",
+            code="host_not_allowed",
+            headers={"Connection": "close"},
+        )
+
+    return check
+
+
+def _passes(name: str | None, allowed: tuple[str, ...]) -> bool:
+    return name is not None and (is_loopback(name) or name in allowed)
+
+
+class HostMiddleware:
+    """Answers for the server's own hosts only."""
+
+    def __init__(self, app: ASGIApp, check: HostCheck) -> None:
+        self._app = app
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._check(_hosts(scope)) if scope["type"] == "http" else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        scope["state"]["error_code"] = refusal.code  # for the request's record
+        await refusal.response(scope, receive, send)
+
+
+def _hosts(scope: Scope) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
