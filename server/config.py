@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     """Seconds that a client may send nothing of a request's body, or no request at all."""
     min_upload_rate: int = Field(default=16 * 1024, ge=1)
     """Bytes a second at which an artifact must come, after as many seconds as the body timeout."""
+    keep_alive: float = Field(default=65.0, gt=0, allow_inf_nan=False)
+    """Seconds that a connection stays open after an answer without a further request."""
     write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that a client may read nothing of its answer."""
     default_max_tokens: int | None = Field(default=None, ge=1)

@@ -28,21 +28,29 @@ class Connection(Protocol):
         """The request that is answered, or else the last one."""
         ...
 
+    @property
+    def between_requests(self) -> bool:
+        """Whether a request was answered, and not a byte of a further one has come."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Idle:
     after: Cycle | None  # the last request
+    between_requests: bool
     since: float
 
 
 class IdleConnections:
-    """Closes connections that for `timeout` seconds have sent no request, or only part of its head.
+    """Closes connections that for `timeout` seconds have sent no request, or only part of one.
 
-    Uvicorn does so by itself only after an answer, and only while not a byte comes.
+    After an answer, until the next request's first byte comes, it is `keep_alive` seconds; uvicorn
+    itself closes only then.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, keep_alive: float) -> None:
         self._timeout = timeout
+        self._keep_alive = keep_alive
         self._idle: Mapping[Connection, _Idle] = {}
 
     def close(self, connections: Iterable[Connection], now: float) -> None:
@@ -57,11 +65,12 @@ class IdleConnections:
             answering = cycle is not None and not cycle.response_complete
             if answering or connection.transport.get_write_buffer_size():
                 continue
+            resting = connection.between_requests
             before = self._idle.get(connection)
             # One whole request may have come and gone in between.
-            if before is None or before.after is not cycle:
-                before = _Idle(cycle, now)
+            if before is None or before.after is not cycle or before.between_requests != resting:
+                before = _Idle(cycle, resting, now)
             idle[connection] = before
-            if now - before.since > self._timeout:
+            if now - before.since > (self._keep_alive if resting else self._timeout):
                 connection.transport.close()
         self._idle = idle

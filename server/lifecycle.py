@@ -11,10 +11,10 @@ from typing import Final, TypeGuard
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.context import ServerContext
 from server.idle import IdleConnections
+from server.protocol import HttpProtocol
 from server.stalled import StalledConnections
 
 # How long answers that the closed engine has ended may take to reach their readers.
@@ -41,8 +41,10 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
-            # The only one that bounds a request's head, which comes before any key is asked for.
-            http="h11",
+            # Over h11: the only one that bounds a request's head, which comes before any key.
+            http=HttpProtocol,
+            # `IdleConnections` closes in time; this is for what it cannot see.
+            timeout_keep_alive=math.ceil(settings.keep_alive),
             ws="none",
             log_level="info",
             access_log=False,
@@ -57,7 +59,7 @@ class Server(uvicorn.Server):
         self._lifecycle = context.lifecycle
         self._drain_seconds = settings.shutdown_timeout
         self._stalled = StalledConnections(settings.write_timeout)
-        self._idle = IdleConnections(settings.body_timeout)
+        self._idle = IdleConnections(settings.body_timeout, settings.keep_alive)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal, or until the engine dies."""
@@ -114,11 +116,13 @@ class Server(uvicorn.Server):
     async def _watch_connections(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            connections = [each for each in self.server_state.connections if _is_http(each)]
+            connections = [each for each in self.server_state.connections if _is_ours(each)]
             now = time.monotonic()
             self._stalled.cut(connections, now)
             self._idle.close(connections, now)
+            for connection in connections:
+                connection.close_if_reset()
 
 
-def _is_http(connection: asyncio.BaseProtocol) -> TypeGuard[H11Protocol]:
-    return isinstance(connection, H11Protocol)
+def _is_ours(connection: asyncio.BaseProtocol) -> TypeGuard[HttpProtocol]:
+    return isinstance(connection, HttpProtocol)

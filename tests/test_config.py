@@ -82,7 +82,8 @@ def test_every_running_request_must_fit_into_a_step() -> None:
 
 @pytest.mark.parametrize("value", [-1, 0, float("inf"), float("nan")])
 @pytest.mark.parametrize(
-    "field", ["body_timeout", "request_timeout", "write_timeout", "shutdown_timeout"]
+    "field",
+    ["body_timeout", "keep_alive", "request_timeout", "write_timeout", "shutdown_timeout"],
 )
 def test_times_that_mean_nothing(field: str, value: float) -> None:
     if (field, value) == ("shutdown_timeout", 0):

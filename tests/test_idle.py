@@ -14,6 +14,7 @@ from tests.live import live
 from tests.serving import Script, ScriptedGeneration, build_app, complete, eventually, text_of
 
 LIMIT = 30.0
+KEEP_ALIVE = 65.0
 
 
 class Transport(asyncio.Transport):
@@ -40,17 +41,18 @@ class Cycle:
 class Connection:
     transport: Transport = field(default_factory=Transport)
     cycle: Cycle | None = None
+    between_requests: bool = False
 
 
 def test_a_connection_without_a_request() -> None:
-    idle, connection = IdleConnections(LIMIT), Connection()
+    idle, connection = IdleConnections(LIMIT, KEEP_ALIVE), Connection()
     for now, closed in ((0, False), (29, False), (31, True)):
         idle.close([connection], now)
         assert connection.transport.closed is closed
 
 
 def test_a_connection_whose_answer_takes_long_or_is_read_slowly() -> None:
-    idle, connection = IdleConnections(LIMIT), Connection()
+    idle, connection = IdleConnections(LIMIT, KEEP_ALIVE), Connection()
     idle.close([connection], 0)
     connection.cycle = Cycle()
     for now in (20, 600):
@@ -67,11 +69,34 @@ def test_a_connection_whose_answer_takes_long_or_is_read_slowly() -> None:
 
 
 def test_requests_that_come_and_go_between_two_looks() -> None:
-    idle, connection = IdleConnections(LIMIT), Connection()
+    idle, connection = IdleConnections(LIMIT, KEEP_ALIVE), Connection()
     for now in range(0, 200, 20):
         idle.close([connection], now)
         connection.cycle = Cycle(response_complete=True)
     assert not connection.transport.closed
+
+
+def test_a_connection_may_rest_longer_between_requests_than_within_one() -> None:
+    idle, connection = IdleConnections(LIMIT, KEEP_ALIVE), Connection()
+    connection.cycle = Cycle(response_complete=True)
+    connection.between_requests = True
+    for now in (0, 64):
+        idle.close([connection], now)
+    connection.between_requests = False  # the first byte of the next request
+    for now in (65, 94):
+        idle.close([connection], now)
+    assert not connection.transport.closed
+    idle.close([connection], 96)
+    assert connection.transport.closed
+
+
+def test_a_connection_that_rests_too_long() -> None:
+    idle, connection = IdleConnections(LIMIT, KEEP_ALIVE), Connection()
+    connection.cycle = Cycle(response_complete=True)
+    connection.between_requests = True
+    for now, closed in ((0, False), (64, False), (66, True)):
+        idle.close([connection], now)
+        assert connection.transport.closed is closed
 
 
 @pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])

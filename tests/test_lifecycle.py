@@ -19,6 +19,7 @@ from starlette.types import Message
 from interventions.registry import Registry
 from server.engine.torch import engine as torch_engine
 from server.engine.torch.engine import TorchEngine
+from server.protocol import HttpProtocol
 from tests.conftest import TINY_OPTIONS, LoadTiny
 from tests.live import LiveServer, live
 from tests.processes import steerserve
@@ -303,12 +304,12 @@ async def test_the_head_of_a_request_is_bounded(
 ) -> None:
     async with live(build_app(tiny_engine, registry)) as server:
         # Whatever else is installed: other parsers take heads of any size.
-        assert server.server.config.http == "h11"
+        assert server.server.config.http is HttpProtocol
         assert server.server.config.ws == "none"
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 200_000)
         async with asyncio.timeout(10):
-            assert (await reader.read(12)) == b"HTTP/1.1 400"
+            assert (await reader.read(12)) == b"HTTP/1.1 431"
         writer.close()
 
 

@@ -44,6 +44,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "body_timeout": ("0.5", 0.5),
     "min_upload_rate": ("1000", 1000),
     "default_max_tokens": ("50", 50),
+    "keep_alive": ("7.5", 7.5),
     "write_timeout": ("2.5", 2.5),
     "request_timeout": ("1.5", 1.5),
     "shutdown_timeout": ("0", 0.0),

@@ -1,0 +1,214 @@
+"""HTTP/1.1 on one connection: uvicorn's protocol over h11, where it is too lax or too curt."""
+
+import os
+import socket
+import uuid
+from asyncio import AbstractEventLoop, TimerHandle
+from http import HTTPStatus
+from typing import Any, Final
+
+import h11
+from uvicorn import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from server.api.errors import ApiError
+from server.api.observe import REQUEST_ID_HEADER
+
+# How long what a refused client still sends is read and dropped: closed at once, it might meet a
+# reset connection in place of its answer.
+_LINGER_SECONDS: Final = 2.0
+_LONGEST_HEAD: Final = 16 * 1024  # bytes of a request's first line and headers
+_LONGEST_PROBLEM: Final = 200  # characters; h11 quotes what it could not read
+_EVENT_STREAM: Final = b"text/event-stream"
+_COMMENT: Final = b":\n\n"  # an event stream's readers pass over it
+
+# A reader that is gone is noticed after 40 s at most where its machine is silent. Not every system
+# lets the times be set.
+_KEEP_ALIVE_PROBES: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+class _Connection(h11.Connection):
+    """h11's connection, which refuses ambiguous bodies, and remembers what it could not read."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, _LONGEST_HEAD)
+        self.problem = h11.RemoteProtocolError("the request is not HTTP")
+        self.method: bytes | None = None
+        self.streams_events = False  # whether the answer, if begun, is an event stream
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Return what came next.
+
+        Raises:
+            h11.RemoteProtocolError: the client has sent no HTTP, or two lengths of one body.
+        """
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self.method = event.method
+                _check_version(event)
+                _check_framing(event)
+        except h11.RemoteProtocolError as error:
+            self.problem = error
+            raise
+        return event
+
+    def send(self, event: Any) -> Any:  # h11 overloads it by the event's type
+        """Return the bytes to send for an event."""
+        if isinstance(event, h11.Response):
+            self.streams_events = any(
+                name == b"content-type" and value.startswith(_EVENT_STREAM)
+                for name, value in event.headers
+            )
+        return super().send(event)
+
+
+class HttpProtocol(H11Protocol):
+    """Uvicorn's protocol for one connection.
+
+    What is no HTTP is refused in the envelope that all errors have. A client that stops sending,
+    and goes on reading, gets the answers to what it has sent.
+    """
+
+    conn: _Connection
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = _Connection()
+        self._client_has_ended = False
+        self._lingering: TimerHandle | None = None
+
+    @property
+    def between_requests(self) -> bool:
+        """Whether a request was answered, and not a byte of a further one has come."""
+        answered = self.cycle is not None and self.cycle.response_complete
+        return answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sends; drop it once the client was refused."""
+        if self._lingering is None:
+            super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, and close; where an answer has begun, only close."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # its body will never be complete
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        self._send(_refusal(self.conn.problem))
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._lingering = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's always closes
+        """Tell asyncio whether to keep the connection, now that the client will send no more.
+
+        A client that has left looks the same at first. It is sent what one that still reads passes
+        over: a machine on which nobody reads resets the connection, see `close_if_reset`.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        if self.conn.their_http_version == b"1.0":  # takes no interim answers
+            return False
+        if not self._client_has_ended:
+            self._client_has_ended = True
+            self._probe()
+        return True
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; without one, close where the client sends no more."""
+        super().on_response_complete()
+        if self._client_has_ended and self.cycle.response_complete:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection, and tell whoever answers that nobody reads."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+        super().connection_lost(exc)
+
+    def close_if_reset(self) -> None:
+        """Close a connection that is no longer read, once its client has turned out to be gone.
+
+        To be called often: asyncio itself would notice at the next write only.
+        """
+        if not self._client_has_ended or self.transport.is_closing():
+            return
+        with _socket_of(self) as copy:
+            if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.transport.abort()
+
+    def _probe(self) -> None:
+        """Send something that means nothing, and have the system ask again later."""
+        if self.conn.our_state is h11.SEND_RESPONSE:
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(interim))
+        elif self.conn.our_state is h11.SEND_BODY and self.conn.streams_events:
+            self.transport.write(self.conn.send(h11.Data(data=_COMMENT)))
+        with _socket_of(self) as copy:
+            copy.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEP_ALIVE_PROBES.items():
+                if hasattr(socket, name):
+                    copy.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def _send(self, error: ApiError) -> None:
+        body = error.response.body
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            (REQUEST_ID_HEADER.encode(), uuid.uuid4().hex.encode()),
+        ]
+        reason = HTTPStatus(error.status).phrase.encode()
+        events: list[h11.Event] = [
+            h11.Response(status_code=error.status, headers=headers, reason=reason)
+        ]
+        if self.conn.method != b"HEAD":
+            events.append(h11.Data(data=bytes(body)))
+        events.append(h11.EndOfMessage())
+        for event in events:
+            self.transport.write(self.conn.send(event))
+
+
+def _check_version(request: h11.Request) -> None:
+    if not request.http_version.startswith(b"1."):
+        version = request.http_version.decode("ascii")
+        raise h11.RemoteProtocolError(f"it is HTTP/{version}, not HTTP/1.1")
+
+
+def _check_framing(request: h11.Request) -> None:
+    """Refuse a request whose body's end another server may see elsewhere (request smuggling)."""
+    names = {name for name, _ in request.headers}
+    if b"transfer-encoding" not in names:
+        return
+    if b"content-length" in names:
+        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding")
+    if request.http_version == b"1.0":
+        raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
+
+
+def _refusal(problem: h11.RemoteProtocolError) -> ApiError:
+    # Others that h11 suggests, such as 501, would have clients try again.
+    status = 431 if problem.error_status_hint == 431 else 400
+    told = "its head is too long" if status == 431 else str(problem)[:_LONGEST_PROBLEM]
+    message = f"The request is not HTTP that this server takes: {told}."
+    return ApiError(status, message, code="invalid_http_request")
+
+
+def _socket_of(connection: HttpProtocol) -> socket.socket:
+    """Return another handle of a connection's socket, to be closed after use.
+
+    What a transport itself gives is no whole socket, and another one with every event loop.
+    """
+    given = connection.transport.get_extra_info("socket")
+    return socket.socket(fileno=os.dup(given.fileno()))

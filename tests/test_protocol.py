@@ -1,0 +1,287 @@
+"""Raw sockets: what is no HTTP, clients that stop sending, connections that are kept."""
+
+import asyncio
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from interventions.registry import Registry
+from server.engine.base import StepOutput
+from server.engine.torch.engine import TorchEngine
+from tests.live import LiveServer, live
+from tests.serving import Json, Script, ScriptedGeneration, build_app, eventually
+
+SECONDS = 20  # for what comes at once, or after the 2 s that a refused client is read
+
+
+def request(
+    body: Json, *headers: str, path: str = "/v1/completions", version: str = "1.1"
+) -> bytes:
+    """A request with a JSON body."""
+    content = json.dumps({"model": "tiny", "prompt": "x", **body}).encode()
+    lines = [
+        f"POST {path} HTTP/{version}",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+        *headers,
+    ]
+    return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + content
+
+
+@asynccontextmanager
+async def connected(
+    server: LiveServer,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection, and a limit to how long all that is done with it may take."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        async with asyncio.timeout(SECONDS):
+            yield reader, writer
+    finally:
+        writer.close()
+
+
+async def exchange(server: LiveServer, *parts: bytes, end: bool = False) -> bytes:
+    """All that the server answers until it closes; `end` stops sending after the last part."""
+    async with connected(server) as (reader, writer):
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        if end:
+            writer.write_eof()
+        return await reader.read()
+
+
+def answers(received: bytes) -> list[tuple[int, dict[str, str], bytes]]:
+    """Status, headers and body of each answer; interim answers are passed over, as clients do."""
+    found = []
+    while received:
+        head, _, received = received.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        status = int(first.split(" ")[1])
+        if status == 100:
+            continue
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in lines)
+        }
+        length = int(headers.get("content-length", len(received)))
+        found.append((status, headers, received[:length]))
+        received = received[length:]
+    return found
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SMUGGLED = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "told"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "request line"),
+        (b"GET /health\r\n\r\n", 400, "request line"),
+        (b"GET /health HTTP/3.0\r\n\r\n", 400, "it is HTTP/3.0"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "it is HTTP/2.0"),
+        (b"GET /health HTTP/0.9\r\n\r\n", 400, "it is HTTP/0.9"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Host"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: y\r\n\r\n", 400, "Host"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nno header\r\n\r\n", 400, "header"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: \x00\r\n\r\n", 400, "header"),
+        (
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-L: " + b"x" * 100_000,
+            431,
+            "head is too long",
+        ),
+        (b"GET /" + b"x" * 100_000, 431, "head is too long"),
+        (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, "Content-Length"),
+        (HEAD + b"Content-Length: 2, 3\r\n\r\n{}", 400, "Content-Length"),
+        (HEAD + b"Content-Length: +2\r\n\r\n{}", 400, "Content-Length"),
+        (HEAD + b"Content-Length: -2\r\n\r\n{}", 400, "Content-Length"),
+        (
+            HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+            400,
+            "both Content-Length and Transfer-Encoding",
+        ),
+        (
+            HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED,
+            400,
+            "both Content-Length and Transfer-Encoding",
+        ),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400, "Transfer-Encoding"),
+        (
+            HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+            "Transfer-Encoding",
+        ),
+        (
+            HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+            "Transfer-Encoding",
+        ),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 400, "chunk"),
+    ],
+)
+async def test_what_is_no_http_is_refused_in_the_envelope_and_closed(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    caplog: pytest.LogCaptureFixture,
+    sent: bytes,
+    status: int,
+    told: str,
+) -> None:
+    async with live(build_app(tiny_engine, registry)) as server:
+        [(found, headers, body)] = answers(await exchange(server, sent))
+        state = server.server.server_state
+        await eventually(lambda: not state.connections and not state.tasks)
+    assert found == status
+    assert headers["content-type"] == "application/json"
+    assert headers["connection"] == "close"
+    assert headers["x-request-id"]
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert told in error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_http_request")
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_refused_head_request_has_no_body(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    sent = b"HEAD / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with live(build_app(tiny_engine, registry)) as server:
+        received = await exchange(server, sent)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.endswith(b"\r\n\r\n")
+
+
+async def test_equal_lengths_twice_are_one(tiny_engine: TorchEngine, registry: Registry) -> None:
+    body = b'{"model": "tiny", "prompt": "x", "max_tokens": 1}'
+    length = b"Content-Length: %d\r\n" % len(body)
+    async with live(build_app(tiny_engine, registry)) as server:
+        received = await exchange(server, HEAD + length * 2 + b"\r\n" + body, end=True)
+    [(status, _, _)] = answers(received)
+    assert status == 200
+
+
+async def test_a_refused_client_that_goes_on_sending_still_reads_its_answer(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    """It would meet a reset connection if the server closed with something unread."""
+    async with (
+        live(build_app(tiny_engine, registry)) as server,
+        connected(server) as (reader, writer),
+    ):
+        writer.write(b"no HTTP\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        for _ in range(50):
+            writer.write(b"x" * 10_000)
+            await writer.drain()
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(await reader.read())["error"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+async def test_a_client_that_stops_sending_gets_its_answer(
+    tiny_engine: TorchEngine, registry: Registry, stream: bool
+) -> None:
+    body: Json = {"max_tokens": 40, "ignore_eos": True, "stream": stream}
+    async with live(build_app(tiny_engine, registry)) as server:
+        received = await exchange(server, request(body), end=True)
+        assert (b"data: [DONE]" if stream else b'"completion_tokens":40') in received
+        state = server.server.server_state
+        await eventually(lambda: not state.connections and not state.tasks)
+
+
+async def test_each_of_several_requests_is_answered_before_the_connection_is_closed(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    parts = [request({"max_tokens": count, "ignore_eos": True}) for count in (9, 1, 2)]
+    async with live(build_app(tiny_engine, registry)) as server:
+        received = await exchange(server, b"".join(parts) + HEAD[:20], end=True)
+        state = server.server.server_state
+        await eventually(lambda: not state.connections)
+    counts = [json.loads(body)["usage"]["completion_tokens"] for _, _, body in answers(received)]
+    assert counts == [9, 1, 2]
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"Content-Length: 9\r\n\r\n{"])
+async def test_a_client_that_stops_before_its_request_is_complete_is_gone(
+    tiny_engine: TorchEngine, registry: Registry, sent: bytes
+) -> None:
+    async with live(build_app(tiny_engine, registry)) as server:
+        assert await exchange(server, sent, end=True) == b""
+        state = server.server.server_state
+        await eventually(lambda: not state.connections and not state.tasks)
+
+
+class Dripping(ScriptedGeneration):
+    """Yields a token from time to time, and never ends."""
+
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+        while True:
+            await asyncio.sleep(0.05)
+            yield StepOutput((1,), "x")
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+async def test_a_client_that_is_gone_ends_its_generation(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    reset: bool,
+    version: str,
+    stream: bool,
+) -> None:
+    """Also while nothing is generated that would have to be sent."""
+    generation = ScriptedGeneration()
+    monkeypatch.setattr(tiny_engine, "submit", Script([generation]).submit)
+    async with live(build_app(tiny_engine, registry)) as server:
+        tasks = server.server.server_state.tasks
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(request({"stream": stream}, version=version))
+            await eventually(lambda: len(tasks) == 1)
+            await asyncio.sleep(0.1)
+            assert not generation.cancelled
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await eventually(lambda: generation.cancelled)
+        await eventually(lambda: not tasks and not server.server.server_state.connections)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+async def test_a_client_that_first_stops_sending_and_then_leaves(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch, reset: bool
+) -> None:
+    generation = Dripping()
+    monkeypatch.setattr(tiny_engine, "submit", Script([generation]).submit)
+    async with live(build_app(tiny_engine, registry)) as server:
+        state = server.server.server_state
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(request({"stream": True}))
+            client.shutdown(socket.SHUT_WR)
+            await eventually(lambda: len(state.tasks) == 1)
+            await asyncio.sleep(0.3)
+            assert not generation.cancelled
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await eventually(lambda: generation.cancelled)
+        await eventually(lambda: not state.tasks and not state.connections)
+
+
+async def test_a_connection_is_kept_between_requests(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    """Also for longer than a body may stall."""
+    app = build_app(tiny_engine, registry, keep_alive=2.5, body_timeout=0.3)
+    async with live(app) as server, connected(server) as (reader, writer):
+        for _ in range(2):
+            writer.write(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+            await asyncio.sleep(0.8)
+        assert await reader.read() == b""
