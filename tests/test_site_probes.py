@@ -59,6 +59,7 @@ SITES = [f"layer.{number}" for number in range(40)]
 
 def pieces_of(clock: Clock, seconds: float) -> list[int]:
     probes = SiteProbes(NoHooks(), clock.probe, most_at_once=16)
+    clock.pieces.clear()
     while probes.left(SITES):
         probes.probe_some(SITES, seconds)
     assert sorted(itertools.chain.from_iterable(clock.pieces)) == sorted(SITES)
@@ -70,7 +71,9 @@ def test_pieces_grow_while_they_take_little_time_and_no_further_than_a_batch(clo
 
 
 def test_pieces_stay_as_short_as_they_may_take(clock: Clock) -> None:
-    assert max(pieces_of(clock, seconds=0.08)) == 4
+    # The fourth has taken 0.09 s, and the next of four takes 0.05 s.
+    assert pieces_of(clock, seconds=0.08)[:6] == [1, 2, 4, 8, 4, 8]
+    assert pieces_of(clock, seconds=0.06)[:6] == [1, 2, 4, 4, 4, 4]
 
 
 def test_pieces_that_take_too_long_become_shorter(clock: Clock) -> None:

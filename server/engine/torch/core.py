@@ -33,7 +33,10 @@ from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
 
-_IDLE_PIECE_SECONDS: Final = 0.1  # of work between steps while nothing runs that waits for it
+# How long a piece of work between steps may take: so many times as long as the step before; in
+# seconds, while nothing is computed that would wait for it.
+_PIECE_STEPS: Final = 2.0
+_IDLE_PIECE_SECONDS: Final = 0.1
 
 
 class NotReadError(Exception):
@@ -79,8 +82,8 @@ class EngineCore:
     def prepare(self, parameters: Parameters) -> bool:
         """Do one piece of what an intervention needs before it can be admitted.
 
-        A piece takes about as long as a step, so that nobody whose steps are computed in between
-        notices it.
+        A piece takes about as long as two steps, so that it stalls nobody whose steps are computed
+        before and after it. The least piece is a batch of its own, which takes longer than one.
 
         Returns:
             Whether nothing is left to do.
@@ -89,7 +92,7 @@ class EngineCore:
             UnservableInterventionError: it does not fit the model, or an edit at one of its sites
                 does not reach the logits.
         """
-        seconds = self._step_seconds if self.has_work else _IDLE_PIECE_SECONDS
+        seconds = _PIECE_STEPS * self._step_seconds if self.has_work else _IDLE_PIECE_SECONDS
         return self.interventions.prepare(parameters, seconds)
 
     def admit(

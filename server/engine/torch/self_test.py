@@ -26,7 +26,7 @@ from steering.bank import Bank
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
-_PROBE_TOKENS = 4
+_PROBE_TOKENS = 2  # with one, attention has nothing to choose from, whatever its keys are
 _UNEDITED = 2  # sequences in each batch of edited ones
 _CHUNKS = (7, 1, 16)
 _RECORDED_TOKENS = 13  # a number that no model has for anything else

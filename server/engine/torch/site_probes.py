@@ -6,8 +6,11 @@ in between: nobody else waits for more than one such piece.
 
 import time
 from collections.abc import Callable, Collection
+from typing import Final
 
 from steering.hooks import SteeringHooks
+
+_FEW: Final = 0.8  # of the time that a piece may take: the next one may be larger
 
 
 class SiteProbes:
@@ -56,7 +59,7 @@ class SiteProbes:
         took = time.perf_counter() - began
         if took > seconds:
             self._at_once = max(1, len(some) // 2)
-        elif took < seconds / 2:
+        elif took < _FEW * seconds:
             self._at_once = min(self._most_at_once, max(self._at_once, 2 * len(some)))
         return some
 
