@@ -20,6 +20,7 @@ _PROMPT_TOKENS = 8192  # all prompts are read in one step, before anything is me
 # Without a prefix cache, as prompts that it has would be read in another way than others.
 OPTIONS = EngineOptions(
     compile_layers=True,
+    compile_at_once=True,  # a server's layers are compiled when steps have wanted it for a while
     max_batch_tokens=_PROMPT_TOKENS,
     prefill_tokens=_PROMPT_TOKENS,
     prefix_cache=False,

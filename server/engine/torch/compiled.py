@@ -1,9 +1,10 @@
 """Decoder layers, compiled: one graph for all layers of one structure.
 
 A layer's weights, the maps of its sites and the step's route are inputs of the graph, so that it
-serves every layer and every mix of interventions. Graphs are made ahead of their use on a thread
-of their own: no step ever waits for one. Until a graph is ready, and where none can be made, a
-layer runs as it is, with its hooks.
+serves every layer and every mix of interventions. Graphs are made on a thread of their own: those
+without edits and for one edit at the default sites at start, others when steps go on wanting them.
+No step ever waits for one: until a graph is ready, and where none can be made, a layer runs as it
+is, with its hooks.
 """
 
 import logging
@@ -19,6 +20,7 @@ from server.engine.torch.ahead import warn_uncompiled
 from server.engine.torch.background import Background
 from server.engine.torch.compiled_head import compile_head
 from server.engine.torch.decoder import DecoderLayers, LayerCall, Probe
+from server.engine.torch.graph_store import GraphStore
 from server.engine.torch.layer_graphs import (
     Graphs,
     Site,
@@ -26,6 +28,7 @@ from server.engine.torch.layer_graphs import (
     Variant,
     make_graphs,
 )
+from server.engine.torch.recurring import Habit
 from steering.affine import MapTable
 from steering.bank import Bank
 from steering.dose import DoseMeter
@@ -60,16 +63,21 @@ class CompiledLayers:
     """Used on the engine thread, but for what the background runs."""
 
     def __init__(
-        self, layers: DecoderLayers, one_token: Probe, more_tokens: Probe, lm_head: nn.Module
+        self,
+        layers: DecoderLayers,
+        one_token: Probe,
+        more_tokens: Probe,
+        lm_head: nn.Module,
+        habit: Habit,
     ) -> None:
+        """`habit` says which mixes of edits are worth graphs beside those that `expect` names."""
         self._layers = layers
         self._probes = (one_token, more_tokens)
-        self._graphs: dict[Variant, Graphs] = {}
-        self._asked: set[Variant] = set()
         self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _Plan] = {}
         self._background = Background("compiler")
+        self._graphs = GraphStore(self._ask, habit)
         for structure in range(len(layers.structures)):
-            self._find(Variant(structure))
+            self._graphs.expect(Variant(structure))
         self._background.run(lambda: self._make_head(lm_head))
 
     @property
@@ -92,7 +100,8 @@ class CompiledLayers:
                 edited.setdefault(index, []).append(plain)
         for index, found in edited.items():
             structure = self._layers.structure_of[index]
-            self._find(Variant(structure, tuple(sorted(found, key=lambda each: each.place)), 1))
+            ordered = tuple(sorted(found, key=lambda each: each.place))
+            self._graphs.expect(Variant(structure, ordered, 1))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
@@ -143,7 +152,7 @@ class CompiledLayers:
         self, variant: Variant, edits: Tensors, tokens: int
     ) -> Callable[[_Layer], LayerCall | None]:
         """What computes a layer of some variant in this step; None: the layer itself."""
-        graphs = self._find(variant)
+        graphs = self._graphs.find(variant)
         if graphs is None:
             return lambda _layer: None
         graph = graphs.one_token if tokens == 1 else graphs.more_tokens
@@ -158,28 +167,25 @@ class CompiledLayers:
 
         return call_of
 
-    def _find(self, variant: Variant) -> Graphs | None:
-        """A variant's graphs, if they are ready; asks for them if nobody has."""
-        if variant not in self._asked:
-            self._asked.add(variant)
-            self._background.run(lambda: self._make(variant))
-        return self._graphs.get(variant)
+    def _ask(self, variant: Variant) -> None:
+        self._background.run(lambda: self._graphs.settle(variant, self._make(variant)))
 
-    def _make(self, variant: Variant) -> None:
+    def _make(self, variant: Variant) -> Graphs | None:
         """On the background's thread."""
-        if variant.sites and Variant(variant.structure) not in self._graphs:
-            return  # its layers are not alike, or there is no compiler; that was said then
+        if variant.sites and not self._graphs.has(Variant(variant.structure)):
+            return None  # its layers are not alike, or there is no compiler; that was said then
         try:
             with torch.inference_mode():
-                self._graphs[variant] = make_graphs(self._layers, self._probes, variant)
+                graphs = make_graphs(self._layers, self._probes, variant)
         except Exception as error:
             warn_uncompiled("layers run", variant, error)
-        else:
-            logger.info("compiled the layers of %s", variant)
+            return None
+        logger.info("compiled the layers of %s", variant)
+        return graphs
 
     def _make_head(self, lm_head: nn.Module) -> None:
         """On the background's thread."""
-        if Variant(0) not in self._graphs:
+        if not self._graphs.has(Variant(0)):
             return  # there is no compiler, most likely; that was said when it was not found
         try:
             with torch.inference_mode():

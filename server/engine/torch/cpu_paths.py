@@ -7,9 +7,11 @@ from transformers import PreTrainedModel
 from server.engine.torch.compiled import CompiledLayers
 from server.engine.torch.decoder import DecoderLayers
 from server.engine.torch.device_paths import Parts
+from server.engine.torch.graph_store import HABIT
 from server.engine.torch.native_refinement import make_native_refinement
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.packed import pack_linear_layers
+from server.engine.torch.recurring import Habit
 from server.engine.torch.runner import Runner
 from server.engine.torch.self_test import record_layers
 from server.engine.torch.slab import SlabShape
@@ -38,7 +40,8 @@ def _compiled_layers(parts: Parts, options: EngineOptions) -> CompiledLayers:
     memory = SlabMemory(SlabShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, parts.eager, memory)
-    compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head)
+    habit = Habit.at_once() if options.compile_at_once else HABIT
+    compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head, habit)
     with suppress(SiteError):  # not every architecture has default sites
         sites = match_sites(default_sites(loaded.description.architecture), widths)
         compiled.expect(

@@ -17,6 +17,7 @@ class EngineOptions:
     kv_cache_gb: float | None = None  # None: what is left, see `memory_plan`
     max_loaded_interventions: int = 64
     compile_layers: bool = False  # on a CPU: layers, in the background; what refines, at start
+    compile_at_once: bool = False  # layers for any mix of edits, from its first step on: to measure
     attention: AttentionChoice = "automatic"  # where keys and values are kept, and so who attends
     cuda_graphs: bool = True  # steps that only decode are replayed, on a GPU with paged attention
     prefix_cache: bool = True  # computed blocks are kept for whoever begins with the same tokens

@@ -1,0 +1,52 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.torch import recurring
+from server.engine.torch.recurring import Habit, Recurring
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def times(counts: Recurring[str], key: str, number: int) -> bool:
+    return [counts.wanted(key) for _ in range(number)][-1]
+
+
+def test_it_takes_both_many_times_and_a_while() -> None:
+    clock = Clock()
+    counts = Recurring[str](Habit(times=10, seconds=60, pause=600), clock)
+    assert not times(counts, "burst", 50)
+    assert not times(counts, "slow", 1)
+    clock.now += 60
+    assert times(counts, "burst", 1)
+    assert not times(counts, "slow", 8)
+    assert times(counts, "slow", 1)
+    counts.forget("slow")
+    assert not times(counts, "slow", 10)
+
+
+def test_a_long_pause_begins_the_count_anew() -> None:
+    clock = Clock()
+    counts = Recurring[str](Habit(times=10, seconds=60, pause=600), clock)
+    times(counts, "x", 9)
+    clock.now += 601
+    assert not times(counts, "x", 20)
+    clock.now += 60
+    assert times(counts, "x", 1)
+
+
+def test_what_recurs_at_once() -> None:
+    assert Recurring[str](Habit.at_once()).wanted("x")
+
+
+@given(st.lists(st.integers(0, 2000)))
+def test_few_keys_are_remembered(keys: list[int]) -> None:
+    counts = Recurring[int](Habit(2, 0, 1e9))
+    for key in keys * 20:
+        counts.wanted(key)
+    assert len(counts._counts) <= recurring._MOST_KEYS
