@@ -44,8 +44,10 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert named <= targets
 
 
-def test_every_command_and_option_in_the_readme_exists() -> None:
-    commands = re.findall(r"^(?:\$ )?steerserve ((?:[^\\\n]|\\\n)+)", README, re.MULTILINE)
+@pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
+def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^(?:\$ )?steerserve ((?:[^\\\n]|\\\n)+)", text, re.MULTILINE)
     assert commands
     runner = CliRunner()
     for line in commands:

@@ -120,6 +120,10 @@ async def test_no_host_or_several(tiny_engine: TorchEngine, registry: Registry) 
     )
     for hosts, status in cases:
         assert (await answer(app, hosts, "GET", "/health"))["status"] == status, hosts
+    # Without a host, nobody says that the request is from this machine itself.
+    for hosts, status in (([], 403), ([b"localhost"], 404)):
+        start = await answer(app, hosts, "DELETE", "/v1/interventions/unknown")
+        assert start["status"] == status
 
 
 async def test_a_real_socket_without_a_host(tiny_engine: TorchEngine, registry: Registry) -> None:

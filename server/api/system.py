@@ -29,7 +29,7 @@ async def ready(context: Context) -> Response:
         raise ApiError(
             503, "The model is not loaded yet, or the engine has ended.", code="not_ready"
         )
-    problem = await to_thread.run_sync(context.steering.default_artifacts.problem)
+    problem = await context.steering.default_artifacts.check()
     if problem is not None:
         raise default_unavailable(problem)
     return JSONResponse({"status": "ready"})
