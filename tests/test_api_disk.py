@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from interventions.artifact import UnreadableArtifactError
 from interventions.registry import Registry
 from server.api import interventions
 from server.engine.torch.engine import TorchEngine
-from tests.conftest import WriteArtifact
+from tests.conftest import MakeClient, WriteArtifact
 from tests.disk import FOLDER_SYNC, FaultyDisk, SlowDisk, WatchedDisk
 from tests.serving import Json, bytes_of, complete, error_of, eventually, push, text_of
 
@@ -123,6 +124,29 @@ async def test_many_uploads_to_a_disk_that_hangs_stop_nobody_else(
     assert (await complete(client, **STEERED)).status_code == 200
     disk.go_on.set()
     assert {response.status_code for response in await asyncio.gather(*uploads)} == {200, 201}
+
+
+async def test_asking_whether_a_disk_that_hangs_is_ready_stops_nobody_else(
+    make_client: MakeClient,
+    affine_artifact: WriteArtifact,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry.add(affine_artifact("maps"))
+    client = make_client(default_steering={"intervention": "maps"})
+    go_on = threading.Event()
+    where = registry.path
+
+    def hangs(digest: str) -> Path:
+        assert go_on.wait(60)
+        return where(digest)
+
+    monkeypatch.setattr(registry, "path", hangs)
+    asked = [asyncio.create_task(client.get("/ready")) for _ in range(60)]
+    await asyncio.sleep(0)
+    assert (await client.get("/metrics")).status_code == 200
+    go_on.set()
+    assert {response.status_code for response in await asyncio.gather(*asked)} == {200}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from interventions.artifact import (
     ArtifactError,
     ArtifactLimits,
+    UnreadableArtifactError,
     artifact_digest,
     read_artifact,
     read_manifest,
@@ -306,7 +307,7 @@ def test_refuses_a_lying_entry(tmp_path: Path, name: str, fields: Json, reason: 
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a regular file"):
         read_artifact(tmp_path)
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(UnreadableArtifactError, match="cannot be read"):
         read_artifact(tmp_path / "missing")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArtifactError, match="not a regular file"):

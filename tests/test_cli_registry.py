@@ -1,6 +1,7 @@
 """`steerserve push`, `list`, `show`, `delete` against a running server."""
 
 import asyncio
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from interventions.registry import Registry
 from server.cli.registry import app
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
+from tests.disk import FaultyDisk, WatchedDisk
 from tests.live import live
 from tests.manifests import manifest_of
 from tests.serving import build_app
@@ -121,3 +123,26 @@ async def test_warnings_are_shown(tmp_path: Path, tiny_engine: TorchEngine) -> N
     result = await run("push", str(path))
     assert result.exit_code == 0
     assert 'Warning: It was fitted on "org/sibling"' in result.stderr
+
+
+@pytest.mark.usefixtures("server")
+async def test_a_full_disk_is_told_also_while_the_file_is_sent(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.safetensors"
+    _make_sparse(path, 50_000_000)  # more than lies on the way when the server refuses it
+    disk = FaultyDisk(1, errno.ENOSPC, lasting=True)
+    with monkeypatch.context() as patched:
+        WatchedDisk(tmp_path / "registry", disk.before).install(patched)
+        result = await run("push", str(path))
+    assert disk.refused == ["write"]
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: The registry's disk is full; nothing was changed. (HTTP 507)\n"
+    )
+    assert not list((tmp_path / "registry" / "tmp").iterdir())
+
+
+def _make_sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)

@@ -1,5 +1,6 @@
 """Starting the server: what it says on standard error, and in which words."""
 
+import errno
 import gc
 import json
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from interventions.registry import Registry
 from server.cli import launch
 from server.config import Settings
 from server.engine.torch.engine import TorchEngine
+from tests.disk import FaultyDisk, WatchedDisk
 from tests.processes import ROOT, STOP_SECONDS, steerserve
 
 
@@ -91,3 +94,17 @@ async def test_what_is_loaded_is_nothing_that_a_request_makes_the_collector_look
     finally:
         gc.unfreeze()
     assert looked_at[0] < loaded / 100
+
+
+def test_a_full_disk_stores_no_bundled_intervention_and_stops_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Registry(tmp_path / "registry") as registry:
+        with monkeypatch.context() as patched:
+            full = FaultyDisk(0, errno.ENOSPC, lasting=True)
+            WatchedDisk(tmp_path / "registry", full.before).install(patched)
+            launch._add_bundled(registry)
+        assert registry.entries() == []
+        assert "detox-lineas is not stored. The registry's disk is full" in caplog.text
+        launch._add_bundled(registry)
+        assert [entry.name for entry in registry.entries()] == ["detox-argre", "detox-lineas"]

@@ -28,7 +28,7 @@ from tests.artifact_samples import (
     reward_manifest,
     same_parameters,
 )
-from tests.disk import WatchedDisk
+from tests.disk import FOLDER_SYNC, SlowDisk, WatchedDisk
 
 
 @pytest.fixture
@@ -63,10 +63,10 @@ def upload(registry: Registry, path: Path, name: str) -> tuple[Entry, bool]:
         return registry.commit(staged, read_artifact(staged.path), name)
 
 
-def until_gone(path: Path) -> None:
-    """Wait until another thread has removed a file."""
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
     deadline = time.monotonic() + 20
-    while path.exists():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -350,7 +350,7 @@ def test_pinned_bytes_outlive_their_name(registry: Registry, make: Callable[[int
     registry.unpin(entry.digest)
     assert same_parameters(registry.load(entry.digest).parameters, affine_parameters(1))
     registry.unpin(entry.digest)
-    until_gone(registry.path(entry.digest))
+    until(lambda: not registry.path(entry.digest).exists())
 
 
 def test_unpinning_keeps_what_a_name_needs(registry: Registry, make: Callable[[int], Path]) -> None:
@@ -373,6 +373,42 @@ def test_pinned_bytes_of_a_deleted_name_go_at_the_next_start(
     assert registry.path(entry.digest).exists()
     with Registry(root):
         assert files(root) == {"names/a.json"}
+
+
+def test_no_pin_takes_bytes_that_are_being_removed(
+    registry: Registry, root: Path, make: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, _ = upload(registry, make(1), "a")
+    disk = SlowDisk("unlink")
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
+        WatchedDisk(root, disk.before).install(patched)
+        deletion = pool.submit(registry.delete, "a")
+        until(lambda: bool(disk.waiting))
+        with pytest.raises(UnknownInterventionError):
+            registry.pin(entry.digest)
+        assert registry.path(entry.digest).exists()
+        disk.go_on.set()
+        deletion.result()
+    assert not registry.path(entry.digest).exists()
+    assert disk.on_the_loop == []
+
+
+def test_a_pin_that_comes_during_a_deletion_keeps_the_bytes(
+    registry: Registry, root: Path, make: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, _ = upload(registry, make(1), "a")
+    disk = SlowDisk(FOLDER_SYNC)
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
+        WatchedDisk(root, disk.before).install(patched)
+        deletion = pool.submit(registry.delete, "a")
+        until(lambda: bool(disk.waiting))
+        registry.pin(entry.digest)
+        disk.go_on.set()
+        deletion.result()
+    assert disk.on_the_loop == []
+    assert registry.load(entry.digest).digest == entry.digest
+    registry.unpin(entry.digest)
+    until(lambda: not registry.path(entry.digest).exists())
 
 
 def test_many_threads(registry: Registry, make: Callable[[int], Path]) -> None:

@@ -64,6 +64,8 @@ class ServerContext:
     # Long prompts are read here: in the pool that all share, they would keep everything waiting.
     prompt_threads: ThreadPoolExecutor = field(default_factory=_prompt_threads)
     disk: RegistryDisk = field(default_factory=RegistryDisk)
+    # Of its own, so that whoever asks for the state waits for no upload to a slow disk.
+    state_disk: RegistryDisk = field(default_factory=lambda: RegistryDisk(threads=1))
     # Large bodies are parsed here, one at a time: parsing holds the interpreter's lock, and several
     # threads would keep everything else from it in turn.
     body_thread: ThreadPoolExecutor = field(default_factory=_body_thread)

@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from anyio import to_thread
-
 from interventions.registry import DIGEST_PREFIX, Entry, Registry, UnknownInterventionError
 from server.api.errors import ApiError
 
@@ -64,15 +62,16 @@ class DefaultArtifacts:
                 raise _in_use(name, needed, deleting=digest is None)
             yield
 
-    async def check(self) -> str | None:
-        """Says what `problem` says, without holding up the event loop."""
-        return await to_thread.run_sync(self.problem) if self._entries else None
+    @property
+    def exist(self) -> bool:
+        """Whether the default steering has any artifact."""
+        return bool(self._entries)
 
     def problem(self) -> str | None:
         """Says in a sentence why an artifact cannot be loaded; None if all can.
 
-        Reads the files whose state on the disk has changed since they were read last. Safe to call
-        from several threads.
+        Reads the files whose state on the disk has changed since they were read last, so not for
+        the event loop. Safe to call from several threads.
         """
         with self._checking:
             for digest, entry in self._entries.items():

@@ -18,8 +18,9 @@ Ts = TypeVarTuple("Ts")
 class RegistryDisk:
     """Runs what waits for the registry's disk, a few calls at a time."""
 
-    def __init__(self) -> None:
-        self._limiter = CapacityLimiter(THREADS)
+    def __init__(self, threads: int = THREADS) -> None:
+        """Allow so many calls at once; further ones wait for their turn, without a thread."""
+        self._limiter = CapacityLimiter(threads)
 
     async def call(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call a function in a thread; returns and raises what it does."""

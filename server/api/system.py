@@ -29,7 +29,8 @@ async def ready(context: Context) -> Response:
         raise ApiError(
             503, "The model is not loaded yet, or the engine has ended.", code="not_ready"
         )
-    problem = await context.steering.default_artifacts.check()
+    artifacts = context.steering.default_artifacts
+    problem = await context.state_disk.call(artifacts.problem) if artifacts.exist else None
     if problem is not None:
         raise default_unavailable(problem)
     return JSONResponse({"status": "ready"})
