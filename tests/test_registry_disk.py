@@ -315,3 +315,44 @@ def test_what_could_not_be_removed_goes_with_the_next_change(
         registry.delete("b")
         assert objects(root) == set()
         assert nothing_left(registry, root)
+
+
+class PowerCutError(BaseException):
+    """Ends the program, as far as the code under test can tell."""
+
+
+def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template: Path) -> None:
+    full = FaultyDisk(0, FULL, lasting=True)
+    outcomes: list[bool] = []
+    for step in range(100):
+        root = folder / str(step)
+        shutil.copytree(template, root)
+        steps = 0
+
+        def before(operation: str, path: Path, step: int = step) -> None:
+            nonlocal steps
+            if steps == step:
+                raise PowerCutError
+            steps += 1
+            full.before(operation, path)
+
+        with Registry(root) as registry, pytest.MonkeyPatch.context() as patched:
+            old = registry.get("a")
+            WatchedDisk(root, before).install(patched)
+            with suppress(PowerCutError):
+                registry.delete("a")
+        with Registry(root) as registry:
+            assert registry.damaged() == ()
+            events = [version.event for version in registry.history("a")]
+            outcomes.append(events[-1] == "deleted")
+            if not outcomes[-1]:
+                assert registry.get("a") == old
+            assert nothing_left(registry, root)
+            for digest in referred(registry):
+                assert registry.load(digest).digest == digest
+        if steps < step:
+            break
+    # Once it is deleted it stays so, and until then it is all there.
+    assert outcomes == sorted(outcomes)
+    assert len(outcomes) > 6
+    assert outcomes[-1]
