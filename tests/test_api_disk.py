@@ -38,9 +38,7 @@ async def upload(client: httpx.AsyncClient, content: bytes) -> httpx.Response:
     return await client.post("/v1/interventions", files={"file": ("x", content)})
 
 
-@pytest.mark.parametrize(
-    "held", ["create", "write", "fsync", "close", "replace", FOLDER_SYNC, "unlink"]
-)
+@pytest.mark.parametrize("held", ["create", "write", "fsync", "replace", FOLDER_SYNC, "unlink"])
 async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     client: httpx.AsyncClient,
     affine_artifact: WriteArtifact,
@@ -53,7 +51,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     for seed, name in enumerate(("maps", "old", "gone")):
         await push(client, affine_artifact(name, seed))
     gone = registry.get("gone").digest
-    fields: Json = {"steering": {"intervention": "gone"}, "max_tokens": 200, "ignore_eos": True}
+    fields: Json = {"steering": {"intervention": "gone"}, "max_tokens": 100, "ignore_eos": True}
     running = asyncio.create_task(text_of(client, **fields))
     await eventually(lambda: tiny_engine.stats().running == 1)
     await client.delete("/v1/interventions/gone")  # whose bytes the request holds
@@ -68,7 +66,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     ]
     await eventually(lambda: bool(disk.waiting))
     assert await running  # its end lets the bytes go
-    for _ in range(3):
+    for _ in range(2):
         assert (await complete(client, **STEERED)).status_code == 200
         for path in ("", "/maps", "/maps/artifact"):
             assert (await client.get(f"/v1/interventions{path}")).status_code == 200
