@@ -261,6 +261,7 @@ WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"max_completion_token": 5}, "max_completion_token"),
     ({"response_fromat": None}, "response_fromat"),
     ({"tools": "none"}, "tools"),
+    ({"tools": [1] * 300_000, "tool_choice": "none"}, "tools.0"),
     ({"tools": TOOLS}, "tools"),
     ({"tools": TOOLS, "tool_choice": None}, "tools"),
     ({"tools": TOOLS, "tool_choice": "auto"}, "tool_choice"),

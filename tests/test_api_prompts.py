@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
@@ -69,6 +69,24 @@ async def test_a_long_prompt_is_read_off_the_event_loop(
     text = "0123456789" * 30
     assert await text_of(client, prompt=text) == await text_of(client, prompt=tokenize(text))
     assert (threads == {threading.main_thread()}) is not long
+
+
+async def test_token_ids_become_text_for_the_log_off_the_event_loop(
+    make_client: MakeClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    detokenize = tiny_engine.detokenize
+
+    def watched(tokens: Sequence[int]) -> str:
+        threads.add(threading.current_thread())
+        return detokenize(tokens)
+
+    monkeypatch.setattr(tiny_engine, "detokenize", watched)
+    prompt = [65] * answering.LONG_TEXT
+    response = await complete(make_client(log_content=True), prompt=prompt)
+    assert error_of(response)["param"] == "prompt"
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_reading_ends_at_the_deadline(make_client: MakeClient, slow: SlowTokenizer) -> None:

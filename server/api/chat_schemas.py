@@ -1,12 +1,15 @@
 """The fields of `POST /v1/chat/completions`, checked, and what they mean to the engine."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PlainValidator
+from pydantic import FailFast, Field, PlainValidator
 
 from server.api.fields import TOKENS, GenerationFields, only
 from server.api.messages import Message, parse_messages
 from server.engine.base import SamplingSettings
+
+# Of a list with thousands of faults, only the first is told: collecting them takes long.
+Tools: TypeAlias = Annotated[list[dict[str, object]], FailFast()]
 
 
 class ChatRequest(GenerationFields):
@@ -23,9 +26,9 @@ class ChatRequest(GenerationFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     # Tools that must not be called change nothing: see `unsupported`.
-    tools: list[dict[str, object]] | None = None
+    tools: Tools = Field(default_factory=list)
     tool_choice: Annotated[object, only("tool_choice", "none")] = None
-    functions: list[dict[str, object]] | None = None
+    functions: Tools = Field(default_factory=list)
     function_call: Annotated[object, only("function_call", "none")] = None
     response_format: Annotated[object, only("response_format", {"type": "text"})] = None
     modalities: Annotated[object, only("modalities", ["text"])] = None

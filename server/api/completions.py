@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from server.api.answering import Exchange, Plan, answering, check_request
 from server.api.choices import CompletionChoice
-from server.api.context import Context
+from server.api.context import Context, ServerContext
 from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.parsing import read_request
@@ -36,10 +36,7 @@ async def create_completion(request: Request, context: Context) -> Response:
     check_request(completion, len(completion.prompt), context)
     _check(completion)
     async with answering(request, context, completion, WORDING, arrived) as exchange:
-        prompts = await _read_prompts(completion, context.engine, exchange)
-        exchange.note_prompts(
-            ("user", _text(prompt, context.engine)) for prompt in completion.prompt
-        )
+        prompts = await _read_prompts(completion, context, exchange)
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
             Plan(
@@ -70,20 +67,24 @@ def _check(completion: CompletionRequest) -> None:
 
 
 async def _read_prompts(
-    completion: CompletionRequest, engine: Engine, exchange: Exchange
+    completion: CompletionRequest, context: ServerContext, exchange: Exchange
 ) -> list[_ReadPrompt]:
+    engine = context.engine
+
     def read() -> list[_ReadPrompt]:
+        exchange.note_prompts(("user", _text(prompt, engine)) for prompt in completion.prompt)
         return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
 
-    work = sum(_work(prompt, echo=completion.echo) for prompt in completion.prompt)
+    as_text = completion.echo or context.settings.log_content
+    work = sum(_work(prompt, as_text=as_text) for prompt in completion.prompt)
     return await exchange.read_prompt(work, read)
 
 
-def _work(prompt: Prompt, *, echo: bool) -> int:
+def _work(prompt: Prompt, *, as_text: bool) -> int:
     """Estimate the work of reading a prompt, in characters of text that are as much to tokenize."""
     if isinstance(prompt, str):
         return len(prompt)
-    return TOKEN_WORK * len(prompt) if echo else 0
+    return TOKEN_WORK * len(prompt) if as_text else 0
 
 
 def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> _ReadPrompt:
