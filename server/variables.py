@@ -1,17 +1,17 @@
 """Variables of the environment: the table of those that are no settings, and which are not ours.
 
-This module imports nothing but the standard library, so that a scoring worker can use it too.
+This module imports little but the standard library, so that a scoring worker can use it too.
 """
 
 import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Final
 
+from interventions.spelling import LONGEST_NAME, nearest_name
+
 PREFIX: Final = "STEERSERVE_"
-_LONGEST_FOR_A_HINT: Final = 100  # characters; to compare longer names takes too long
 _LEAST_LIKENESS: Final = 0.5  # of a name to what was given, 1 being equal
 
 # Kubernetes sets these in every container beside a service named "steerserve" or "steerserve-…".
@@ -113,12 +113,10 @@ def refuse_unknown(environment: Mapping[str, str], settings: Collection[str]) ->
 
 
 def _explain(name: str, known: Collection[str]) -> str:
-    sentence = f"the environment variable {name[:_LONGEST_FOR_A_HINT]} is none of steerserve's"
-    if len(name) > _LONGEST_FOR_A_HINT:
-        return sentence
+    sentence = f"the environment variable {name[:LONGEST_NAME]} is none of steerserve's"
     # Compared without what all have in common, which would make any two names alike.
     words = {candidate.removeprefix(PREFIX): candidate for candidate in known}
     given = name.upper().removeprefix(PREFIX)
-    nearest = get_close_matches(given, words, n=1, cutoff=_LEAST_LIKENESS)
-    hint = f"did you mean {words[nearest[0]]}?" if nearest else "docs/options.md lists them"
+    nearest = nearest_name(given, words, _LEAST_LIKENESS)
+    hint = f"did you mean {words[nearest]}?" if nearest else "docs/options.md lists them"
     return f"{sentence}: {hint}"

@@ -26,7 +26,7 @@ def test_the_nearest_name(name: str, nearest: str | None) -> None:
 def test_what_is_too_long_for_a_name_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
 
-    def compare(name: str, known: object, n: int) -> list[str]:
+    def compare(name: str, known: object, **_: float) -> list[str]:
         compared.append(len(name))
         return []
 
