@@ -12,7 +12,7 @@ from typing import Final
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from server.engine.base import EngineError, GaveWayError, StepFailedError
+from server.engine.base import EngineError, GaveWayError, StepFailedError, StepOutput
 from server.engine.torch.answer import Answer
 from server.engine.torch.attention_step import KVMemory
 from server.engine.torch.batch import Batch, build_batch
@@ -39,8 +39,8 @@ _PIECE_STEPS: Final = 2.0
 _IDLE_PIECE_SECONDS: Final = 0.1
 
 
-class NotReadError(Exception):
-    """An admission needs the parameters of interventions that are not loaded."""
+class NotReadError(EngineError):
+    """An admission needs the parameters of interventions that are not loaded; no client sees it."""
 
     def __init__(self, digests: set[str]) -> None:
         super().__init__(", ".join(sorted(digests)))
@@ -153,15 +153,20 @@ class EngineCore:
         self.store.prefixes.trim()
 
     def remove(self, sequence: Sequence) -> None:
-        """Free all that a sequence holds. Harmless when it has ended."""
+        """Free all that a sequence holds. Harmless when it has ended.
+
+        Raises:
+            Exception: some part could not be freed; all others were.
+        """
         if (answer := self._answers.pop(sequence, None)) is None:
             return
-        self.scheduler.remove(sequence)
-        self.store.end(sequence)
-        if answer.penalties is not None:
-            self._penalties.free(answer.penalties)
-        for digest in sequence.digests:
-            self.interventions.unpin(digest)
+        with ExitStack() as freeing:  # which goes on where something raises, in reverse order
+            for digest in sequence.digests:
+                freeing.callback(self.interventions.unpin, digest)
+            if answer.penalties is not None:
+                freeing.callback(self._penalties.free, answer.penalties)
+            freeing.callback(self.store.end, sequence)
+            freeing.callback(self.scheduler.remove, sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Remove a sequence that nothing will follow. Harmless when it has ended."""
@@ -208,15 +213,25 @@ class EngineCore:
                 error = StepFailedError("the engine failed while computing this request")
                 deliveries += [(chunk.sequence, error) for chunk in plan.chunks]
         for sequence, output in deliveries:
-            if isinstance(output, EngineError):
-                self.store.discard(sequence)
-                self.cancel(sequence)
-            elif output.finish_reason is not None:
-                self.remove(sequence)
+            try:
+                self._settle(sequence, output)
+            except Exception:
+                if is_dead(self._device):
+                    raise
+                logger.exception("what a request held could not be freed without an error")
         if self._check_invariants:
             self.check()
         self._step_seconds = time.perf_counter() - began
         return deliveries
+
+    def _settle(self, sequence: Sequence, output: StepOutput | EngineError) -> None:
+        """Free what a sequence holds, if this was its last output."""
+        if isinstance(output, EngineError):
+            with ExitStack() as freeing:
+                freeing.callback(self.cancel, sequence)
+                freeing.callback(self.store.discard, sequence)
+        elif output.finish_reason is not None:
+            self.remove(sequence)
 
     def _compute(self, plan: Plan) -> list[Delivery]:
         for sequence in self.store.make_room(plan):

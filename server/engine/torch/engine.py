@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Final, TypeVar
@@ -27,7 +28,7 @@ from server.engine.torch.postprocess import Delivery
 from server.engine.torch.prompts import Prompts
 from server.engine.torch.reads import SharedReads
 from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.thread import EngineThread
+from server.engine.torch.thread import EngineThread, log_unread
 from steering.bank import Bank
 from steering.reward import RewardHead
 
@@ -232,7 +233,7 @@ class TorchEngine:
             while True:
                 try:
                     admit = partial(self._core.admit, sequences, parameters, leader)
-                    return await self._on_thread(admit)
+                    return await _outcome(self._thread.call(admit))
                 except NotReadError as not_read:
                     # Kept for the next attempt: what was loaded may be evicted in between.
                     for digest in not_read.digests:
@@ -242,15 +243,12 @@ class TorchEngine:
     async def _prepare(self, parameters: Parameters) -> None:
         """Have the engine thread do what an intervention needs, piece by piece between steps."""
         prepare = partial(self._core.prepare, parameters)
-        while not await asyncio.wrap_future(self._thread.call_piece(prepare)):
+        while not await _outcome(self._thread.call_piece(prepare)):
             pass
-
-    async def _on_thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._thread.call(function))
 
     def _cancel(self, sequence: EngineSequence) -> None:
         self._generations.pop(sequence, None)
-        self._thread.call(partial(self._core.cancel, sequence))
+        self._thread.tell(partial(self._core.cancel, sequence))
 
     def _hand_over(self, deliveries: list[Delivery]) -> None:
         """On the engine thread: pass a step's outputs to the event loop, in one call."""
@@ -291,6 +289,15 @@ class TorchEngine:
         while self._generations:
             _, generation = self._generations.popitem()
             generation.deliver(self._thread.end)
+
+
+async def _outcome(future: Future[T]) -> T:
+    """Wait for what the engine thread was asked for."""
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(log_unread)
+        raise
 
 
 def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:

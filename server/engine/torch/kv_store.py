@@ -1,6 +1,8 @@
 """Every sequence's keys and values: its lane, and what the prefix cache keeps of them."""
 
+import logging
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from server.engine.torch.prefix_cache import PrefixCache
 from server.engine.torch.scheduler import Chunk, Plan
 from server.engine.torch.sequence import Sequence
 
+logger = logging.getLogger(__name__)
+
 
 class KVStore:
     """Lanes of the sequences that run."""
@@ -19,6 +23,7 @@ class KVStore:
         self.prefixes = prefixes
         self.memory = memory
         self.lanes: dict[Sequence, Lane] = {}
+        self._warned = False  # that a copy has failed: once, as it may fail again and again
 
     def make_room(self, plan: Plan) -> list[Sequence]:
         """Free and reserve what a step's plan says; the sequences that begin with it."""
@@ -28,13 +33,15 @@ class KVStore:
             for sequence in plan.preempted:
                 self.discard(sequence)
         begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.lanes]
-        for chunk in plan.chunks:
-            if chunk.sequence not in self.lanes:
-                self._begin(chunk)
-            self.lanes[chunk.sequence].reserve(chunk.end)
-        # Not before all have what they found, some of which may have to go for it.
-        for sequence in plan.preempted:
-            self.end(sequence)
+        with ExitStack() as yielding:
+            # Not before all have what they found, some of which may have to go for it; and where
+            # there was no memory for all, too.
+            for sequence in reversed(plan.preempted):
+                yielding.callback(self.end, sequence)
+            for chunk in plan.chunks:
+                if chunk.sequence not in self.lanes:
+                    self._begin(chunk)
+                self.lanes[chunk.sequence].reserve(chunk.end)
         self.prefixes.trim()
         return begun
 
@@ -54,13 +61,24 @@ class KVStore:
             whole = sequence.checked < sequence.prompt_length
             sequence.checked = sequence.computed
             if whole:
-                self.prefixes.save(sequence, self.lanes[sequence])
+                self._keep(sequence, self.lanes[sequence])
 
     def end(self, sequence: Sequence) -> None:
         """Free a sequence's lane, if it has one, and keep what is worth it."""
         if (lane := self.lanes.get(sequence)) is not None:
-            self.prefixes.save(sequence, lane)
+            self._keep(sequence, lane)
             self.discard(sequence)
+
+    def _keep(self, sequence: Sequence, lane: Lane) -> None:
+        """Copy what is worth it to the prefix cache, which nobody depends on."""
+        try:
+            self.prefixes.save(sequence, lane)
+        except Exception:
+            # Most likely there is no memory for copies; what is kept of others is memory, too.
+            self.prefixes.clear()
+            log = logger.debug if self._warned else logger.warning
+            self._warned = True
+            log("the prefix cache was emptied, as a copy of keys and values failed", exc_info=True)
 
     def discard(self, sequence: Sequence) -> None:
         """Free a sequence's lane, if it has one, and keep nothing of it."""

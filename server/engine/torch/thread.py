@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from server.engine.base import EngineDeadError, EngineError, ShuttingDownError
 from server.engine.torch.postprocess import Delivery
@@ -98,6 +98,10 @@ class EngineThread:
             self._drain()
         return future
 
+    def tell(self, function: Callable[[], object]) -> None:
+        """Run a function between two steps whose end nobody waits for; what it raises is logged."""
+        self.call(function).add_done_callback(log_unread)
+
     def _promised(self, function: Callable[[], T]) -> tuple[Future[T], Callable[[], None]]:
         """A future, and what makes it the function's result, on the engine thread."""
         future: Future[T] = Future()
@@ -152,6 +156,14 @@ class EngineThread:
             pass
         while self._ended and _run_next(self._pieces):  # which tell that it has ended
             pass
+
+
+def log_unread(future: Future[Any]) -> None:
+    """Log the exception of a call that nobody waits for, unless it is one that clients are told."""
+    if future.cancelled() or (error := future.exception()) is None:
+        return
+    if not isinstance(error, EngineError):
+        logger.error("a call of the engine failed after its caller had left", exc_info=error)
 
 
 def _nothing() -> None:
