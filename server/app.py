@@ -8,10 +8,11 @@ from starlette.middleware.errors import ServerErrorMiddleware
 
 from interventions.registry import Registry
 from interventions.settings import Caps
-from server.api import chat, completions, interventions, models, system
+from server.api import chat, completions, documentation, interventions, models, system
 from server.api.auth import require_api_key
 from server.api.context import ServerContext
 from server.api.cross_origin import CrossOriginMiddleware
+from server.api.documentation import ErrorEnvelope
 from server.api.errors import ApiError, handle_unexpected, install_error_handlers
 from server.api.host_check import HostMiddleware, host_check
 from server.api.limits import BodyLimitMiddleware
@@ -67,12 +68,19 @@ def create_app(
         description="An OpenAI-compatible server that steers a language model, per request.",
         version=installed_version(),
         lifespan=_lifespan,
+        # Their pages come from elsewhere: see `server.api.documentation`.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # In place of FastAPI's own 422, which no answer has.
+        responses={"default": {"model": ErrorEnvelope, "description": "Any error"}},
         # A redirect would drop the body of some clients, and is answered before the keys are asked.
         redirect_slashes=False,
     )
     app.state.context = context
     app.include_router(_v1())
     app.include_router(system.router)
+    app.include_router(documentation.router)
     install_error_handlers(app)
     _add_middleware(app, context, sinks)
     return app

@@ -84,6 +84,10 @@ class Settings(BaseSettings):
     address, without a proxy and without an API key."""
     admin_key_file: Path | None = None
     """File that holds the admin key; if unset, there is only --admin-key."""
+    metrics_key: SecretStr | None = None
+    """Key that readers of /metrics must send; if unset, they need none."""
+    metrics_key_file: Path | None = None
+    """File that holds the key for /metrics; if unset, there is only --metrics-key."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Names that a request's Host header may give, beside localhost and loopback addresses;
     if unset, no others where the server listens on a loopback address, and any elsewhere."""
@@ -206,7 +210,7 @@ class Settings(BaseSettings):
         parse_spec(value)
         return value
 
-    @field_validator("api_key", "admin_key")
+    @field_validator("api_key", "admin_key", "metrics_key")
     @classmethod
     def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not is_key(value.get_secret_value()):

@@ -34,6 +34,30 @@ def test_promtool_agrees(command: str, path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_promtool_takes_the_example_of_a_key_for_metrics(tmp_path: Path) -> None:
+    page = (FOLDER.parent.parent / "docs" / "observability.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    key = tmp_path / "key"
+    key.write_text("the-key")
+    config = tmp_path / "prometheus.yml"
+    config.write_text(example.replace("/run/secrets/steerserve-metrics-key", str(key)))
+    ran = promtool("check", "config", config)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("path", [FOLDER / "prometheus.yml", FOLDER / "local.yml"])
+def test_promtool_takes_the_lines_for_a_key_that_are_a_comment(path: Path, tmp_path: Path) -> None:
+    text = re.sub(r"# (?=authorization:|  credentials_file:)", "", path.read_text())
+    text = text.replace("rules/steerserve.yml", str(RULES))
+    [scrape] = yaml.safe_load(text)["scrape_configs"]
+    key = tmp_path / "key"
+    key.write_text("the-key")
+    config = tmp_path / "prometheus.yml"
+    config.write_text(text.replace(scrape["authorization"]["credentials_file"], str(key)))
+    ran = promtool("check", "config", config)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:
     """That the tests hold each rule to something: with its bound moved far off, they fail."""
     text = RULES.read_text()

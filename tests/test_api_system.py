@@ -3,7 +3,6 @@
 import asyncio
 
 import httpx
-import pytest
 
 from interventions.registry import Registry
 from server.engine.torch.engine import TorchEngine
@@ -71,10 +70,3 @@ async def test_an_engine_that_was_started_before_is_left_running(
     async with app.router.lifespan_context(app):
         pass
     assert tiny_engine.ready
-
-
-@pytest.mark.parametrize("path", ["/openapi.json", "/docs"])
-async def test_the_documentation_pages(client: httpx.AsyncClient, path: str) -> None:
-    response = await client.get(path)
-    assert response.status_code == 200
-    assert "steerserve" in response.text

@@ -117,7 +117,7 @@ def test_keys_are_never_shown() -> None:
     assert "secret-" not in problem(api_key="secret-1 secret-2")
 
 
-@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+@pytest.mark.parametrize("name", ["api_key", "admin_key", "metrics_key"])
 @pytest.mark.parametrize("content", [b"the-key", b"the-key\n", b"  the-key\r\n\n"])
 def test_a_key_may_be_in_a_file(name: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "key"

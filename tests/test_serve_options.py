@@ -32,6 +32,8 @@ GIVEN: dict[str, tuple[str, object]] = {
     "api_key_file": ("api.key", Path("api.key")),
     "admin_key": ("l", SecretStr("l")),
     "admin_key_file": ("admin.key", Path("admin.key")),
+    "metrics_key": ("m", SecretStr("m")),
+    "metrics_key_file": ("metrics.key", Path("metrics.key")),
     "allowed_hosts": ("a.example b.example", ("a.example", "b.example")),
     "cors_origins": ("http://a:1 http://b", ("http://a:1", "http://b")),
     "registry": ("elsewhere", Path("elsewhere")),
@@ -69,7 +71,7 @@ GIVEN: dict[str, tuple[str, object]] = {
 }
 
 
-KEY_FILES = ("api_key_file", "admin_key_file")
+KEY_FILES = ("api_key_file", "admin_key_file", "metrics_key_file")
 
 
 class Launches:

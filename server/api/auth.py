@@ -1,4 +1,4 @@
-"""Who may do what: the API key for `/v1`, the admin key to change the registry."""
+"""Who may do what: the API key for `/v1`, the admin key to change the registry, one for metrics."""
 
 import re
 import secrets
@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
-from server.api.context import Context
+from server.api.context import AnyTimeContext, Context
 from server.api.errors import ApiError
 from server.config import Settings
 from server.hosts import is_loopback, named_host
@@ -82,6 +82,20 @@ def _why_not_local(headers: Headers, settings: Settings) -> str | None:
 
 def _is_forwarding(header: str) -> bool:
     return _FORWARDING.fullmatch(header.lower().replace("_", "-")) is not None
+
+
+async def require_metrics_key(request: Request, context: AnyTimeContext) -> None:
+    """Refuse a request without the metrics key, where one is set. The admin key does as well.
+
+    Raises:
+        ApiError: 401.
+    """
+    settings = context.settings
+    if settings.metrics_key is None:
+        return
+    presented = _presented_key(request)
+    if not (_equal(presented, settings.metrics_key) | _equal(presented, settings.admin_key)):
+        raise _unauthorized(presented)
 
 
 def _presented_key(request: Request) -> bytes | None:

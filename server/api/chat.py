@@ -11,6 +11,7 @@ from server.api.answering import Exchange, Plan, answering, check_request
 from server.api.chat_choices import ChatChoice
 from server.api.chat_schemas import ChatRequest
 from server.api.context import Context
+from server.api.documentation import json_body
 from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.messages import Message
@@ -23,7 +24,18 @@ TEMPLATE_LENGTH: Final = 20  # characters that a template puts around a message,
 router = APIRouter()
 
 
-@router.post("/chat/completions", summary="Continue a conversation")
+@router.post(
+    "/chat/completions",
+    summary="Continue a conversation",
+    openapi_extra=json_body(
+        ChatRequest,
+        {
+            "model": "smollm2-135m-instruct",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 16,
+        },
+    ),
+)
 async def create_chat_completion(request: Request, context: Context) -> Response:
     """Answer a conversation, as JSON or as a stream of server-sent events.
 

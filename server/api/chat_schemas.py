@@ -6,6 +6,7 @@ from pydantic import FailFast, Field, PlainValidator
 
 from server.api.fields import TOKENS, GenerationFields, only
 from server.api.messages import Message, parse_messages
+from server.api.request_shapes import MessageShape
 from server.engine.base import SamplingSettings
 
 # Of a list with thousands of faults, only the first is told: collecting them takes long.
@@ -19,7 +20,10 @@ class ChatRequest(GenerationFields):
     where it cannot change the answer.
     """
 
-    messages: Annotated[tuple[Message, ...], PlainValidator(parse_messages)]
+    messages: Annotated[
+        tuple[Message, ...],
+        PlainValidator(parse_messages, json_schema_input_type=list[MessageShape]),
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None  # its older name
     logprobs: bool = False

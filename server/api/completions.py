@@ -10,6 +10,7 @@ from starlette.responses import Response
 from server.api.answering import Exchange, Plan, answering, check_request
 from server.api.choices import CompletionChoice
 from server.api.context import Context, ServerContext
+from server.api.documentation import json_body
 from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.parsing import read_request
@@ -28,7 +29,14 @@ class _ReadPrompt:
     echo: SpelledPrompt | None
 
 
-@router.post("/completions", summary="Complete one or several prompts")
+@router.post(
+    "/completions",
+    summary="Complete one or several prompts",
+    openapi_extra=json_body(
+        CompletionRequest,
+        {"model": "smollm2-135m-instruct", "prompt": "Hello", "max_tokens": 16},
+    ),
+)
 async def create_completion(request: Request, context: Context) -> Response:
     """Complete a prompt or several, as JSON or as a stream of server-sent events."""
     arrived = time.perf_counter()

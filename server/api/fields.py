@@ -15,6 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.api.parsing import UNSUPPORTED
+from server.api.request_shapes import LogitBiasShape, SteeringShape, StopShape
 from server.engine.base import SamplingSettings
 
 MAX_STOPS: Final = 32  # OpenAI takes 4; lm-evaluation-harness sends as many as a task has
@@ -81,6 +82,10 @@ def _none_for_minus_one(value: object) -> object:
     return None if type(value) is int and value == -1 else value
 
 
+def _as_it_is(value: object) -> object:
+    return value
+
+
 class Strict(BaseModel):
     """An object of a request's body. As with OpenAI, null means that a field is not given."""
 
@@ -118,7 +123,9 @@ class GenerationFields(Strict):
     """
 
     model: str
-    steering: object = None
+    steering: Annotated[object, PlainValidator(_as_it_is, json_schema_input_type=SteeringShape)] = (
+        None
+    )
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0  # 0: the best token
@@ -127,9 +134,14 @@ class GenerationFields(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_parse_logit_bias)] = ()
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...],
+        PlainValidator(_parse_logit_bias, json_schema_input_type=LogitBiasShape),
+    ] = ()
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stops)] = ()
+    stop: Annotated[
+        tuple[str, ...], PlainValidator(_parse_stops, json_schema_input_type=StopShape)
+    ] = ()
     seed: Annotated[
         Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None, BeforeValidator(_none_for_minus_one)
     ] = None

@@ -26,6 +26,7 @@ from interventions.registry import (
 )
 from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
+from server.api.documentation import upload_body
 from server.api.download import open_download
 from server.api.errors import from_registry, invalid, unreadable_upload
 from server.api.upload import receive_upload
@@ -37,7 +38,12 @@ SHOWN: Final = (*("kind", "method", "description", "license", "base_model", "def
 router = APIRouter(prefix="/interventions")
 
 
-@router.post("", summary="Upload an artifact", dependencies=[Depends(require_admin)])
+@router.post(
+    "",
+    summary="Upload an artifact",
+    dependencies=[Depends(require_admin)],
+    openapi_extra=upload_body(),
+)
 async def upload(request: Request, context: Context) -> Response:
     """Store an artifact under a name: the form's `name`, or else the one in its manifest.
 
@@ -81,7 +87,12 @@ async def show(reference: str, context: Context) -> Response:
     return JSONResponse(body)
 
 
-@router.get("/{reference}/artifact", summary="Download an artifact")
+@router.get(
+    "/{reference}/artifact",
+    summary="Download an artifact",
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)
 async def download(reference: str, context: Context) -> Response:
     """The artifact's bytes, as they were uploaded."""
     entry = _resolve(context.registry, reference)

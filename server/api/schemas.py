@@ -5,6 +5,7 @@ from typing import Annotated, Final, TypeAlias
 from pydantic import BeforeValidator, Field, PlainValidator
 
 from server.api.fields import TOKENS, GenerationFields, only
+from server.api.request_shapes import PromptShape
 from server.engine.base import SamplingSettings
 
 DEFAULT_MAX_TOKENS: Final = 16
@@ -47,7 +48,9 @@ def _none_for_false(value: object) -> object:
 class CompletionRequest(GenerationFields):
     """The body of `POST /v1/completions`."""
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts)]
+    prompt: Annotated[
+        tuple[Prompt, ...], PlainValidator(_parse_prompts, json_schema_input_type=PromptShape)
+    ]
     max_tokens: Annotated[int, Field(ge=0, lt=TOKENS)] = DEFAULT_MAX_TOKENS
     best_of: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[

@@ -1,9 +1,10 @@
-"""Routes for operators: health, readiness, version, metrics. Open to all, with no secrets."""
+"""Routes for operators: health, readiness, version, and metrics, which may have a key."""
 
 from anyio import to_thread
-from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from server.api.auth import require_metrics_key
 from server.api.context import AnyTimeContext, Context
 from server.api.default_steering import default_unavailable
 from server.api.errors import ApiError
@@ -42,7 +43,12 @@ async def show_version() -> Response:
     return JSONResponse({"version": installed_version()})
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=PlainTextResponse,
+    dependencies=[Depends(require_metrics_key)],
+)
 async def metrics(context: AnyTimeContext) -> Response:
     """Prometheus's text format."""
     page = await to_thread.run_sync(context.metrics.render)

@@ -1,0 +1,155 @@
+"""The API's own documentation: the schema at /openapi.json, and a page that shows it at /docs.
+
+The page's files come from a package: nothing of it is loaded from the internet.
+"""
+
+from copy import deepcopy
+from importlib.resources import files
+from typing import Final, TypeAlias
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, JsonValue
+from starlette.responses import JSONResponse, Response
+
+from server.api.auth import require_api_key
+from server.api.context import AnyTimeContext
+from server.api.errors import ApiError
+
+Json: TypeAlias = dict[str, JsonValue]
+
+_ASSETS: Final = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon.png": "image/png",
+}
+_REFERENCE: Final = "#/components/schemas/{model}"
+_KEYED: Final = ("/v1", "/metrics")  # paths that ask for a key where one is set
+
+router = APIRouter(include_in_schema=False)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong: a sentence, and for programs the field and a code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """Every answer that is an error."""
+
+    error: ErrorBody
+
+
+def json_body(model: type[BaseModel], example: Json) -> dict[str, Json]:
+    """Describe a route that reads its body by itself, as `openapi_extra`, and may stream.
+
+    Args:
+        example: a body that works on the embedded model.
+    """
+    schema = model.model_json_schema(ref_template=_REFERENCE)
+    for field in schema["properties"].values():
+        if field.get("default") == []:  # stands for nothing given, and may be of another type
+            del field["default"]
+    body: Json = {"schema": schema, "example": example}
+    stream: Json = {"schema": {"type": "string", "description": "With `stream`: events."}}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": body}},
+        "responses": {"200": {"content": {"text/event-stream": stream}}},
+    }
+
+
+def upload_body() -> dict[str, Json]:
+    """Describe a form with an artifact and its name, as `openapi_extra`."""
+    properties: Json = {
+        "file": {
+            "type": "string",
+            "contentMediaType": "application/octet-stream",
+            "description": "The artifact, a .safetensors file.",
+        },
+        "name": {"type": "string", "description": "Its name, if not the one in its manifest."},
+    }
+    schema: Json = {"type": "object", "properties": properties, "required": ["file"]}
+    return {
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    }
+
+
+async def _refuse_with_key(context: AnyTimeContext) -> None:
+    """Refuse the page where an API key is set: a browser that opens an address sends no key.
+
+    Raises:
+        ApiError: 404.
+    """
+    if context.settings.api_key is not None:
+        raise ApiError(
+            404,
+            "This page is off where the server has an API key, which a browser would not send. "
+            "The schema is at /openapi.json, for requests with the key.",
+            code="documentation_off",
+        )
+
+
+@router.get("/openapi.json", dependencies=[Depends(require_api_key)])
+async def show_schema(request: Request) -> Response:
+    """Show the schema of the whole API, in OpenAPI's format."""
+    app = request.app
+    assert isinstance(app, FastAPI)
+    if app.openapi_schema is None:
+        app.openapi_schema = _schema(app)
+    return JSONResponse(app.openapi_schema)
+
+
+@router.get("/docs", dependencies=[Depends(_refuse_with_key)])
+async def show_page() -> Response:
+    """Show the schema in a browser."""
+    return get_swagger_ui_html(
+        # Relative to this page: a proxy may have put a path before all of them.
+        openapi_url="openapi.json",
+        title="steerserve",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="docs/favicon.png",
+        swagger_ui_parameters={"validatorUrl": None},  # by default it asks a server of swagger.io
+    )
+
+
+@router.get("/docs/{asset}", dependencies=[Depends(_refuse_with_key)])
+async def show_asset(asset: str) -> Response:
+    """Send one of the page's files."""
+    if asset not in _ASSETS:
+        raise ApiError(404, f"The documentation page has no file '{asset[:100]}'.")
+    path = files("fastapi_offline") / "static" / asset
+    content = await to_thread.run_sync(path.read_bytes)
+    headers = {"Cache-Control": "max-age=3600"}
+    return Response(content, media_type=_ASSETS[asset], headers=headers)
+
+
+def _schema(app: FastAPI) -> dict[str, object]:
+    """Build the schema from the routes; what bodies define becomes one of its components."""
+    schema = deepcopy(
+        get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+        )
+    )
+    components = schema["components"]
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    error = {"$ref": _REFERENCE.format(model=ErrorEnvelope.__name__)}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            if path.startswith(_KEYED):
+                operation["security"] = [{}, {"key": []}]
+            # FastAPI has it in the media type of the route's other answers.
+            operation["responses"]["default"]["content"] = {"application/json": {"schema": error}}
+            content = operation.get("requestBody", {}).get("content", {})
+            for media_type in content.values():
+                components["schemas"].update(media_type["schema"].pop("$defs", {}))
+    return schema

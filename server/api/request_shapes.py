@@ -1,0 +1,46 @@
+"""How fields look in a request that are read by hand, for the API's own documentation."""
+
+from typing import Annotated, Literal, NotRequired, TypeAlias
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+from server.api.wanted import MAX_STACK
+from steering.settings import Positions
+
+PromptShape: TypeAlias = str | list[int] | list[str] | list[list[int]]
+StopShape: TypeAlias = str | list[str]
+LogitBiasShape: TypeAlias = dict[str, float]
+
+
+@with_config(ConfigDict(extra="ignore"))
+class TextPart(TypedDict):
+    """One part of a message's content; there are parts of text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+@with_config(ConfigDict(extra="ignore"))
+class MessageShape(TypedDict):
+    """One message of a conversation; it may have further fields of OpenAI's."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class SteeringItem(TypedDict):
+    """One intervention, and what is chosen of its settings; the rest is the artifact's own."""
+
+    intervention: str
+    strength: NotRequired[float]
+    positions: NotRequired[Positions]
+    eta: NotRequired[float]
+    iterations: NotRequired[int]
+    direction_scale: NotRequired[float]
+
+
+SteeringShape: TypeAlias = (
+    SteeringItem | Annotated[list[SteeringItem], Field(max_length=MAX_STACK)] | None
+)
