@@ -1,6 +1,7 @@
 """Which models are the same, by their weights and what their configuration makes of them."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +107,12 @@ def test_a_default_counts_the_same_whether_a_version_knows_the_field_or_not() ->
     del lacking.config.__dict__["reorder_and_upcast_attn"]
     assert configuration(lacking) == configuration(made())
     assert configuration(made(reorder_and_upcast_attn=True)) != configuration(made())
+
+
+@pytest.mark.parametrize("path", bundled_artifacts(), ids=lambda path: path.stem)
+def test_a_bundled_artifact_names_no_place_on_a_machine(path: Path) -> None:
+    for value in read_manifest(path).training.values():
+        assert not re.search(r"(^|[\s'\"=])(/|~|\.\.|[A-Za-z]:\\)", str(value)), value
 
 
 @pytest.mark.embedded
