@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from server.engine.base import (
     Engine,
     EngineError,
     EngineStats,
+    FinishReason,
     Generation,
     QueueFullError,
     Request,
@@ -29,6 +31,7 @@ from tests.serving import (
     Connection,
     Json,
     build_app,
+    chat,
     chunks,
     complete,
     error_of,
@@ -68,6 +71,8 @@ class FakeEngine:
 
     model: ModelDescription
     tokens: tuple[int, ...] = (5, 6, 2)
+    texts: tuple[str, ...] = ("ab", "ab", "ab")  # as little like its tokens as texts can be
+    end: FinishReason = "stop"
     steered: tuple[float, ...] = (-0.5, -1.0, -0.25)
     base: tuple[float, ...] = (-1.5, -1.0, -0.75)
     refusal: EngineError | None = None  # what it says to what follows
@@ -125,9 +130,9 @@ class FakeEngine:
         return [
             StepOutput(
                 (token,),
-                "ab",  # as little like its tokens as a text can be
+                self.texts[place],
                 logprobs=(logprobs_of("?", value, {}),) if request.sampling.logprobs == 0 else (),
-                finish_reason="stop" if place == last else None,
+                finish_reason=self.end if place == last else None,
             )
             for place, (token, value) in enumerate(zip(self.tokens, self.steered, strict=True))
         ]
@@ -140,9 +145,13 @@ def fake(load_tiny: LoadTiny, registry: Registry, affine_artifact: WriteArtifact
 
 
 async def ask(engine: Engine, registry: Registry, **fields: object) -> httpx.Response:
-    transport = httpx.ASGITransport(app=build_app(engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with client_of(engine, registry) as client:
         return await complete(client, **{**COMPARED, **fields})
+
+
+def client_of(engine: Engine, registry: Registry) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=build_app(engine, registry))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -174,6 +183,17 @@ async def test_a_token_that_is_impossible_to_the_base_model_is_told_as_a_number(
     body = (await ask(fake, registry)).json()
     [ratio] = body["comparison"]["mean_log_ratio"]
     assert ratio == pytest.approx((1 + 9998 + 0) / 3)
+
+
+async def test_a_stream_has_no_chunk_for_log_probabilities_that_nobody_asked_for(
+    fake: FakeEngine, registry: Registry
+) -> None:
+    fake.texts, fake.end = ("ab", "ab", ""), "length"  # the last token is no text
+    async with client_of(fake, registry) as client:
+        response = await chat(client, stream=True, **COMPARED)
+    told: list[Any] = [*chunks(response.text)]
+    deltas = [choice["delta"] for chunk in told for choice in chunk["choices"]]
+    assert [delta.get("content") for delta in deltas] == ["", "ab", "ab", None]
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 0, "echo": True}, {"strength": 0}])
