@@ -50,12 +50,12 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
 ) -> None:
     for seed, name in enumerate(("maps", "old", "gone")):
         await push(client, affine_artifact(name, seed))
+    content = bytes_of(affine_artifact("new", seed=3))
     gone = registry.get("gone").digest
-    fields: Json = {"steering": {"intervention": "gone"}, "max_tokens": 100, "ignore_eos": True}
+    fields: Json = {"steering": {"intervention": "gone"}, "max_tokens": 200, "ignore_eos": True}
     running = asyncio.create_task(text_of(client, **fields))
     await eventually(lambda: tiny_engine.stats().running == 1)
     await client.delete("/v1/interventions/gone")  # whose bytes the request holds
-    content = bytes_of(affine_artifact("new", seed=3))
 
     disk = SlowDisk(held)
     WatchedDisk(root, disk.before).install(monkeypatch)
@@ -65,6 +65,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
         asyncio.create_task(client.delete("/v1/interventions/old")),
     ]
     await eventually(lambda: bool(disk.waiting))
+    assert registry.path(gone).exists()
     assert await running  # its end lets the bytes go
     for _ in range(2):
         assert (await complete(client, **STEERED)).status_code == 200
