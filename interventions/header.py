@@ -32,7 +32,7 @@ class ArtifactLimits:
     """The largest artifact that is accepted."""
 
     max_bytes: int = 1 << 30
-    max_header_bytes: int = 8 << 20
+    max_header_bytes: int = 4 << 20
     max_manifest_bytes: int = 64 << 10
     max_sites: int = 1024
     max_head_units: int = 8192

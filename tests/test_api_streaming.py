@@ -114,6 +114,25 @@ async def test_usage_in_every_chunk(client: httpx.AsyncClient, include_usage: bo
     assert stream[-1]["usage"] == counted[-1]["usage"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_stream_as_guidellm_asks_for_it(chat_client: httpx.AsyncClient, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    shared = {"model": "tiny", "stream": True, "stream_options": options, "stop": None}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    own = (
+        {"prompt": "Hello", "max_tokens": 4}
+        if path == "/v1/completions"
+        else {"messages": messages, "max_completion_tokens": 4}
+    )
+    response = await chat_client.post(path, json={**shared, **own, "ignore_eos": True})
+    assert response.status_code == 200, response.text
+    stream = chunks(response.text)
+    # It takes the first tokens' count for what came with the first text, and the last one's in all.
+    counts = [chunk["usage"]["completion_tokens"] for chunk in stream]  # type: ignore[index]
+    assert counts[0] == 1
+    assert counts[-1] == 4
+
+
 async def test_usage_in_every_chunk_counts_all_choices(client: httpx.AsyncClient) -> None:
     options = {"continuous_usage_stats": True}
     fields: dict[str, object] = {"stream": True, "ignore_eos": True, "n": 3, "max_tokens": 4}

@@ -30,6 +30,44 @@ def test_whatever_json_can_say_is_read_as_it_was_written(value: object, escaped:
     assert parse_json(text) == value
 
 
+def strictly(text: str) -> object:
+    """What Python's own parser makes of a text; ValueError for what it takes and we do not."""
+
+    def members(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key comes twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> object:
+        raise ValueError(constant)
+
+    value: object = json.loads(text, object_pairs_hook=members, parse_constant=refuse)
+    json.dumps(value, ensure_ascii=False).encode()  # lone surrogates
+    return value
+
+
+@given(
+    value=VALUES,
+    changes=st.lists(
+        st.tuples(st.integers(0, 200), st.sampled_from(["", *'"\\{}[]:, u0a\0'])), max_size=4
+    ),
+)
+def test_of_a_text_that_is_nearly_json_the_same_is_read_and_refused_as_by_python(
+    value: object, changes: list[tuple[int, str]]
+) -> None:
+    text = json.dumps({"a": value, 'b"\\': [value]})
+    for place, character in changes:
+        place %= len(text) + 1
+        text = text[:place] + character + text[place + (character == "") :]
+    try:
+        expected = strictly(text)
+    except ValueError:
+        with pytest.raises(StrictJSONError):
+            parse_json(text)
+    else:
+        assert parse_json(text) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
