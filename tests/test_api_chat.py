@@ -214,7 +214,7 @@ async def test_the_longest_answer_where_the_operator_limits_it(
 ) -> None:
     app = build_app(chat_engine, registry, default_max_tokens=20)
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await chat(client, **fields)).status_code == 200
     assert script.submitted[0].sampling.max_tokens == max_tokens
 
