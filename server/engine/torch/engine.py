@@ -13,7 +13,6 @@ import torch
 from interventions.model import ModelDescription
 from server.engine.base import (
     EngineStats,
-    InvalidRequestError,
     QueueFullError,
     Request,
     SpelledPrompt,
@@ -27,6 +26,7 @@ from server.engine.torch.options import EngineOptions
 from server.engine.torch.postprocess import Delivery
 from server.engine.torch.prompts import Prompts
 from server.engine.torch.reads import SharedReads
+from server.engine.torch.request_checks import RequestChecks
 from server.engine.torch.sequence import Sequence as EngineSequence
 from server.engine.torch.thread import EngineThread, log_unread
 from steering.bank import Bank
@@ -55,6 +55,11 @@ class TorchEngine:
         self._core = build_core(loaded, options)
         self._max_model_len = context_length(loaded, options, self._core.scheduler.pool)
         self._prompts = Prompts(loaded.tokenizer, self._max_model_len)
+        self._checks = RequestChecks(
+            self._max_model_len,
+            loaded.description.vocab_size,
+            self._core.interventions.slots.capacity,
+        )
         self._thread = EngineThread(self._core, self._hand_over, self._hand_over_end)
         self._thread_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -167,39 +172,7 @@ class TorchEngine:
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
             raise self._thread.end
-        for request in requests:
-            self._check_lengths(request)
-        named = {edit.digest for request in requests for edit in request.effective_edits}
-        slots = self._core.interventions.slots.capacity
-        if len(named) > slots:
-            raise InvalidRequestError(
-                f"{len(named)} interventions at once are more than the {slots} that this server "
-                "can hold.",
-                "steering",
-            )
-
-    def _check_lengths(self, request: Request) -> None:
-        length, limit = len(request.prompt), self._max_model_len
-        max_tokens = request.sampling.max_tokens
-        if length == 0:
-            raise InvalidRequestError("The prompt is empty.", "prompt")
-        if length + max_tokens > limit:
-            raise InvalidRequestError(
-                f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{length + max_tokens} tokens ({length} in the prompt; {max_tokens} for the "
-                "completion). Please reduce your prompt; or completion length.",
-                # Where the prompt leaves no room for one token, fewer of them would not help.
-                "prompt" if length >= limit else "max_tokens",
-                "context_length_exceeded",
-            )
-        vocabulary = self.model.vocab_size
-        biased = [token for token, _ in request.sampling.logit_bias]
-        for tokens, param in ((request.prompt, "prompt"), (biased, "logit_bias")):
-            unknown = next((each for each in tokens if not 0 <= each < vocabulary), None)
-            if unknown is not None:
-                raise InvalidRequestError(
-                    f"Token ids must be in 0..{vocabulary - 1}; {unknown} is not.", param
-                )
+        self._checks.check(requests)
 
     async def _admit(
         self, requests: Sequence[Request], leader: EngineSequence | None
