@@ -16,6 +16,8 @@ _PREFIX_BYTES: Final = 8
 _ELEMENT_BYTES: Final[tuple[tuple[str, int], ...]] = (("F32", 4), ("F16", 2), ("BF16", 2))
 # A map of a module's output or input: weight, bias, low, high, gate's weight and bias.
 _TENSORS_OF_SITE: Final = 6
+_LONGEST_NAME: Final = 500  # characters of a tensor's name: far beyond any module's path
+_SHOWN: Final = 300
 _ENTRY_FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
@@ -142,7 +144,7 @@ def _tensors(fields: Mapping[str, object], data_bytes: int) -> dict[str, tuple[i
     for begin, end, name in sorted(spans):
         if begin != covered:
             raise ArtifactError(
-                f"The bytes of tensor {name[:300]!r} overlap others or leave a gap."
+                f"The bytes of tensor {name[:_SHOWN]!r} overlap others or leave a gap."
             )
         covered = end
     if covered != data_bytes:
@@ -154,7 +156,11 @@ def _tensors(fields: Mapping[str, object], data_bytes: int) -> dict[str, tuple[i
 
 
 def _tensor(name: str, entry: object) -> tuple[tuple[int, ...], int, int]:
-    shown = repr(name[:300])
+    shown = repr(name[:_SHOWN])
+    if len(name) > _LONGEST_NAME:  # whoever tells what is wrong with a tensor quotes it
+        raise ArtifactError(
+            f"The name of tensor {shown}… has {len(name)} characters; the limit is {_LONGEST_NAME}."
+        )
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_FIELDS:
         raise ArtifactError(f"The header's entry of tensor {shown} is malformed.")
     dtype = entry["dtype"]

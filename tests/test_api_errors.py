@@ -216,6 +216,11 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
     for method, path, status, code in (
         ("GET", "/", 404, "unknown_url"),
         ("GET", "/v1/nothing", 404, "unknown_url"),
+        ("GET", "/" + "x" * 20_000, 404, "unknown_url"),
+        ("X" * 20_000, "/health", 405, "method_not_allowed"),
+        ("GET", "/v1/models/" + "x" * 20_000, 404, "model_not_found"),
+        ("GET", "/v1/interventions/" + "x" * 20_000, 404, "intervention_not_found"),
+        ("DELETE", "/v1/interventions/" + "x" * 20_000, 404, "intervention_not_found"),
         ("POST", "/v1/completions/", 404, "unknown_url"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("PUT", "/v1/interventions", 405, "method_not_allowed"),
@@ -224,6 +229,7 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
         response = await client.request(method, path)
         assert response.status_code == status, path
         assert error_of(response)["code"] == code
+        assert len(str(error_of(response)["message"])) < 300
 
 
 @pytest.mark.parametrize(

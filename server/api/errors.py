@@ -190,9 +190,10 @@ async def _handle_registry_disk_error(request: Request, error: Exception) -> Res
 
 async def _handle_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    asked = f"{request.method[:20]} {request.url.path[:200]}"
     messages = {
-        404: f"Unknown request URL: {request.method} {request.url.path}.",
-        405: f"Not allowed method: {request.method} {request.url.path}.",
+        404: f"Unknown request URL: {asked}.",
+        405: f"Not allowed method: {asked}.",
     }
     codes = {404: "unknown_url", 405: "method_not_allowed"}
     told = ApiError(
