@@ -77,6 +77,7 @@ async def test_what_is_loaded_is_nothing_that_a_request_makes_the_collector_look
     looked_at: list[int] = []
 
     class Idle:
+        started = True
         engine_died = False
 
         def __init__(self, _: object) -> None:
