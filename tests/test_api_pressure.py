@@ -125,8 +125,9 @@ async def test_a_request_ends_at_its_deadline_while_its_intervention_is_read(
     response = await complete(client, **ENDLESS, steering={"intervention": "maps"})
     assert_timed_out(response, stream=False)
     disk.set()
-    await eventually(lambda: tiny_engine.stats().slots_used == 1)
     await eventually(lambda: idle(tiny_engine))
+    assert tiny_engine.stats().slots_used == 0, "loaded for nobody"
+    assert await text_of(make_client(), steering={"intervention": "maps"})
 
 
 async def test_an_answer_that_is_complete_in_time_is_given(make_client: MakeClient) -> None:

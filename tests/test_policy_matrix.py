@@ -15,7 +15,14 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from interventions.registry import Registry
-from server.engine.base import Edit, Generation, Request, StepOutput
+from server.engine.base import (
+    Edit,
+    Generation,
+    Request,
+    ScoredToken,
+    StepOutput,
+    TokenLogprobs,
+)
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.serving import Json, ScriptedGeneration, build_app, error_of
@@ -108,13 +115,33 @@ class Recorder:
 
     async def submit(self, requests: Sequence[Request]) -> list[Generation]:
         self.submitted.extend(requests)
-        output = StepOutput((1,), "x", finish_reason="stop")
-        return [ScriptedGeneration((output,)) for _ in requests]
+        return [Answer((_output(each),)) for each in requests]
 
     def take(self) -> list[Request]:
         """What has come since the last call."""
         taken, self.submitted = self.submitted, []
         return taken
+
+
+@dataclass
+class Answer(ScriptedGeneration):
+    """One token, and the log-probabilities that were asked for; it may be followed."""
+
+    async def follow(self, request: Request) -> Generation:
+        return Answer((_output(request),))
+
+
+def _output(request: Request) -> StepOutput:
+    scored = TokenLogprobs(ScoredToken("x", b"x", -1.0), top=())
+    sampling = request.sampling
+    places = len(request.prompt) - sampling.prompt_logprobs_from
+    return StepOutput(
+        (1,),
+        "x",
+        logprobs=(scored,) if sampling.logprobs is not None else (),
+        prompt_logprobs=(scored,) * places if sampling.prompt_logprobs is not None else (),
+        finish_reason="stop",
+    )
 
 
 @dataclass(frozen=True)
