@@ -13,6 +13,7 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
         self._held = ""
         self._shown: list[bool] = []  # for each character of it
         self.found = False  # nothing more will come
@@ -45,17 +46,16 @@ class StopStrings:
 
     def _overlap(self, text: str) -> int:
         """Measure the longest end of the text that is the beginning of a stop string."""
-        return max(_overlap(text, stop) for stop in self._stop)
+        # Of all stop strings at once: it ends at the longest, and all that is longer is released,
+        # so that each character is looked at about once, however long the text is held back.
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            end = text[-length:]
+            if any(len(stop) > length and stop.startswith(end) for stop in self._stop):
+                return length
+        return 0
 
     def _release(self, end: int) -> str:
         text = "".join(compress(self._held[:end], self._shown))
         self._held = self._held[end:]
         del self._shown[:end]
         return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
