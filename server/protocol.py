@@ -3,7 +3,7 @@
 import os
 import socket
 import uuid
-from asyncio import AbstractEventLoop, TimerHandle
+from asyncio import AbstractEventLoop, Handle, TimerHandle
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -19,6 +19,10 @@ from server.api.observe import REQUEST_ID_HEADER
 # reset connection in place of its answer.
 _LINGER_SECONDS: Final = 2.0
 _LONGEST_HEAD: Final = 16 * 1024  # bytes of a request's first line and headers
+# What is read before others have their turn: each chunk of a body is an event, and one packet may
+# have tens of thousands of them.
+_PIECE: Final = 4 * 1024  # bytes
+_EVENTS_AT_ONCE: Final = 128
 _LONGEST_PROBLEM: Final = 200  # characters; h11 quotes what it could not read
 _EVENT_STREAM: Final = b"text/event-stream"
 _COMMENT: Final = b":\n\n"  # an event stream's readers pass over it
@@ -36,6 +40,12 @@ class _Connection(h11.Connection):
         self.problem = h11.RemoteProtocolError("the request is not HTTP")
         self.method: bytes | None = None
         self.streams_events = False  # whether the answer, if begun, is an event stream
+        self.events = 0  # read so far
+
+    def start_next_cycle(self) -> None:
+        """Get ready for the connection's next request."""
+        super().start_next_cycle()
+        self.method = None
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Return what came next.
@@ -45,6 +55,7 @@ class _Connection(h11.Connection):
         """
         try:
             event = super().next_event()
+            self.events += event is not h11.NEED_DATA
             if isinstance(event, h11.Request):
                 self.method = event.method
                 _check_version(event)
@@ -83,7 +94,10 @@ class HttpProtocol(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self.conn = _Connection()
         self._client_has_ended = False
+        self._ended_unread = False  # the client has ended, and not all is read that it has sent
         self._lingering: TimerHandle | None = None
+        self._unread = bytearray()
+        self._reading: Handle | None = None  # scheduled where something is unread
 
     @property
     def between_requests(self) -> bool:
@@ -93,8 +107,33 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sends; drop it once the client was refused."""
-        if self._lingering is None:
-            super().data_received(data)
+        if self._lingering is not None:
+            return
+        self._unread += data
+        if self._reading is None:
+            self._read()
+        else:
+            self.transport.pause_reading()
+
+    def _read(self) -> None:
+        """Read what has come, and leave some of it for later where it is much work."""
+        self._reading = None
+        last = self.conn.events + _EVENTS_AT_ONCE
+        while self._unread and self.conn.events < last:
+            if self._lingering is not None or self.transport.is_closing():
+                self._unread.clear()
+                break
+            piece = bytes(self._unread[:_PIECE])
+            del self._unread[:_PIECE]
+            super().data_received(piece)
+        if self._unread:
+            self.transport.pause_reading()
+            self._reading = self.loop.call_soon(self._read)
+            return
+        if self._ended_unread and not self.eof_received():
+            self.transport.close()
+        if not self.flow.read_paused:
+            self.transport.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, and close; where an answer has begun, only close."""
@@ -115,6 +154,9 @@ class HttpProtocol(H11Protocol):
         A client that has left looks the same at first. It is sent what one that still reads passes
         over: a machine on which nobody reads resets the connection, see `close_if_reset`.
         """
+        self._ended_unread = self._reading is not None
+        if self._ended_unread:
+            return True
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
@@ -133,8 +175,9 @@ class HttpProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection, and tell whoever answers that nobody reads."""
-        if self._lingering is not None:
-            self._lingering.cancel()
+        for scheduled in (self._lingering, self._reading):
+            if scheduled is not None:
+                scheduled.cancel()
         super().connection_lost(exc)
 
     def close_if_reset(self) -> None:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import h11
 import pytest
 
 from interventions.registry import Registry
@@ -157,6 +158,61 @@ async def test_a_refused_head_request_has_no_body(
         received = await exchange(server, sent)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert received.endswith(b"\r\n\r\n")
+
+
+async def test_what_follows_a_head_request_is_refused_with_a_body(
+    tiny_engine: TorchEngine, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        live(build_app(tiny_engine, registry)) as server,
+        connected(server) as (reader, writer),
+    ):
+        writer.write(b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"no HTTP\r\n\r\n")
+        [(status, _, body)] = answers(await reader.read())
+    assert status == 400
+    assert json.loads(body)["error"]["code"] == "invalid_http_request"
+    assert "Traceback" not in caplog.text
+
+
+def in_chunks_of_one(content: bytes) -> bytes:
+    """A request with a JSON body, each byte of which is a chunk of its own."""
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content)
+    return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+
+
+async def test_a_body_in_many_small_chunks_lets_others_have_their_turn(
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only so much of it is read between two turns of the event loop."""
+    read, most = 0, 0
+    next_event = h11.Connection.next_event
+
+    def counted(connection: h11.Connection) -> object:
+        nonlocal read
+        read += 1
+        return next_event(connection)
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            before = read
+            await asyncio.sleep(0)
+            most = max(most, read - before)
+
+    monkeypatch.setattr(h11.Connection, "next_event", counted)
+    body = b'{"model": "tiny", "prompt": "x", "max_tokens": 2, "ignore_eos": true}'
+    sent = in_chunks_of_one(body + b" " * 50_000)
+    async with live(build_app(tiny_engine, registry)) as server:
+        watching = asyncio.create_task(watch())
+        received = await exchange(server, sent, end=True)
+        watching.cancel()
+    [(status, _, answer)] = answers(received)
+    assert status == 200
+    assert json.loads(answer)["usage"]["completion_tokens"] == 2
+    assert read > 50_000
+    assert most < 2_000
 
 
 async def test_equal_lengths_twice_are_one(tiny_engine: TorchEngine, registry: Registry) -> None:
