@@ -4,6 +4,7 @@ import os
 import socket
 import uuid
 from asyncio import AbstractEventLoop, Handle, TimerHandle
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -187,7 +188,8 @@ class HttpProtocol(H11Protocol):
         """
         if not self._client_has_ended or self.transport.is_closing():
             return
-        with _socket_of(self) as copy:
+        # Where no descriptor is left for a copy, the next look tells.
+        with suppress(OSError), _socket_of(self) as copy:
             if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self.transport.abort()
 
@@ -198,7 +200,7 @@ class HttpProtocol(H11Protocol):
             self.transport.write(self.conn.send(interim))
         elif self.conn.our_state is h11.SEND_BODY and self.conn.streams_events:
             self.transport.write(self.conn.send(h11.Data(data=_COMMENT)))
-        with _socket_of(self) as copy:
+        with suppress(OSError), _socket_of(self) as copy:
             copy.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in _KEEP_ALIVE_PROBES.items():
                 if hasattr(socket, name):

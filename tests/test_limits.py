@@ -92,3 +92,19 @@ def test_another_body_has_its_time_whatever_its_pace(
     monkeypatch.setattr(time, "monotonic", lambda: seconds)
     allowance = _Allowance(size=10**9, pause=30, seconds=600, rate=math.inf)
     assert allowance.time_left(0, 10**8) == left
+
+
+async def test_a_client_that_asks_before_it_sends_too_much_is_not_told_to_send(
+    tiny_engine: TorchEngine, registry: Registry
+) -> None:
+    async with live(build_app(tiny_engine, registry)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 99000000\r\n"
+            b"Expect: 100-continue\r\n\r\n"
+        )
+        async with asyncio.timeout(20):
+            answer = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 413 ")

@@ -57,7 +57,10 @@ class BodyLimitMiddleware:
         try:
             _check_length(scope, allowance.size)
         except ApiError as error:
-            await _drain(receive, DRAIN_SECONDS)
+            scope["state"]["error_code"] = error.code  # for the request's record
+            # To read a body that its client asks for before it sends it would be to ask for it.
+            if not _waits_to_send(scope):
+                await _drain(receive, DRAIN_SECONDS)
             await error.response(scope, receive, send)
             return
         body = _LimitedBody(receive, allowance, self._lifecycle)
@@ -123,6 +126,13 @@ class _LimitedBody:
             await _drain(self._receive, LAST_DRAIN_SECONDS)
             raise shutting_down()
         raise _too_slow(self._allowance)
+
+
+def _waits_to_send(scope: Scope) -> bool:
+    """Whether the client sends its body only once it is told to."""
+    return any(
+        name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"]
+    )
 
 
 def _check_length(scope: Scope, limit: int) -> None:

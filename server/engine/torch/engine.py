@@ -12,6 +12,7 @@ import torch
 
 from interventions.model import ModelDescription
 from server.engine.base import (
+    EngineError,
     EngineStats,
     QueueFullError,
     Request,
@@ -274,9 +275,13 @@ async def _outcome(future: Future[T]) -> T:
 
 
 def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
-    if not admission.cancelled() and admission.exception() is None:
+    if admission.cancelled():
+        return
+    if (error := admission.exception()) is None:
         for generation in admission.result():
             generation.cancel()
+    elif not isinstance(error, EngineError):
+        logger.error("an admission failed after its client had left", exc_info=error)
 
 
 def _is_cancelled() -> bool:
