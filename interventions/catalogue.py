@@ -41,7 +41,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What is stored, and what of it is not usable, at one moment. Never changed, only replaced.
+    """Tells what is stored, and what of it is damaged, at one moment; replaced, never changed.
 
     So any thread may read one, without a lock, while another makes the next.
     """

@@ -1,11 +1,11 @@
-"""What the registry raises: each a sentence for whoever asked."""
+"""The registry's exceptions: each message is a sentence for whoever asked."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-# Of the last, the limit on one file's size: for whoever writes it, room has run out as well.
+# EFBIG is the limit on one file's size: for whoever writes the file, room has run out as well.
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 

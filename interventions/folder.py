@@ -67,7 +67,7 @@ class RegistryFolder:
                 self.remove_temporary(path)
 
     def object_path(self, digest: str) -> Path:
-        """Where an object lies, or would lie."""
+        """Return the path of an object, stored or not."""
         return self.objects / digest[:2] / f"{digest}{OBJECT_SUFFIX}"
 
     def new_temporary(self) -> Path:

@@ -41,7 +41,7 @@ class ArtifactLimits:
 
     @property
     def json(self) -> JsonLimits:
-        """What the header of the largest artifact holds as JSON, and some more."""
+        """Bound the header as JSON: as much as the largest artifact needs, and some more."""
         tensors = self.max_sites * _TENSORS_OF_SITE + 100  # so that one too many can be told
         return JsonLimits(
             containers=3 * tensors,  # an entry with its shape and its offsets

@@ -1,4 +1,4 @@
-"""What is stored and what of it is in use, shared by all threads: nothing here waits for a disk."""
+"""Keeps the current catalogue and the pins, for all threads: nothing here waits for a disk."""
 
 import threading
 from collections import Counter
@@ -23,7 +23,7 @@ class PinnedCatalogue:
 
     @property
     def catalogue(self) -> Catalogue:
-        """What is stored now."""
+        """Return the current catalogue."""
         return self._catalogue
 
     def replace(self, catalogue: Catalogue) -> None:
