@@ -154,8 +154,8 @@ class Settings(BaseSettings):
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens of one step, at most; no fewer than completions run at once."""
     kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Gigabytes for keys and values; if unset, 25 % of a CPU's free memory, or what is left of a
-    GPU's beside interventions, the largest step and CUDA graphs."""
+    """Gigabytes for keys and values, the prefix cache's among them; if unset, 25 % of a CPU's free
+    memory, or what is left of a GPU's beside interventions, the largest step and CUDA graphs."""
     attention: Literal["automatic", "pages", "slabs"] = "automatic"
     """Where keys and values are kept: in pages of one GPU's memory, read by a Triton kernel, or in
     slabs, one a sequence, on any device; automatic takes pages where GPU and model suit them."""

@@ -93,8 +93,8 @@ def test_slabs_keep_what_they_hold_whoever_comes_grows_and_goes(
         else:
             slab, _ = slabs.get(name, (Slab(pool), 0))
             slab.reserve(tokens)
-            fill(slab, 10.0 * number, slab.capacity)
+            fill(slab, 10.0 * number, slab.tokens)
             slabs[name] = slab, number
         pool.check(slab for slab, _ in slabs.values())
         for slab, written in slabs.values():
-            assert holds(slab, 10.0 * written, slab.capacity)
+            assert holds(slab, 10.0 * written, slab.tokens)

@@ -70,6 +70,10 @@ class Lane(ABC):
         """Have room for so many tokens; what is stored stays."""
 
     @abstractmethod
+    def truncate(self, tokens: int) -> None:
+        """Forget what is stored from a token on; its memory is given back where it can be."""
+
+    @abstractmethod
     def free(self) -> None:
         """Give the memory back."""
 

@@ -1,14 +1,18 @@
 """Accounting of K/V memory in blocks. Where the values lie is the attention backend's business."""
 
 from collections.abc import Collection, Hashable
+from fractions import Fraction
+from math import ceil
 
 
 class BlockPool:
     """A fixed number of blocks of `block_size` tokens each; each block has one owner or none."""
 
-    def __init__(self, blocks: int, block_size: int) -> None:
+    def __init__(self, blocks: int, block_size: int, page_tokens: Fraction = Fraction(1)) -> None:
+        """`page_tokens` is in how many tokens an owner's memory really grows, 1 or more."""
         self.blocks = blocks
         self.block_size = block_size
+        self._page_tokens = page_tokens
         self.free = blocks  # blocks that nobody holds
         self._held: dict[Hashable, int] = {}
 
@@ -19,12 +23,13 @@ class BlockPool:
 
     @property
     def tokens(self) -> int:
-        """Tokens that all blocks hold together."""
-        return self.blocks * self.block_size
+        """Tokens of the largest owner that all blocks together can have."""
+        return int(self.blocks * self.block_size // self._page_tokens * self._page_tokens)
 
     def needed(self, tokens: int) -> int:
-        """Blocks that so many tokens take."""
-        return -(-tokens // self.block_size)
+        """Blocks that one owner's tokens take: so many that their pages' memory is no more."""
+        pages = ceil(tokens / self._page_tokens)
+        return ceil(pages * self._page_tokens / self.block_size)
 
     def hold(self, owner: Hashable, tokens: int) -> bool:
         """Make `owner` hold room for `tokens` tokens, with what it holds already.

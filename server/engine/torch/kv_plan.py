@@ -3,6 +3,7 @@
 import importlib
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ from server.engine.torch.devices import free_memory
 from server.engine.torch.fallback import fall_back, first_line
 from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.mapped import PAGE_BYTES, whole_pages
 from server.engine.torch.options import AttentionChoice
 from server.engine.torch.page_pool import PAGE
 from server.engine.torch.paged_attention import PagedMemory
@@ -22,6 +24,9 @@ from server.engine.torch.slab import SlabShape
 from server.engine.torch.slab_attention import SlabMemory
 
 _BLOCK_SIZE: Final = 16
+_SPARE: Final = 64  # one of so many blocks
+# In tokens. Pages of memory hold more of toy models only, whose memory is not counted in pages.
+_LARGEST_PAGE: Final = 64
 # Of the memory that is free when the engine is built, on a CPU, which others use too, and on each
 # of several GPUs. A single GPU has a plan: see `memory_plan`.
 _FREE_SHARE: Final = {"cpu": 0.25, "cuda": 0.8}
@@ -127,8 +132,13 @@ def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
     Raises:
         ModelLoadError: there is no room for a single block.
     """
-    blocks = _bytes(shape, wishes) // shape.bytes_per_token // _BLOCK_SIZE
-    pool = BlockPool(_whole(blocks), _BLOCK_SIZE)
+    # A copy of a block takes whole pages.
+    blocks = _bytes(shape, wishes) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
+    blocks -= blocks // _SPARE  # for what is there twice while it is moved or copied
+    page_tokens = max(Fraction(PAGE_BYTES, shape.head_bytes), Fraction(1))
+    if page_tokens > _LARGEST_PAGE:
+        page_tokens = Fraction(1)
+    pool = BlockPool(_whole(blocks), _BLOCK_SIZE, page_tokens)
     return KVPlan(SlabMemory(shape), pool, pool)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection, Iterable
-from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -29,20 +28,19 @@ class KVStore:
         """Free and reserve what a step's plan says; the sequences that begin with it."""
         for sequence in plan.dropped:
             self.discard(sequence)
-        if self.memory.fixed:  # others want the room at once, so nothing can be kept of it first
-            for sequence in plan.preempted:
-                self.discard(sequence)
         begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.lanes]
-        with ExitStack() as yielding:
-            # Not before all have what they found, some of which may have to go for it; and where
-            # there was no memory for all, too.
-            for sequence in reversed(plan.preempted):
-                yielding.callback(self.end, sequence)
+        self.prefixes.expect(begun)
+        try:
+            # First, and where there is no memory for all, too: it is others' by now.
+            for sequence in plan.preempted:
+                # What has a fixed place cannot go there by and by as it becomes free.
+                self.discard(sequence) if self.memory.fixed else self.end(sequence)
             for chunk in plan.chunks:
                 if chunk.sequence not in self.lanes:
                     self._begin(chunk)
                 self.lanes[chunk.sequence].reserve(chunk.end)
-        self.prefixes.trim()
+        finally:
+            self.prefixes.expect(())
         return begun
 
     def _begin(self, chunk: Chunk) -> None:
@@ -61,18 +59,18 @@ class KVStore:
             whole = sequence.checked < sequence.prompt_length
             sequence.checked = sequence.computed
             if whole:
-                self._keep(sequence, self.lanes[sequence])
+                self._keep(sequence, self.lanes[sequence], giving_up=False)
 
     def end(self, sequence: Sequence) -> None:
         """Free a sequence's lane, if it has one, and keep what is worth it."""
         if (lane := self.lanes.get(sequence)) is not None:
-            self._keep(sequence, lane)
+            self._keep(sequence, lane, giving_up=True)
             self.discard(sequence)
 
-    def _keep(self, sequence: Sequence, lane: Lane) -> None:
+    def _keep(self, sequence: Sequence, lane: Lane, giving_up: bool) -> None:
         """Copy what is worth it to the prefix cache, which nobody depends on."""
         try:
-            self.prefixes.save(sequence, lane)
+            self.prefixes.save(sequence, lane, giving_up)
         except Exception:
             # Most likely there is no memory for copies; what is kept of others is memory, too.
             self.prefixes.clear()

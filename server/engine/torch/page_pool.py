@@ -129,12 +129,18 @@ class PagedLane(Lane):
             self._pool.set_page(self.row, len(self.pages), page)
             self.pages.append(page)
 
+    def truncate(self, tokens: int) -> None:
+        """Give the pages back that store nothing before a token."""
+        kept = -(-tokens // PAGE)
+        if kept < len(self.pages):
+            self._pool.give_back(self.pages[kept:])
+            del self.pages[kept:]
+            if not self.pages:
+                self._pool.give_back_row(self.row)
+
     def free(self) -> None:
         """Give the pages back."""
-        if self.pages:
-            self._pool.give_back(self.pages)
-            self._pool.give_back_row(self.row)
-            self.pages = []
+        self.truncate(0)
 
     def read(self, start: int, end: int) -> list[Tensor]:
         """A copy of what is stored of some tokens: one (layers, 2, tokens, kv_heads, head_dim)."""

@@ -256,7 +256,7 @@ class Scheduler:
             return False
         # Without the spare blocks one might be preempted, and its work lost, a few steps later.
         needed = sum(self.pool.needed(len(sequence.tokens)) for sequence in sequences)
-        return needed + len(running) <= self.pool.free
+        return needed + len(running) * self.pool.needed(1) <= self.pool.free
 
     def check(self) -> None:
         """Assert that the books add up. Between two steps."""

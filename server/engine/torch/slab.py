@@ -1,6 +1,7 @@
 """Memory for keys and values on a CPU: one slab a sequence, slabs of one size side by side.
 
-Side by side, so that one call attends for all sequences that decode, each to its own slab.
+Side by side, so that one call attends for all sequences that decode, each to its own slab. A slab
+has room for more tokens than it stores; that room takes memory when it is stored in.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,12 @@ from transformers import PreTrainedModel
 
 from server.engine.torch.attention_step import Lane
 from server.engine.torch.devices import layer_devices
+from server.engine.torch.mapped import KeptCopies, whole_pages
+from server.engine.torch.slab_rows import make_rows
 
 _SMALLEST: Final = 64  # tokens
-_GROUP_TOKENS: Final = 8192  # memory is asked for in groups of so many, and used as it is written
+_GROUP_TOKENS: Final = 8192  # that a group has room for, or one slab
+_PARTS: Final = 128  # of a slab in all layers, one of which is there twice while the slab is moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,74 +54,137 @@ class SlabShape:
         """Memory of one token in all layers."""
         return len(self.devices) * self.bytes_per_token_and_layer
 
+    @property
+    def head_bytes(self) -> int:
+        """Memory of one token's keys, or values, for one head in one layer."""
+        return self.head_dim * self.dtype.itemsize
+
+    def bytes_of(self, tokens: int) -> int:
+        """Memory that a slab takes which stores so many tokens, on a CPU."""
+        return 2 * len(self.devices) * self.kv_heads * whole_pages(tokens * self.head_bytes)
+
 
 class SlabGroup:
     """Slabs of one capacity: the first rows of `layers`, without a gap."""
 
     def __init__(self, shape: SlabShape, capacity: int, number: int) -> None:
+        """Raises OSError or torch.OutOfMemoryError if there is no memory."""
         self.capacity = capacity
         self.number = number  # in the order in which groups were made
         self.slabs: list[Slab] = []  # by row
-        self._rows = max(1, _GROUP_TOKENS // capacity)
-        size = (2, self._rows, shape.kv_heads, capacity, shape.head_dim)
+        self._most = max(1, _GROUP_TOKENS // capacity)
+        self._rows = [
+            make_rows(self._most, shape.kv_heads, capacity, shape.head_dim, shape.dtype, device)
+            for device in shape.devices
+        ]
         # A layer's keys, then its values: (2, rows, kv_heads, capacity, head_dim).
-        self.layers = [torch.empty(size, dtype=shape.dtype, device=each) for each in shape.devices]
+        self.layers = [rows.tensor for rows in self._rows]
 
     @property
     def full(self) -> bool:
         """Whether every row is taken."""
-        return len(self.slabs) == self._rows
+        return len(self.slabs) == self._most
 
     def add(self, slab: "Slab") -> None:
-        """Give a slab the next row."""
+        """Give a slab the next row, which holds zeros."""
         slab.group, slab.row = self, len(self.slabs)
         self.slabs.append(slab)
-        for layer in self.layers:
-            # What attention masks out must be numbers: 0 times NaN is NaN.
-            layer[:, slab.row] = 0
 
-    def remove(self, row: int) -> None:
-        """Take the slab of a row out; the last one moves there."""
-        last = self.slabs.pop()
-        if row < len(self.slabs):
-            for layer in self.layers:
-                layer[:, row] = layer[:, last.row]
-            last.row = row
-            self.slabs[row] = last
+    def remove(self, row: int, tokens: int) -> None:
+        """Take the slab of a row out, which stored so many tokens; the last one moves there."""
+        if tokens:
+            self.clear(row, 0)
+        last = len(self.slabs) - 1
+        if row != last:
+            slab = self.slabs[last]
+            self.move(last, self, row, slab.tokens)
+            slab.row = row
+            self.slabs[row] = slab
+        self.slabs.pop()
+
+    def move(self, row: int, target: "SlabGroup", target_row: int, tokens: int) -> None:
+        """Bring what a row stores to another, and leave zeros there.
+
+        A little after the other, from the end on, so that there is never much of it twice.
+        """
+        count = self.part_of(tokens)
+        for old, new in zip(self._rows, target._rows, strict=True):
+            for start in reversed(range(0, tokens, count)):
+                part = slice(start, min(start + count, tokens))
+                new.tensor[:, target_row, :, part] = old.tensor[:, row, :, part]
+                old.clear(row, start)
+
+    def part_of(self, tokens: int) -> int:
+        """How many of a slab's tokens are moved at once, in one layer."""
+        granule = max(rows.granule for rows in self._rows)
+        return max(1, -(-tokens * len(self._rows) // _PARTS // granule)) * granule
+
+    def clear(self, row: int, start: int) -> None:
+        """Make zeros of a row's tokens from one on, in all layers, and give their memory back."""
+        for rows in self._rows:
+            rows.clear(row, start)
 
 
 class SlabPool:
     """All slabs of an engine."""
 
     def __init__(self, shape: SlabShape) -> None:
-        self._shape = shape
+        self.shape = shape
         self._groups: dict[int, list[SlabGroup]] = {}  # by capacity
         self._made = 0  # groups, ever
+        self._copies: dict[int, KeptCopies] = {}  # by tokens
+
+    @property
+    def bytes(self) -> int:
+        """Memory that slabs and copies of what they store take, on a CPU."""
+        # While a slab grows, it is in two groups.
+        slabs = {*chain.from_iterable(group.slabs for group in self._all_groups())}
+        stored = sum(self.shape.bytes_of(slab.tokens) for slab in slabs)
+        return stored + sum(copies.bytes for copies in self._copies.values())
+
+    def copy_of(self, layers: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of some tokens of a slab, a layer each.
+
+        Raises:
+            OSError, torch.OutOfMemoryError: there is no memory.
+        """
+        if any(device.type != "cpu" for device in self.shape.devices):
+            return [layer.clone() for layer in layers]
+        size = (len(layers), *layers[0].shape)
+        if size[3] not in self._copies:
+            self._copies[size[3]] = KeptCopies(size, self.shape.dtype)
+        copies = self._copies[size[3]].take()
+        for copied, layer in zip(copies, layers, strict=True):
+            copied.copy_(layer)
+        return list(copies)
 
     def place(self, slab: "Slab", capacity: int) -> None:
         """Put a slab into a group of a capacity."""
         groups = self._groups.setdefault(capacity, [])
         group = next((each for each in groups if not each.full), None)
         if group is None:
-            group = SlabGroup(self._shape, capacity, self._made)
+            group = SlabGroup(self.shape, capacity, self._made)
             self._made += 1
             groups.append(group)
         group.add(slab)
 
-    def remove(self, group: SlabGroup, row: int) -> None:
-        """Take a row's slab out of its group; memory that nobody uses goes."""
-        group.remove(row)
+    def remove(self, group: SlabGroup, row: int, tokens: int) -> None:
+        """Take a row's slab out of its group, which stored so many tokens there."""
+        group.remove(row, tokens)
         if not group.slabs:
             self._groups[group.capacity].remove(group)
 
     def check(self, slabs: Iterable["Slab"]) -> None:
         """Assert that these slabs, and no others, have memory, each its own."""
-        groups = list(chain.from_iterable(self._groups.values()))
+        groups = self._all_groups()
         placed = [slab for group in groups for slab in group.slabs]
         assert {*placed} == {slab for slab in slabs if slab.capacity}, "a slab that nobody uses"
         for group in groups:
             for row, slab in enumerate(group.slabs):
                 assert (slab.group, slab.row) == (group, row), "two slabs in one place"
+
+    def _all_groups(self) -> list[SlabGroup]:
+        return list(chain.from_iterable(self._groups.values()))
 
 
 class Slab(Lane):
@@ -126,6 +193,7 @@ class Slab(Lane):
     def __init__(self, pool: SlabPool) -> None:
         self._pool = pool
         self.group: SlabGroup | None = None  # None while it is empty
+        self.tokens = 0  # that it may store something of; beyond them are zeros
         self.row = 0  # in its group; may change between two steps
 
     @property
@@ -139,26 +207,36 @@ class Slab(Lane):
         return self.group.layers[index][:, self.row]
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens; what is stored stays."""
-        if tokens <= self.capacity:
-            return
-        old, row = self.group, self.row
-        self._pool.place(self, _capacity_for(tokens))
-        if old is not None and self.group is not None:
-            for new_layer, old_layer in zip(self.group.layers, old.layers, strict=True):
-                new_layer[:, self.row, :, : old.capacity] = old_layer[:, row]
-            self._pool.remove(old, row)
+        """Have room for so many tokens; what is stored stays.
+
+        Raises:
+            OSError, torch.OutOfMemoryError: there is no memory; the slab is what it was.
+        """
+        if tokens > self.capacity:
+            old, row = self.group, self.row
+            self._pool.place(self, _capacity_for(tokens))
+            if old is not None and self.group is not None:
+                old.move(row, self.group, self.row, self.tokens)
+                self._pool.remove(old, row, 0)
+        self.tokens = max(self.tokens, tokens)
+
+    def truncate(self, tokens: int) -> None:
+        """Forget what is stored from a token on, and give its memory back."""
+        if self.group is not None and tokens < self.tokens:
+            self.group.clear(self.row, tokens)
+            self.tokens = tokens
 
     def free(self) -> None:
         """Give the memory back."""
         if self.group is not None:
-            self._pool.remove(self.group, self.row)
-            self.group = None
+            group, self.group = self.group, None
+            tokens, self.tokens = self.tokens, 0
+            self._pool.remove(group, self.row, tokens)
 
     def read(self, start: int, end: int) -> list[Tensor]:
         """A copy of what is stored of some tokens: each layer's (2, kv_heads, tokens, head_dim)."""
         assert self.group is not None, "nothing was reserved"
-        return [layer[:, self.row, :, start:end].clone() for layer in self.group.layers]
+        return self._pool.copy_of([layer[:, self.row, :, start:end] for layer in self.group.layers])
 
     def write(self, start: int, values: Sequence[Tensor]) -> None:
         """Store what `read` gave, from a token on."""

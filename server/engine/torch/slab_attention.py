@@ -60,6 +60,11 @@ class SlabMemory(KVMemory):
     def __init__(self, shape: SlabShape) -> None:
         self._pool = SlabPool(shape)
 
+    @property
+    def bytes(self) -> int:
+        """Memory that slabs and copies of what they store take, on a CPU."""
+        return self._pool.bytes
+
     def lane(self) -> Slab:
         """A slab without room yet."""
         return Slab(self._pool)

@@ -1,0 +1,225 @@
+"""The memory for keys and values never takes more than its limit, and gives back what is freed.
+
+Scheduler, store, prefix cache and slabs as the engine has them, and a model that only stores.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.base import Request, SamplingSettings, StepOutput
+from server.engine.torch.kv_plan import KVWishes, plan_slabs
+from server.engine.torch.kv_store import KVStore
+from server.engine.torch.mapped import PAGE_BYTES, KeptCopies, Mapping, whole_pages
+from server.engine.torch.prefix_cache import PrefixCache
+from server.engine.torch.scheduler import Scheduler
+from server.engine.torch.sequence import Sequence
+from server.engine.torch.slab import Slab, SlabGroup, SlabPool, SlabShape
+from server.engine.torch.slab_attention import SlabMemory
+
+CPU = torch.device("cpu")
+# Heads of 128, 160 and 512 bytes a token: pages end with a token, or within one.
+SHAPES = [
+    SlabShape(2, 64, torch.bfloat16, [CPU] * 3),
+    SlabShape(1, 80, torch.bfloat16, [CPU] * 3),
+    SlabShape(2, 128, torch.float32, [CPU] * 2),
+]
+ids = [f"{shape.head_bytes} bytes a head" for shape in SHAPES]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+class Watched:
+    """An engine's books and memory, whose bytes are looked at whenever they are largest."""
+
+    def __init__(self, shape: SlabShape, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        kv = plan_slabs(shape, KVWishes("slabs", prefix_cache=True, bytes=limit))
+        assert isinstance(kv.memory, SlabMemory)
+        self.memory, self.limit, self.peak = kv.memory, limit, 0
+        prefixes = PrefixCache[list[Tensor]](kv.prefixes, enabled=True)
+        self.store = KVStore(kv.memory, prefixes)
+        self.scheduler = Scheduler(kv.pool, 16, 512, 1000, find=prefixes.find)
+        take, move = KeptCopies.take, SlabGroup.move
+
+        def taking(copies: KeptCopies) -> Tensor:
+            taken = take(copies)
+            self.look()
+            return taken
+
+        def moving(
+            group: SlabGroup, row: int, target: SlabGroup, target_row: int, tokens: int
+        ) -> None:
+            part = group.part_of(tokens)
+            self.look(2 * shape.kv_heads * (part * shape.head_bytes + PAGE_BYTES))
+            move(group, row, target, target_row, tokens)
+
+        monkeypatch.setattr(KeptCopies, "take", taking)
+        monkeypatch.setattr(SlabGroup, "move", moving)
+
+    def look(self, beside: int = 0) -> None:
+        taken = self.memory.bytes + beside
+        self.peak = max(self.peak, taken)
+        assert taken <= self.limit, f"{taken} bytes are taken of {self.limit}"
+
+    def step(self) -> int:
+        """One step, whose computing stores what it would; how many sequences have ended."""
+        plan = self.scheduler.schedule()
+        self.store.make_room(plan)
+        self.look()
+        deliveries: list[tuple[Sequence, StepOutput]] = []
+        for chunk in plan.chunks:
+            sequence, lane = chunk.sequence, self.store.lanes[chunk.sequence]
+            assert isinstance(lane, Slab)
+            lane.layer(0)[:, :, chunk.start : chunk.end] = 1
+            sequence.computed += chunk.count
+            if chunk.samples:
+                sequence.tokens.append(len(sequence.tokens) % 50)
+                deliveries.append((sequence, StepOutput((1,), "")))
+        self.store.keep_prompts(deliveries)
+        self.look()
+        ended = [each for each, _ in deliveries if len(each.tokens) == each.max_length]
+        for sequence in ended:
+            self.scheduler.remove(sequence)
+            self.store.end(sequence)
+            self.look()
+        self.scheduler.check()
+        self.store.check({*self.scheduler.running})
+        return len(ended)
+
+
+def requests(seed: int, longest: int) -> Iterator[Sequence]:
+    """Prompts of all lengths, many of which begin alike."""
+    draw = random.Random(seed)
+    while True:
+        length = draw.choice((1, 15, 16, 17, 31, 33, 64, 65, draw.randint(1, longest // 2)))
+        new = draw.choice((1, 20, longest - length, draw.randint(1, longest - length)))
+        prompt = [place % 50 for place in range(length)]
+        if draw.random() < 0.5:
+            prompt[draw.randrange(length)] = 77
+        yield Sequence.of(Request("x", tuple(prompt), SamplingSettings(new)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_comes_no_more_is_taken_than_the_limit_and_everybody_ends(
+    shape: SlabShape, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 2500 * shape.bytes_per_token
+    watched = Watched(shape, limit, monkeypatch)
+    scheduler = watched.scheduler
+    coming, ended, steps = requests(seed, scheduler.pool.tokens // 3), 0, 0
+    while ended < 24:
+        steps += 1
+        assert steps < 20_000, "they take each other's memory for ever"
+        if len(scheduler.waiting) < 10:
+            scheduler.add(next(coming))
+        ended += watched.step()
+    assert scheduler.preemptions, "the memory was never short"
+    assert watched.peak > 0.9 * limit, "much of the memory is never used"
+    assert watched.store.prefixes.hits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_the_longest_sequence_that_fits_has_all_of_the_memory(
+    shape: SlabShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(shape, 2000 * shape.bytes_per_token, monkeypatch)
+    pool = watched.scheduler.pool
+    assert 1800 < pool.tokens <= 2000
+    assert pool.needed(pool.tokens) <= pool.blocks < pool.needed(pool.tokens + 1)
+    for seed in (1, 2):
+        prompt = tuple(seed for _ in range(1025))
+        sampling = SamplingSettings(pool.tokens - len(prompt))
+        watched.scheduler.add(Sequence.of(Request("x", prompt, sampling)))
+    ended = 0
+    while ended < 2:
+        ended += watched.step()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_what_is_freed_is_given_back(shape: SlabShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(shape, 3000 * shape.bytes_per_token, monkeypatch)
+    for sequence in (next(requests(seed, 900)) for seed in range(8)):
+        watched.scheduler.add(sequence)
+    for _ in range(5):
+        watched.step()
+    assert watched.memory.bytes > 0
+    for sequence in tuple(watched.store.lanes):
+        watched.scheduler.remove(sequence)
+        watched.store.end(sequence)
+    blocks = len(watched.store.prefixes)
+    assert watched.memory.bytes == blocks * whole_pages(16 * shape.bytes_per_token) > 0
+    watched.store.clear()
+    assert watched.memory.bytes == 0
+    assert not watched.memory._pool._all_groups()
+
+
+def resident(*parts: Mapping) -> int:
+    """Bytes of some mappings that are in memory, as the system counts them."""
+    found = 0
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        for mapping in parts:
+            first, size = mapping.bytes.data_ptr(), mapping.bytes.numel()
+            pages.seek(first // PAGE_BYTES * 8)
+            entries = torch.frombuffer(
+                bytearray(pages.read(size // PAGE_BYTES * 8)), dtype=torch.int64
+            )
+            found += int((entries < 0).sum()) * PAGE_BYTES  # the highest bit: it is there
+    return found
+
+
+def store(slab: Slab, tokens: int) -> None:
+    slab.reserve(tokens)
+    for layer in range(len(slab._pool.shape.devices)):
+        slab.layer(layer)[:, :, :tokens] = 1
+
+
+@linux
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_what_is_counted_is_what_the_system_has_given(shape: SlabShape) -> None:
+    pool = SlabPool(shape)
+    slabs = [Slab(pool) for _ in range(4)]
+    for slab, tokens in zip(slabs, (1, 40, 64, 33), strict=True):
+        store(slab, tokens)
+
+    def given() -> int:
+        groups = pool._all_groups()
+        return resident(*(rows._mapping for group in groups for rows in group._rows))  # type: ignore[attr-defined]
+
+    assert given() == pool.bytes > 0
+    store(slabs[3], 300)  # it moves
+    assert given() == pool.bytes
+    slabs[0].free()  # another takes its place
+    assert given() == pool.bytes
+    slabs[2].truncate(20)
+    assert given() == pool.bytes
+    copy = slabs[2].read(0, 16)
+    assert pool.bytes == given() + whole_pages(16 * shape.bytes_per_token)
+    assert all(bool((each == 1).all()) for each in copy)
+    del copy
+    assert given() == pool.bytes
+    # Last, as what is read is there, too, and takes nothing.
+    assert not slabs[2].layer(0)[:, :, 20:].any()
+
+
+@linux
+def test_copies_give_back_what_they_took() -> None:
+    copies = KeptCopies((3, 1000), torch.float32)
+    kept = [copies.take() for _ in range(100)]
+    for number, each in enumerate(kept):
+        each[:] = number
+    assert copies.bytes == 100 * 3 * PAGE_BYTES
+    del kept[::2], each
+    assert copies.bytes == 50 * 3 * PAGE_BYTES
+    assert resident(*copies._free) == copies.bytes
+    assert [int(each[0, 0]) for each in kept] == list(range(1, 100, 2))
+    more = [copies.take() for _ in range(50)]
+    assert not any(each.any() for each in more), "what is taken is zeros"
+    kept.clear()
+    more.clear()
+    assert copies.bytes == 0
+    assert not copies._free
