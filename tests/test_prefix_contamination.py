@@ -208,7 +208,7 @@ def test_every_answer_is_that_of_an_empty_cache(load_tiny: LoadTiny) -> None:
     assert core.store.prefixes.hits > 0.15 * core.store.prefixes.queries, (
         "hardly anything was found"
     )
-    assert core.scheduler.preemptions > 10, "hardly anybody yielded"
+    assert core.scheduler.preemptions > 5, "hardly anybody yielded"
     core.clear()
     core.check()
 
