@@ -139,7 +139,7 @@ class Scheduler:
             places -= 1
             blocks -= self.pool.needed(len(sequence.tokens))
             # As `_has_room`: with a block to spare for each that runs.
-            if places < 0 or blocks < len(self.running) + started:
+            if places < 0 or blocks < (len(self.running) + started) * self.pool.needed(1):
                 return started
         return len(self.waiting)
 

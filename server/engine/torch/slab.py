@@ -20,7 +20,10 @@ from server.engine.torch.slab_rows import make_rows
 
 _SMALLEST: Final = 64  # tokens
 _GROUP_TOKENS: Final = 8192  # that a group has room for, or one slab
-_PARTS: Final = 128  # of a slab in all layers, one of which is there twice while the slab is moved
+# While a slab is moved, one part of it is there twice: one of so many parts of its tokens in all
+# layers, or so many tokens in all layers, as a short slab moves faster a layer at a time.
+_PARTS: Final = 128
+_PART_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ class SlabGroup:
     def part_of(self, tokens: int) -> int:
         """How many of a slab's tokens are moved at once, in one layer."""
         granule = max(rows.granule for rows in self._rows)
-        return max(1, -(-tokens * len(self._rows) // _PARTS // granule)) * granule
+        wanted = len(self._rows) * max(_PART_TOKENS, -(-tokens // _PARTS))
+        return -(-wanted // granule) * granule
 
     def clear(self, row: int, start: int) -> None:
         """Make zeros of a row's tokens from one on, in all layers, and give their memory back."""
