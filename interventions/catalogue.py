@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from interventions.artifact import Summary
 from interventions.errors import DamagedInterventionError, UnknownInterventionError
@@ -15,8 +15,6 @@ DIGEST_PREFIX: Final = "sha256:"
 OBJECT_SUFFIX: Final = ".safetensors"
 RECORD_SUFFIX: Final = ".json"
 DELETED_SUFFIX: Final = ".deleted"  # of a record that was deleted where no new one had room
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,37 +140,20 @@ class Catalogue:
         """
         return self.refers_to(digest) or bool(self.damaged_records)
 
-    def with_object(self, digest: str, summary: Summary) -> "Catalogue":
-        """The next catalogue: an object is stored; it takes the place of a damaged one."""
-        return replace(
-            self,
-            objects={**self.objects, digest: summary},
-            damaged_objects=_without(self.damaged_objects, digest + OBJECT_SUFFIX),
+    def times_stored(self, digest: str) -> int:
+        """How often the digest was stored under a name, ever."""
+        return sum(
+            version.digest == digest
+            for record in self.records.values()
+            for version in record.versions
         )
 
     def with_objects(self, objects: Mapping[str, Summary]) -> "Catalogue":
-        """The next catalogue: these are the objects, and no others."""
+        """The same, but for the objects: these, and no others."""
         return replace(self, objects=objects)
-
-    def with_record(self, record: NameRecord) -> "Catalogue":
-        """The next catalogue: a name has this record; it takes the place of a damaged one."""
-        return replace(
-            self,
-            records={**self.records, record.name: record},
-            damaged_records=_without(self.damaged_records, record.name + RECORD_SUFFIX),
-        )
-
-    def with_damaged_record(self, damage: Damage) -> "Catalogue":
-        """The next catalogue: there is one more record that cannot be understood."""
-        damaged = {**self.damaged_records, damage.path.name: damage}
-        return replace(self, damaged_records=damaged)
 
     def _entry(self, name: str, version: Version, history: tuple[Version, ...]) -> Entry:
         summary = self.objects.get(version.digest)
         if summary is None:
             raise DamagedInterventionError(name, "its artifact is missing or cannot be read.")
         return Entry(name, version.digest, summary.size, version.at, summary.manifest, history)
-
-
-def _without(mapping: Mapping[str, T], key: str) -> Mapping[str, T]:
-    return {other: value for other, value in mapping.items() if other != key}

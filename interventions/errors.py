@@ -8,6 +8,8 @@ from typing import Final
 # EFBIG is the limit on one file's size: for whoever writes the file, room has run out as well.
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
+_SHOWN_DIGITS: Final = 12  # of a digest
+
 
 class RegistryError(Exception):
     """The registry cannot do what was asked, with one sentence that says why."""
@@ -39,6 +41,32 @@ class DamagedInterventionError(UnknownInterventionError):
         super().__init__(
             reference, f'The intervention "{reference[:100]}" is stored but damaged: {reason}'
         )
+
+
+class NameInUseError(RegistryError):
+    """A name cannot change: a server's default steering needs it."""
+
+    def __init__(self, name: str, digest: str, server: str | None, *, deleting: bool) -> None:
+        """Say which name, what it points to, and where the other server runs (None: it is this)."""
+        whose = "The server's" if server is None else "Another server's"
+        where = "" if server is None else f" on {server}"
+        until = "the server is" if server is None else "that server is"
+        what = "be deleted" if deleting else "point to another artifact"
+        super().__init__(
+            f"{whose} default steering uses '{name}' (sha256:{digest[:_SHOWN_DIGITS]}…){where}: "
+            f"the name cannot {what} until {until} started with another default."
+        )
+
+
+class RegistryBusyError(RegistryError):
+    """Another server keeps this one from changing the registry now; nothing was changed."""
+
+
+class RegistryUnreadableError(RegistryError):
+    """The registry's folder cannot be read now. The sentence names no path."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"The registry's folder cannot be read: {error.strerror or 'it fails'}.")
 
 
 class RegistryDiskError(RegistryError):

@@ -2,9 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
 
-from interventions.artifact import Summary
 from interventions.catalogue import DIGEST_PREFIX, Catalogue
 from interventions.errors import RegistryError
 
@@ -12,8 +10,7 @@ from interventions.errors import RegistryError
 class PinnedCatalogue:
     """The current catalogue, and how often each digest is pinned.
 
-    `pin` and `unpin` are for any thread, an event loop's too. What replaces the catalogue is for
-    whoever holds the registry's lock for writers.
+    `pin` and `unpin` are for any thread, an event loop's too.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
@@ -26,10 +23,11 @@ class PinnedCatalogue:
         """Return the current catalogue."""
         return self._catalogue
 
-    def replace(self, catalogue: Catalogue) -> None:
-        """Let everybody see another catalogue from now on."""
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Return every digest that is pinned."""
         with self._lock:
-            self._catalogue = catalogue
+            return frozenset(+self._pins)
 
     def pin(self, digest: str) -> None:
         """Count one more use.
@@ -42,7 +40,7 @@ class PinnedCatalogue:
             self._pins[digest] += 1
 
     def unpin(self, digest: str) -> bool:
-        """Undo one `pin`; returns whether nothing needs the object any more.
+        """Undo one `pin`; returns whether nothing here needs the object any more.
 
         Raises:
             RegistryError: the digest is not pinned.
@@ -56,32 +54,20 @@ class PinnedCatalogue:
             del self._pins[digest]
             return not self._catalogue.needs(digest) and digest in self._catalogue.objects
 
-    def take_unneeded(self, failed: str | None = None) -> Mapping[str, Summary]:
-        """Take out the objects that neither a live name nor a pin needs; none can be pinned then.
+    def show(self, found: Catalogue) -> frozenset[str]:
+        """Let everybody see what was found in the folder, from now on.
 
-        Args:
-            failed: the digest of an object that came with a change that has failed: what came
-                before, damaged or not, cannot need it.
+        An object that no live name needs is left out, unless it is pinned: so from now on nobody
+        can pin it. One that is pinned stays, wherever its file is.
 
         Returns:
-            Them, by digest.
+            The digests that are pinned.
         """
-        catalogue = self._catalogue  # nobody else replaces it meanwhile
-        candidates = [
-            digest
-            for digest in catalogue.objects
-            if not catalogue.needs(digest) or (digest == failed and not catalogue.refers_to(digest))
-        ]
-        if not candidates:
-            return {}
-        kept = dict(catalogue.objects)
         with self._lock:
-            taken = {each: kept.pop(each) for each in candidates if not self._pins[each]}
-            if taken:
-                self._catalogue = catalogue.with_objects(kept)
-        return taken
-
-    def put_back(self, digest: str, summary: Summary) -> None:
-        """Undo taking one object out: its bytes are still there."""
-        with self._lock:
-            self._catalogue = self._catalogue.with_object(digest, summary)
+            pinned = frozenset(+self._pins)
+            kept = {
+                digest: each for digest, each in self._catalogue.objects.items() if digest in pinned
+            }
+            needed = {digest: each for digest, each in found.objects.items() if found.needs(digest)}
+            self._catalogue = found.with_objects({**kept, **needed})
+        return pinned

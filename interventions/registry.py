@@ -2,12 +2,18 @@
 
 First an object's bytes are made durable, then the record of the name that points to it. So a crash
 at any byte leaves the old state or the new one; an object that no record refers to yet is dropped
-at the next start.
+by whoever changes the registry next.
+
+Any number of servers may open one folder. What one changes the others see when they look.
 
 What only reads (`resolve`, `get`, `entries`, `history`, `shapes`, …), `pin` and `unpin` never wait
 for a disk, nor for whoever does: an event loop may call them. All else belongs on a thread.
 """
 
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -17,7 +23,7 @@ from interventions.artifact import (
     Artifact,
     ArtifactError,
     ArtifactLimits,
-    Summary,
+    UnreadableArtifactError,
     artifact_digest,
     read_artifact,
     read_summary,
@@ -27,17 +33,21 @@ from interventions.changes import RegistryChanges
 from interventions.errors import (
     DamagedInterventionError,
     InvalidNameError,
+    NameInUseError,
+    RegistryBusyError,
     RegistryDiskError,
     RegistryError,
+    RegistryUnreadableError,
     UnknownInterventionError,
     disk_errors,
 )
 from interventions.folder import RegistryFolder
-from interventions.layout import Shapes, shapes_of
+from interventions.layout import Shapes
+from interventions.leases import Leases
 from interventions.manifest import NAME_PATTERN
 from interventions.pins import PinnedCatalogue
+from interventions.reader import FolderReader
 from interventions.records import Version
-from interventions.recovery import read_catalogue
 from interventions.staging import StagedUpload
 
 __all__ = [
@@ -46,9 +56,12 @@ __all__ = [
     "DamagedInterventionError",
     "Entry",
     "InvalidNameError",
+    "NameInUseError",
     "Registry",
+    "RegistryBusyError",
     "RegistryDiskError",
     "RegistryError",
+    "RegistryUnreadableError",
     "StagedUpload",
     "UnknownInterventionError",
     "Version",
@@ -57,30 +70,56 @@ __all__ = [
 _COPIED_AT_ONCE: Final = 1 << 20
 
 
-class Registry:
-    """A registry's folder, opened by this process alone. Safe to use from several threads."""
+_HANGS_SECONDS: Final = 10.0  # of a look at the folder, until that is told
 
-    def __init__(self, root: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> None:
+_logger = logging.getLogger(__name__)
+
+
+class Registry:
+    """A registry's folder, which other servers may have open too. Safe to use from several threads.
+
+    Its lease must be renewed and the folder looked at, as `interventions.watch` does, for the
+    others to keep what it holds, and for it to see what they change.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        limits: ArtifactLimits = DEFAULT_LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Open the folder, creating it where it does not exist.
 
-        Leftovers of a crash are removed. A damaged file is left as it is and logged.
+        Leftovers of servers that live no more are removed. A damaged file is left as it is and
+        logged.
+
+        Args:
+            root: the folder.
+            limits: what an artifact may be.
+            clock: seconds that only grow; by it, other servers' leases become old.
 
         Raises:
-            RegistryError: another process has the folder open, or it cannot be used.
+            RegistryError: it cannot be used, does not suit, or another server keeps it locked.
         """
         self._limits = limits
-        self._folder = RegistryFolder(root)
+        self._clock = clock
+        self._failure: RegistryUnreadableError | None = None
+        self._looking_since: float | None = None
+        server = secrets.token_hex(8)
+        self._folder = RegistryFolder(root, server)
+        self._stored = PinnedCatalogue(Catalogue({}, {}, {}, {}))
+        leases = Leases(self._folder.leases, server, clock)
         try:
-            self._folder.lock()
-            self._folder.prepare()
-            catalogue, marked = read_catalogue(self._folder.objects, self._folder.names, limits)
-        except BlockingIOError as error:
-            raise RegistryError(f"Another process has the registry {root} open.") from error
+            self._folder.make()
+            with self._folder.locked():
+                self._folder.check_file_system()
+                leases.open()
+                reader = FolderReader(self._folder.objects, self._folder.names, limits)
+                self._changes = RegistryChanges(self._folder, reader, leases, self._stored)
+        except RegistryBusyError as error:
+            raise RegistryError(f"The registry {root} cannot be opened: {error}") from error
         except OSError as error:
-            self._folder.unlock()
             raise RegistryError(f"The registry {root} cannot be opened: {error}.") from error
-        self._stored = PinnedCatalogue(catalogue)
-        self._changes = RegistryChanges(self._folder, self._stored, marked)
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +133,7 @@ class Registry:
         self.close()
 
     def close(self) -> None:
-        """Let another process open the folder. Harmless when closed before."""
+        """Give the lease up: nothing is held any more. Harmless when closed before."""
         self._changes.close()
 
     def stage(self) -> StagedUpload:
@@ -116,6 +155,8 @@ class Registry:
 
         Raises:
             InvalidNameError: the name is not one that an intervention may have.
+            NameInUseError: a server's default steering needs the name as it is.
+            RegistryBusyError: another server is changing the registry, and does not end.
             RegistryDiskError: the disk is full, or fails; the name points to what it did before,
                 unless the error says that the change is visible.
             RegistryError: the staged bytes are not those of the artifact.
@@ -127,8 +168,7 @@ class Registry:
         with disk_errors():
             if artifact_digest(staged.path) != digest:
                 raise RegistryError("The staged bytes are not those of the artifact to commit.")
-        summary = Summary(artifact.size, artifact.manifest, shapes_of(artifact.parameters))
-        return self._changes.store(staged, digest, summary, name)
+        return self._changes.store(staged, digest, name)
 
     def add(self, path: Path, name: str | None = None) -> Entry:
         """Store a local file under a name, by default the one in its manifest.
@@ -186,18 +226,75 @@ class Registry:
         """Whether the name was ever stored, also if it is deleted or damaged by now."""
         return self._catalogue.known(name)
 
-    def delete(self, name: str) -> None:
-        """Delete a name with its history; the bytes go when nothing else needs them.
+    def delete(self, name: str) -> str:
+        """Delete a name with its history; the bytes go when no server needs them any more.
 
         A full disk does not prevent it.
+
+        Returns:
+            The digest that the name pointed to.
 
         Raises:
             UnknownInterventionError: the name is not stored, or deleted already.
             DamagedInterventionError: its record cannot be understood, so it is not touched.
+            NameInUseError: a server's default steering needs the name.
+            RegistryBusyError: another server is changing the registry, and does not end.
             RegistryDiskError: the disk fails; the name is as it was, unless the error says that
                 the change is visible.
         """
-        self._changes.delete(name)
+        return self._changes.delete(name)
+
+    def keep_default(self, default: Mapping[str, str]) -> None:
+        """Keep what a default steering needs, at every server, until this one closes.
+
+        Args:
+            default: the names and `sha256:<digest>`s that it was given by, and their digests.
+
+        Raises:
+            UnknownInterventionError: a digest is not stored any more.
+            RegistryBusyError, RegistryDiskError: as for `commit`.
+        """
+        with disk_errors():
+            self._changes.keep_default(default)
+
+    def look(self) -> None:
+        """See what other servers have changed; `problem` says whether that was possible.
+
+        Raises:
+            RegistryError: the registry is closed.
+        """
+        self._looking_since = self._clock()
+        try:
+            self._changes.look()
+        except OSError as error:
+            if self._failure is None:
+                _logger.error("the registry's folder cannot be read: %s", error)
+            self._failure = RegistryUnreadableError(error)
+        else:
+            if self._failure is not None:
+                _logger.warning("the registry's folder can be read again")
+            self._failure = None
+        finally:
+            self._looking_since = None
+
+    def beat(self) -> None:
+        """Renew the lease, by which other servers know what this one needs.
+
+        Raises:
+            RegistryError: the registry is closed.
+        """
+        try:
+            self._changes.beat()
+        except OSError as error:
+            _logger.warning("the registry's lease is not renewed, tried again later: %s", error)
+
+    def problem(self) -> str | None:
+        """Say in a sentence why the folder cannot be read now; None if it can. From memory."""
+        since = self._looking_since
+        if since is not None and self._clock() - since > _HANGS_SECONDS:
+            return f"The registry's folder has not answered for {self._clock() - since:.0f} s."
+        failure = self._failure
+        return None if failure is None else str(failure)
 
     def pin(self, digest: str) -> None:
         """Keep an artifact's bytes until as many calls of `unpin`, whatever is deleted.
@@ -226,16 +323,26 @@ class Registry:
         Raises:
             UnknownInterventionError: the bytes are not stored (any more).
             DamagedInterventionError: they are, but changed.
+            RegistryUnreadableError: the folder cannot be read now.
         """
         self._catalogue.summary(digest)
         reference = DIGEST_PREFIX + digest
         try:
             artifact = read_artifact(self.path(digest), self._limits)
         except (ArtifactError, OSError) as error:
+            if isinstance(error, UnreadableArtifactError):
+                self.check_readable()
             raise DamagedInterventionError(reference, str(error)) from error
         if artifact.digest != digest:
             raise DamagedInterventionError(reference, "its bytes have changed.")
         return artifact
+
+    def check_readable(self) -> None:
+        """Raise RegistryUnreadableError if the folder cannot be read now."""
+        try:
+            self._folder.names.stat()
+        except OSError as error:
+            raise RegistryUnreadableError(error) from error
 
     @property
     def _catalogue(self) -> Catalogue:

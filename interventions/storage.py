@@ -2,9 +2,19 @@
 
 import fcntl
 import os
+import random
 import secrets
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
+
+_LONGEST_PAUSE: Final = 0.02  # seconds between two tries to lock a file
+
+
+class LockedError(Exception):
+    """Someone else holds a lock for longer than one wants to wait."""
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -65,21 +75,43 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_path(folder: Path) -> Path:
-    """A name in the folder that no file has."""
-    return folder / f".{secrets.token_hex(16)}.tmp"
+def temporary_path(folder: Path, owner: str = "") -> Path:
+    """A name in the folder that no file has; it begins with the owner's name."""
+    return folder / f"{owner}.{secrets.token_hex(16)}.tmp"
 
 
-def lock_exclusively(path: Path) -> int:
-    """Hold the file's lock until the returned descriptor is closed, or the process ends.
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file until its descriptor is closed or the process ends, unless another has it.
 
-    Raises:
-        BlockingIOError: someone else holds it.
+    Returns:
+        Whether it is locked now. Locks of one process exclude each other too.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path, seconds: float) -> Iterator[None]:
+    """Holds a file's lock for the block. The file must exist, and must stay where it is.
+
+    Raises:
+        LockedError: someone else has held it for so many seconds.
+        OSError: the file cannot be opened or locked.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            # A folder that went and came back has another file of this name.
+            if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield
+                return
+        finally:
+            with suppress(OSError):  # nothing was written to it
+                os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise LockedError
+        time.sleep(random.uniform(0, _LONGEST_PAUSE))

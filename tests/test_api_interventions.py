@@ -44,8 +44,8 @@ async def upload(
 
 def nothing_stored(registry: Registry, root: Path) -> bool:
     """Whether the registry's folder holds no object, no name, and no staged file."""
-    kept = [path for path in root.rglob("*") if path.is_file() and path.name != "lock"]
-    return not registry.entries() and not kept
+    kept = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "leases"]
+    return not registry.entries() and kept == [root / "lock"]
 
 
 async def test_upload(

@@ -1,17 +1,13 @@
 """The artifacts of the server's default steering: held as they are until the server stops."""
 
-import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
-from interventions.registry import DIGEST_PREFIX, Entry, Registry, UnknownInterventionError
+from interventions.registry import Entry, Registry, RegistryError
 from server.api.errors import ApiError
-
-SHOWN_DIGITS: Final = 12  # of a digest, in a sentence
 
 _FileState: TypeAlias = tuple[int, ...] | None  # None: there is no file
 
@@ -22,45 +18,20 @@ class DefaultArtifacts:
     """Keeps the default steering's artifacts stored and named, and tells when one is damaged."""
 
     def __init__(self, registry: Registry, resolved: Mapping[str, Entry]) -> None:
-        """Pin every artifact for as long as the registry is open.
+        """Pin every artifact, and keep its names at every server, as long as the registry is open.
 
         Args:
             resolved: what the names and digests that the operator gave refer to at start.
 
         Raises:
-            UnknownInterventionError: one is not stored any more.
+            RegistryError: one is not stored any more, or the registry cannot note it.
         """
         self._registry = registry
-        self._given_names = {
-            reference: entry.digest
-            for reference, entry in resolved.items()
-            if not reference.startswith(DIGEST_PREFIX)
-        }
         self._entries = {entry.digest: entry for entry in resolved.values()}
-        self._changes = asyncio.Lock()
         self._checking = threading.Lock()
         self._checked: dict[str, tuple[_FileState, str | None]] = {}
-        for digest in self._entries:
-            registry.pin(digest)
-
-    @asynccontextmanager
-    async def changing(self, name: str, digest: str | None) -> AsyncIterator[None]:
-        """Lets the block change what a name points to, unless the default steering needs the name.
-
-        Changes wait for each other: two names of one artifact may go, but not both at once.
-
-        Args:
-            digest: what the name shall point to; None where it shall be deleted.
-
-        Raises:
-            ApiError: 409, the default steering was given by this name, or its artifact has no
-                other name.
-        """
-        async with self._changes:
-            needed = self._needed(name, digest)
-            if needed is not None:
-                raise _in_use(name, needed, deleting=digest is None)
-            yield
+        if resolved:
+            registry.keep_default({given: entry.digest for given, entry in resolved.items()})
 
     @property
     def exist(self) -> bool:
@@ -83,28 +54,10 @@ class DefaultArtifacts:
                     return known[1]
         return None
 
-    def _needed(self, name: str, digest: str | None) -> str | None:
-        """The default's digest that would lose its name by a change; None if none would."""
-        if name in self._given_names:
-            mine = self._given_names[name]
-            return None if digest == mine else mine
-        for mine in self._entries:
-            # A name that moves on keeps its history, by which a digest is still found.
-            keeps = digest == mine or (digest is not None and not self._points_to(name, mine))
-            if not keeps and self._registry.names_of(mine) == {name}:
-                return mine
-        return None
-
-    def _points_to(self, name: str, digest: str) -> bool:
-        try:
-            return self._registry.get(name).digest == digest
-        except UnknownInterventionError:
-            return False
-
     def _read(self, entry: Entry) -> str | None:
         try:
             self._registry.load(entry.digest)
-        except UnknownInterventionError as error:
+        except RegistryError as error:
             logger.error("The default steering cannot be loaded: %s", error)  # may name a path
             return f"The intervention '{entry.name}' is stored but damaged."
         return None
@@ -116,17 +69,6 @@ def default_unavailable(reason: str) -> ApiError:
         503,
         f"The server's default steering cannot be applied: {reason}",
         code="default_steering_unavailable",
-    )
-
-
-def _in_use(name: str, digest: str, *, deleting: bool) -> ApiError:
-    what = "be deleted" if deleting else "point to another artifact"
-    return ApiError(
-        409,
-        f"The server's default steering uses '{name}' ({DIGEST_PREFIX}{digest[:SHOWN_DIGITS]}…): "
-        f"the name cannot {what} until the server is started with another default.",
-        param="name",
-        code="intervention_in_use",
     )
 
 

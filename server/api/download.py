@@ -1,6 +1,5 @@
 """Sending a stored artifact, piece by piece."""
 
-from pathlib import Path
 from typing import BinaryIO, Final
 
 from starlette.responses import Response
@@ -18,10 +17,11 @@ async def open_download(registry: Registry, disk: RegistryDisk, entry: Entry) ->
 
     Raises:
         UnknownInterventionError: it has just been deleted, or its file cannot be opened.
+        RegistryUnreadableError: the registry's folder cannot be read now.
     """
     registry.pin(entry.digest)  # a deletion must not take the file away while it is sent
     try:
-        file = await disk.call(_open, registry.path(entry.digest), entry.name)
+        file = await disk.call(_open, registry, entry)
     except BaseException:
         registry.unpin(entry.digest)
         raise
@@ -62,11 +62,12 @@ class ArtifactDownload(Response):
             await self._disk.end(self._file.close)
 
 
-def _open(path: Path, name: str) -> BinaryIO:
+def _open(registry: Registry, entry: Entry) -> BinaryIO:
     try:
-        return path.open("rb")
+        return registry.path(entry.digest).open("rb")
     except OSError as error:
-        raise DamagedInterventionError(name, str(error)) from error
+        registry.check_readable()
+        raise DamagedInterventionError(entry.name, str(error)) from error
 
 
 def _read(file: BinaryIO) -> bytes:

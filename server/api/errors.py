@@ -13,7 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from interventions.registry import (
     DamagedInterventionError,
+    NameInUseError,
+    RegistryBusyError,
     RegistryDiskError,
+    RegistryUnreadableError,
     UnknownInterventionError,
 )
 from server.engine.base import (
@@ -116,6 +119,19 @@ def from_registry(error: UnknownInterventionError, param: str | None = None) -> 
     return ApiError(404, str(error), param=param, code="intervention_not_found")
 
 
+def from_name_in_use(error: NameInUseError) -> ApiError:
+    """A 409: a server's default steering needs the name."""
+    return ApiError(409, str(error), param="name", code="intervention_in_use")
+
+
+def registry_unavailable(error: RegistryBusyError | RegistryUnreadableError) -> ApiError:
+    """A 503: another server is changing the registry, or its folder cannot be read now."""
+    logger.error("%s (%s)", error, error.__cause__)  # the cause may name a path
+    busy = isinstance(error, RegistryBusyError)
+    code = "registry_busy" if busy else "registry_unreadable"
+    return ApiError(503, str(error), code=code, headers={"Retry-After": RETRY_SECONDS})
+
+
 def from_registry_disk(error: RegistryDiskError) -> ApiError:
     """What the client is told where the registry's disk is full (507), or does not work (503)."""
     logger.error("%s (%s)", error, error.__cause__)  # the cause may name a path
@@ -156,6 +172,9 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(EngineError, _handle_engine_error)
     app.add_exception_handler(UnknownInterventionError, _handle_registry_error)
     app.add_exception_handler(RegistryDiskError, _handle_registry_disk_error)
+    app.add_exception_handler(NameInUseError, _handle_name_in_use)
+    app.add_exception_handler(RegistryBusyError, _handle_registry_unavailable)
+    app.add_exception_handler(RegistryUnreadableError, _handle_registry_unavailable)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
     app.add_exception_handler(ClientDisconnect, _handle_client_gone)
@@ -186,6 +205,16 @@ async def _handle_registry_error(request: Request, error: Exception) -> Response
 async def _handle_registry_disk_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RegistryDiskError)
     return _answer(request, from_registry_disk(error))
+
+
+async def _handle_name_in_use(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NameInUseError)
+    return _answer(request, from_name_in_use(error))
+
+
+async def _handle_registry_unavailable(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RegistryBusyError | RegistryUnreadableError)
+    return _answer(request, registry_unavailable(error))
 
 
 async def _handle_http_exception(request: Request, error: Exception) -> Response:

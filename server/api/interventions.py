@@ -62,8 +62,7 @@ async def upload(request: Request, context: Context) -> Response:
             in_own_thread(partial(_read, staged, context))
         )
         chosen = artifact.manifest.name if name is None else name
-        async with context.steering.default_artifacts.changing(chosen, artifact.digest):
-            entry, changed = await disk.call(_commit, context.registry, staged, artifact, chosen)
+        entry, changed = await disk.call(_commit, context.registry, staged, artifact, chosen)
     body = _summary(entry, warnings, None)
     return JSONResponse(body, 201 if changed else 200, headers={"Location": _location(entry)})
 
@@ -104,10 +103,8 @@ async def delete(name: str, context: Context) -> Response:
     """Delete a name. Requests that run keep what they pinned."""
     if name.startswith(DIGEST_PREFIX):
         raise invalid("Only a name can be deleted, not a digest.", "name", "invalid_name")
-    entry = _resolve(context.registry, name)
-    async with context.steering.default_artifacts.changing(name, None):
-        await context.disk.call(_delete, context.registry, name)
-    return JSONResponse({"name": name, "digest": entry.digest, "deleted": True})
+    digest = await context.disk.call(_delete, context.registry, name)
+    return JSONResponse({"name": name, "digest": digest, "deleted": True})
 
 
 def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple[str, ...]]:
@@ -133,9 +130,9 @@ def _commit(
         raise invalid(str(error), "name", "invalid_name") from None
 
 
-def _delete(registry: Registry, name: str) -> None:
+def _delete(registry: Registry, name: str) -> str:
     try:
-        registry.delete(name)
+        return registry.delete(name)
     except UnknownInterventionError as error:
         raise from_registry(error, "name") from None
 

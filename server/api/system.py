@@ -24,12 +24,16 @@ async def health() -> Response:
 async def ready(context: Context) -> Response:
     """200 while new requests are served; 503 before, after, and when the engine has ended.
 
-    Also where the artifacts of the server's default steering cannot be loaded any more.
+    Also while the registry's folder cannot be read, and where the artifacts of the server's default
+    steering cannot be loaded any more.
     """
     if not context.engine.ready:
         raise ApiError(
             503, "The model is not loaded yet, or the engine has ended.", code="not_ready"
         )
+    unreadable = context.registry.problem()
+    if unreadable is not None:
+        raise ApiError(503, unreadable, code="registry_unreadable")
     artifacts = context.steering.default_artifacts
     problem = await context.state_disk.call(artifacts.problem) if artifacts.exist else None
     if problem is not None:

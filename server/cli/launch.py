@@ -19,6 +19,7 @@ from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.header import ArtifactLimits
 from interventions.registry import Registry, RegistryDiskError, RegistryError
+from interventions.watch import watched
 from server.app import create_app
 from server.config import ConfigurationError, Settings
 from server.engine.torch.embedded import EmbeddedModelError, cache_folder
@@ -94,6 +95,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
         registry = stack.enter_context(Registry(settings.registry_path, limits))
         if settings.model == "embedded":
             _add_bundled(registry)
+        stack.enter_context(watched(registry))
         engine = in_own_thread(partial(_load_engine, settings, registry, scorer, say)).result()
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None

@@ -1,0 +1,204 @@
+"""Reading what a registry's folder holds, whatever happened to it before."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from interventions.artifact import (
+    ArtifactError,
+    ArtifactLimits,
+    Summary,
+    read_summary,
+)
+from interventions.catalogue import (
+    DELETED_SUFFIX,
+    OBJECT_SUFFIX,
+    RECORD_SUFFIX,
+    Catalogue,
+    Damage,
+)
+from interventions.manifest import DIGEST_PATTERN, NAME_PATTERN
+from interventions.records import NameRecord, RecordError, Version, parse_record
+
+_logger = logging.getLogger(__name__)
+
+FileState: TypeAlias = tuple[int, ...]
+"""Numbers of a file on the disk that change with its bytes; empty where there is no file."""
+_UNREADABLE: Final[FileState] = (-1,)  # no file has it: so the next look reads the file again
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a folder held when it was read."""
+
+    catalogue: Catalogue
+    marked: frozenset[str]  # names whose deletion was marked, and is not yet in a record
+
+
+@dataclass(slots=True)
+class _Files:
+    """Everything that was read, by its meaning."""
+
+    objects: dict[str, Summary] = field(default_factory=dict)
+    records: dict[str, NameRecord] = field(default_factory=dict)
+    damaged_objects: dict[str, Damage] = field(default_factory=dict)
+    damaged_records: dict[str, Damage] = field(default_factory=dict)
+    marked: dict[str, NameRecord] = field(default_factory=dict)  # by the name of the file alone
+
+
+class FolderReader:
+    """Reads every record and every object's header; a file that has not changed, only once.
+
+    `read` is for one thread at a time, and `changed` for any.
+    """
+
+    def __init__(self, objects: Path, names: Path, limits: ArtifactLimits) -> None:
+        """Name the folders; nothing is read."""
+        self._objects, self._names = objects, names
+        self._limits = limits
+        # What was read last of each file, and the file's state before that.
+        self._records: dict[Path, tuple[FileState, NameRecord | Damage]] = {}
+        self._headers: dict[Path, tuple[FileState, Summary | Damage]] = {}
+        self._doubtful: Mapping[Path, FileState] = {}  # objects that were damaged or missing
+        self._warned: frozenset[Damage] = frozenset()
+
+    def changed(self) -> bool:
+        """Tell by a cheap look whether `read` would find anything new.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        known = {path: state for path, (state, _) in self._records.items()}
+        return _states(self._names) != known or any(
+            _state(path) != state for path, state in self._doubtful.items()
+        )
+
+    def read(self) -> Found:
+        """Read the folder. No damage stops it; each damaged file is logged once, as a warning.
+
+        Raises:
+            OSError: the folder cannot be read, or a record cannot be that was read before.
+        """
+        files = _Files()
+        records = {
+            path: (state, self._record(path, state))
+            for path, state in sorted(_states(self._names).items())
+        }
+        headers = {
+            path: (state, self._header(path, state))
+            for path, state in sorted(self._object_states().items())
+        }
+        for path, (_, record) in records.items():
+            _sort_record(path, record, files)
+        for path, (_, header) in headers.items():
+            if isinstance(header, Damage):
+                files.damaged_objects[path.name] = header
+            else:
+                files.objects[path.stem] = header
+        known = {**files.marked, **files.records}  # a record is newer than the mark beside it
+        _note_missing(self._objects, known, files)
+        self._records, self._headers = records, headers
+        self._doubtful = {
+            damage.path: headers[damage.path][0] if damage.path in headers else ()
+            for damage in files.damaged_objects.values()
+        }
+        catalogue = Catalogue(files.objects, known, files.damaged_objects, files.damaged_records)
+        self._warn(catalogue.damaged())
+        # Not beside a damaged record: whatever that says, it is newer.
+        unwritten = {
+            name for name in files.marked if name + RECORD_SUFFIX not in files.damaged_records
+        }
+        return Found(catalogue, frozenset(unwritten))
+
+    def _object_states(self) -> dict[Path, FileState]:
+        states: dict[Path, FileState] = {}
+        for shard, state in _states(self._objects).items():
+            states |= _states(shard) if shard.is_dir() else {shard: state}
+        return states
+
+    def _record(self, path: Path, state: FileState) -> NameRecord | Damage:
+        before = self._records.get(path)
+        if before is not None and before[0] == state:
+            return before[1]
+        try:
+            return _parse(path)
+        except RecordError as error:
+            return Damage(path, str(error))
+        except OSError as error:
+            if before is not None:
+                raise
+            return Damage(path, str(error))
+
+    def _header(self, path: Path, state: FileState) -> Summary | Damage:
+        before = self._headers.get(path)
+        if before is not None and before[0] == state:
+            return before[1]
+        digest = path.name.removesuffix(OBJECT_SUFFIX)
+        if not DIGEST_PATTERN.match(digest) or path.parent.name != digest[:2]:
+            return Damage(path, "The file's name is not that of an object.")
+        try:
+            return read_summary(path, self._limits)
+        except ArtifactError as error:
+            return Damage(path, str(error))
+
+    def _warn(self, damaged: Iterable[Damage]) -> None:
+        found = frozenset(damaged)
+        for damage in sorted(found - self._warned, key=lambda each: each.path):
+            _logger.warning("damaged, left as it is: %s: %s", damage.path, damage.reason)
+        self._warned = found
+
+
+def _states(folder: Path) -> dict[Path, FileState]:
+    """The state of every file in a folder."""
+    return {path: _state(path) for path in folder.iterdir()}
+
+
+def _state(path: Path) -> FileState:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    except OSError:
+        return _UNREADABLE
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _parse(path: Path) -> NameRecord:
+    """Read a record; a marked one, with its deletion.
+
+    Raises:
+        RecordError: the file is no record.
+        OSError: it cannot be read.
+    """
+    suffix = DELETED_SUFFIX if path.name.endswith(DELETED_SUFFIX) else RECORD_SUFFIX
+    name = path.name.removesuffix(suffix)
+    if name == path.name or not NAME_PATTERN.match(name):
+        raise RecordError("the file's name is not that of a record")
+    record = parse_record(path.read_bytes(), name)
+    if suffix == RECORD_SUFFIX:
+        return record
+    changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    return record.followed_by(Version("", changed, "deleted"))
+
+
+def _sort_record(path: Path, record: NameRecord | Damage, files: _Files) -> None:
+    if isinstance(record, Damage):
+        files.damaged_records[path.name] = record
+    elif path.name.endswith(DELETED_SUFFIX):
+        files.marked[record.name] = record
+    else:
+        files.records[record.name] = record
+
+
+def _note_missing(objects: Path, records: Mapping[str, NameRecord], files: _Files) -> None:
+    for name, record in records.items():
+        if record.current is None or record.current.digest in files.objects:
+            continue
+        digest = record.current.digest
+        path = objects / digest[:2] / f"{digest}{OBJECT_SUFFIX}"
+        files.damaged_objects.setdefault(
+            path.name, Damage(path, f'The artifact that "{name}" points to is missing.')
+        )

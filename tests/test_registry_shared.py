@@ -1,0 +1,509 @@
+"""Several servers with one registry: what one changes all see, and what one needs stays.
+
+The servers are registries of this process. Each has a clock of its own, which the test moves.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from interventions.artifact import write_artifact
+from interventions.errors import (
+    DamagedInterventionError,
+    NameInUseError,
+    RegistryBusyError,
+    RegistryDiskError,
+    RegistryError,
+    RegistryUnreadableError,
+    UnknownInterventionError,
+)
+from interventions.registry import Registry
+from tests.artifact_samples import affine_manifest, affine_parameters
+from tests.disk import WatchedDisk
+
+Make = Callable[[int], Path]
+
+
+class Clock:
+    """Seconds that the test decides about."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Servers:
+    """Opens registries on one folder."""
+
+    def __init__(self, root: Path, stack: ExitStack) -> None:
+        self.root = root
+        self._stack = stack
+
+    def open(self, clock: Clock | None = None) -> Registry:
+        """One more server."""
+        return self._stack.enter_context(Registry(self.root, clock=clock or Clock()))
+
+    def crash(self, registry: Registry) -> None:
+        """End a server as a kill does: its lease stays, and the lease's lock goes."""
+        leases = registry._changes._leases
+        assert leases._descriptor is not None
+        os.close(leases._descriptor)
+        leases._descriptor = None
+
+    @property
+    def objects(self) -> set[str]:
+        return {path.stem for path in (self.root / "objects").rglob("*.safetensors")}
+
+    @property
+    def leases(self) -> list[Path]:
+        return sorted((self.root / "leases").iterdir())
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Servers]:
+    with ExitStack() as stack:
+        yield Servers(tmp_path / "registry", stack)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Writes the artifact of a number: other numbers, other digests."""
+
+    def make_artifact(seed: int) -> Path:
+        path = tmp_path / f"{seed}.safetensors"
+        write_artifact(path, affine_manifest(), affine_parameters(seed))
+        return path
+
+    return make_artifact
+
+
+# Seeing what others change
+
+
+def test_a_change_at_one_is_seen_by_all_when_they_look(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    assert not two.known("a")
+    two.look()
+    assert two.get("a") == entry
+    assert two.load(entry.digest).digest == entry.digest
+    moved = two.add(make(2), "a")
+    one.look()
+    assert one.entries() == two.entries() == [moved]
+    assert one.history("a") == two.history("a") == (*entry.history, moved.history[-1])
+    two.delete("a")
+    one.look()
+    assert one.entries() == []
+    assert [version.event for version in one.history("a")] == ["stored", "stored", "deleted"]
+
+
+def test_a_change_begins_with_what_the_others_have_done(servers: Servers, make: Make) -> None:
+    """Neither of two servers looks between its changes."""
+    one, two = servers.open(), servers.open()
+    first = one.add(make(1), "a")
+    second = two.add(make(2), "a")
+    third = one.add(make(3), "a")
+    assert [version.digest for version in third.history] == [
+        each.digest for each in (first, second, third)
+    ]
+    assert two.delete("a") == third.digest
+    with pytest.raises(UnknownInterventionError):
+        one.delete("a")
+    assert one.history("a") == two.history("a")
+
+
+def test_a_look_that_finds_nothing_new_reads_no_file(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = servers.open(), servers.open()
+    one.add(make(1), "a")
+    two.look()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+        two.look()
+
+
+def test_an_object_that_heals_is_seen(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    one.path(entry.digest).write_bytes(b"damaged")
+    damaged = servers.open()
+    assert damaged.entries() == []
+    with pytest.raises(DamagedInterventionError):
+        damaged.get("a")
+    two.add(make(1), "a")
+    damaged.look()
+    assert damaged.get("a") == entry
+    assert damaged.damaged() == ()
+
+
+def test_a_deletion_on_a_full_disk_is_seen(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = servers.open(), servers.open()
+    one.add(make(1), "a")
+    with monkeypatch.context() as patched:
+
+        def refuse(operation: str, path: Path) -> None:
+            if operation in ("create", "write", "mkdir"):
+                raise OSError(errno.ENOSPC, "full", str(path))
+
+        WatchedDisk(servers.root, refuse).install(patched)
+        one.delete("a")
+        two.look()
+        assert two.entries() == []
+    two.add(make(2), "b")  # writes the record that had no room
+    assert sorted(path.name for path in (servers.root / "names").iterdir()) == ["a.json", "b.json"]
+    assert two.history("a")[-1].event == "deleted"
+
+
+# What another server needs
+
+
+def test_bytes_that_another_server_holds_stay(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    two.pin(entry.digest)
+    two.beat()
+    one.delete("a")
+    for _ in range(5):
+        one.beat()
+        two.beat()
+    assert servers.objects == {entry.digest}
+    assert two.load(entry.digest).digest == entry.digest
+    two.unpin(entry.digest)
+    two.beat()
+    one.beat()
+    assert servers.objects == set()
+
+
+def test_a_pin_that_the_other_server_has_not_written_down_yet_keeps_the_bytes(
+    servers: Servers, make: Make
+) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    two.beat()
+    two.pin(entry.digest)  # between two beats
+    one.delete("a")
+    one.beat()
+    assert servers.objects == {entry.digest}
+    two.beat()
+    two.beat()
+    one.beat()
+    assert servers.objects == {entry.digest}
+    assert two.load(entry.digest).digest == entry.digest
+    two.unpin(entry.digest)
+    for server in (two, one):
+        server.beat()
+    assert servers.objects == set()
+
+
+def test_bytes_stay_until_every_server_has_read_the_deletion_twice(
+    servers: Servers, make: Make
+) -> None:
+    """Once may have been between its reading and its writing when the name went."""
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    one.delete("a")
+    for _ in range(3):
+        one.beat()
+        assert servers.objects == {entry.digest}
+    two.beat()
+    one.beat()
+    assert servers.objects == {entry.digest}
+    with pytest.raises(UnknownInterventionError):  # it has read the deletion
+        two.pin(entry.digest)
+    two.beat()
+    one.beat()
+    assert servers.objects == set()
+
+
+def test_a_name_that_came_and_went_again_starts_the_count_anew(
+    servers: Servers, make: Make
+) -> None:
+    one, two, third = servers.open(), servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    one.delete("a")
+    two.beat()
+    two.beat()  # as far as the first deletion goes, the bytes may go
+    third.add(make(1), "b")
+    two.look()
+    two.pin(entry.digest)
+    third.delete("b")
+    third.beat()
+    third.beat()
+    one.beat()
+    assert servers.objects == {entry.digest}
+    assert two.load(entry.digest).digest == entry.digest
+
+
+def test_bytes_go_at_once_where_there_is_no_other_server(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    two.close()
+    one.add(make(1), "a")
+    one.delete("a")
+    assert servers.objects == set()
+
+
+@pytest.mark.parametrize("by_digest", [False, True])
+def test_a_default_keeps_its_name_at_every_server(
+    servers: Servers, make: Make, by_digest: bool
+) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    reference = f"sha256:{entry.digest}" if by_digest else "a"
+    two.keep_default({reference: entry.digest})
+    with pytest.raises(
+        NameInUseError, match=r"Another server's default .* on .* cannot be deleted"
+    ):
+        one.delete("a")
+    assert one.get("a") == entry
+    if not by_digest:
+        with pytest.raises(NameInUseError, match="point to another artifact"):
+            one.add(make(2), "a")
+    with pytest.raises(NameInUseError, match="The server's default"):
+        two.delete("a")
+    one.add(make(1), "a")  # as it is
+    one.add(make(2), "b")
+    assert one.delete("b")
+    assert one.get("a") == entry
+    two.close()
+    assert one.delete("a") == entry.digest
+
+
+def test_what_a_default_means_is_not_kept_once_it_is_gone(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    one.delete("a")
+    with pytest.raises(UnknownInterventionError):
+        two.keep_default({"a": entry.digest})
+
+
+# Servers that end
+
+
+def test_a_server_that_was_killed_holds_nothing(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.keep_default({"a": entry.digest})
+    staged = two.stage()
+    staged.write(b"half")
+    assert [path.read_bytes() for path in (servers.root / "tmp").iterdir()] == [b"half"]
+    one.beat()
+    assert len(list((servers.root / "tmp").iterdir())) == 1
+    servers.crash(two)
+    assert one.delete("a") == entry.digest
+    assert servers.objects == set()
+    assert list((servers.root / "tmp").iterdir()) == []
+    assert len(servers.leases) == 1
+
+
+def test_a_lease_that_stopped_beating_for_a_minute_is_dead(servers: Servers, make: Make) -> None:
+    """By the clock of whoever looks, and after a minute of looking."""
+    clock = Clock()
+    one, two = servers.open(clock), servers.open()
+    entry = one.add(make(1), "a")
+    two.keep_default({"a": entry.digest})
+    clock.now += 3600  # it has not looked meanwhile
+    with pytest.raises(NameInUseError):
+        one.delete("a")
+    clock.now += 59
+    with pytest.raises(NameInUseError):
+        one.delete("a")
+    two.beat()
+    clock.now += 59
+    with pytest.raises(NameInUseError):
+        one.delete("a")
+    clock.now += 61
+    assert one.delete("a") == entry.digest
+    assert servers.objects == set()
+
+
+def test_a_server_that_comes_back_writes_its_lease_again(servers: Servers, make: Make) -> None:
+    """As one that was suspended for longer than a minute."""
+    clock = Clock()
+    one, two = servers.open(clock), servers.open()
+    kept, gone = one.add(make(1), "kept"), one.add(make(2), "gone")
+    two.keep_default({"kept": kept.digest})
+    two.pin(gone.digest)
+    two.beat()
+    one.beat()
+    clock.now += 61
+    assert one.delete("gone") == gone.digest
+    assert servers.objects == {kept.digest}
+    assert len(servers.leases) == 1
+    with pytest.raises(RegistryError):  # it knows not yet, and says it when it needs the bytes
+        two.load(gone.digest)
+    two.beat()
+    assert len(servers.leases) == 2
+    assert two.known("gone")
+    assert [entry.name for entry in two.entries()] == ["kept"]
+    with pytest.raises(NameInUseError):
+        one.delete("kept")
+    two.unpin(gone.digest)
+
+
+def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Make) -> None:
+    clock = Clock()
+    one = servers.open(clock)
+    two = servers.open()
+    one.add(make(1), "a")
+    two.look()
+    path = next(path for path in servers.leases if two._changes._leases.path == path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:40], b"{}", whole.replace(b'"beat"', b'"boat"'), b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(RegistryBusyError, match="lease of another server"):
+            one.delete("a")
+        one.beat()
+    path.write_bytes(whole)
+    entry = one.get("a")
+    one.delete("a")
+    path.write_bytes(b"")
+    one.beat()
+    assert servers.objects == {entry.digest}
+    clock.now += 61
+    one.beat()
+    assert servers.objects == set()
+
+
+def test_a_lease_says_who_holds_what(servers: Servers, make: Make) -> None:
+    one = servers.open()
+    entry, other = one.add(make(1), "a"), one.add(make(2), "b")
+    one.keep_default({"a": entry.digest})
+    one.pin(other.digest)
+    one.beat()
+    [path] = servers.leases
+    lease = json.loads(path.read_bytes())
+    assert lease["process"] == os.getpid()
+    assert lease["default"] == {"a": entry.digest}
+    assert sorted(lease["held"]) == sorted((entry.digest, other.digest))
+    assert (lease["beat"], lease["reads"]) == (1, 1)
+    one.unpin(other.digest)
+    one.beat()
+    assert json.loads(path.read_bytes())["held"] == [entry.digest]
+
+
+def test_a_lease_lives_on_while_another_server_is_slow(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interventions.changes.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("interventions.changes._LOOK_SECONDS", 0.05)
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    with one._folder.locked():
+        two.beat()
+        with pytest.raises(RegistryBusyError, match="nothing was changed"):
+            two.delete("a")
+        two.look()
+    lease = json.loads(two._changes._leases.path.read_bytes())
+    assert (lease["beat"], lease["reads"]) == (1, 0)
+    assert one.get("a") == entry
+    assert two.delete("a") == entry.digest
+
+
+# Disks
+
+
+def test_a_folder_that_vanishes_and_comes_back(servers: Servers, make: Make) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    assert two.problem() is None
+    away = servers.root.with_name("away")
+    servers.root.rename(away)
+    for _ in range(2):
+        two.look()
+        two.beat()
+        problem = two.problem()
+        assert problem is not None
+        assert str(servers.root) not in problem
+        assert two.entries() == [entry]
+        with pytest.raises(RegistryUnreadableError):
+            two.load(entry.digest)
+        with pytest.raises(RegistryDiskError):
+            two.delete("a")
+        with pytest.raises(RegistryDiskError):
+            two.add(make(2), "b")
+        assert not servers.root.exists()
+    servers.root.mkdir()  # as an empty mount point
+    two.look()
+    assert two.problem() is not None
+    assert list(servers.root.iterdir()) == []
+    servers.root.rmdir()
+    away.rename(servers.root)
+    two.look()
+    assert two.problem() is None
+    assert two.load(entry.digest).digest == entry.digest
+    assert two.add(make(2), "b").name == "b"
+    one.look()
+    assert one.known("b")
+
+
+def test_a_folder_that_comes_back_with_names_and_objects_alone(
+    servers: Servers, make: Make
+) -> None:
+    """As from a copy that somebody made of it."""
+    one = servers.open()
+    one.add(make(1), "a")
+    for name in ("leases", "tmp"):
+        shutil.rmtree(servers.root / name)
+    (servers.root / "lock").unlink()
+    one.look()
+    one.beat()
+    assert len(servers.leases) == 1
+    assert one.add(make(2), "b").name == "b"
+
+
+def test_a_look_that_hangs_is_told(servers: Servers) -> None:
+    clock = Clock()
+    one = servers.open(clock)
+    one._looking_since = clock.now
+    clock.now += 9
+    assert one.problem() is None
+    clock.now += 3
+    assert one.problem() == "The registry's folder has not answered for 12 s."
+
+
+def test_a_file_system_that_cannot_lock(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        with pytest.raises(RegistryError, match="Operation not supported"):
+            servers.open()
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", lambda *_: None)
+        with pytest.raises(RegistryError, match="cannot lock files"):
+            servers.open()
+    servers.open().add(make(1), "a")
+
+
+def test_a_file_system_that_copies_in_place_of_renaming(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(old: str, new: str) -> None:
+        shutil.copyfile(old, new)
+        os.unlink(old)  # noqa: PTH108  # as pathlib calls it
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", copy)
+        with pytest.raises(RegistryError, match="cannot replace a file by renaming"):
+            servers.open()
+    servers.open().add(make(1), "a")
