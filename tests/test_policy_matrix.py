@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+import interventions.changes
 from interventions.registry import Registry
 from server.engine.base import (
     Edit,
@@ -334,10 +335,12 @@ async def test_names_that_point_elsewhere_by_now(
     digests: dict[str, str],
     registry: Registry,
     affine_artifact: WriteArtifact,
+    monkeypatch: pytest.MonkeyPatch,
     policy: str,
     by_digest: bool,
 ) -> None:
     """Moved and deleted behind the server's back: it refuses to do so itself."""
+    monkeypatch.setattr(interventions.changes, "check_default", lambda *_: None)
     reference = f"sha256:{digests['maps']}" if by_digest else "maps"
     server = await serve(policy, {**MAPS, "intervention": reference})
     for change in ("moved", "deleted"):
