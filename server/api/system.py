@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from server.api.auth import require_metrics_key
 from server.api.context import AnyTimeContext, Context
 from server.api.default_steering import default_unavailable
-from server.api.errors import ApiError
+from server.api.errors import RETRY_SECONDS, ApiError
 from server.metrics import CONTENT_TYPE
 from server.version import installed_version
 
@@ -33,7 +33,12 @@ async def ready(context: Context) -> Response:
         )
     unreadable = context.registry.problem()
     if unreadable is not None:
-        raise ApiError(503, unreadable, code="registry_unreadable")
+        raise ApiError(
+            503,
+            unreadable,
+            code="registry_unreadable",
+            headers={"Retry-After": RETRY_SECONDS},
+        )
     artifacts = context.steering.default_artifacts
     problem = await context.state_disk.call(artifacts.problem) if artifacts.exist else None
     if problem is not None:
