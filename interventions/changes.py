@@ -109,9 +109,15 @@ class RegistryChanges:
     def keep_default(self, default: Mapping[str, str]) -> None:
         """As `Registry.keep_default`."""
         with self._locked(LOCK_SECONDS):
+            for reference, digest in default.items():
+                if self._catalogue.resolve(reference).digest != digest:
+                    raise UnknownInterventionError(
+                        reference,
+                        f'The intervention "{reference}" has just been replaced by another.',
+                    )
+            self._leases.keep(default)
             for digest in default.values():
                 self._stored.pin(digest)
-            self._leases.keep(default)
 
     def look(self) -> None:
         """Show what other servers have changed.
@@ -135,12 +141,10 @@ class RegistryChanges:
         self._folder.repair()
         try:
             with self._locked(_LOOK_SECONDS):
-                if self._leases.lost:
-                    self._leases.open()
-                self._leases.beat(self._refresh(), read=True)
+                self._leases.beat(self._stored.show(self._found.catalogue))
                 self._collect()
         except RegistryBusyError:  # the lease lives on, however long another server takes
-            self._leases.beat(self._stored.pinned, read=False)
+            self._leases.touch()
 
     def remove_soon(self) -> None:
         """Have another thread remove what nothing needs any more; does not wait for it."""

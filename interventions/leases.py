@@ -2,18 +2,17 @@
 
 A server whose lease lives keeps the bytes that it holds, and the names by which its default
 steering was given. A lease is dead when its server has ended, which frees the file's lock, or when
-it was not written for a minute by the clock of whoever looks: clocks of two machines are never
+it was not touched for a minute by the clock of whoever looks: clocks of two machines are never
 compared.
 """
 
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeAlias
 
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -21,15 +20,17 @@ from pydantic.dataclasses import dataclass
 from interventions.manifest import DIGEST_PATTERN
 from interventions.storage import try_lock
 
-BEAT_SECONDS: Final = 10.0  # between two writes of a lease
+BEAT_SECONDS: Final = 10.0  # between two beats of a lease
 DEAD_SECONDS: Final = 60.0
+# What counts of the time between two looks. Where nobody could look, as the folder was away or the
+# machine suspended, nobody could beat either.
+_COUNTED_SECONDS: Final = 2 * BEAT_SECONDS
 LEASE_SUFFIX: Final = ".json"
 _ROOM: Final = 16384  # bytes of a lease from the start: a beat must need no room on the disk
-_TRIES: Final = 3  # to read a lease that is just being written
-_PAUSE: Final = 0.01  # seconds between two of them
 
 logger = logging.getLogger(__name__)
 
+_State: TypeAlias = tuple[bytes, int]
 Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)]
 
 
@@ -39,13 +40,13 @@ class Lease:
 
     `reads` counts how often the server had read the names anew, just before it wrote what it holds.
     So two of them after an object's last name went, the server holds the object only if its lease
-    says so.
+    says so. Only with them does `held` change, or an object would seem free that is held again
+    before the names are read.
     """
 
     server: str  # another one at every start
     host: str
     process: int
-    beat: int = 0  # grows as long as the server lives
     reads: int = 0
     held: frozenset[Digest] = frozenset()  # by running requests, and by the default steering
     default: Mapping[str, Digest] = field(
@@ -62,9 +63,9 @@ _ADAPTER: Final[TypeAdapter[Lease]] = TypeAdapter(Lease)
 
 
 class Leases:
-    """A server's own lease, and those of the others. `beat` alone is for any thread.
+    """A server's own lease, and those of the others. `touch` alone is for any thread.
 
-    Everything else is for whoever holds the registry's lock, which `beat` never waits for: so a
+    Everything else is for whoever holds the registry's lock, which `touch` never waits for: so a
     lease lives on while another server is slow to write. The methods raise OSError.
     """
 
@@ -79,8 +80,9 @@ class Leases:
         self._clock = clock
         self.own = Lease(server, socket.gethostname()[:100], os.getpid())
         self._descriptor: int | None = None
-        # Of each other server: the bytes of its lease, and when they were first seen.
-        self._seen: dict[str, tuple[bytes, float]] = {}
+        # Of each other server: what its lease was last, and for how many seconds.
+        self._seen: dict[str, tuple[_State, float]] = {}
+        self._looked: float | None = None  # when, by the clock
 
     @property
     def path(self) -> Path:
@@ -114,59 +116,72 @@ class Leases:
         self._close()
 
     def keep(self, default: Mapping[str, str]) -> None:
-        """Hold what the default steering's references mean, for as long as the server runs."""
+        """Hold what the default steering's references mean, for as long as the server runs.
+
+        Where that cannot be written, nothing is held.
+        """
+        self._find()
+        before = self.own
         held = self.own.held | set(default.values())
         self.own = replace(self.own, default=dict(default), held=held)
-        self._write_if_possible()
+        try:
+            self._write()
+        except OSError:
+            self.own = before
+            raise
 
-    def beat(self, held: Set[str], *, read: bool) -> None:
-        """Write that this server lives, and what it holds.
-
-        Args:
-            read: whether the names were read just before `held` was told, and under the
-                registry's lock.
-        """
+    def beat(self, held: Set[str]) -> None:
+        """Write that this server lives, and what it holds now that it has just read the names."""
+        self._find()
         self.own = replace(
             self.own,
-            beat=self.own.beat + 1,
-            reads=self.own.reads + read,
+            reads=self.own.reads + 1,
             held=frozenset(held) | set(self.own.default.values()),
         )
         self._write()
+
+    def touch(self) -> None:
+        """Note that this server lives, and nothing else: the others look at the file's time too."""
+        if self._descriptor is None:
+            raise FileNotFoundError("the lease is not open")
+        os.utime(self._descriptor)
 
     def others(self) -> dict[str, Lease | None]:
         """The leases of the other servers that live; None for one that cannot be read.
 
         Dead ones are removed.
         """
+        now = self._clock()
+        passed = 0.0 if self._looked is None else min(now - self._looked, _COUNTED_SECONDS)
+        self._looked = now
         living: dict[str, Lease | None] = {}
+        seen: dict[str, tuple[_State, float]] = {}
         for path in sorted(self._folder.glob(f"*{LEASE_SUFFIX}")):
             server = path.name.removesuffix(LEASE_SUFFIX)
             if server == self.own.server:
                 continue
             try:
-                data, lease = _read(path)
-                if self._dead(path, server, data):
+                state, ended = _state(path)
+                before, seconds = self._seen.get(server, (None, 0.0))
+                seconds = seconds + passed if state == before else 0.0
+                if ended or seconds >= DEAD_SECONDS:
                     logger.warning("a server's lease is dead, removed: %s", path)
                     path.unlink(missing_ok=True)
                 else:
-                    living[server] = lease
+                    seen[server], living[server] = (state, seconds), _parse(state[0], server)
             except FileNotFoundError:
-                pass
-        self._seen = {server: self._seen[server] for server in living}
+                pass  # its server has just closed
+        self._seen = seen
         return living
 
-    def _dead(self, path: Path, server: str, data: bytes) -> bool:
-        now = self._clock()
-        before, since = self._seen.get(server, (b"", now))
-        self._seen[server] = (data, since if data == before else now)
-        if data == before and now - since >= DEAD_SECONDS:
-            return True
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return try_lock(descriptor)  # its server holds it, as long as there is one
-        finally:
-            os.close(descriptor)
+    def _find(self) -> None:
+        """Make this server's file again, if it was lost."""
+        if self.lost:
+            logger.warning(
+                "this server's lease was gone, made again: either the server or its disk had "
+                "stopped for a minute, or a file's lock does not keep other machines out"
+            )
+            self.open()
 
     def _write_if_possible(self) -> None:
         try:
@@ -188,6 +203,7 @@ class Leases:
                 written = os.pwrite(self._descriptor, rest, place)
                 rest, place = rest[written:], place + written
             os.ftruncate(self._descriptor, len(data))
+            os.fsync(self._descriptor)  # so that other machines read it, before the lock is free
         except OSError:
             os.ftruncate(self._descriptor, 0)
             raise
@@ -198,16 +214,16 @@ class Leases:
             os.close(descriptor)
 
 
-def _read(path: Path) -> tuple[bytes, Lease | None]:
-    """A lease's bytes, and what they say if they are not just being written."""
-    data = b""
-    for _ in range(_TRIES):
-        data = path.read_bytes()
-        try:
-            lease = _ADAPTER.validate_json(data)
-            if lease.server == path.name.removesuffix(LEASE_SUFFIX):
-                return data, lease
-        except ValidationError:
-            pass
-        time.sleep(_PAUSE)
-    return data, None
+def _state(path: Path) -> tuple[_State, bool]:
+    """A lease's bytes and the time of its last change; and whether its server has ended."""
+    with path.open("r+b") as file:
+        ended = try_lock(file.fileno())  # its server holds it, as long as there is one
+        return (file.read(), os.fstat(file.fileno()).st_mtime_ns), ended
+
+
+def _parse(data: bytes, server: str) -> Lease | None:
+    try:
+        lease = _ADAPTER.validate_json(data)
+    except ValidationError:
+        return None
+    return lease if lease.server == server else None

@@ -251,7 +251,7 @@ class Registry:
             default: the names and `sha256:<digest>`s that it was given by, and their digests.
 
         Raises:
-            UnknownInterventionError: a digest is not stored any more.
+            UnknownInterventionError: a reference means its digest no more. Nothing is kept then.
             RegistryBusyError, RegistryDiskError: as for `commit`.
         """
         with disk_errors():

@@ -40,6 +40,12 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def watch(self, registry: Registry, seconds: int) -> None:
+        """Let a server beat for so long, as often as it does."""
+        for _ in range(0, seconds, 10):
+            self.now += 10
+            registry.beat()
+
 
 class Servers:
     """Opens registries on one folder."""
@@ -292,6 +298,58 @@ def test_what_a_default_means_is_not_kept_once_it_is_gone(servers: Servers, make
         two.keep_default({"a": entry.digest})
 
 
+def test_a_default_must_mean_what_it_meant_when_it_was_given(servers: Servers, make: Make) -> None:
+    """Between a server's reading of the name and its keeping, another may have changed it."""
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    one.add(make(1), "b")
+    two.look()
+    one.add(make(2), "a")
+    with pytest.raises(UnknownInterventionError, match='"a" has just been replaced'):
+        two.keep_default({"b": entry.digest, "a": entry.digest})
+    one.delete("a")
+    with pytest.raises(UnknownInterventionError, match='no intervention "a"'):
+        two.keep_default({"b": entry.digest, "a": entry.digest})
+    assert one.delete("b") == entry.digest
+    two.beat()
+    two.beat()
+    one.beat()
+    assert servers.objects == set()
+
+
+def test_a_default_that_cannot_be_noted_is_not_kept(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", refuse)
+        with pytest.raises(RegistryDiskError, match="nothing was changed"):
+            two.keep_default({"a": entry.digest})
+        with pytest.raises(RegistryBusyError):  # nobody knows what it holds
+            one.delete("a")
+    two.beat()
+    assert one.delete("a") == entry.digest
+
+
+def test_a_default_is_kept_by_a_server_whose_lease_was_taken_for_dead(
+    servers: Servers, make: Make
+) -> None:
+    clock = Clock()
+    one, two = servers.open(clock), servers.open()
+    entry = one.add(make(1), "a")
+    one.beat()
+    clock.watch(one, 60)
+    assert len(servers.leases) == 1
+    two.keep_default({"a": entry.digest})
+    with pytest.raises(NameInUseError):
+        one.delete("a")
+
+
 # Servers that end
 
 
@@ -317,19 +375,32 @@ def test_a_lease_that_stopped_beating_for_a_minute_is_dead(servers: Servers, mak
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
     two.keep_default({"a": entry.digest})
-    clock.now += 3600  # it has not looked meanwhile
-    with pytest.raises(NameInUseError):
-        one.delete("a")
-    clock.now += 59
+    one.beat()
+    clock.watch(one, 50)
     with pytest.raises(NameInUseError):
         one.delete("a")
     two.beat()
-    clock.now += 59
+    clock.watch(one, 60)
     with pytest.raises(NameInUseError):
         one.delete("a")
-    clock.now += 61
+    clock.watch(one, 10)
     assert one.delete("a") == entry.digest
     assert servers.objects == set()
+
+
+def test_time_in_which_nobody_looked_does_not_end_a_lease(servers: Servers, make: Make) -> None:
+    """As the folder was away, or the machine suspended: the other could not beat either."""
+    clock = Clock()
+    one, two = servers.open(clock), servers.open()
+    entry = one.add(make(1), "a")
+    two.keep_default({"a": entry.digest})
+    one.beat()
+    for _ in range(2):
+        clock.now += 3600
+        with pytest.raises(NameInUseError):
+            one.delete("a")
+    clock.watch(one, 30)
+    assert one.delete("a") == entry.digest
 
 
 def test_a_server_that_comes_back_writes_its_lease_again(servers: Servers, make: Make) -> None:
@@ -341,7 +412,7 @@ def test_a_server_that_comes_back_writes_its_lease_again(servers: Servers, make:
     two.pin(gone.digest)
     two.beat()
     one.beat()
-    clock.now += 61
+    clock.watch(one, 60)
     assert one.delete("gone") == gone.digest
     assert servers.objects == {kept.digest}
     assert len(servers.leases) == 1
@@ -364,7 +435,7 @@ def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Ma
     two.look()
     path = next(path for path in servers.leases if two._changes._leases.path == path)
     whole = path.read_bytes()
-    for content in (b"", whole[:40], b"{}", whole.replace(b'"beat"', b'"boat"'), b"\xff"):
+    for content in (b"", whole[:40], b"{}", whole.replace(b'"reads"', b'"roads"'), b"\xff"):
         path.write_bytes(content)
         with pytest.raises(RegistryBusyError, match="lease of another server"):
             one.delete("a")
@@ -375,8 +446,7 @@ def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Ma
     path.write_bytes(b"")
     one.beat()
     assert servers.objects == {entry.digest}
-    clock.now += 61
-    one.beat()
+    clock.watch(one, 60)
     assert servers.objects == set()
 
 
@@ -391,7 +461,7 @@ def test_a_lease_says_who_holds_what(servers: Servers, make: Make) -> None:
     assert lease["process"] == os.getpid()
     assert lease["default"] == {"a": entry.digest}
     assert sorted(lease["held"]) == sorted((entry.digest, other.digest))
-    assert (lease["beat"], lease["reads"]) == (1, 1)
+    assert lease["reads"] == 1
     one.unpin(other.digest)
     one.beat()
     assert json.loads(path.read_bytes())["held"] == [entry.digest]
@@ -402,17 +472,41 @@ def test_a_lease_lives_on_while_another_server_is_slow(
 ) -> None:
     monkeypatch.setattr("interventions.changes.LOCK_SECONDS", 0.05)
     monkeypatch.setattr("interventions.changes._LOOK_SECONDS", 0.05)
-    one, two = servers.open(), servers.open()
+    clock = Clock()
+    one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
-    with one._folder.locked():
-        two.beat()
-        with pytest.raises(RegistryBusyError, match="nothing was changed"):
-            two.delete("a")
-        two.look()
-    lease = json.loads(two._changes._leases.path.read_bytes())
-    assert (lease["beat"], lease["reads"]) == (1, 0)
+    one.beat()
+    for _ in range(10):
+        with one._folder.locked():
+            two.beat()
+            with pytest.raises(RegistryBusyError, match="nothing was changed"):
+                two.delete("a")
+            two.look()
+        clock.watch(one, 10)
+    assert len(servers.leases) == 2
     assert one.get("a") == entry
     assert two.delete("a") == entry.digest
+
+
+def test_a_beat_that_cannot_read_the_names_lets_nothing_go(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not pinned just then may be pinned again, as the deletion is not shown yet."""
+    monkeypatch.setattr("interventions.changes._LOOK_SECONDS", 0.05)
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    two.pin(entry.digest)
+    one.delete("a")
+    two.beat()
+    two.beat()
+    with one._folder.locked():
+        two.unpin(entry.digest)
+        two.beat()
+        two.pin(entry.digest)
+    one.beat()
+    assert two.load(entry.digest).digest == entry.digest
+    two.unpin(entry.digest)
 
 
 # Disks
