@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -16,10 +16,23 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def watched(registry: Registry) -> Iterator[None]:
-    """Looks at a registry's folder and renews the registry's lease, within the block."""
+def watched(
+    registry: Registry, look_seconds: float = LOOK_SECONDS, beat_seconds: float = BEAT_SECONDS
+) -> Iterator[None]:
+    """Looks at a registry's folder and renews the registry's lease, within the block.
+
+    Args:
+        registry: is open until the block has ended.
+        look_seconds: between two looks.
+        beat_seconds: between two renewals, at least; they come after a look.
+    """
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(registry, ended), name="registry", daemon=True)
+    thread = threading.Thread(
+        target=_watch,
+        args=(registry, ended, look_seconds, beat_seconds),
+        name="registry",
+        daemon=True,
+    )
     thread.start()
     try:
         yield
@@ -29,13 +42,19 @@ def watched(registry: Registry) -> Iterator[None]:
         thread.join(LOOK_SECONDS)
 
 
-def _watch(registry: Registry, ended: threading.Event) -> None:
+def _watch(
+    registry: Registry, ended: threading.Event, look_seconds: float, beat_seconds: float
+) -> None:
     last_beat = time.monotonic()
-    while not ended.wait(LOOK_SECONDS):
-        try:
-            registry.look()
-            if time.monotonic() - last_beat >= BEAT_SECONDS:
-                last_beat = time.monotonic()
-                registry.beat()
-        except Exception:
-            _logger.exception("the registry's folder could not be looked at")
+    while not ended.wait(look_seconds):
+        _try(registry.look)
+        if time.monotonic() - last_beat >= beat_seconds:
+            last_beat = time.monotonic()
+            _try(registry.beat)  # whatever the look came to: others count on it
+
+
+def _try(watch: Callable[[], None]) -> None:
+    try:
+        watch()
+    except Exception:
+        _logger.exception("the registry's folder could not be watched")

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from interventions.errors import (
     UnknownInterventionError,
 )
 from interventions.registry import Registry
+from interventions.watch import watched
 from tests.artifact_samples import affine_manifest, affine_parameters
 from tests.disk import WatchedDisk
 
@@ -486,6 +488,22 @@ def test_a_lease_lives_on_while_another_server_is_slow(
     assert len(servers.leases) == 2
     assert one.get("a") == entry
     assert two.delete("a") == entry.digest
+
+
+def test_a_watched_registry_beats_whatever_its_looks_come_to(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = servers.open()
+    beaten = threading.Event()
+
+    def fail() -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(one, "look", fail)
+    monkeypatch.setattr(one, "beat", beaten.set)
+    with watched(one, look_seconds=0.01, beat_seconds=0.01):
+        assert beaten.wait(30)
+    assert "could not be watched" in caplog.text
 
 
 def test_a_beat_that_cannot_read_the_names_lets_nothing_go(

@@ -1,0 +1,288 @@
+"""Servers that change one registry at random, to be killed and suspended by a test.
+
+Run as a script, this file is the servers' parent: it imports once (seconds, because of torch) and
+forks a server for every plan that it is given.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from interventions.artifact import UnreadableArtifactError, read_artifact
+from interventions.errors import (
+    DamagedInterventionError,
+    NameInUseError,
+    RegistryBusyError,
+    RegistryDiskError,
+    RegistryError,
+    UnknownInterventionError,
+)
+from interventions.records import Version
+from interventions.registry import DIGEST_PREFIX, Registry
+from interventions.watch import watched
+
+NAMES: Final = ("a", "b", "c")
+SHARED: Final = 3  # artifacts that every server uploads now and then; all others are new
+FAILED: Final = 3  # exit status
+_CHUNK_BYTES: Final = 512
+_LONGEST_PAUSE: Final = 0.03  # seconds
+_MOST_HELD: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one server shall do."""
+
+    root: str  # the registry
+    template: str  # an artifact, of which others are made
+    journal: str  # the file to write to
+    number: int  # another one for every server of a registry
+    seed: int
+    clock_speed: float = 1.0  # with 60, a lease lives for a second
+    forgiving: bool = False  # the lease may die while the server lives, which then is no fault
+
+
+def version_bytes(template: bytes, number: int) -> bytes:
+    """Make a valid artifact for each number: the last float32 of the template is replaced."""
+    return template[:-4] + struct.pack("<f", number)
+
+
+def fingerprint(versions: Sequence[Version]) -> str:
+    """Digest a name's history, or the beginning of one."""
+    return hashlib.sha256(repr(versions).encode()).hexdigest()
+
+
+class Journal(logging.Handler):
+    """Writes what a server does, a line at once, so that a killed one's journal is whole.
+
+    It is a log's handler too: whatever the registry logs is a fault, unless kills bring it about.
+    """
+
+    def __init__(self, path: str, *, forgiving: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        expected = ["a server's lease is dead", "this server's lease was gone"]
+        self._expected = tuple(expected if forgiving else expected[:1])
+
+    def write(self, event: str, **fields: object) -> None:
+        """Append an event."""
+        line = json.dumps({"event": event, "time": time.monotonic(), **fields})
+        os.write(self._descriptor, f"{line}\n".encode())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """End the server, unless the message is one to expect."""
+        if not record.getMessage().startswith(self._expected):
+            self.fail(logging.Formatter().format(record))
+
+    def fail(self, reason: str) -> None:
+        """End the server at once, as a failure."""
+        self.write("failed", reason=reason)
+        os._exit(FAILED)
+
+
+class RacingServer:
+    """One server: each `act` is one random operation."""
+
+    def __init__(self, registry: Registry, plan: Plan, journal: Journal) -> None:
+        self._registry = registry
+        self._plan = plan
+        self._journal = journal
+        self._template = Path(plan.template).read_bytes()
+        self._random = random.Random(plan.seed)
+        self._uploads = 0
+        self._held: list[str] = []
+        self._default: dict[str, str] = {}
+
+    def act(self) -> None:
+        """Do something, and check what must hold at any time."""
+        operations = {
+            self._upload: 4,
+            self._delete: 3,
+            self._use: 8,
+            self._let_go: 3,
+            self._observe: 2,
+            self._registry.beat: 1,
+            self._keep_default: 0.2,
+        }
+        [operation] = self._random.choices(list(operations), list(operations.values()))
+        operation()
+        assert self._registry.damaged() == ()
+        assert self._registry.problem() is None
+        for name, digest in self._default.items():
+            if not self._plan.forgiving:
+                assert self._registry.get(name).digest == digest, "a default's name has moved"
+
+    def end(self) -> None:
+        """Let go of everything."""
+        while self._held:
+            self._let_go()
+
+    def _upload(self) -> None:
+        self._uploads += 1
+        new = SHARED + self._plan.number * 1000 + self._uploads
+        number = self._random.choice((self._random.randrange(SHARED), new))
+        data = version_bytes(self._template, number)
+        digest, name = hashlib.sha256(data).hexdigest(), self._random.choice(NAMES)
+        try:
+            with self._registry.stage() as staged:
+                for start in range(0, len(data), _CHUNK_BYTES):
+                    staged.write(data[start : start + _CHUNK_BYTES])
+                    if self._random.random() < 0.1:
+                        self._pause()
+                artifact = read_artifact(staged.path)
+                self._journal.write("begun", name=name, digest=digest)
+                entry, changed = self._registry.commit(staged, artifact, name)
+        except (NameInUseError, RegistryBusyError) as error:
+            self._journal.write("refused", reason=str(error))
+        except (UnreadableArtifactError, RegistryDiskError) as error:
+            if not self._plan.forgiving:
+                raise
+            self._journal.write("refused", reason=str(error))
+        else:
+            assert (entry.name, entry.digest) == (name, digest)
+            assert entry.history[-1].digest == digest
+            self._done(name, digest, entry.history, changed=changed)
+
+    def _delete(self) -> None:
+        name = self._random.choice(NAMES)
+        self._journal.write("begun", name=name, digest="")
+        try:
+            digest = self._registry.delete(name)
+        except DamagedInterventionError:
+            raise
+        except (UnknownInterventionError, NameInUseError, RegistryBusyError) as error:
+            self._journal.write("refused", reason=str(error))
+        else:
+            self._journal.write("done", name=name, digest="", changed=True, was=digest)
+
+    def _done(self, name: str, digest: str, history: Sequence[Version], *, changed: bool) -> None:
+        self._journal.write(
+            "done",
+            name=name,
+            digest=digest,
+            changed=changed,
+            length=len(history),
+            fingerprint=fingerprint(history),
+        )
+
+    def _use(self) -> None:
+        """Resolve, pin, load, and unpin now or later."""
+        entries = self._registry.entries()
+        if not entries or len(self._held) == _MOST_HELD:
+            return
+        chosen = self._random.choice(entries)
+        versions = [version for version in chosen.history if version.digest]
+        references = (chosen.name, DIGEST_PREFIX + self._random.choice(versions).digest)
+        try:
+            digest = self._registry.resolve(self._random.choice(references)).digest
+            if self._random.random() < 0.3:
+                self._pause()
+            self._registry.pin(digest)
+        except DamagedInterventionError:
+            raise
+        except UnknownInterventionError:
+            return
+        self._held.append(digest)
+        if self._random.random() < 0.5:
+            self._pause()
+        self._load(digest)
+        if self._random.random() < 0.6:
+            self._let_go()
+
+    def _load(self, digest: str) -> None:
+        try:
+            assert self._registry.load(digest).digest == digest
+        except RegistryError as error:
+            if not self._plan.forgiving:
+                raise
+            self._journal.write("lost", digest=digest, reason=str(error))
+
+    def _let_go(self) -> None:
+        if self._held:
+            digest = self._held.pop(self._random.randrange(len(self._held)))
+            self._load(digest)
+            self._registry.unpin(digest)
+
+    def _observe(self) -> None:
+        self._registry.look()
+        for name in NAMES:
+            with suppress(UnknownInterventionError):
+                versions = self._registry.history(name)
+                self._journal.write(
+                    "seen", name=name, length=len(versions), fingerprint=fingerprint(versions)
+                )
+
+    def _keep_default(self) -> None:
+        entries = self._registry.entries()
+        if self._default or not entries:
+            return
+        entry = self._random.choice(entries)
+        with suppress(UnknownInterventionError, RegistryBusyError):
+            self._registry.keep_default({entry.name: entry.digest})
+            self._default = {entry.name: entry.digest}
+            self._journal.write("default", name=entry.name, digest=entry.digest)
+
+    def _pause(self) -> None:
+        time.sleep(self._random.uniform(0, _LONGEST_PAUSE))
+
+
+def run_server(plan: Plan) -> None:
+    """Change the registry until SIGTERM, or until something is wrong."""
+    journal = Journal(plan.journal, forgiving=plan.forgiving)
+    logging.getLogger("interventions").addHandler(journal)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        with Registry(
+            Path(plan.root), clock=lambda: time.monotonic() * plan.clock_speed
+        ) as registry:
+            journal.write("opened")
+            with watched(registry, look_seconds=0.05, beat_seconds=0.1):
+                server = RacingServer(registry, plan, journal)
+                while not ended.is_set():
+                    server.act()
+                server.end()
+        journal.write("closed")
+    except BaseException:
+        journal.fail(traceback.format_exc())
+
+
+def serve_plans() -> None:
+    """Fork a server for each plan on stdin and tell its process; wait for each process given."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        word, _, rest = line.partition(" ")
+        if word == "wait":
+            _, status = os.waitpid(int(rest), 0)
+            sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        else:
+            pid = os.fork()
+            if pid == 0:
+                run_server(Plan(**json.loads(rest)))
+                os._exit(0)
+            sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+
+
+def plan_line(plan: Plan) -> str:
+    """Write a plan as `serve_plans` reads it."""
+    return f"start {json.dumps(asdict(plan))}\n"
+
+
+if __name__ == "__main__":
+    serve_plans()
