@@ -1,5 +1,6 @@
 """Every change of a registry: one after the other, on the disk first, then for all to see."""
 
+import errno
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Final
 from interventions.catalogue import RECORD_SUFFIX, Catalogue, Entry
 from interventions.defaults import check_default
 from interventions.errors import (
+    DamagedInterventionError,
     RegistryBusyError,
     RegistryDiskError,
     RegistryError,
@@ -82,11 +84,15 @@ class RegistryChanges:
                 self._folder.move_object(staged.path, digest)
                 self._folder.sync_object(digest)
                 changed = self._point(name, digest)
-            except (OSError, RegistryDiskError):
+            except OSError:  # not RegistryDiskError: with that, the name points there by now
                 if not was_stored:
                     self._remove_new(digest)
                 raise
-            return self._catalogue.get(name), changed
+            try:
+                return self._catalogue.get(name), changed
+            except DamagedInterventionError as error:
+                lost = OSError(errno.EIO, "What was just written cannot be read back")
+                raise RegistryDiskError(lost, visible=True) from error
 
     def delete(self, name: str) -> str:
         """As `Registry.delete`."""
@@ -228,7 +234,7 @@ class RegistryChanges:
 
     def _remove(self) -> None:
         try:
-            with self._locked(LOCK_SECONDS):
+            with suppress(RegistryBusyError), self._locked(LOCK_SECONDS):  # a beat comes soon
                 self._collect()
         except Exception:
             _logger.exception("what the registry no longer needs could not be removed")
@@ -241,7 +247,8 @@ class RegistryChanges:
         try:
             others = self._leases.others()
             self._folder.remove_leftovers({self._leases.own.server, *others})
-            pinned = self._stored.show(self._found.catalogue)
+            # A change may have been made whose outcome could not be read.
+            pinned = self._refresh()
             catalogue = self._found.catalogue
             unneeded = [
                 digest

@@ -111,9 +111,11 @@ class Leases:
 
     def close(self) -> None:
         """Remove this server's file."""
-        if self._descriptor is not None and not self.lost:
-            self.path.unlink(missing_ok=True)
-        self._close()
+        try:
+            if not self.lost:
+                self.path.unlink(missing_ok=True)
+        finally:
+            self._close()
 
     def keep(self, default: Mapping[str, str]) -> None:
         """Hold what the default steering's references mean, for as long as the server runs.

@@ -11,6 +11,7 @@ from interventions.artifact import (
     ArtifactError,
     ArtifactLimits,
     Summary,
+    UnreadableArtifactError,
     read_summary,
 )
 from interventions.catalogue import (
@@ -84,12 +85,10 @@ class FolderReader:
         """
         files = _Files()
         records = {
-            path: (state, self._record(path, state))
-            for path, state in sorted(_states(self._names).items())
+            path: self._record(path, state) for path, state in sorted(_states(self._names).items())
         }
         headers = {
-            path: (state, self._header(path, state))
-            for path, state in sorted(self._object_states().items())
+            path: self._header(path, state) for path, state in sorted(self._object_states().items())
         }
         for path, (_, record) in records.items():
             _sort_record(path, record, files)
@@ -119,30 +118,32 @@ class FolderReader:
             states |= _states(shard) if shard.is_dir() else {shard: state}
         return states
 
-    def _record(self, path: Path, state: FileState) -> NameRecord | Damage:
+    def _record(self, path: Path, state: FileState) -> tuple[FileState, NameRecord | Damage]:
         before = self._records.get(path)
         if before is not None and before[0] == state:
-            return before[1]
+            return before
         try:
-            return _parse(path)
+            return state, _parse(path)
         except RecordError as error:
-            return Damage(path, str(error))
+            return state, Damage(path, str(error))
         except OSError as error:
-            if before is not None:
+            if before is not None and before[0] != _UNREADABLE:
                 raise
-            return Damage(path, str(error))
+            return _UNREADABLE, Damage(path, str(error))
 
-    def _header(self, path: Path, state: FileState) -> Summary | Damage:
+    def _header(self, path: Path, state: FileState) -> tuple[FileState, Summary | Damage]:
         before = self._headers.get(path)
         if before is not None and before[0] == state:
-            return before[1]
+            return before
         digest = path.name.removesuffix(OBJECT_SUFFIX)
         if not DIGEST_PATTERN.match(digest) or path.parent.name != digest[:2]:
-            return Damage(path, "The file's name is not that of an object.")
+            return state, Damage(path, "The file's name is not that of an object.")
         try:
-            return read_summary(path, self._limits)
+            return state, read_summary(path, self._limits)
+        except UnreadableArtifactError as error:
+            return _UNREADABLE, Damage(path, str(error))
         except ArtifactError as error:
-            return Damage(path, str(error))
+            return state, Damage(path, str(error))
 
     def _warn(self, damaged: Iterable[Damage]) -> None:
         found = frozenset(damaged)

@@ -14,6 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -68,8 +69,6 @@ __all__ = [
 ]
 
 _COPIED_AT_ONCE: Final = 1 << 20
-
-
 _HANGS_SECONDS: Final = 10.0  # of a look at the folder, until that is told
 
 _logger = logging.getLogger(__name__)
@@ -111,11 +110,13 @@ class Registry:
         leases = Leases(self._folder.leases, server, clock)
         try:
             self._folder.make()
-            with self._folder.locked():
+            with self._folder.locked(), ExitStack() as failing:
                 self._folder.check_file_system()
+                failing.callback(leases.close)
                 leases.open()
                 reader = FolderReader(self._folder.objects, self._folder.names, limits)
                 self._changes = RegistryChanges(self._folder, reader, leases, self._stored)
+                failing.pop_all()
         except RegistryBusyError as error:
             raise RegistryError(f"The registry {root} cannot be opened: {error}") from error
         except OSError as error:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import pytest
 
@@ -22,6 +22,7 @@ CHUNK_BYTES = 700  # so that an artifact comes in two
 NAMES = ("a", "b", "new")
 FULL, FAILING = errno.ENOSPC, errno.EIO
 
+T = TypeVar("T")
 Contents: TypeAlias = tuple[list[Entry], dict[str, tuple[Version, ...]]]
 Artifacts: TypeAlias = tuple[Path, ...]
 Change: TypeAlias = Callable[[Registry, Artifacts], object]
@@ -173,6 +174,66 @@ def test_a_disk_that_refuses_any_operation(
             registry.delete("new")
             assert nothing_left(registry, root), place
             assert reopened(root) == contents(registry), place
+
+
+class UnreadableDisk:
+    """Refuses to list a folder or to read a record, once or from then on."""
+
+    def __init__(self, root: Path, number: int, *, lasting: bool) -> None:
+        """From the reading in this registry with this number on (from 0)."""
+        self._root = root
+        self._number = number
+        self._lasting = lasting
+        self.done = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Refuse until the patches are undone."""
+        monkeypatch.setattr(Path, "iterdir", self._refusing(Path.iterdir))
+        monkeypatch.setattr(Path, "read_bytes", self._refusing(Path.read_bytes))
+
+    def _refusing(self, operation: Callable[[Path], T]) -> Callable[[Path], T]:
+        def refuse(path: Path) -> T:
+            if not path.is_relative_to(self._root):
+                return operation(path)
+            number, self.done = self.done, self.done + 1
+            if number == self._number or (self._lasting and number > self._number):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return operation(path)
+
+        return refuse
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from there on"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_disk_that_cannot_be_read_at_any_moment(
+    folder: Path, template: Path, artifacts: Artifacts, what: str, lasting: bool
+) -> None:
+    for number in range(1000):
+        root = folder / str(number)
+        shutil.copytree(template, root)
+        with Registry(root) as registry:
+            before = contents(registry)
+            disk = UnreadableDisk(root, number, lasting=lasting)
+            error = None
+            with pytest.MonkeyPatch.context() as patched:
+                disk.install(patched)
+                try:
+                    CHANGES[what](registry, artifacts)
+                except RegistryDiskError as raised:
+                    error = raised
+            assert registry.damaged() == ()
+            registry.look()
+            after = contents(registry)
+            made = what != "nothing new" and (error is None or error.visible)
+            assert (after != before) == made, number
+            assert reopened(root) == after, number
+            for entry in registry.entries():
+                assert registry.load(entry.digest).digest == entry.digest, number
+            registry.beat()
+            assert nothing_left(registry, root), number
+        if disk.done <= number:
+            break
+    assert 5 < number < 999
 
 
 @pytest.fixture

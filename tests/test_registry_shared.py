@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from interventions.errors import (
     RegistryUnreadableError,
     UnknownInterventionError,
 )
+from interventions.reader import FolderReader, Found
 from interventions.registry import Registry
 from interventions.watch import watched
 from tests.artifact_samples import affine_manifest, affine_parameters
@@ -578,6 +580,59 @@ def test_a_folder_that_comes_back_with_names_and_objects_alone(
     one.beat()
     assert len(servers.leases) == 1
     assert one.add(make(2), "b").name == "b"
+
+
+@pytest.mark.parametrize("what", ["record", "object"])
+def test_a_file_that_could_not_be_read_once_is_read_again(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """And its name's history is not begun anew by the next upload."""
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    record = servers.root / "names" / "a.json"
+    failing = record if what == "record" else one.path(entry.digest)
+    whole = (Path.read_bytes, Path.open)
+
+    def refuse(path: Path) -> None:
+        if path == failing:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    def read_bytes(path: Path) -> bytes:
+        refuse(path)
+        return whole[0](path)
+
+    def open_file(path: Path, mode: str = "r") -> IO[Any]:
+        refuse(path)
+        return whole[1](path, mode)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "open", open_file)
+    two.look()
+    two.look()
+    with pytest.raises(DamagedInterventionError):
+        two.get("a")
+    assert two.problem() is None
+    monkeypatch.undo()
+    two.look()
+    assert two.get("a") == entry
+    assert two.damaged() == ()
+    two.add(make(2), "a")
+    assert len(two.history("a")) == 2
+
+
+def test_a_registry_that_cannot_be_opened_leaves_no_lease(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(reader: FolderReader) -> Found:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderReader, "read", refuse)
+        with pytest.raises(RegistryError, match="Input/output error"):
+            servers.open()
+    assert servers.leases == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_look_that_hangs_is_told(servers: Servers) -> None:
