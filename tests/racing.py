@@ -122,10 +122,11 @@ class RacingServer:
         [operation] = self._random.choices(list(operations), list(operations.values()))
         operation()
         assert self._registry.damaged() == ()
+        if self._plan.forgiving:
+            return
         assert self._registry.problem() is None
         for name, digest in self._default.items():
-            if not self._plan.forgiving:
-                assert self._registry.get(name).digest == digest, "a default's name has moved"
+            assert self._registry.get(name).digest == digest, "a default's name has moved"
 
     def end(self) -> None:
         """Let go of everything."""
