@@ -1,7 +1,8 @@
 """What a registry holds, in memory, and the answers that need no disk."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -140,17 +141,20 @@ class Catalogue:
         """
         return self.refers_to(digest) or bool(self.damaged_records)
 
-    def times_stored(self, digest: str) -> int:
-        """How often the digest was stored under a name, ever."""
-        return sum(
-            version.digest == digest
-            for record in self.records.values()
-            for version in record.versions
-        )
+    def times_stored(self, digests: Iterable[str]) -> dict[str, int]:
+        """How often each of these digests was stored under a name, ever."""
+        times = dict.fromkeys(digests, 0)
+        for record in self.records.values():
+            for version in record.versions:
+                if version.digest in times:
+                    times[version.digest] += 1
+        return times
 
     def with_objects(self, objects: Mapping[str, Summary]) -> "Catalogue":
-        """The same, but for the objects: these, and no others."""
-        return replace(self, objects=objects)
+        """The same, but for the objects: these, and no others. Reads no name's history."""
+        other = copy(self)
+        object.__setattr__(other, "objects", objects)
+        return other
 
     def _entry(self, name: str, version: Version, history: tuple[Version, ...]) -> Entry:
         summary = self.objects.get(version.digest)

@@ -255,8 +255,7 @@ class RegistryChanges:
                 for digest in catalogue.objects
                 if not catalogue.needs(digest) and digest not in pinned
             ]
-            times_stored = {digest: catalogue.times_stored(digest) for digest in unneeded}
-            ripe = self._marks.ripe(times_stored, others)
+            ripe = self._marks.ripe(catalogue.times_stored(unneeded), others)
             for digest in ripe:
                 self._remove_object(digest)
             if ripe:

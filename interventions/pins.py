@@ -63,11 +63,11 @@ class PinnedCatalogue:
         Returns:
             The digests that are pinned.
         """
+        needed = {digest: each for digest, each in found.objects.items() if found.needs(digest)}
         with self._lock:
             pinned = frozenset(+self._pins)
             kept = {
                 digest: each for digest, each in self._catalogue.objects.items() if digest in pinned
             }
-            needed = {digest: each for digest, each in found.objects.items() if found.needs(digest)}
             self._catalogue = found.with_objects({**kept, **needed})
         return pinned

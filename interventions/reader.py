@@ -1,6 +1,7 @@
 """Reading what a registry's folder holds, whatever happened to it before."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +30,11 @@ _logger = logging.getLogger(__name__)
 FileState: TypeAlias = tuple[int, ...]
 """Numbers of a file on the disk that change with its bytes; empty where there is no file."""
 _UNREADABLE: Final[FileState] = (-1,)  # no file has it: so the next look reads the file again
+
+# What was read of a file, and the file's state before that. Below they are found by the path as a
+# string, as a thousand of those are compared every second.
+_ReadRecord: TypeAlias = tuple[FileState, Path, NameRecord | Damage]
+_ReadHeader: TypeAlias = tuple[FileState, Path, Summary | Damage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +66,8 @@ class FolderReader:
         """Name the folders; nothing is read."""
         self._objects, self._names = objects, names
         self._limits = limits
-        # What was read last of each file, and the file's state before that.
-        self._records: dict[Path, tuple[FileState, NameRecord | Damage]] = {}
-        self._headers: dict[Path, tuple[FileState, Summary | Damage]] = {}
+        self._records: dict[str, _ReadRecord] = {}
+        self._headers: dict[str, _ReadHeader] = {}
         self._doubtful: Mapping[Path, FileState] = {}  # objects that were damaged or missing
         self._warned: frozenset[Damage] = frozenset()
 
@@ -72,7 +77,7 @@ class FolderReader:
         Raises:
             OSError: the folder cannot be read.
         """
-        known = {path: state for path, (state, _) in self._records.items()}
+        known = {path: state for path, (state, _, _) in self._records.items()}
         return _states(self._names) != known or any(
             _state(path) != state for path, state in self._doubtful.items()
         )
@@ -90,18 +95,18 @@ class FolderReader:
         headers = {
             path: self._header(path, state) for path, state in sorted(self._object_states().items())
         }
-        for path, (_, record) in records.items():
-            _sort_record(path, record, files)
-        for path, (_, header) in headers.items():
+        for _, file, record in records.values():
+            _sort_record(file, record, files)
+        for _, file, header in headers.values():
             if isinstance(header, Damage):
-                files.damaged_objects[path.name] = header
+                files.damaged_objects[file.name] = header
             else:
-                files.objects[path.stem] = header
+                files.objects[file.stem] = header
         known = {**files.marked, **files.records}  # a record is newer than the mark beside it
         _note_missing(self._objects, known, files)
         self._records, self._headers = records, headers
         self._doubtful = {
-            damage.path: headers[damage.path][0] if damage.path in headers else ()
+            damage.path: headers[str(damage.path)][0] if str(damage.path) in headers else ()
             for damage in files.damaged_objects.values()
         }
         catalogue = Catalogue(files.objects, known, files.damaged_objects, files.damaged_records)
@@ -112,38 +117,41 @@ class FolderReader:
         }
         return Found(catalogue, frozenset(unwritten))
 
-    def _object_states(self) -> dict[Path, FileState]:
-        states: dict[Path, FileState] = {}
-        for shard, state in _states(self._objects).items():
-            states |= _states(shard) if shard.is_dir() else {shard: state}
+    def _object_states(self) -> dict[str, FileState]:
+        states: dict[str, FileState] = {}
+        with os.scandir(self._objects) as shards:
+            for shard in shards:
+                states |= _states(shard.path) if shard.is_dir() else {shard.path: _state(shard)}
         return states
 
-    def _record(self, path: Path, state: FileState) -> tuple[FileState, NameRecord | Damage]:
+    def _record(self, path: str, state: FileState) -> _ReadRecord:
         before = self._records.get(path)
         if before is not None and before[0] == state:
             return before
+        file = Path(path)
         try:
-            return state, _parse(path)
+            return state, file, _parse(file)
         except RecordError as error:
-            return state, Damage(path, str(error))
+            return state, file, Damage(file, str(error))
         except OSError as error:
             if before is not None and before[0] != _UNREADABLE:
                 raise
-            return _UNREADABLE, Damage(path, str(error))
+            return _UNREADABLE, file, Damage(file, str(error))
 
-    def _header(self, path: Path, state: FileState) -> tuple[FileState, Summary | Damage]:
+    def _header(self, path: str, state: FileState) -> _ReadHeader:
         before = self._headers.get(path)
         if before is not None and before[0] == state:
             return before
-        digest = path.name.removesuffix(OBJECT_SUFFIX)
-        if not DIGEST_PATTERN.match(digest) or path.parent.name != digest[:2]:
-            return state, Damage(path, "The file's name is not that of an object.")
+        file = Path(path)
+        digest = file.name.removesuffix(OBJECT_SUFFIX)
+        if not DIGEST_PATTERN.match(digest) or file.parent.name != digest[:2]:
+            return state, file, Damage(file, "The file's name is not that of an object.")
         try:
-            return state, read_summary(path, self._limits)
+            return state, file, read_summary(file, self._limits)
         except UnreadableArtifactError as error:
-            return _UNREADABLE, Damage(path, str(error))
+            return _UNREADABLE, file, Damage(file, str(error))
         except ArtifactError as error:
-            return state, Damage(path, str(error))
+            return state, file, Damage(file, str(error))
 
     def _warn(self, damaged: Iterable[Damage]) -> None:
         found = frozenset(damaged)
@@ -152,14 +160,15 @@ class FolderReader:
         self._warned = found
 
 
-def _states(folder: Path) -> dict[Path, FileState]:
-    """The state of every file in a folder."""
-    return {path: _state(path) for path in folder.iterdir()}
+def _states(folder: Path | str) -> dict[str, FileState]:
+    """The state of every file in a folder, by its path."""
+    with os.scandir(folder) as entries:
+        return {entry.path: _state(entry) for entry in entries}
 
 
-def _state(path: Path) -> FileState:
+def _state(file: "Path | os.DirEntry[str]") -> FileState:
     try:
-        found = path.stat()
+        found = file.stat()
     except FileNotFoundError:
         return ()
     except OSError:

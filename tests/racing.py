@@ -41,6 +41,7 @@ SHARED: Final = 3  # artifacts that every server uploads now and then; all other
 FAILED: Final = 3  # exit status
 _CHUNK_BYTES: Final = 512
 _LONGEST_PAUSE: Final = 0.03  # seconds
+_LONG: Final = 0.4  # seconds
 _MOST_HELD: Final = 3
 
 
@@ -191,7 +192,9 @@ class RacingServer:
         references = (chosen.name, DIGEST_PREFIX + self._random.choice(versions).digest)
         try:
             digest = self._registry.resolve(self._random.choice(references)).digest
-            if self._random.random() < 0.3:
+            if self._random.random() < 0.03:
+                time.sleep(_LONG)  # until a deletion is shown, and others have beaten twice
+            elif self._random.random() < 0.3:
                 self._pause()
             self._registry.pin(digest)
         except DamagedInterventionError:

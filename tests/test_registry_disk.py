@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import pytest
 
@@ -22,7 +22,6 @@ CHUNK_BYTES = 700  # so that an artifact comes in two
 NAMES = ("a", "b", "new")
 FULL, FAILING = errno.ENOSPC, errno.EIO
 
-T = TypeVar("T")
 Contents: TypeAlias = tuple[list[Entry], dict[str, tuple[Version, ...]]]
 Artifacts: TypeAlias = tuple[Path, ...]
 Change: TypeAlias = Callable[[Registry, Artifacts], object]
@@ -188,19 +187,25 @@ class UnreadableDisk:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Refuse until the patches are undone."""
-        monkeypatch.setattr(Path, "iterdir", self._refusing(Path.iterdir))
-        monkeypatch.setattr(Path, "read_bytes", self._refusing(Path.read_bytes))
+        scandir, read_bytes = os.scandir, Path.read_bytes
 
-    def _refusing(self, operation: Callable[[Path], T]) -> Callable[[Path], T]:
-        def refuse(path: Path) -> T:
-            if not path.is_relative_to(self._root):
-                return operation(path)
-            number, self.done = self.done, self.done + 1
-            if number == self._number or (self._lasting and number > self._number):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-            return operation(path)
+        def refuse_list(path: str) -> "os._ScandirIterator[str]":
+            self._refuse(path)
+            return scandir(path)
 
-        return refuse
+        def refuse_read(path: Path) -> bytes:
+            self._refuse(path)
+            return read_bytes(path)
+
+        monkeypatch.setattr(os, "scandir", refuse_list)
+        monkeypatch.setattr(Path, "read_bytes", refuse_read)
+
+    def _refuse(self, path: str | Path) -> None:
+        if not Path(path).is_relative_to(self._root):
+            return
+        number, self.done = self.done, self.done + 1
+        if number == self._number or (self._lasting and number > self._number):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from there on"])
