@@ -4,7 +4,7 @@ import errno
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Final
@@ -52,19 +52,27 @@ class RegistryChanges:
         self._using = threading.Lock()  # keeps this process's threads in order; never on a loop
         self._closed = False
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._removal: Future[None] | None = None  # the last one
         self._found: Found = reader.read()
         self._collect()
 
     def close(self) -> None:
-        """Wait for running changes, take no more, and give the lease up."""
-        self._remover.shutdown()
-        with self._using:
-            if not self._closed:
-                self._closed = True
-                try:
-                    self._leases.close()
-                except OSError as error:
-                    _logger.warning("the lease cannot be removed: %s", error)
+        """Wait for running changes, take no more, and give the lease up.
+
+        Where a change does not end, as its disk hangs, the lease ends with this process.
+        """
+        self._remover.shutdown(wait=False)
+        if not self._using.acquire(timeout=LOCK_SECONDS):
+            self._closed = True
+            _logger.warning("the lease is not removed, as a change of the registry does not end")
+            return
+        try:
+            self._closed = True
+            self._leases.close()
+        except OSError as error:
+            _logger.warning("the lease cannot be removed: %s", error)
+        finally:
+            self._using.release()
 
     def check_open(self) -> None:
         """Raise RegistryError if the registry is closed."""
@@ -154,9 +162,10 @@ class RegistryChanges:
 
     def remove_soon(self) -> None:
         """Have another thread remove what nothing needs any more; does not wait for it."""
-        # After close, others collect it.
-        with suppress(RuntimeError):
-            self._remover.submit(self._remove)
+        # One that has not begun yet does it all. After close, others do.
+        if self._removal is None or self._removal.running() or self._removal.done():
+            with suppress(RuntimeError):
+                self._removal = self._remover.submit(self._remove)
 
     @property
     def _catalogue(self) -> Catalogue:
@@ -233,6 +242,8 @@ class RegistryChanges:
             self._remove_object(digest)
 
     def _remove(self) -> None:
+        if self._closed:
+            return
         try:
             with suppress(RegistryBusyError), self._locked(LOCK_SECONDS):  # a beat comes soon
                 self._collect()

@@ -80,6 +80,7 @@ class Leases:
         self._clock = clock
         self.own = Lease(server, socket.gethostname()[:100], os.getpid())
         self._descriptor: int | None = None
+        self._written = False  # ever, to the file that is open
         # Of each other server: what its lease was last, and for how many seconds.
         self._seen: dict[str, tuple[_State, float]] = {}
         self._looked: float | None = None  # when, by the clock
@@ -104,7 +105,7 @@ class Leases:
         self._close()
         self.path.unlink(missing_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self._descriptor = descriptor
+        self._descriptor, self._written = descriptor, False
         if not try_lock(descriptor):
             raise OSError("the file of a new lease is locked")
         self._write_if_possible()
@@ -194,7 +195,8 @@ class Leases:
     def _write(self) -> None:
         """Write in place, which needs no room, or leave a lease that nobody can read.
 
-        The others take a server whose lease they cannot read to hold everything.
+        The others take a server whose lease they cannot read to hold everything. Only the first
+        writing may find no room: then the file stays empty, which says that nothing is held.
         """
         if self._descriptor is None:
             raise FileNotFoundError("the lease is not open")
@@ -206,8 +208,9 @@ class Leases:
                 rest, place = rest[written:], place + written
             os.ftruncate(self._descriptor, len(data))
             os.fsync(self._descriptor)  # so that other machines read it, before the lock is free
+            self._written = True
         except OSError:
-            os.ftruncate(self._descriptor, 0)
+            os.ftruncate(self._descriptor, 1 if self._written else 0)
             raise
 
     def _close(self) -> None:
@@ -224,6 +227,8 @@ def _state(path: Path) -> tuple[_State, bool]:
 
 
 def _parse(data: bytes, server: str) -> Lease | None:
+    if not data:  # for want of room: so its server never read the names, and has no default
+        return Lease(server, host="unknown", process=0)
     try:
         lease = _ADAPTER.validate_json(data)
     except ValidationError:

@@ -298,6 +298,33 @@ def test_a_file_system_that_is_full(small_disk: Path, artifacts: Artifacts) -> N
         assert nothing_left(registry, root)
 
 
+def test_servers_that_start_on_a_full_disk(small_disk: Path, artifacts: Artifacts) -> None:
+    """Their leases have no room: none keeps the other from making some."""
+    root = small_disk / "registry"
+    with Registry(root) as registry:
+        upload(registry, artifacts[0], "a")
+        upload(registry, artifacts[1], "b")
+    fill(small_disk / "filler")
+    with Registry(root) as one, Registry(root) as two:
+        digest = two.get("a").digest
+        two.pin(digest)
+        with pytest.raises(RegistryDiskError) as caught:
+            two.keep_default({"a": digest})
+        assert caught.value.full
+        one.delete("a")
+        one.beat()
+        assert two.load(digest).digest == digest
+        (small_disk / "filler").unlink()
+        for _ in range(3):
+            two.beat()
+            one.beat()
+        assert two.load(digest).digest == digest
+        two.unpin(digest)
+        for registry in (two, two, one):
+            registry.beat()
+        assert objects(root) == {one.get("b").digest}
+
+
 def test_a_record_is_newer_than_the_mark_beside_it(
     folder: Path, template: Path, artifacts: Artifacts
 ) -> None:

@@ -439,7 +439,7 @@ def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Ma
     two.look()
     path = next(path for path in servers.leases if two._changes._leases.path == path)
     whole = path.read_bytes()
-    for content in (b"", whole[:40], b"{}", whole.replace(b'"reads"', b'"roads"'), b"\xff"):
+    for content in (b"{", whole[:40], b"{}", whole.replace(b'"reads"', b'"roads"'), b"\xff"):
         path.write_bytes(content)
         with pytest.raises(RegistryBusyError, match="lease of another server"):
             one.delete("a")
@@ -447,7 +447,7 @@ def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Ma
     path.write_bytes(whole)
     entry = one.get("a")
     one.delete("a")
-    path.write_bytes(b"")
+    path.write_bytes(b"{")
     one.beat()
     assert servers.objects == {entry.digest}
     clock.watch(one, 60)
@@ -633,6 +633,36 @@ def test_a_registry_that_cannot_be_opened_leaves_no_lease(
             servers.open()
     assert servers.leases == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_registry_that_is_closed_leaves_nothing_open(servers: Servers, make: Make) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    one = servers.open()
+    entry = one.add(make(1), "a")
+    one.keep_default({"a": entry.digest})
+    one.look()
+    one.beat()
+    with pytest.raises(NameInUseError):
+        one.delete("a")
+    one.close()
+    one.close()
+    assert servers.leases == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    with pytest.raises(RegistryError, match="closed"):
+        one.beat()
+
+
+def test_a_change_that_does_not_end_does_not_keep_a_registry_from_closing(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("interventions.changes.LOCK_SECONDS", 0.05)
+    one = servers.open()
+    with one._changes._using:  # as a thread that waits for a disk
+        one.close()
+        assert "does not end" in caplog.text
+        assert len(servers.leases) == 1
+    one.close()
+    assert servers.leases == []
 
 
 def test_a_look_that_hangs_is_told(servers: Servers) -> None:
