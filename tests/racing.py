@@ -246,7 +246,8 @@ class RacingServer:
 
 
 def run_server(plan: Plan) -> None:
-    """Change the registry until SIGTERM, or until something is wrong."""
+    """Change the registry until SIGTERM, the parent's end, or something that is wrong."""
+    parent = os.getppid()
     journal = Journal(plan.journal, forgiving=plan.forgiving)
     logging.getLogger("interventions").addHandler(journal)
     ended = threading.Event()
@@ -258,7 +259,7 @@ def run_server(plan: Plan) -> None:
             journal.write("opened")
             with watched(registry, look_seconds=0.05, beat_seconds=0.1):
                 server = RacingServer(registry, plan, journal)
-                while not ended.is_set():
+                while not ended.is_set() and os.getppid() == parent:
                     server.act()
                 server.end()
         journal.write("closed")
