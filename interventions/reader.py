@@ -190,7 +190,10 @@ def _parse(path: Path) -> NameRecord:
     record = parse_record(path.read_bytes(), name)
     if suffix == RECORD_SUFFIX:
         return record
-    changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    try:
+        changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except (OverflowError, ValueError) as error:
+        raise RecordError(f'the time at which "{name}" was deleted cannot be read') from error
     return record.followed_by(Version("", changed, "deleted"))
 
 

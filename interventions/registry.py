@@ -10,6 +10,7 @@ What only reads (`resolve`, `get`, `entries`, `history`, `shapes`, …), `pin` a
 for a disk, nor for whoever does: an event loop may call them. All else belongs on a thread.
 """
 
+import errno
 import logging
 import secrets
 import time
@@ -158,9 +159,9 @@ class Registry:
             InvalidNameError: the name is not one that an intervention may have.
             NameInUseError: a server's default steering needs the name as it is.
             RegistryBusyError: another server is changing the registry, and does not end.
-            RegistryDiskError: the disk is full, or fails; the name points to what it did before,
-                unless the error says that the change is visible.
-            RegistryError: the staged bytes are not those of the artifact.
+            RegistryDiskError: the disk is full, or fails, or gives back other bytes than those of
+                the artifact; the name points to what it did before, unless the error says that the
+                change is visible.
         """
         if not NAME_PATTERN.match(name):
             raise InvalidNameError(name)
@@ -168,7 +169,7 @@ class Registry:
         digest = artifact.digest
         with disk_errors():
             if artifact_digest(staged.path) != digest:
-                raise RegistryError("The staged bytes are not those of the artifact to commit.")
+                raise OSError(errno.EIO, "the staged bytes are not those of the artifact")
         return self._changes.store(staged, digest, name)
 
     def add(self, path: Path, name: str | None = None) -> Entry:

@@ -17,6 +17,7 @@ from interventions.registry import (
     Entry,
     InvalidNameError,
     Registry,
+    RegistryDiskError,
     RegistryError,
     UnknownInterventionError,
 )
@@ -181,7 +182,7 @@ def test_only_the_bytes_that_were_checked_are_stored(
     other = read_artifact(make(2))
     with registry.stage() as staged:
         staged.write(make(1).read_bytes())
-        with pytest.raises(RegistryError, match="not those of the artifact"):
+        with pytest.raises(RegistryDiskError, match="not those of the artifact; nothing was"):
             registry.commit(staged, other, "a")
     assert files(root) == set()
 

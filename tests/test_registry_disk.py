@@ -349,6 +349,18 @@ def test_a_record_is_newer_than_the_mark_beside_it(
         assert [version.event for version in registry.history("a")][-1] == "deleted"
 
 
+def test_a_mark_with_a_time_that_no_calendar_has(folder: Path, template: Path) -> None:
+    root = folder / "registry"
+    shutil.copytree(template, root)
+    (root / "names" / "a.json").rename(root / "names" / "a.deleted")
+    os.utime(root / "names" / "a.deleted", (1e12, 1e12))
+    if (root / "names" / "a.deleted").stat().st_mtime < 1e12:
+        pytest.skip("the file system has no such times")
+    with Registry(root) as registry:
+        assert [damage.path.name for damage in registry.damaged()] == ["a.deleted"]
+        assert [entry.name for entry in registry.entries()] == ["b"]
+
+
 def test_an_upload_in_place_of_a_damaged_record(
     folder: Path, template: Path, artifacts: Artifacts
 ) -> None:

@@ -33,7 +33,7 @@ from tests.racing import NAMES, Plan, fingerprint, plan_line
 Event = Mapping[str, Any]
 
 SERVERS = 4
-KILLS = 60  # of each race
+KILLS = 50  # of each race
 LONGEST_WAIT = 0.08  # seconds, between two kills or suspensions
 LONGEST_SUSPENSION = 0.2
 MEMORY_DISK = Path("/dev/shm")  # syncs at once, so more races fit in a second

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -217,6 +217,30 @@ def test_a_pin_that_the_other_server_has_not_written_down_yet_keeps_the_bytes(
     for server in (two, one):
         server.beat()
     assert servers.objects == set()
+
+
+def test_a_lease_is_written_under_the_lock_and_after_reading(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a deletion could come between, of what is pinned after the writing."""
+    one, two = servers.open(), servers.open()
+    entry = one.add(make(1), "a")
+    two.look()
+    one.delete("a")
+    assert two.entries() == [entry]
+    write = two._changes._leases.beat
+
+    def beat(held: Set[str]) -> None:
+        assert two.entries() == []
+        with pytest.raises(UnknownInterventionError):
+            two.pin(entry.digest)
+        with pytest.raises(RegistryBusyError), one._folder.locked(0):
+            pass
+        write(held)
+
+    monkeypatch.setattr(two._changes._leases, "beat", beat)
+    two.beat()
+    assert two._changes._leases.own.reads == 1
 
 
 def test_bytes_stay_until_every_server_has_read_the_deletion_twice(
