@@ -9,7 +9,7 @@ from interventions.bundled import bundled_artifacts
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.interventions import Parameters
-from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.model.loader import LoadedModel, load_model
 from server.engine.torch.options import EngineOptions
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings

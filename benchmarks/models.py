@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from server.engine.torch.embedded import embedded_model_folder
-from server.engine.torch.loader import resolve_dtype
+from server.engine.torch.model.embedded import embedded_model_folder
+from server.engine.torch.model.loader import resolve_dtype
 
 
 def model_folder(model: str) -> Path:

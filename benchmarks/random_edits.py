@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineMap, Gate
 from steering.reward import RewardHead
 

@@ -30,7 +30,7 @@ from interventions.registry import Registry
 from server.config import Settings
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
 from server.metrics import Metrics
 from server.toxicity.pace import Pace

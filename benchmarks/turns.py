@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.core import Bench, BenchmarkError, at_full_speed
 from server.engine.base import Edit, EngineError, Request, SamplingSettings
-from server.engine.torch.sequence import Sequence as EngineSequence
-from server.engine.torch.slab import SlabShape
-from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab_attention import SlabMemory
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 
 Edits: TypeAlias = tuple[Edit, ...]
 Rows: TypeAlias = Sequence[Edits]

@@ -18,7 +18,7 @@ from interventions.registry import Registry
 from server.engine.base import StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
-from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.model.loader import LoadedModel, load_model
 from server.engine.torch.options import EngineOptions
 from tests.engines import close_checked
 from tests.manifests import manifest_of

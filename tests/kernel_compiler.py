@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.engine.torch.page_pool import PAGE
-from server.engine.torch.paged_index import Tiling
-from server.engine.torch.paged_kernel import _attend_kernel, _combine_kernel, _tile_keys
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_index import Tiling
+from server.engine.torch.cuda.paged_kernel import _attend_kernel, _combine_kernel, _tile_keys
 
 
 @dataclass(frozen=True, slots=True)

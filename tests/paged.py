@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.engine.torch import build, cuda_paths
-from server.engine.torch.attention_step import How
+from server.engine.torch import build
+from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex
+from server.engine.torch.attention.plan import KVPlan, KVWishes, plan_pages, plan_slabs, tiling_of
+from server.engine.torch.attention.slab import SlabShape
 from server.engine.torch.core import EngineCore
-from server.engine.torch.kv_plan import KVPlan, KVWishes, plan_pages, plan_slabs, tiling_of
+from server.engine.torch.cuda import paths as cuda_paths
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.page_pool import PAGE
-from server.engine.torch.paged_index import PagedAttention, PagedIndex
-from server.engine.torch.slab import SlabShape
 
 
 def paged_reference(

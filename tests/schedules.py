@@ -1,6 +1,6 @@
 """What a step does to its sequences, without a model."""
 
-from server.engine.torch.scheduler import Chunk, Scheduler
+from server.engine.torch.scheduling.scheduler import Chunk, Scheduler
 
 
 def step(schedule: Scheduler) -> list[Chunk]:

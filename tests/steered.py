@@ -11,7 +11,7 @@ import torch
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.interventions import Parameters
-from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings, RewardSettings
 from tests.oracles import Oracle, Stack
 from tests.tiny import (

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch.core import EngineCore
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.scheduling.sequence import Sequence
 from tests.steered import GREEDY, NEW_TOKENS, interventions_of
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention import UnsupportedAttentionError, engine_attention
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
-from server.engine.torch.slab_attention import Segment, SlabStep, decoding_order
+from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.attention.slab_attention import Segment, SlabStep, decoding_order
+from server.engine.torch.attention.transformers_hook import (
+    UnsupportedAttentionError,
+    engine_attention,
+)
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)

@@ -1,6 +1,6 @@
 import threading
 
-from server.engine.torch.background import Background
+from server.engine.torch.cpu.background import Background
 
 
 def test_what_is_given_runs_in_order_beside_everything_else() -> None:

@@ -23,12 +23,12 @@ from benchmarks.turns import Rows, Turns, take_turns
 from benchmarks.workers.steerserve_worker import generate
 from benchmarks.workers.transformers_worker import load, static_batch
 from server.engine.base import Edit
-from server.engine.torch.attention_step import Piece
-from server.engine.torch.batch import Batch
+from server.engine.torch.attention.backend import Piece
+from server.engine.torch.attention.slab_attention import SlabMemory, SlabStep
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.slab_attention import SlabMemory, SlabStep
+from server.engine.torch.step.batch import Batch
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.settings import AffineSettings
@@ -128,7 +128,8 @@ def test_sequences_of_an_arm_stay_neighbours_of_one_length(tiny_llama: str) -> N
     arms: dict[str, Rows] = {"two": [()] * 2, "four": [steered] * 4, "three": [()] * 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SlabMemory, "step", recording)
-        patch.setattr("server.engine.torch.slab._GROUP_TOKENS", 5 * 64)  # five of the smallest
+        five_of_the_smallest = 5 * 64
+        patch.setattr("server.engine.torch.attention.slab._GROUP_TOKENS", five_of_the_smallest)
         take_turns(bench, arms, Turns(rounds=1, steps=4, prompt_tokens=8), lambda: None)
     assert seen[-24:] == [(1, 1)] * 24
 

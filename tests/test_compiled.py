@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from server.engine.base import Edit, Request, StepOutput
-from server.engine.torch import compiled, decoder
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
+from server.engine.torch.cpu import compiled
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step import decoder
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny, StartEngine
 from tests.oracles import Oracle

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.base import Edit
-from server.engine.torch import cuda_graphs, fallback
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.cuda_graphs import GraphRunner
-from server.engine.torch.decode_inputs import DecodeInputs, DecodeShape
-from server.engine.torch.decoder_call import Decoder, DecoderCallError
-from server.engine.torch.graph_capture import CaptureError
-from server.engine.torch.graph_keys import buckets
-from server.engine.torch.loader import ModelLoadError
-from server.engine.torch.staged_runner import StagedRunner
+from server.engine.torch.cuda import graphs as cuda_graphs
+from server.engine.torch.cuda.capture import CaptureError
+from server.engine.torch.cuda.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.cuda.decoder_call import Decoder, DecoderCallError
+from server.engine.torch.cuda.graphs import GraphRunner
+from server.engine.torch.model import fallback
+from server.engine.torch.model.loader import ModelLoadError
+from server.engine.torch.step.graph_keys import buckets
+from server.engine.torch.step.staged_runner import StagedRunner
 from steering.bank import Bank
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny, StartEngine

@@ -11,17 +11,17 @@ import torch
 from accelerate import dispatch_model
 
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
-from server.engine.torch.attention import use_engine_attention
-from server.engine.torch.batch import build_batch
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab_attention import SlabMemory
+from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.build import build_core
-from server.engine.torch.devices import is_offloaded, keep_rows_on_host, layer_devices
-from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.model.devices import is_offloaded, keep_rows_on_host, layer_devices
+from server.engine.torch.model.loader import LoadedModel, load_model
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.runner import Runner
-from server.engine.torch.scheduler import Chunk
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import SlabShape
-from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.scheduling.scheduler import Chunk
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step.batch import build_batch
+from server.engine.torch.step.runner import Runner
 from steering.bank import Bank
 from steering.hooks import SteeringHooks
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from steering.bank import Bank
 from steering.dose import LARGEST, DoseMeter

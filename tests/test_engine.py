@@ -25,11 +25,11 @@ from server.engine.base import (
     UnservableInterventionError,
 )
 from server.engine.torch import core
-from server.engine.torch.detokenizer import Detokenizer
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.options import EngineOptions
+from server.engine.torch.text.detokenizer import Detokenizer
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.engines import close_checked, idle

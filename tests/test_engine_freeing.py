@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from server.engine.base import Request, SamplingSettings, StepOutput
-from server.engine.torch.block_keys import KeyChain
+from server.engine.torch.attention.slab import Slab
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_store import KVStore
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.penalty_table import PenaltyTable
-from server.engine.torch.prefix_cache import PrefixCache
-from server.engine.torch.scheduler import Scheduler
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab
+from server.engine.torch.sampling.penalty_table import PenaltyTable
+from server.engine.torch.scheduling.block_keys import KeyChain
+from server.engine.torch.scheduling.prefix_cache import PrefixCache
+from server.engine.torch.scheduling.scheduler import Scheduler
+from server.engine.torch.scheduling.sequence import Sequence
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.engines import idle
 from tests.serving import eventually

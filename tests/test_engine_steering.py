@@ -8,11 +8,11 @@ import pytest
 from torch import Tensor
 
 from server.engine.base import Edit, Request, StepOutput
-from server.engine.torch.batch import Batch
 from server.engine.torch.build import build_core
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step.batch import Batch
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.native import build_native

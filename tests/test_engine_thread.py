@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from server.engine.base import EngineDeadError, ShuttingDownError
-from server.engine.torch.postprocess import Delivery
+from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.thread import EngineThread
 
 SECONDS = 20

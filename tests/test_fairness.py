@@ -9,11 +9,11 @@ from hypothesis import settings as hypothesis_settings
 
 from server.engine.base import Edit, Request, SamplingSettings
 from server.engine.torch.build import build_core
-from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.scheduler import Chunk, Scheduler
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.shares import share
+from server.engine.torch.scheduling.block_pool import BlockPool
+from server.engine.torch.scheduling.scheduler import Chunk, Scheduler
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.scheduling.shares import share
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny
 from tests.schedules import step

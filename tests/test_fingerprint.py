@@ -13,8 +13,8 @@ from interventions.artifact import read_artifact, read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.compatibility import check_shapes
 from interventions.layout import shapes_of
-from server.engine.torch.fingerprint import fingerprint_of
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.fingerprint import fingerprint_of
+from server.engine.torch.model.loader import load_model
 
 
 def fingerprint(folder: Path, dtype: str = "float32") -> str:

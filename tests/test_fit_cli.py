@@ -14,7 +14,7 @@ from interventions.compatibility import check_compatible
 from interventions.manifest import AffineManifest, RewardManifest
 from server.__main__ import app
 from server.cli.training_files import TrainingFileError, read_lines, read_pairs
-from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.model.loader import LoadedModel, load_model
 from steering.fit.activations import collect_hidden_states
 from steering.reward import RewardHead
 from tests.tiny import SITES, WIDTH

@@ -3,9 +3,9 @@
 import gc
 import weakref
 
-from server.engine.torch.graph_store import HABIT, GraphStore
-from server.engine.torch.layer_graphs import Graphs, Site, Variant
-from server.engine.torch.recurring import Habit
+from server.engine.torch.cpu.graph_store import HABIT, GraphStore
+from server.engine.torch.cpu.layer_graphs import Graphs, Site, Variant
+from server.engine.torch.cpu.recurring import Habit
 from steering.site_maps import Part
 from steering.sites import Place
 

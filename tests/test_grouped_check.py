@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch import fallback, grouped_check
-from server.engine.torch.grouped_check import make_grouped_refinement
-from server.engine.torch.loader import ModelLoadError
+from server.engine.torch.cuda import grouped_check
+from server.engine.torch.cuda.grouped_check import make_grouped_refinement
+from server.engine.torch.model import fallback
+from server.engine.torch.model.loader import ModelLoadError
 from tests.grouped import expected_of, mixed_settings, random_rows, refined_by, use_few_programs
 from tests.tiny import random_head
 

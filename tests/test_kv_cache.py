@@ -1,6 +1,6 @@
 import pytest
 
-from server.engine.torch.kv_cache import BlockPool
+from server.engine.torch.scheduling.block_pool import BlockPool
 
 
 def test_blocks_are_held_and_given_back() -> None:

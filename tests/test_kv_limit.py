@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from server.engine.base import Request, SamplingSettings, StepOutput
-from server.engine.torch.kv_plan import KVWishes, plan_slabs
+from server.engine.torch.attention.mapped import PAGE_BYTES, KeptCopies, Mapping, whole_pages
+from server.engine.torch.attention.plan import KVWishes, plan_slabs
+from server.engine.torch.attention.slab import Slab, SlabGroup, SlabPool, SlabShape
+from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.kv_store import KVStore
-from server.engine.torch.mapped import PAGE_BYTES, KeptCopies, Mapping, whole_pages
-from server.engine.torch.prefix_cache import PrefixCache
-from server.engine.torch.scheduler import Scheduler
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabGroup, SlabPool, SlabShape
-from server.engine.torch.slab_attention import SlabMemory
+from server.engine.torch.scheduling.prefix_cache import PrefixCache
+from server.engine.torch.scheduling.scheduler import Scheduler
+from server.engine.torch.scheduling.sequence import Sequence
 
 CPU = torch.device("cpu")
 # Heads of 128, 160 and 512 bytes a token: pages end with a token, or within one.

@@ -6,15 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.torch import build, fallback, kv_plan, memory_plan
+from server.engine.torch import build, memory_plan
+from server.engine.torch.attention import plan as kv_plan
+from server.engine.torch.attention.paged_attention import PagedMemory
+from server.engine.torch.attention.paged_check import WrongAttentionError
+from server.engine.torch.attention.plan import KVWishes, plan_kv
+from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.build import build_core
-from server.engine.torch.kv_plan import KVWishes, plan_kv
-from server.engine.torch.loader import LoadedModel, ModelLoadError
 from server.engine.torch.memory_plan import plan_memory
+from server.engine.torch.model import fallback
+from server.engine.torch.model.loader import LoadedModel, ModelLoadError
 from server.engine.torch.options import AttentionChoice, EngineOptions
-from server.engine.torch.paged_attention import PagedMemory
-from server.engine.torch.paged_check import WrongAttentionError
-from server.engine.torch.slab_attention import SlabMemory
 from tests.conftest import LoadTiny
 from tests.paged import paged_reference
 

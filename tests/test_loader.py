@@ -14,7 +14,7 @@ from transformers import (
     T5Config,
 )
 
-from server.engine.torch.loader import ModelLoadError, load_model, resolve_dtype
+from server.engine.torch.model.loader import ModelLoadError, load_model, resolve_dtype
 from tests.tiny import VOCABULARY, WIDTH, tiny_tokenizer
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from server.engine.torch.mapped import PAGE_BYTES, Mapping
+from server.engine.torch.attention.mapped import PAGE_BYTES, Mapping
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.torch import native_refinement
-from server.engine.torch.native_refinement import make_native_refinement
+from server.engine.torch.cpu import native_refinement
+from server.engine.torch.cpu.native_refinement import make_native_refinement
 from server.engine.torch.options import EngineOptions
 from steering.native import NativeBuildError, NativeRefinement, build_native
 from tests.conftest import StartEngine

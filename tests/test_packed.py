@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from server.engine.torch import compiled_head, packed
-from server.engine.torch.ahead import CompiledWronglyError
-from server.engine.torch.compiled_head import compile_head
-from server.engine.torch.packed import (
+from server.engine.torch.cpu import compiled_head, packed
+from server.engine.torch.cpu.ahead import CompiledWronglyError
+from server.engine.torch.cpu.compiled_head import compile_head
+from server.engine.torch.cpu.packed import (
     OneProduct,
     PackedLinear,
     multiply_one_row,

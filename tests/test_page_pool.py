@@ -5,8 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.torch.page_pool import PAGE, SCRATCH, OutOfPagesError, PagedLane, PagePool
-from server.engine.torch.slab import SlabShape
+from server.engine.torch.attention.page_pool import (
+    PAGE,
+    SCRATCH,
+    OutOfPagesError,
+    PagedLane,
+    PagePool,
+)
+from server.engine.torch.attention.slab import SlabShape
 
 CPU = torch.device("cpu")
 SHAPE = SlabShape(2, 8, torch.float32, (CPU, CPU))

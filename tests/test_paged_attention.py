@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention_step import How, Piece
-from server.engine.torch.page_pool import PAGE, PagedLane
-from server.engine.torch.paged_attention import PagedMemory, PagedStep
-from server.engine.torch.paged_index import Tiling
-from server.engine.torch.slab import SlabShape
-from server.engine.torch.slab_attention import SlabMemory
-from server.engine.torch.staging import stage_index
+from server.engine.torch.attention.backend import How, Piece
+from server.engine.torch.attention.page_pool import PAGE, PagedLane
+from server.engine.torch.attention.paged_attention import PagedMemory, PagedStep
+from server.engine.torch.attention.paged_index import Tiling
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab_attention import SlabMemory
+from server.engine.torch.attention.staging import stage_index
 from tests.paged import paged_reference
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8

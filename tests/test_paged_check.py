@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention_step import How
-from server.engine.torch.paged_check import WrongAttentionError, check_pages
-from server.engine.torch.paged_index import SPLITS, PagedAttention, PagedIndex, Tiling
-from server.engine.torch.slab import SlabShape
+from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.paged_check import WrongAttentionError, check_pages
+from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, PagedIndex, Tiling
+from server.engine.torch.attention.slab import SlabShape
 from tests.paged import paged_reference
 
 SHAPE = SlabShape(2, 8, torch.float32, (torch.device("cpu"),) * 3)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import Edit, StepFailedError
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.loader import ModelLoadError
-from server.engine.torch.page_pool import PAGE
-from server.engine.torch.paged_attention import PagedMemory
+from server.engine.torch.model.loader import ModelLoadError
 from steering.settings import RewardSettings
 from tests.conftest import LoadTiny
 from tests.oracles import Oracle

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.torch.attention_step import How
-from server.engine.torch.page_pool import PAGE, SCRATCH
-from server.engine.torch.paged_check import check_pages
-from server.engine.torch.paged_index import PagedAttention, PagedIndex, Tiling
-from server.engine.torch.slab import SlabShape
+from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.page_pool import PAGE, SCRATCH
+from server.engine.torch.attention.paged_check import check_pages
+from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex, Tiling
+from server.engine.torch.attention.slab import SlabShape
 from tests.paged import paged_reference
 
 triton = pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
@@ -31,7 +31,7 @@ KIBIBYTE = 1024
 def kernel() -> PagedAttention:
     if torch.cuda.is_available():
         pytest.skip("it is compiled here, and not interpreted")
-    from server.engine.torch.paged_kernel import attend_pages  # noqa: PLC0415  Triton may lack
+    from server.engine.torch.cuda.paged_kernel import attend_pages  # noqa: PLC0415  Triton may lack
 
     return attend_pages
 

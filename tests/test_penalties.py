@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch import penalty_table
-from server.engine.torch.penalties import Penalties
-from server.engine.torch.penalty_table import PenaltyTable
-from server.engine.torch.transfer import stage
+from server.engine.torch.model.transfer import stage
+from server.engine.torch.sampling import penalty_table
+from server.engine.torch.sampling.penalties import Penalties
+from server.engine.torch.sampling.penalty_table import PenaltyTable
 from tests.oracles import penalized
 
 VOCABULARY = 300

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 from server.engine.base import Edit, EngineError, Request, SamplingSettings, StepOutput
-from server.engine.torch.batch import Batch
-from server.engine.torch.block_keys import KeyChain
+from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.kv_cache import BlockPool
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.prefix_cache import PrefixCache
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.scheduling.block_keys import KeyChain
+from server.engine.torch.scheduling.block_pool import BlockPool
+from server.engine.torch.scheduling.prefix_cache import PrefixCache
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step.batch import Batch
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.route import Span, build_route

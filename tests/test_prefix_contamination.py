@@ -15,11 +15,11 @@ from server.engine.base import (
     Request,
     StepOutput,
 )
-from server.engine.torch.block_keys import KeyChain
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.scheduling.block_keys import KeyChain
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny
 from tests.steered import GREEDY, STACKS, interventions_of, tokens_of

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch import readout
-from server.engine.torch.batch import Row
-from server.engine.torch.penalty_table import PenaltyTable
-from server.engine.torch.readout import Readout, read_out
-from server.engine.torch.sampler import Draw
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.transfer import fetch
+from server.engine.torch.model.transfer import fetch
+from server.engine.torch.sampling import readout
+from server.engine.torch.sampling.penalty_table import PenaltyTable
+from server.engine.torch.sampling.readout import Readout, read_out
+from server.engine.torch.sampling.sampler import Draw
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step.batch import Row
 
 VOCABULARY = 3000
 T = TypeVar("T")

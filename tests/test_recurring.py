@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.torch import recurring
-from server.engine.torch.recurring import Habit, Recurring
+from server.engine.torch.cpu import recurring
+from server.engine.torch.cpu.recurring import Habit, Recurring
 
 
 class Clock:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.penalties import Penalties, changes_logits
-from server.engine.torch.penalty_table import PenaltyTable
-from server.engine.torch.sampler import Draw, sample, score
+from server.engine.torch.sampling.penalties import Penalties, changes_logits
+from server.engine.torch.sampling.penalty_table import PenaltyTable
+from server.engine.torch.sampling.sampler import Draw, sample, score
 from tests.oracles import sampling_probabilities
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])

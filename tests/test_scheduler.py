@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import QueueFullError, Request, SamplingSettings
-from server.engine.torch.kv_cache import BlockPool
-from server.engine.torch.scheduler import BACKGROUND_TOKENS, Chunk, Scheduler
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.scheduling.block_pool import BlockPool
+from server.engine.torch.scheduling.scheduler import BACKGROUND_TOKENS, Chunk, Scheduler
+from server.engine.torch.scheduling.sequence import Sequence
 from tests.schedules import step
 
 

@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from server.engine.base import GaveWayError, QueueFullError, Request, SamplingSettings
-from server.engine.torch.kv_cache import BlockPool
-from server.engine.torch.scheduler import Scheduler
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.scheduling.block_pool import BlockPool
+from server.engine.torch.scheduling.scheduler import Scheduler
+from server.engine.torch.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from interventions.artifact import artifact_digest, write_artifact
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.loader import load_model
 from tests.manifests import manifest_of
 from tests.processes import steerserve
 from tests.tiny import random_maps

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.torch.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
 
 CPU = torch.device("cpu")
 SHAPE = SlabShape(2, 8, torch.float32, (CPU, CPU))

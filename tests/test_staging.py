@@ -1,12 +1,12 @@
 import torch
 
-from server.engine.torch.paged_index import PagedIndex
-from server.engine.torch.staging import (
+from server.engine.torch.attention.paged_index import PagedIndex
+from server.engine.torch.attention.staging import (
     route_tensors,
     stage_index,
     with_route_tensors,
 )
-from server.engine.torch.transfer import Layout, stage
+from server.engine.torch.model.transfer import Layout, stage
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 

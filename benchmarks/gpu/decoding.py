@@ -15,9 +15,9 @@ from server.engine.base import Edit, EngineError, Request, SamplingSettings
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.interventions import Parameters
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings, RewardSettings
 
 LINEAS: Final = AffineSettings(1.0)

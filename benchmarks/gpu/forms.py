@@ -1,7 +1,7 @@
 """Tells which fast paths an engine uses."""
 
 from server.engine.torch.core import EngineCore
-from server.engine.torch.cuda_graphs import GraphRunner
+from server.engine.torch.cuda.graphs import GraphRunner
 
 
 def form_of(core: EngineCore) -> str:

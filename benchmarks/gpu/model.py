@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from server.engine.torch.loader import LoadedModel, describe, reference_attention
-from server.engine.torch.slab import SlabShape
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.model.loader import LoadedModel, describe, reference_attention
 from steering.sites import default_sites, match_sites
 
 # It is as large as Mistral 7B.

@@ -7,9 +7,9 @@ from benchmarks.gpu.forms import form_of, graphs_of
 from benchmarks.gpu.model import step_bytes
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.rows import Rows
+from server.engine.torch.attention.slab import SlabShape
 from server.engine.torch.memory_plan import MemoryPlan, plan_memory
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.slab import SlabShape
 
 _ARMS = ("none", "LinEAS", "ARGRE", "both")
 

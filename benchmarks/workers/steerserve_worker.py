@@ -8,7 +8,7 @@ from benchmarks.workers.protocol import claim_stdout, serve
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
 from server.own_thread import in_own_thread
 

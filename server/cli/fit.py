@@ -17,7 +17,7 @@ from interventions.manifest import (
 )
 from server.cli import fit_output
 from server.cli.training_files import TextPair, read_lines, read_pairs
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.model.loader import LoadedModel
 from steering.fit.activations import collect_hidden_states
 from steering.fit.argre import ArgreSettings, fit_argre
 from steering.fit.lineas import LineasSettings, OptimizerName, fit_lineas

@@ -21,8 +21,8 @@ from interventions.artifact import ArtifactError, write_artifact
 from interventions.manifest import NAME_PATTERN, BaseModelReference, Manifest, TrainingValue
 from interventions.model import ModelDescription
 from server.cli.training_files import TrainingFileError
-from server.engine.torch.embedded import EmbeddedModelError
-from server.engine.torch.loader import LoadedModel, ModelLoadError, load_model
+from server.engine.torch.model.embedded import EmbeddedModelError
+from server.engine.torch.model.loader import LoadedModel, ModelLoadError, load_model
 from steering.affine import AffineParameters
 from steering.fit import FitError
 from steering.reward import RewardHead

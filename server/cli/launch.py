@@ -22,9 +22,9 @@ from interventions.registry import Registry, RegistryDiskError, RegistryError
 from interventions.watch import watched
 from server.app import create_app
 from server.config import ConfigurationError, Settings
-from server.engine.torch.embedded import EmbeddedModelError, cache_folder
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.loader import ModelLoadError, load_model
+from server.engine.torch.model.embedded import EmbeddedModelError, cache_folder
+from server.engine.torch.model.loader import ModelLoadError, load_model
 from server.engine.torch.options import EngineOptions
 from server.lifecycle import Server
 from server.logs import LogSink, configure_logging

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.torch.loader import LoadedModel, load_model
+from server.engine.torch.model.loader import LoadedModel, load_model
 from tests.cuda.devices import DEVICE, DRY_RUN, LoadOnDevice, refuse_waits
 from tests.paged import use_pages
 from tests.tiny import save_families

@@ -7,8 +7,8 @@ import torch
 
 from server import variables
 from server.engine.torch.core import EngineCore
-from server.engine.torch.cuda_graphs import GraphRunner
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.cuda.graphs import GraphRunner
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 
 GPU: Final = torch.cuda.is_available()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from server.engine.base import StepOutput
+from server.engine.torch.attention.paged_attention import PagedMemory
+from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.build import build_core
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.paged_attention import PagedMemory
-from server.engine.torch.slab_attention import SlabMemory
 from tests.cuda.devices import MARKS, OPTIONS, LoadOnDevice, Replays, graphs_of, make_all
 from tests.oracles import Oracle
 from tests.steered import (

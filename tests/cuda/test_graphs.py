@@ -6,13 +6,13 @@ from typing import TypeVar
 import pytest
 
 from server.engine.base import Edit, Request, SamplingSettings
-from server.engine.torch import readout
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.postprocess import Delivery
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.staged_runner import StagedRunner
-from server.engine.torch.transfer import fetch
+from server.engine.torch.model.transfer import fetch
+from server.engine.torch.sampling import readout
+from server.engine.torch.sampling.postprocess import Delivery
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step.staged_runner import StagedRunner
 from steering.settings import AffineSettings
 from tests.cuda.devices import (
     MARKS,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.page_pool import PAGE
-from server.engine.torch.paged_check import check_pages
-from server.engine.torch.paged_index import PagedAttention, Tiling
-from server.engine.torch.penalties import Penalties
-from server.engine.torch.penalty_table import PenaltyTable
-from server.engine.torch.sampler import Draw, sample
-from server.engine.torch.slab import SlabShape
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_check import check_pages
+from server.engine.torch.attention.paged_index import PagedAttention, Tiling
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.sampling.penalties import Penalties
+from server.engine.torch.sampling.penalty_table import PenaltyTable
+from server.engine.torch.sampling.sampler import Draw, sample
 from tests.cuda.devices import DEVICE, GPU, MARKS
 from tests.oracles import penalized
 from tests.paged import paged_reference
@@ -51,7 +51,7 @@ def attend() -> PagedAttention:
     if not GPU:
         return paged_reference
     kernel: PagedAttention = importlib.import_module(
-        "server.engine.torch.paged_kernel"
+        "server.engine.torch.cuda.paged_kernel"
     ).attend_pages
     return kernel
 

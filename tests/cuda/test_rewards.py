@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.graph_capture import CudaCapture
-from server.engine.torch.grouped_check import make_grouped_refinement
+from server.engine.torch.cuda.capture import CudaCapture
+from server.engine.torch.cuda.grouped_check import make_grouped_refinement
 from steering.grouped_refinement import TILE_ROWS
 from steering.reward import RewardHead
 from tests.cuda.devices import DEVICE, DRY_RUN, GPU, MARKS, refuse_waits

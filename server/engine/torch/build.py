@@ -5,20 +5,19 @@ from functools import partial
 
 from torch import Tensor
 
-from server.engine.torch.attention import use_engine_attention
+from server.engine.torch.attention.paged_attention import PagedMemory
+from server.engine.torch.attention.plan import KVWishes, plan_kv
+from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.core import EngineCore
 from server.engine.torch.device_paths import Parts, paths_of
-from server.engine.torch.devices import is_spread
 from server.engine.torch.interventions import LoadedInterventions
-from server.engine.torch.kv_cache import BlockPool
-from server.engine.torch.kv_plan import KVWishes, plan_kv
-from server.engine.torch.loader import LoadedModel, ModelLoadError
 from server.engine.torch.memory_plan import plan_memory
+from server.engine.torch.model.devices import is_spread
+from server.engine.torch.model.loader import LoadedModel, ModelLoadError
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.paged_attention import PagedMemory
-from server.engine.torch.prefix_cache import PrefixCache
-from server.engine.torch.runner import Runner
-from server.engine.torch.scheduler import Scheduler
+from server.engine.torch.scheduling.block_pool import BlockPool
+from server.engine.torch.scheduling.prefix_cache import PrefixCache
+from server.engine.torch.scheduling.scheduler import Scheduler
 from server.engine.torch.self_test import (
     check_forward,
     check_lm_head,
@@ -27,7 +26,8 @@ from server.engine.torch.self_test import (
     sites_a_batch,
 )
 from server.engine.torch.site_probes import SiteProbes
-from server.engine.torch.staged_runner import StagedRunner
+from server.engine.torch.step.runner import Runner
+from server.engine.torch.step.staged_runner import StagedRunner
 from steering.hooks import SteeringHooks
 
 logger = logging.getLogger(__name__)

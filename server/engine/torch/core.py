@@ -13,21 +13,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from server.engine.base import EngineError, GaveWayError, StepFailedError, StepOutput
-from server.engine.torch.answer import Answer
-from server.engine.torch.attention_step import KVMemory
-from server.engine.torch.batch import Batch, build_batch
-from server.engine.torch.detokenizer import Detokenizer
-from server.engine.torch.devices import is_dead
+from server.engine.torch.attention.backend import KVMemory
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.kv_store import KVStore
-from server.engine.torch.penalty_table import PenaltyTable
-from server.engine.torch.postprocess import Delivery, Postprocessor
-from server.engine.torch.prefix_cache import PrefixCache
-from server.engine.torch.runner import Runner
-from server.engine.torch.scheduler import Plan, Scheduler
-from server.engine.torch.sequence import Sequence
-from server.engine.torch.transfer import start_copy
-from server.engine.torch.vocabulary import Vocabulary
+from server.engine.torch.model.devices import is_dead
+from server.engine.torch.model.transfer import start_copy
+from server.engine.torch.sampling.answer import Answer
+from server.engine.torch.sampling.penalty_table import PenaltyTable
+from server.engine.torch.sampling.postprocess import Delivery, Postprocessor
+from server.engine.torch.scheduling.prefix_cache import PrefixCache
+from server.engine.torch.scheduling.scheduler import Plan, Scheduler
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.step.batch import Batch, build_batch
+from server.engine.torch.step.runner import Runner
+from server.engine.torch.text.detokenizer import Detokenizer
+from server.engine.torch.text.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
 

@@ -12,16 +12,16 @@ from typing import Final, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.torch.attention.plan import KVPlan
 from server.engine.torch.interventions import LoadedInterventions
-from server.engine.torch.kv_plan import KVPlan
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.runner import Runner
+from server.engine.torch.step.runner import Runner
 from steering.hooks import SteeringHooks
 
 _MODULES: Final[Mapping[str, str]] = {
-    "cpu": "server.engine.torch.cpu_paths",
-    "cuda": "server.engine.torch.cuda_paths",
+    "cpu": "server.engine.torch.cpu.paths",
+    "cuda": "server.engine.torch.cuda.paths",
 }
 
 

@@ -22,13 +22,13 @@ from server.engine.torch.build import build_core, context_length
 from server.engine.torch.core import NotReadError
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
-from server.engine.torch.loader import LoadedModel
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.postprocess import Delivery
-from server.engine.torch.prompts import Prompts
 from server.engine.torch.reads import SharedReads
 from server.engine.torch.request_checks import RequestChecks
-from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.sampling.postprocess import Delivery
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
+from server.engine.torch.text.prompts import Prompts
 from server.engine.torch.thread import EngineThread, log_unread
 from steering.bank import Bank
 from steering.reward import RewardHead

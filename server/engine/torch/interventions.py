@@ -8,8 +8,8 @@ import torch
 
 from interventions.model import ModelDescription
 from server.engine.base import UnservableInterventionError
+from server.engine.torch.scheduling.slots import SlotTable
 from server.engine.torch.site_probes import SiteProbes
-from server.engine.torch.slots import SlotTable
 from steering.affine import AffineParameters
 from steering.bank import Bank
 from steering.reward import RewardHead

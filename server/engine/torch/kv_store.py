@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable
 from torch import Tensor
 
 from server.engine.base import EngineError
-from server.engine.torch.attention_step import KVMemory, Lane
-from server.engine.torch.postprocess import Delivery
-from server.engine.torch.prefix_cache import PrefixCache
-from server.engine.torch.scheduler import Chunk, Plan
-from server.engine.torch.sequence import Sequence
+from server.engine.torch.attention.backend import KVMemory, Lane
+from server.engine.torch.sampling.postprocess import Delivery
+from server.engine.torch.scheduling.prefix_cache import PrefixCache
+from server.engine.torch.scheduling.scheduler import Chunk, Plan
+from server.engine.torch.scheduling.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 

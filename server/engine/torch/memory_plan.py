@@ -10,9 +10,9 @@ from typing import Final
 
 from transformers import PreTrainedModel
 
-from server.engine.torch.devices import free_memory
-from server.engine.torch.graph_keys import MOST_DEPTH, buckets
+from server.engine.torch.model.devices import free_memory
 from server.engine.torch.options import EngineOptions
+from server.engine.torch.step.graph_keys import MOST_DEPTH, buckets
 from steering.sites import SiteError, default_sites, match_sites
 
 # Hidden units of a reward head in the paper (ARGRE, NeurIPS 2025); others may have more.

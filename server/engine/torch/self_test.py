@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.attention_step import KVMemory, Lane
-from server.engine.torch.batch import build_batch
-from server.engine.torch.decoder import DecoderLayers, Probe
-from server.engine.torch.loader import ModelLoadError
-from server.engine.torch.runner import Runner
-from server.engine.torch.scheduler import Chunk
-from server.engine.torch.sequence import Sequence as EngineSequence
+from server.engine.torch.attention.backend import KVMemory, Lane
+from server.engine.torch.model.loader import ModelLoadError
+from server.engine.torch.scheduling.scheduler import Chunk
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
+from server.engine.torch.step.batch import build_batch
+from server.engine.torch.step.decoder import DecoderLayers, Probe
+from server.engine.torch.step.runner import Runner
 from steering.affine import AffineMap, Gate
 from steering.bank import Bank
 from steering.reward import RewardHead

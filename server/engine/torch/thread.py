@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from server.engine.base import EngineDeadError, EngineError, ShuttingDownError
-from server.engine.torch.postprocess import Delivery
+from server.engine.torch.sampling.postprocess import Delivery
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

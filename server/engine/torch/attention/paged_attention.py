@@ -1,0 +1,92 @@
+"""One step's attention over pages: all sequences in one call a layer."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.attention.backend import AttentionStep, How, KVMemory, Lane, Piece
+from server.engine.torch.attention.page_pool import PagedLane, PagePool
+from server.engine.torch.attention.paged_index import (
+    PagedAttention,
+    PagedIndex,
+    Tiling,
+    build_index,
+)
+from server.engine.torch.attention.slab import SlabShape
+
+
+class PagedStep(AttentionStep):
+    """One step over pages."""
+
+    def __init__(self, pool: PagePool, attend: PagedAttention, index: PagedIndex) -> None:
+        super().__init__()
+        self._pool = pool
+        self._attend = attend
+        self.index = index
+
+    def moved(self, index: PagedIndex) -> "PagedStep":
+        """The same step, with its tensors on the pages' device."""
+        step = PagedStep(self._pool, self._attend, index)
+        step.windows = self.windows
+        return step
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        """As every step's; see `AttentionStep.attend`."""
+        self.windows.add(how.window)
+        keys, values = self._pool.layer(layer)
+        for stored, new in ((keys, key), (values, value)):
+            stored.flatten(0, 1).index_copy_(0, self.index.slots, new[0].transpose(0, 1))
+        packed = query[0].transpose(0, 1)  # (tokens, heads, head_dim)
+        return self._attend(packed, keys, values, self.index, how)[None]
+
+
+class PagedMemory(KVMemory):
+    """Pages, and how to attend over them. Steps are built on the CPU and moved at once."""
+
+    fixed = True
+    batch_device = torch.device("cpu")
+    probe_lanes = 6
+
+    def __init__(
+        self, shape: SlabShape, pages: int, tiling: Tiling, attend: PagedAttention
+    ) -> None:
+        """`pages` counts the scratch page."""
+        self.pool = PagePool(shape, pages)
+        self.tiling = tiling
+        self.attend = attend
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.pool.device
+
+    def lane(self) -> PagedLane:
+        """A lane without pages yet."""
+        return PagedLane(self.pool)
+
+    def order(self, piece: Piece) -> tuple[bool, int, int]:
+        """Those that decode first, as there are graphs for steps of nothing else."""
+        return piece.count > 1, 0, 0
+
+    def step(self, pieces: Sequence[Piece]) -> PagedStep:
+        """The attention of a step; its tensors are on the CPU."""
+        return PagedStep(self.pool, self.attend, self._index(pieces))
+
+    def check(self, lanes: Iterable[Lane]) -> None:
+        """Assert that these lanes, and no others, have pages, each its own."""
+        self.pool.check(_paged(lane) for lane in lanes)
+
+    def _index(self, pieces: Sequence[Piece]) -> PagedIndex:
+        rows = torch.tensor([_paged(piece.lane).row for piece in pieces])
+        return build_index(
+            self.pool.tables.index_select(0, rows),
+            [piece.start for piece in pieces],
+            [piece.count for piece in pieces],
+            self.tiling,
+        )
+
+
+def _paged(lane: Lane) -> PagedLane:
+    assert isinstance(lane, PagedLane), "a lane of another memory"
+    return lane

@@ -1,0 +1,136 @@
+"""Shows, on the device, that attention over pages computes what it should.
+
+What a compiler makes of a kernel differs between versions and kinds of GPUs, and may be silently
+wrong. What is compared is what the engine does: prompts in chunks, then decoding beside a prompt,
+over pages in no order, with lengths around their borders; then decoding alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.attention.backend import How, Piece
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_attention import PagedMemory
+from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, Tiling
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.staging import stage_index
+
+# Of each sequence: the tokens after each of four steps, in the last two of which all decode.
+_LENGTHS: Final = (
+    (1, 2, 3, 4),
+    (PAGE - 1, PAGE, PAGE + 1, PAGE + 2),
+    (PAGE, PAGE + 1, PAGE + 2, PAGE + 3),
+    (PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1),
+    (700, 701, 702, 703),
+    (7, 407, 408, 409),
+)
+_WINDOW: Final = 100  # so that the lengths above exceed it, whatever the model's is
+_TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+class WrongAttentionError(ArithmeticError):
+    """Attention over pages gives something else than it should."""
+
+
+@torch.inference_mode()
+def check_pages(
+    attend: PagedAttention,
+    shape: SlabShape,
+    tiling: Tiling,
+    windowed: bool,
+    softcap: float | None,
+    lengths: Sequence[Sequence[int]] = _LENGTHS,
+) -> None:
+    """Raise WrongAttentionError unless attention gives what plain arithmetic in float32 gives.
+
+    Args:
+        windowed: whether any layer of the model has a sliding window.
+        softcap: of the model's scores.
+        lengths: of each sequence, its tokens after each step.
+    """
+    for window in (None, _WINDOW) if windowed else (None,):
+        _check(attend, shape, tiling, How(None, window, softcap), lengths)
+
+
+def _check(
+    attend: PagedAttention,
+    shape: SlabShape,
+    tiling: Tiling,
+    how: How,
+    lengths: Sequence[Sequence[int]],
+) -> None:
+    [device] = set(shape.devices)
+    one_layer = SlabShape(shape.kv_heads, shape.head_dim, shape.dtype, (device,))
+    pages = 1 + sum(-(-each[-1] // PAGE) for each in lengths)
+    memory = PagedMemory(one_layer, pages, tiling, attend)
+    # What nobody has written must not be read.
+    for stored in memory.pool.layer(0):
+        stored.fill_(torch.nan)
+    random = torch.Generator().manual_seed(0)
+    # Of each sequence: queries, keys, values, each (heads, tokens, head_dim).
+    texts = [
+        [
+            torch.randn(number, ends[-1], shape.head_dim, generator=random).to(device, shape.dtype)
+            for number in (tiling.heads, shape.kv_heads, shape.kv_heads)
+        ]
+        for ends in lengths
+    ]
+    expected = [_reference(text, how) for text in texts]
+    lanes = [memory.lane() for _ in texts]
+    done = [0] * len(texts)
+    for step_ends in zip(*lengths, strict=True):
+        pieces = []
+        # Sequences grow in turns, so that nobody's pages lie side by side.
+        for lane, start, end in zip(lanes, done, step_ends, strict=True):
+            lane.reserve(end)
+            pieces.append(Piece(lane, start, end - start))
+        step = memory.step(pieces)
+        query, key, value = (_packed([text[part] for text in texts], pieces) for part in range(3))
+        due = _packed(expected, pieces)[0].transpose(0, 1)
+        index = stage_index(step.index, device)
+        # Each number of splits is a kernel of its own.
+        for splits in SPLITS if all(piece.count == 1 for piece in pieces) else (1,):
+            moved = step.moved(replace(index, splits=splits))
+            _compare(moved.attend(0, query, key, value, how)[0], due, shape.dtype)
+        done = list(step_ends)
+
+
+def _packed(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """The pieces of (heads, tokens, head_dim) each, as (1, heads, tokens, head_dim).
+
+    In memory tokens come before heads, as in a model.
+    """
+    taken = [
+        part[:, piece.start : piece.start + piece.count]
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
+    return torch.cat(taken, dim=1).transpose(0, 1).contiguous().transpose(0, 1)[None]
+
+
+def _reference(text: Sequence[Tensor], how: How) -> Tensor:
+    """(heads, tokens, head_dim) float32: one sequence from its first token on."""
+    query, key, value = (part.float() for part in text)
+    shared = len(query) // len(key)
+    key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
+    scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    places = torch.arange(query.shape[1], device=query.device)
+    seen = places <= places[:, None]
+    if how.window is not None:
+        seen &= places > places[:, None] - how.window
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    output: Tensor = weights @ value
+    return output
+
+
+def _compare(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Raise WrongAttentionError unless each token's outputs are equal, nearly."""
+    difference = (got.float() - expected).flatten(1).norm(dim=1)
+    worst = float((difference / expected.flatten(1).norm(dim=1)).max())
+    if not worst < _TOLERANCE[dtype]:  # also where it is not a number
+        raise WrongAttentionError(f"a token's output is off by {worst:.2g}")

@@ -1,0 +1,189 @@
+"""How a model's keys and values are kept: in which kind of memory, and how much of it."""
+
+import importlib
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.torch.attention.backend import KVMemory
+from server.engine.torch.attention.mapped import PAGE_BYTES, whole_pages
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_attention import PagedMemory
+from server.engine.torch.attention.paged_check import check_pages
+from server.engine.torch.attention.paged_index import PagedAttention, Tiling
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab_attention import SlabMemory
+from server.engine.torch.model.devices import free_memory
+from server.engine.torch.model.fallback import fall_back, first_line
+from server.engine.torch.model.loader import ModelLoadError
+from server.engine.torch.options import AttentionChoice
+from server.engine.torch.scheduling.block_pool import BlockPool
+
+_BLOCK_SIZE: Final = 16
+_SPARE: Final = 64  # one of so many blocks
+# In tokens. Pages of memory hold more of toy models only, whose memory is not counted in pages.
+_LARGEST_PAGE: Final = 64
+# Of the memory that is free when the engine is built, on a CPU, which others use too, and on each
+# of several GPUs. A single GPU has a plan: see `memory_plan`.
+_FREE_SHARE: Final = {"cpu": 0.25, "cuda": 0.8}
+# Of a GPU's memory for keys and values, for copies of what may be wanted again. Slabs share what
+# there is as it comes; pages are there from the start.
+_PREFIX_SHARE: Final = 0.15
+_LARGEST_HEAD: Final = 256  # of which the kernel's tiles fit into shared memory
+_TENSOR_CORES: Final = (8, 0)  # with bfloat16: from Ampere on
+_KERNEL: Final = "server.engine.torch.cuda.paged_kernel"
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """Memory, and the books about it."""
+
+    memory: KVMemory
+    pool: BlockPool  # of the sequences that run
+    prefixes: BlockPool  # that the prefix cache takes of; may be the same
+
+
+@dataclass(frozen=True, slots=True)
+class KVWishes:
+    """What an operator wants of it."""
+
+    attention: AttentionChoice
+    prefix_cache: bool
+    bytes: int | None  # None: a share of what is free
+
+
+def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
+    """Memory that suits a model and the device that it is on.
+
+    Where pages would suit them and do not work, they are slabs, with a warning.
+
+    Raises:
+        ModelLoadError: it would not hold a single block; or pages were asked for, and the device or
+            the model does not suit them, or they do not work.
+    """
+    shape = SlabShape.of(model)
+    unsuited = why_no_pages(model, shape)
+    if wishes.attention == "pages" and unsuited is not None:
+        raise ModelLoadError(f"attention over pages cannot be used: {unsuited} (--attention)")
+    if wishes.attention == "slabs" or unsuited is not None:
+        return plan_slabs(shape, wishes)
+    tiling = tiling_of(model, shape)
+    try:
+        attend = checked_kernel(model, shape, tiling)
+    except Exception as error:
+        if wishes.attention == "pages":
+            raise ModelLoadError(
+                f"attention over pages does not work here (--attention slabs does without): "
+                f"{first_line(error)}"
+            ) from error
+        fall_back(
+            error,
+            model.device,
+            "attention over pages (--attention slabs does without)",
+            "keys and values lie in slabs, which is slower, as with --attention slabs",
+        )
+        return plan_slabs(shape, wishes)
+    return plan_pages(shape, wishes, tiling, attend)
+
+
+def why_no_pages(model: PreTrainedModel, shape: SlabShape) -> str | None:
+    """Why a model cannot be attended for over pages where it is; None where it can."""
+    if model.device.type != "cuda":
+        return "pages are for a GPU"
+    if set(shape.devices) != {model.device}:
+        return "the model is spread over several devices"
+    if torch.cuda.get_device_capability(model.device) < _TENSOR_CORES:
+        return "the GPU is older than NVIDIA's Ampere"
+    if shape.head_dim > _LARGEST_HEAD:
+        return f"the model's heads are wider than {_LARGEST_HEAD}"
+    return None
+
+
+def tiling_of(model: PreTrainedModel, shape: SlabShape) -> Tiling:
+    """How attention for a model is divided among the processors of its GPU."""
+    processors = 1
+    if model.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(model.device).multi_processor_count
+    heads: int = model.config.get_text_config().num_attention_heads
+    return Tiling(heads, shape.kv_heads, shape.dtype.itemsize, processors)
+
+
+def checked_kernel(model: PreTrainedModel, shape: SlabShape, tiling: Tiling) -> PagedAttention:
+    """Attention over pages by the kernel, checked on the device.
+
+    Raises:
+        Exception: any; a compiler may raise what it likes.
+    """
+    attend: PagedAttention = importlib.import_module(_KERNEL).attend_pages
+    config = model.config.get_text_config()
+    windowed = getattr(config, "sliding_window", None) is not None
+    softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+    check_pages(attend, shape, tiling, windowed, softcap)
+    return attend
+
+
+def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
+    """Slabs; the prefix cache shares their memory.
+
+    Raises:
+        ModelLoadError: there is no room for a single block.
+    """
+    # A copy of a block takes whole pages.
+    blocks = _bytes(shape, wishes) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
+    blocks -= blocks // _SPARE  # for what is there twice while it is moved or copied
+    page_tokens = max(Fraction(PAGE_BYTES, shape.head_bytes), Fraction(1))
+    if page_tokens > _LARGEST_PAGE:
+        page_tokens = Fraction(1)
+    pool = BlockPool(_whole(blocks), _BLOCK_SIZE, page_tokens)
+    return KVPlan(SlabMemory(shape), pool, pool)
+
+
+def plan_pages(
+    shape: SlabShape, wishes: KVWishes, tiling: Tiling, attend: PagedAttention
+) -> KVPlan:
+    """Pages, all of which are allocated now.
+
+    Raises:
+        ModelLoadError: there is no room for a single page, or the device has not the memory.
+    """
+    budget = _bytes(shape, wishes)
+    kept = int(budget * _PREFIX_SHARE) if wishes.prefix_cache else 0
+    pages = (budget - kept) // (shape.bytes_per_token * PAGE)
+    # A probe, and rows that pad, take pages that nobody has counted.
+    spare = PagedMemory.probe_lanes + 1
+    pool = BlockPool(_whole(pages - spare), PAGE)
+    prefixes = BlockPool(kept // (shape.bytes_per_token * _BLOCK_SIZE), _BLOCK_SIZE)
+    try:
+        memory = PagedMemory(shape, pages, tiling, attend)
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"the GPU has not the {budget / 1e9:.1f} GB for keys and values; choose fewer with "
+            "--kv-cache-gb"
+        ) from error
+    return KVPlan(memory, pool, prefixes)
+
+
+def _whole(blocks: int) -> int:
+    if blocks < 1:
+        raise ModelLoadError(
+            "the memory for keys and values does not hold a single block; free some, or lower "
+            "--max-batch-size, --max-batch-tokens or --max-loaded-interventions"
+        )
+    return blocks
+
+
+def _bytes(shape: SlabShape, wishes: KVWishes) -> int:
+    """Of memory for the keys and values of all layers."""
+    if wishes.bytes is not None:
+        return wishes.bytes
+    # A block is spread over all layers, so the tightest device decides.
+    tokens = min(
+        int(free_memory(device) * _FREE_SHARE[device.type])
+        // (layers * shape.bytes_per_token_and_layer)
+        for device, layers in Counter(shape.devices).items()
+    )
+    return tokens * shape.bytes_per_token

@@ -1,0 +1,68 @@
+"""What of a step's index and route has to be brought to the device, in order."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.attention.paged_index import PagedIndex
+from server.engine.torch.model.transfer import stage
+from steering.route import Route
+
+
+def index_tensors(index: PagedIndex) -> list[Tensor]:
+    """What of an index has to be moved."""
+    return [
+        *(index.slots, index.query_ends, index.lengths),
+        *(index.tables, index.owners, index.firsts),
+    ]
+
+
+def with_index_tensors(index: PagedIndex, tensors: Sequence[Tensor]) -> PagedIndex:
+    """An index with other tensors, in the order of `index_tensors`."""
+    slots, query_ends, lengths, tables, owners, firsts = tensors
+    return replace(
+        index,
+        slots=slots,
+        query_ends=query_ends,
+        lengths=lengths,
+        tables=tables,
+        owners=owners,
+        firsts=firsts,
+    )
+
+
+def stage_index(index: PagedIndex, device: torch.device) -> PagedIndex:
+    """An index on a device."""
+    return with_index_tensors(index, stage(index_tensors(index), device))
+
+
+def route_tensors(route: Route) -> list[Tensor]:
+    """What of a route has to be moved."""
+    affine = route.affine
+    tensors = [] if affine is None else [affine.slots, affine.strength]
+    for reward in route.reward:
+        tensors += [reward.rows, reward.slots, reward.counts]
+        tensors += [reward.direction_scale, reward.step_sizes]
+    return tensors
+
+
+def with_route_tensors(route: Route, tensors: Sequence[Tensor], device: torch.device) -> Route:
+    """A route with other tensors, in the order of `route_tensors`."""
+    rest = iter(tensors)
+    affine = route.affine
+    if affine is not None:
+        affine = replace(affine, slots=next(rest), strength=next(rest))
+    reward = tuple(
+        replace(
+            layer,
+            rows=next(rest),
+            slots=next(rest),
+            counts=next(rest),
+            direction_scale=next(rest),
+            step_sizes=next(rest),
+        )
+        for layer in route.reward
+    )
+    return Route(affine, reward, device)

@@ -1,0 +1,115 @@
+"""The engine's attention as a backend of transformers' AttentionInterface, and as an operator."""
+
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from server.engine.torch.attention.backend import AttentionStep, How
+from steering.kernels.operators import define_operator
+
+_NAME: Final = "steerserve"
+
+
+class UnsupportedAttentionError(Exception):
+    """The model asks for something that this backend does not compute."""
+
+
+class _AttentionModule(Protocol):
+    layer_idx: int
+
+
+def engine_attention(
+    module: _AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    *,
+    layer_index: Tensor | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """The current step's attention, as transformers calls it.
+
+    Args:
+        query: (1, heads, tokens, head_dim); `key`, `value`: (1, kv_heads, tokens, head_dim).
+        layer_index: () int64, where the layer is compiled: one graph serves all layers.
+        others: what transformers passes along; anything that would change the result is refused.
+
+    Returns:
+        (1, tokens, heads, head_dim) and no weights.
+
+    Raises:
+        UnsupportedAttentionError: the model asks for what is not computed.
+    """
+    _refuse_unknown(attention_mask, dropout, is_causal, others)
+    if layer_index is None:
+        how = How(scaling, sliding_window, softcap)
+        return AttentionStep.now().attend(module.layer_idx, query, key, value, how), None
+    output: Tensor = torch.ops.steerserve.attend(
+        query, key, value, layer_index, scaling, sliding_window, softcap
+    )
+    return output, None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same as an operator, which a compiled graph calls."""
+    how = How(scaling, window, softcap)
+    return AttentionStep.now().attend(int(layer), query, key, value, how).contiguous()
+
+
+def _attend_fake(query: Tensor, *_others: object) -> Tensor:
+    """The shape of `_attend`'s output, for the compiler."""
+    _, heads, tokens, head_dim = query.shape
+    return query.new_empty((1, tokens, heads, head_dim))
+
+
+define_operator(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float? scaling, int? window, "
+    "float? softcap) -> Tensor",
+    _attend,
+    _attend_fake,
+    backends=("CPU", "MkldnnCPU"),
+)
+
+
+def _refuse_unknown(
+    attention_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    others: dict[str, object],
+) -> None:
+    """Raise UnsupportedAttentionError for what would change the result and is not computed."""
+    asked = [
+        name
+        for name in ("s_aux", "position_bias", "cu_seq_lens_q", "indices")
+        if others.get(name) is not None
+    ]
+    if attention_mask is not None:
+        asked.append("attention_mask")
+    if dropout:
+        asked.append("dropout")
+    if is_causal is False:
+        asked.append("is_causal=False")
+    if asked:
+        raise UnsupportedAttentionError(f"the model's attention uses {', '.join(asked)}")
+
+
+def use_engine_attention(model: PreTrainedModel) -> None:
+    """Make a model attend through this backend."""
+    AttentionInterface.register(_NAME, engine_attention)
+    model.set_attn_implementation(_NAME)

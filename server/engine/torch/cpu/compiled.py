@@ -1,0 +1,199 @@
+"""Decoder layers, compiled: one graph for all layers of one structure.
+
+A layer's weights, the maps of its sites and the step's route are inputs of the graph, so that it
+serves every layer and every mix of interventions. Graphs are made on a thread of their own: those
+without edits and for one edit at the default sites at start, others when steps go on wanting them.
+No step ever waits for one: until a graph is ready, and where none can be made, a layer runs as it
+is, with its hooks.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from server.engine.torch.cpu.ahead import warn_uncompiled
+from server.engine.torch.cpu.background import Background
+from server.engine.torch.cpu.compiled_head import compile_head
+from server.engine.torch.cpu.graph_store import GraphStore
+from server.engine.torch.cpu.layer_graphs import (
+    Graphs,
+    Site,
+    Tensors,
+    Variant,
+    make_graphs,
+)
+from server.engine.torch.cpu.recurring import Habit
+from server.engine.torch.step.decoder import DecoderLayers, LayerCall, Probe
+from steering.affine import MapTable
+from steering.bank import Bank
+from steering.dose import DoseMeter
+from steering.route import AffineRoute, Route
+from steering.site_edit import named_tensors, site_tensors, step_tensors
+from steering.site_maps import Part, parts_in
+from steering.sites import Place
+
+logger = logging.getLogger(__name__)
+
+_MOST_PLANS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """How one layer is computed in a step."""
+
+    variant: int  # which of the plan's
+    tensors: Tensors  # its own, and the maps of its sites
+    position: Tensor  # () int64, which layer it is
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the layers are computed while slots hold what they do, and the same are used."""
+
+    variants: tuple[Variant, ...]
+    layers: list[_Layer]
+
+
+class CompiledLayers:
+    """Used on the engine thread, but for what the background runs."""
+
+    def __init__(
+        self,
+        layers: DecoderLayers,
+        one_token: Probe,
+        more_tokens: Probe,
+        lm_head: nn.Module,
+        habit: Habit,
+    ) -> None:
+        """`habit` says which mixes of edits are worth graphs beside those that `expect` names."""
+        self._layers = layers
+        self._probes = (one_token, more_tokens)
+        self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _Plan] = {}
+        self._background = Background("compiler")
+        self._graphs = GraphStore(self._ask, habit)
+        for structure in range(len(layers.structures)):
+            self._graphs.expect(Variant(structure))
+        self._background.run(lambda: self._make_head(lm_head))
+
+    @property
+    def pending(self) -> int:
+        """What is being compiled, or waits for that."""
+        return self._background.pending
+
+    def expect(self, sites: Mapping[str, int], slots: int) -> None:
+        """Have graphs made for one affine edit at some sites, before anybody wants it.
+
+        Args:
+            sites: module path -> width.
+            slots: of the bank, the identity's among them.
+        """
+        edited: dict[int, list[Site]] = {}
+        for site in sites:
+            if (place := self._layers.place(site)) is not None:
+                index, inside = place
+                plain = Site(inside, slots, sites[site], frozenset({Part.MAP}))
+                edited.setdefault(index, []).append(plain)
+        for index, found in edited.items():
+            structure = self._layers.structure_of[index]
+            ordered = tuple(sorted(found, key=lambda each: each.place))
+            self._graphs.expect(Variant(structure, ordered, 1))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
+        return self._background.wait(timeout)
+
+    @contextmanager
+    def step(
+        self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
+    ) -> Iterator[None]:
+        """Within the context, a step's layers run compiled, where they are."""
+        plan = self._plan(bank, route.affine)
+        steered = route.affine is not None and any(variant.sites for variant in plan.variants)
+        edits = step_tensors(route.affine, tokens, meter) if route.affine and steered else {}
+        calls = [self._calls(variant, edits, tokens) for variant in plan.variants]
+        with self._layers.replaced_by([calls[layer.variant](layer) for layer in plan.layers]):
+            yield
+
+    def _plan(self, bank: Bank, route: AffineRoute | None) -> _Plan:
+        used = frozenset[int]() if route is None else route.used
+        depth = 0 if route is None else len(route.places)
+        key = bank, bank.fillings, used, depth
+        if key not in self._plans:
+            if len(self._plans) == _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = self._make_plan({} if route is None else bank.acting(route), depth)
+        return self._plans[key]
+
+    def _make_plan(self, acting: Mapping[str, MapTable], depth: int) -> _Plan:
+        layers = self._layers
+        edited: list[dict[Place, MapTable]] = [{} for _ in layers.modules]
+        for site, table in acting.items():
+            if (place := layers.place(site)) is not None:
+                index, inside = place
+                edited[index][inside] = table
+        variants: dict[Variant, int] = {}
+        planned = []
+        for index, found in enumerate(edited):
+            sites = tuple(_site(place, found[place]) for place in sorted(found))
+            variant = Variant(layers.structure_of[index], sites, depth if sites else 0)
+            tensors = dict(layers.tensors[index])
+            for inside, table in found.items():
+                tensors |= named_tensors(inside, site_tensors(table))
+            number = variants.setdefault(variant, len(variants))
+            planned.append(_Layer(number, tensors, layers.positions[index]))
+        return _Plan(tuple(variants), planned)
+
+    def _calls(
+        self, variant: Variant, edits: Tensors, tokens: int
+    ) -> Callable[[_Layer], LayerCall | None]:
+        """What computes a layer of some variant in this step; None: the layer itself."""
+        graphs = self._graphs.find(variant)
+        if graphs is None:
+            return lambda _layer: None
+        graph = graphs.one_token if tokens == 1 else graphs.more_tokens
+        own = edits if variant.sites else {}
+
+        def call_of(layer: _Layer) -> LayerCall:
+            def call(*args: object, **kwargs: object) -> object:
+                kwargs["layer_index"] = layer.position
+                return graph(layer.tensors, own, args, kwargs)
+
+            return call
+
+        return call_of
+
+    def _ask(self, variant: Variant) -> None:
+        self._background.run(lambda: self._graphs.settle(variant, self._make(variant)))
+
+    def _make(self, variant: Variant) -> Graphs | None:
+        """On the background's thread."""
+        if variant.sites and not self._graphs.has(Variant(variant.structure)):
+            return None  # its layers are not alike, or there is no compiler; that was said then
+        try:
+            with torch.inference_mode():
+                graphs = make_graphs(self._layers, self._probes, variant)
+        except Exception as error:
+            warn_uncompiled("layers run", variant, error)
+            return None
+        logger.info("compiled the layers of %s", variant)
+        return graphs
+
+    def _make_head(self, lm_head: nn.Module) -> None:
+        """On the background's thread."""
+        if not self._graphs.has(Variant(0)):
+            return  # there is no compiler, most likely; that was said when it was not found
+        try:
+            with torch.inference_mode():
+                compile_head(lm_head)
+        except Exception as error:
+            warn_uncompiled("lm_head runs", lm_head, error)
+
+
+def _site(place: Place, table: MapTable) -> Site:
+    slots, width = table.delta.shape
+    return Site(place, slots, width, parts_in(table))

@@ -1,0 +1,26 @@
+"""`lm_head`, compiled for steps that want the logits of a single row."""
+
+import torch
+from torch import nn
+
+from server.engine.torch.cpu.ahead import compare, compile_ahead
+from server.engine.torch.cpu.packed import PackedLinear, multiply_one_row
+
+
+def compile_head(lm_head: nn.Module) -> None:
+    """Have a packed `lm_head` multiply single rows by a compiled loop over its weights.
+
+    Any other stays as it is, and one that is short of memory for its plain weights.
+
+    Raises:
+        CompiledWronglyError: the loop gives something else. A compiler may raise anything else.
+    """
+    if not isinstance(lm_head, PackedLinear) or lm_head.plain is None:
+        return
+    random = torch.Generator().manual_seed(0)
+    row = torch.randn(1, 1, lm_head.in_features, generator=random).to(lm_head.plain.dtype)
+    inputs = row, lm_head.plain, lm_head.bias
+    one_row = compile_ahead(multiply_one_row, inputs, threads=torch.get_num_threads())
+    # Not called as a module: its hook would edit the row as the step that runs meanwhile says.
+    compare(one_row(*inputs), lm_head.multiply(row))
+    lm_head.one_row = one_row

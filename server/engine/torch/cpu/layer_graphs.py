@@ -1,0 +1,147 @@
+"""Graphs of decoder layers: compiled ahead of their use, and compared with the layers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from server.engine.torch.cpu.ahead import compare, compile_ahead
+from server.engine.torch.step.decoder import DecoderLayers, Probe, template_of
+from steering.affine import AffineMap, Gate
+from steering.site_edit import SiteEdit, named_tensors, site_tensors
+from steering.site_maps import Part, SiteMaps
+from steering.sites import Place
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+# A layer's tensors, what its edits take of the step, and the layer's own arguments.
+_Inputs: TypeAlias = tuple[Tensors, Tensors, Sequence[object], Mapping[str, object]]
+Graph: TypeAlias = Callable[[Tensors, Tensors, Sequence[object], Mapping[str, object]], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a graph is made for."""
+
+    structure: int  # of the layer, see `DecoderLayers.structures`
+    sites: tuple["Site", ...] = ()  # that are edited
+    depth: int = 0  # places in the stacks of affine edits
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An edited site of a layer, and the shape of the bank's maps for it."""
+
+    place: Place  # in the layer
+    slots: int
+    width: int
+    parts: frozenset[Part]  # that maps have there
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """Of one variant, two: a compiler takes the number 1 for a constant."""
+
+    one_token: Graph
+    more_tokens: Graph
+
+
+def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant) -> Graphs:
+    """Compile a variant for one token and for more, and compare with what is not compiled.
+
+    Args:
+        probes: of a forward pass of one token, and of one of several.
+
+    Raises:
+        CompiledWronglyError: they differ. A compiler may raise anything else.
+    """
+    template = _template(layers.structures[variant.structure], variant)
+
+    def run(
+        tensors: Tensors, step: Tensors, args: Sequence[object], kwargs: Mapping[str, Any]
+    ) -> object:
+        named = dict(tensors)
+        for site in variant.sites:
+            named |= named_tensors(site.place, step)
+        return functional_call(template, named, tuple(args), dict(kwargs), strict=True)
+
+    return Graphs(*(_graph(layers, variant, run, probe) for probe in probes))
+
+
+def _graph(layers: DecoderLayers, variant: Variant, run: Graph, probe: Probe) -> Graph:
+    alike = [i for i, each in enumerate(layers.structure_of) if each == variant.structure]
+    maps, step = _example_maps(variant), _example_step(variant, probe.record.tokens)
+
+    def inputs(index: int) -> _Inputs:
+        args, kwargs = probe.record.inputs[index]
+        tensors = {**layers.tensors[index], **maps}
+        return tensors, step, args, {**kwargs, "layer_index": layers.positions[index]}
+
+    with probe.attention.current():
+        graph = _compiled_ahead(run, inputs(alike[0]), probe.record.tokens)
+        for index in alike:
+            expected = run(*inputs(index)) if variant.sites else probe.record.outputs[index]
+            compare(graph(*inputs(index)), expected)
+    return graph
+
+
+def _template(structure: nn.Module, variant: Variant) -> nn.Module:
+    """A layer that edits its sites, all of whose tensors are given with each call."""
+    template = template_of(structure)
+    for site in variant.sites:
+        SiteEdit.install(template.get_submodule(site.place.module), site.place, site.parts)
+    return template
+
+
+def _example_maps(variant: Variant) -> dict[str, Tensor]:
+    """Of a bank whose first slot is filled."""
+    random = torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
+    for site in variant.sites:
+        maps = SiteMaps(site.slots, site.width, torch.device("cpu"))
+        maps.put(1, _example_map(site, random))
+        inputs |= named_tensors(site.place, site_tensors(maps.table))
+    return inputs
+
+
+def _example_map(site: Site, random: torch.Generator) -> AffineMap:
+    """A map that has all that maps may have at a site."""
+    low, high = (torch.full((site.width,), bound) for bound in (-1.0, 1.0))
+    supported = Part.SUPPORT in site.parts
+    gate = Gate(
+        torch.rand(site.width, generator=random) / site.width, torch.rand((), generator=random)
+    )
+    return AffineMap(
+        weight=torch.rand(site.width, generator=random),
+        bias=torch.rand(site.width, generator=random),
+        low=low if supported else None,
+        high=high if supported else None,
+        gate=gate if Part.GATE in site.parts else None,
+    )
+
+
+def _example_step(variant: Variant, tokens: int) -> Tensors:
+    """A step that edits every second token or so."""
+    if not variant.sites:
+        return {}
+    slots = torch.arange(tokens * variant.depth).remainder(2).view(variant.depth, tokens)
+    return {
+        "slots": slots,
+        "strength": torch.full((variant.depth, tokens), 0.5),
+        "doses": torch.zeros(2, variant.depth, tokens),
+    }
+
+
+def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
+    if tokens > 1:
+        # Not of weights and maps, whose sizes may be the same number by chance.
+        for tensor in tree_leaves(inputs[1:]):
+            for dim, size in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
+                if size == tokens:
+                    torch._dynamo.mark_dynamic(tensor, dim)
+    # A single token's products are loops that the compiler makes. All that it makes for more is
+    # small beside their products, with whose threads its own would fight for the processors.
+    return compile_ahead(run, inputs, torch.get_num_threads() if tokens == 1 else 1)

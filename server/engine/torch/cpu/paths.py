@@ -1,0 +1,50 @@
+"""What makes the engine fast on a CPU: packed weights, compiled layers, rewards in C++."""
+
+from contextlib import suppress
+
+from transformers import PreTrainedModel
+
+from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab_attention import SlabMemory
+from server.engine.torch.cpu.compiled import CompiledLayers
+from server.engine.torch.cpu.graph_store import HABIT
+from server.engine.torch.cpu.native_refinement import make_native_refinement
+from server.engine.torch.cpu.packed import pack_linear_layers
+from server.engine.torch.cpu.recurring import Habit
+from server.engine.torch.device_paths import Parts
+from server.engine.torch.options import EngineOptions
+from server.engine.torch.self_test import record_layers
+from server.engine.torch.step.decoder import DecoderLayers
+from server.engine.torch.step.runner import Runner
+from steering.sites import SiteError, default_sites, match_sites
+
+
+def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
+    """Lay the weights of linear layers out as the CPU reads them best."""
+    pack_linear_layers(model, will_compile=options.compile_layers)
+
+
+def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
+    """A runner whose layers are compiled in the background, if that is wanted."""
+    if not options.compile_layers:
+        return parts.eager
+    compiled = _compiled_layers(parts, options)
+    parts.interventions.bank.native = make_native_refinement()
+    return Runner(parts.loaded.model, parts.hooks, compiled)
+
+
+def _compiled_layers(parts: Parts, options: EngineOptions) -> CompiledLayers:
+    loaded = parts.loaded
+    model, widths = loaded.model, loaded.description.site_widths
+    # Of its own, as the probes keep theirs: they are computed again with each graph.
+    memory = SlabMemory(SlabShape.of(model))
+    layers = DecoderLayers(model)
+    more_tokens, one_token = record_layers(model, layers, parts.eager, memory)
+    habit = Habit.at_once() if options.compile_at_once else HABIT
+    compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head, habit)
+    with suppress(SiteError):  # not every architecture has default sites
+        sites = match_sites(default_sites(loaded.description.architecture), widths)
+        compiled.expect(
+            {site: widths[site] for site in sites}, options.max_loaded_interventions + 1
+        )
+    return compiled

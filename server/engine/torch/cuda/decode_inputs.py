@@ -1,0 +1,149 @@
+"""The inputs of a captured decode step: tensors that stay in place while contents change."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.attention.page_pool import PAGE, SCRATCH
+from server.engine.torch.attention.paged_index import PagedIndex, Tiling
+from server.engine.torch.model.transfer import Layout
+from server.engine.torch.step.batch import Batch
+from steering.route import AffineRoute, Route
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """What one graph serves."""
+
+    rows: int  # sequences, each with one token; fewer are padded
+    depth: int  # places in the stacks of affine edits
+    pages: int  # of the longest sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """One set of them; rows that pad come last."""
+
+    input_ids: Tensor  # (1, rows) int64
+    position_ids: Tensor  # (1, rows) int64
+    slots: Tensor  # (rows,) int64, of keys and values
+    query_ends: Tensor  # (rows + 1,) int32
+    lengths: Tensor  # (rows,) int32
+    tables: Tensor  # (rows, pages) int32
+    owners: Tensor  # (rows,) int32
+    firsts: Tensor  # (rows,) int32, zeros
+    edit_slots: Tensor  # (depth, rows) int64
+    strength: Tensor  # (depth, rows) float32
+
+
+class DecodeInputs:
+    """All inputs of one graph, filled by one copy from the host."""
+
+    def __init__(self, shape: DecodeShape, device: torch.device) -> None:
+        self.shape = shape
+        self._device = device
+        self._layout = Layout.of(_empty(shape))
+        self._buffer = torch.zeros(self._layout.size, dtype=torch.uint8, device=device)
+        self._tensors = _Tensors(*self._layout.views(self._buffer))
+        self._send(lambda _tensors: None)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(1, rows) int64."""
+        return self._tensors.input_ids
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(1, rows) int64."""
+        return self._tensors.position_ids
+
+    def index(self, tiling: Tiling) -> PagedIndex:
+        """For the attention; its tensors are the inputs."""
+        tensors = self._tensors
+        return PagedIndex(
+            slots=tensors.slots,
+            query_ends=tensors.query_ends,
+            lengths=tensors.lengths,
+            tables=tensors.tables,
+            owners=tensors.owners,
+            firsts=tensors.firsts,
+            block_rows=tiling.block_rows(1),
+            splits=tiling.splits(self.shape.rows),
+            most_keys=self.shape.pages * PAGE,
+        )
+
+    def route(self) -> Route:
+        """For the hooks; its tensors are the inputs."""
+        tensors = self._tensors
+        places = tuple(range(self.shape.depth))
+        affine = AffineRoute(places, tensors.edit_slots, tensors.strength, used=None)
+        return Route(affine if places else None, (), self._device)
+
+    def fill(self, batch: Batch, index: PagedIndex) -> None:
+        """Put in a batch that decodes, of as many rows at most; `index` is its attention's."""
+        count = batch.input_ids.numel()
+
+        def put(tensors: _Tensors) -> None:
+            tensors.input_ids[:, :count] = batch.input_ids
+            tensors.position_ids[:, :count] = batch.position_ids
+            tensors.slots[:count] = index.slots
+            tensors.lengths[:count] = index.lengths
+            tensors.tables[:count, : index.tables.shape[1]] = index.tables
+            if (affine := batch.route.affine) is not None:
+                for place, slots, strength in zip(
+                    affine.places, affine.slots, affine.strength, strict=True
+                ):
+                    tensors.edit_slots[place, :count] = slots
+                    tensors.strength[place, :count] = strength
+
+        self._send(put)
+
+    def fill_example(self, vocabulary: int, slot: int) -> None:
+        """Put in tokens at places of the scratch page, all with the edits of a slot."""
+        places = torch.arange(self.shape.rows) % PAGE  # rows at one place are equal
+
+        def put(tensors: _Tensors) -> None:
+            tensors.input_ids[0] = (7 * places + 3) % vocabulary
+            tensors.position_ids[0] = places
+            tensors.slots.copy_(SCRATCH * PAGE + places)
+            tensors.lengths.copy_(places + 1)
+            tensors.edit_slots.fill_(slot)
+            tensors.strength.fill_(0.5)
+
+        self._send(put)
+
+    def _send(self, put: Callable[[_Tensors], None]) -> None:
+        """Have a buffer on the host filled, and copy it; what is not put in is padding."""
+        host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
+        tensors = _Tensors(*self._layout.views(host))
+        torch.arange(self.shape.rows + 1, out=tensors.query_ends)
+        torch.arange(self.shape.rows, out=tensors.owners)
+        # A row that pads sees one key, the one that it writes to the scratch page.
+        tensors.slots.fill_(SCRATCH * PAGE)
+        tensors.lengths.fill_(1)
+        tensors.tables.fill_(SCRATCH)
+        put(tensors)
+        self._buffer.copy_(host, non_blocking=True)
+
+
+def _empty(shape: DecodeShape) -> Sequence[Tensor]:
+    """Tensors like those of `_Tensors`, without memory."""
+
+    def like(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    rows = shape.rows
+    return (
+        like(1, rows, dtype=torch.int64),
+        like(1, rows, dtype=torch.int64),
+        like(rows, dtype=torch.int64),
+        like(rows + 1, dtype=torch.int32),
+        like(rows, dtype=torch.int32),
+        like(rows, shape.pages, dtype=torch.int32),
+        like(rows, dtype=torch.int32),
+        like(rows, dtype=torch.int32),
+        like(shape.depth, rows, dtype=torch.int64),
+        like(shape.depth, rows, dtype=torch.float32),
+    )

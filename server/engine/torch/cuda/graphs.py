@@ -1,0 +1,235 @@
+"""Decoding by replayed CUDA graphs: one launch in place of hundreds.
+
+A graph holds the model's decoder, from token ids to the hidden states of all rows, with the affine
+edits at its sites, and measures their doses. Reward edits and `lm_head` follow as the model has
+them: they are a fixed number of launches, which the host makes while the device computes the graph.
+In a graph they would double the number of graphs. Contents of the inputs change from step to step,
+addresses do not. One graph serves a number of rows and a number of stacked affine edits.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from server.engine.torch.attention.page_pool import PAGE
+from server.engine.torch.attention.paged_attention import PagedMemory, PagedStep
+from server.engine.torch.attention.staging import route_tensors, with_route_tensors
+from server.engine.torch.cuda.capture import Capture
+from server.engine.torch.cuda.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.cuda.decoder_call import Decoder
+from server.engine.torch.model.devices import is_dead
+from server.engine.torch.model.transfer import stage
+from server.engine.torch.step.batch import Batch
+from server.engine.torch.step.graph_keys import MOST_DEPTH, GraphKey, buckets
+from server.engine.torch.step.staged_runner import StagedRunner, paged_step
+from steering.bank import Bank, MapNeed
+from steering.dose import DoseMeter
+from steering.hooks import SteeringHooks
+from steering.route import Route
+
+logger = logging.getLogger(__name__)
+
+# Of the hidden states, replayed and not, in the norm. The same kernels run in both.
+_TOLERANCE: Final = 1e-3
+
+
+class GraphError(Exception):
+    """A graph gives something else than the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: DecodeInputs
+    replay: Callable[[], None]
+    hidden: Tensor  # (1, rows, width), the decoder's
+    doses: Tensor  # see `DoseMeter.affine`
+    output: type  # of the decoder
+    edits: frozenset[MapNeed]  # what its edits read of the bank
+
+
+class GraphRunner(StagedRunner):
+    """Replays a graph for each step in which all sequences decode; runs others as they are.
+
+    A graph that a step could use and that is not made yet is pending: no step waits for it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hooks: SteeringHooks,
+        memory: PagedMemory,
+        max_rows: int,
+        max_tokens: int,
+        capture: Capture,
+        bank: Bank,
+    ) -> None:
+        """`max_rows` bounds the sequences of a step, `max_tokens` the tokens of each.
+
+        `bank` is the one whose edits the graphs hold.
+        """
+        super().__init__(model, hooks, memory.device)
+        self._memory = memory
+        self._capture = capture
+        self._buckets = buckets(max_rows)
+        self._pages = -(-max_tokens // PAGE)
+        self._decoder = Decoder(model)
+        self._bank = bank
+        self._graphs: dict[GraphKey, _Graph | None] = {}  # None: cannot be made
+        self._wanted: dict[GraphKey, None] = {}  # in the order in which they were
+
+    @property
+    def graphs(self) -> int:
+        """How many there are."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    @property
+    def pending(self) -> int:
+        """Graphs that steps could have used, and that are not made yet."""
+        return len(self._wanted)
+
+    @torch.inference_mode()
+    def warm_up(self, slot: int = 0) -> None:
+        """Make the graphs of steps without edits, or with one of the maps in a slot.
+
+        The largest first, so that all fit in its memory.
+
+        Raises:
+            Exception: a graph cannot be made, or gives something else than the model.
+        """
+        for rows in reversed(self._buckets):
+            key = GraphKey(rows, 1 if slot else 0)
+            self._graphs[key] = self._make(key, slot)
+
+    @torch.inference_mode()
+    def make_pending(self) -> bool:
+        """Make one graph that is pending; False if none is. Between steps that nobody waits for.
+
+        Raises:
+            Exception: the device has failed, and computes nothing any more.
+        """
+        for key in tuple(self._wanted):
+            slot = self._bank.affine_slot() if key.depth else 0
+            if slot is None:  # an edit is there to check a graph with, or nobody wants the graph
+                continue
+            del self._wanted[key]
+            try:
+                self._graphs[key] = self._make(key, slot)
+            except Exception as error:
+                if is_dead(self._device):
+                    raise
+                logger.warning(
+                    "steps of %d rows and %d edits run without a CUDA graph, which is slower, as "
+                    "with --no-cuda-graphs: %s",
+                    *(key.rows, key.depth, error),
+                )
+                logger.debug("capturing failed", exc_info=True)
+                self._graphs[key] = None
+            return True
+        self._wanted.clear()
+        return False
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
+        """As every runner's; see `Runner.run`."""
+        graph = self._graph(batch) if bank is self._bank else None
+        if graph is None:
+            return super().run(batch, bank, meter)
+        step = paged_step(batch)
+        graph.inputs.fill(batch, step.index)
+        graph.replay()
+        if meter is not None:
+            _, depth, _ = graph.doses.shape
+            own = meter.affine(tuple(range(depth)), self._device)
+            own += graph.doses[:, :, : batch.input_ids.numel()]
+        return self._tail(graph, batch, bank, meter)
+
+    def _graph(self, batch: Batch) -> _Graph | None:
+        """The graph for a step; None where it is not made, and then it is wanted, or cannot be."""
+        rows = self._bucket(batch)
+        if rows is None:
+            return None
+        affine = batch.route.affine
+        depth = 0 if affine is None else affine.places[-1] + 1
+        if depth > MOST_DEPTH:
+            return None
+        key = GraphKey(rows, depth)
+        if key not in self._graphs:
+            self._wanted[key] = None
+            return None
+        graph = self._graphs[key]
+        used = frozenset[int]() if affine is None or affine.used is None else affine.used
+        if graph is not None and not self._bank.needs(used) <= graph.edits:
+            # Made before a site, or a support or gate at one, was loaded.
+            self._wanted[key] = None
+            return None
+        return graph
+
+    def _bucket(self, batch: Batch) -> int | None:
+        """The rows of the graph for a batch; None where it does not just decode."""
+        tokens = batch.input_ids.numel()
+        decodes = len(batch.spans) == len(batch.rows) == tokens
+        if not decodes or paged_step(batch).index.most_keys > self._pages * PAGE:
+            return None
+        return next((rows for rows in self._buckets if rows >= tokens), None)
+
+    def _tail(self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
+        """From the decoder's hidden states to logits, with the edits of rewards."""
+        logits_rows, *rewards = stage(
+            [batch.logits_rows, *route_tensors(_rewards(batch.route))], self._device
+        )
+        route = with_route_tensors(_rewards(batch.route), rewards, self._device)
+        with (
+            self._decoder.gives(graph.output, graph.hidden),
+            self._hooks.routed(bank, route, meter),
+        ):
+            output = self._model(
+                input_ids=graph.inputs.input_ids,
+                position_ids=graph.inputs.position_ids,
+                logits_to_keep=logits_rows,
+                use_cache=False,
+            )
+        logits: Tensor = output.logits
+        return logits[0].float()
+
+    def _make(self, key: GraphKey, slot: int) -> _Graph:
+        """Capture, and compare with the model edited by a slot, on other inputs than the capture's.
+
+        Raises:
+            GraphError: a replay gives something else, or would leave a site unedited.
+        """
+        edits = self._bank.layout if key.depth else frozenset[MapNeed]()
+        if outside := sorted({need.site for need in edits if not self._decoder.holds(need.site)}):
+            raise GraphError(f"{', '.join(outside)} is outside of the decoder, and in no graph")
+        inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
+        step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
+        route = inputs.route()
+        with step.current():
+            captured = self._decoder.call_of(self._model, inputs)
+
+        def compute() -> Sequence[Tensor]:
+            meter = DoseMeter(key.rows, 0)
+            places = () if route.affine is None else route.affine.places
+            doses = meter.affine(places, self._device)
+            with step.current(), self._hooks.routed(self._bank, route, meter):
+                hidden: Tensor = captured.call().last_hidden_state
+            return hidden, doses
+
+        replay, (hidden, doses) = self._capture(compute)
+        vocabulary: int = self._model.config.get_text_config().vocab_size
+        inputs.fill_example(vocabulary, slot)
+        with step.current(), self._hooks.routed(self._bank, route):
+            expected = self._decoder.call_of(self._model, inputs).hidden
+        replay()
+        difference = float((hidden - expected).float().norm() / expected.float().norm())
+        if not difference < _TOLERANCE:
+            raise GraphError(f"a replayed step is off by {difference:.2g}")
+        return _Graph(inputs, replay, hidden, doses, captured.output, edits)
+
+
+def _rewards(route: Route) -> Route:
+    return replace(route, affine=None)

@@ -1,0 +1,85 @@
+"""Makes the engine fast on a GPU: kernels for the edits, decoding by replayed CUDA graphs."""
+
+from contextlib import suppress
+
+from transformers import PreTrainedModel
+
+from server.engine.base import UnservableInterventionError
+from server.engine.torch.attention.paged_attention import PagedMemory
+from server.engine.torch.cuda.affine_check import use_affine_kernel
+from server.engine.torch.cuda.capture import CudaCapture
+from server.engine.torch.cuda.graphs import GraphRunner
+from server.engine.torch.cuda.grouped_check import make_grouped_refinement
+from server.engine.torch.device_paths import Parts
+from server.engine.torch.model.devices import is_spread
+from server.engine.torch.model.fallback import fall_back
+from server.engine.torch.options import EngineOptions
+from server.engine.torch.self_test import complete_map
+from server.engine.torch.step.runner import Runner
+from steering.sites import SiteError, default_sites, match_sites
+
+
+def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
+    """Leave the model as it is."""
+
+
+def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
+    """A runner that replays graphs, or `parts.eager` where there can be none.
+
+    Raises:
+        ModelLoadError: the device failed, and computes nothing any more.
+    """
+    model, memory = parts.loaded.model, parts.kv.memory
+    _use_kernels(parts)
+    if not options.cuda_graphs or not isinstance(memory, PagedMemory) or _has_changing_rope(model):
+        return parts.eager
+    graphs = GraphRunner(
+        model,
+        parts.hooks,
+        memory,
+        options.max_batch_size,
+        parts.context_length,
+        CudaCapture(memory.device),
+        parts.interventions.bank,
+    )
+    try:
+        graphs.warm_up()
+        _rehearse(graphs, parts)
+    except Exception as error:
+        fall_back(
+            error,
+            memory.device,
+            "the making of CUDA graphs (--no-cuda-graphs does without)",
+            "steps run without CUDA graphs, which is slower, as with --no-cuda-graphs",
+        )
+        return parts.eager
+    return graphs
+
+
+def _use_kernels(parts: Parts) -> None:
+    """Have kernels do the edits, unless a check finds them wrong."""
+    model, description = parts.loaded.model, parts.loaded.description
+    bank = parts.interventions.bank
+    use_affine_kernel(description.hidden_size, model.dtype, model.device)
+    if not is_spread(model):  # a head may be wanted on another device there
+        bank.grouped = make_grouped_refinement(bank.slots + 1, description.head_width, model.device)
+
+
+def _rehearse(graphs: GraphRunner, parts: Parts) -> None:
+    """Have graphs made for one affine edit at the default sites, before anybody wants it.
+
+    The edit has all that a map may have, so that the graphs serve any map there.
+    """
+    description = parts.loaded.description
+    # Not every architecture has default sites, and at some an edit may reach nothing.
+    with suppress(SiteError, UnservableInterventionError):
+        sites = match_sites(default_sites(description.architecture), description.site_widths)
+        maps = {site: complete_map(description.site_widths[site]) for site in sites}
+        with parts.interventions.rehearsed(maps) as slot:
+            graphs.warm_up(slot)
+
+
+def _has_changing_rope(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies depend on the longest sequence, which the host looks up."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return any(kind in repr(rope) for kind in ("dynamic", "longrope"))

@@ -1,0 +1,32 @@
+"""Says that a part of the engine runs more slowly, as what makes it fast on a device has failed."""
+
+import logging
+
+import torch
+
+from server.engine.torch.model.devices import is_dead
+from server.engine.torch.model.loader import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+
+def fall_back(error: Exception, device: torch.device, failed: str, instead: str) -> None:
+    """Warn that a slower path is taken.
+
+    Args:
+        error: raised by the faster path.
+        failed: the faster path, as in "the GPU failed in ...".
+        instead: what is slower from now on, and how an operator asks for that without a warning.
+
+    Raises:
+        ModelLoadError: the device has failed as well, so that no path computes anything.
+    """
+    if is_dead(device):
+        raise ModelLoadError(f"the GPU failed in {failed}: {error}") from error
+    logger.warning("%s: %s", instead, first_line(error))
+    logger.debug("%s failed", failed, exc_info=error)
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error, and the first line of its message: compilers' messages have many."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,0 +1,90 @@
+"""What a sequence's client gets: draws, text and log-probabilities, from admission to its end."""
+
+import random
+import time
+from dataclasses import replace
+
+from server.engine.base import FinishReason, StepOutput, TokenLogprobs
+from server.engine.torch.sampling.penalties import Penalties, changes_logits
+from server.engine.torch.sampling.sampler import Draw
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.text.detokenizer import Detokenizer
+
+
+class Answer:
+    """What belongs to a sequence beside its tokens. A preemption leaves it as it is."""
+
+    def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
+        self._sequence = sequence
+        self._detokenizer = detokenizer
+        request = sequence.request
+        # None where the request changes no logits.
+        self.penalties = Penalties(request) if changes_logits(request.sampling) else None
+        self._random = random.Random(sequence.request.sampling.seed)
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._submitted: float | None = time.monotonic()  # until it is first scheduled
+        self._queue_seconds: float | None = None  # told once
+        self._cached_tokens = 0  # told once
+
+    def start(self) -> None:
+        """Note that the sequence begins, or begins again after a preemption.
+
+        What counts as computed by then was found in the prefix cache.
+        """
+        if self._submitted is not None:
+            self._queue_seconds = time.monotonic() - self._submitted
+            self._cached_tokens = self._sequence.computed
+            self._submitted = None
+
+    def draw(self) -> Draw:
+        """How to draw the next token. Every draw takes one number of the request's own."""
+        return Draw(self._sequence.request.sampling, self._random.random(), self.penalties)
+
+    def score(self, logprobs: TokenLogprobs) -> None:
+        """Keep the log-probabilities of the prompt's next token."""
+        self._prompt_logprobs.append(logprobs)
+        self._sequence.scored += 1
+
+    def append(
+        self, token: int, logprobs: TokenLogprobs | None, eos_tokens: frozenset[int]
+    ) -> StepOutput:
+        """Append a drawn token to the sequence; the last output has a finish reason."""
+        sequence, sampling = self._sequence, self._sequence.request.sampling
+        sequence.tokens.append(token)
+        if self.penalties is not None:
+            self.penalties.push(token)
+        ended = token in eos_tokens and not sampling.ignore_eos
+        text = self._detokenizer.push(token, ends=ended)
+        if logprobs is not None:
+            logprobs = replace(logprobs, offset=self._detokenizer.offset)
+        if ended or self._detokenizer.stopped or len(sequence.tokens) == sequence.max_length:
+            text += self._detokenizer.finish()
+            stopped = ended or self._detokenizer.stopped
+            reason: FinishReason = "stop" if stopped else "length"
+            return self._output((token,), text, logprobs, reason)
+        return self._output((token,), text, logprobs, None)
+
+    def read(self) -> StepOutput:
+        """The prompt is computed, and no completion was asked for."""
+        return self._output((), "", None, "length")
+
+    def _output(
+        self,
+        tokens: tuple[int, ...],
+        text: str,
+        logprobs: TokenLogprobs | None,
+        finish_reason: FinishReason | None,
+    ) -> StepOutput:
+        output = StepOutput(
+            token_ids=tokens,
+            text=text,
+            logprobs=() if logprobs is None else (logprobs,),
+            prompt_logprobs=tuple(self._prompt_logprobs),
+            finish_reason=finish_reason,
+            queue_seconds=self._queue_seconds,
+            cached_tokens=self._cached_tokens,
+        )
+        self._prompt_logprobs.clear()
+        self._queue_seconds = None
+        self._cached_tokens = 0
+        return output

@@ -1,0 +1,112 @@
+"""What a step's logits say: the tokens that are drawn, and log-probabilities.
+
+All is computed on the device and read together: a step waits for the device only here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.model.transfer import fetch, send
+from server.engine.torch.sampling.penalty_table import PenaltyTable
+from server.engine.torch.sampling.sampler import Draw, RowLogprobs, Sample, Scores, sample, score
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
+from server.engine.torch.step.batch import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The next token of a sequence, and what its request wants to know about it."""
+
+    sequence: EngineSequence
+    token: int
+    logprobs: RowLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """Of all rows of a step. What is said of a sequence that has one in `not_numbers` is void."""
+
+    not_numbers: list[Row]  # whose best logit is not a finite number
+    scored: list[tuple[Row, RowLogprobs]]  # of the prompts' next tokens
+    drawn: list[Drawn]
+
+
+class _Computed(NamedTuple):
+    """Tensors, on the device and then on the host."""
+
+    finite: Tensor  # (rows,) bool
+    sample: Sample
+    # None where nobody wants any, which is most often.
+    prompts: Scores | None
+    scores: Scores | None  # of the drawn tokens
+
+
+def read_out(
+    rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw], penalties: PenaltyTable
+) -> Readout:
+    """Score and draw. Waits for the device once, or twice where filters keep unusually much.
+
+    Args:
+        logits: (rows, vocabulary) float32, in the order of `rows`.
+        draws: of the rows that draw, in that order.
+        penalties: holds what the draws change in their logits.
+    """
+    scored = [i for i, row in enumerate(rows) if row.scores]
+    drawn = [i for i, row in enumerate(rows) if row.draws]
+    finite = logits.amax(dim=-1).isfinite()  # NaN counts as the largest
+    prompts = _score_prompts(rows, logits, scored) if scored else None
+    wanted = {
+        i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
+    }
+    drawn_from = penalties.penalize(_select(logits, drawn), [draw.penalties for draw in draws])
+    unsure: list[int] = []
+    while True:
+        sampled = sample(drawn_from, draws, sorted_rows=unsure)
+        scores = _score_drawn(logits, drawn, sampled, wanted) if wanted else None
+        computed = fetch(_Computed(finite, sampled, prompts, scores))
+        unsure = [place for place, sure in enumerate(computed.sample.sure.tolist()) if not sure]
+        if not unsure:
+            break
+    logprobs = _by_row(computed.scores, wanted)
+    prompt_counts = {i: rows[i].sequence.request.sampling.prompt_logprobs or 0 for i in scored}
+    return Readout(
+        [row for row, whole in zip(rows, computed.finite.tolist(), strict=True) if not whole],
+        [(rows[i], found) for i, found in _by_row(computed.prompts, prompt_counts).items()],
+        [
+            Drawn(rows[i].sequence, token, logprobs.get(i))
+            for i, token in zip(drawn, computed.sample.tokens.tolist(), strict=True)
+        ],
+    )
+
+
+def _score_prompts(rows: Sequence[Row], logits: Tensor, scored: Sequence[int]) -> Scores:
+    """How likely the prompts' next tokens are."""
+    prompts = [rows[i] for i in scored]
+    tokens = [row.sequence.tokens[row.place + 1] for row in prompts]
+    most = max(row.sequence.request.sampling.prompt_logprobs or 0 for row in prompts)
+    return score(_select(logits, scored), send(tokens, logits.device, torch.int64), most)
+
+
+def _score_drawn(
+    logits: Tensor, drawn: Sequence[int], sampled: Sample, wanted: Mapping[int, int]
+) -> Scores:
+    """How likely the drawn tokens are whose requests want to know it."""
+    tokens = _select(sampled.tokens, [place for place, i in enumerate(drawn) if i in wanted])
+    return score(_select(logits, list(wanted)), tokens, max(wanted.values()))
+
+
+def _by_row(scores: Scores | None, counts: Mapping[int, int]) -> dict[int, RowLogprobs]:
+    """Of each row, with as many alternatives as it wants."""
+    read = [] if scores is None else scores.read(list(counts.values()))
+    return dict(zip(counts, read, strict=True))
+
+
+def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, in order; without a copy where they are all or none."""
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor[send(rows, tensor.device)] if rows else tensor[:0]

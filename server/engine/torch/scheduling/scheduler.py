@@ -1,0 +1,270 @@
+"""Continuous batching: which tokens of which sequences the next step computes."""
+
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Final
+
+from server.engine.base import GaveWayError, QueueFullError
+from server.engine.torch.scheduling.block_pool import BlockPool
+from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.scheduling.shares import share
+
+BACKGROUND_TOKENS: Final = 8  # all background work together, in a step that requests wait for
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The place after its last token."""
+        return self.start + self.count
+
+    @property
+    def completes(self) -> bool:
+        """Whether it ends with the last token known."""
+        return self.end == len(self.sequence.tokens)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next token is drawn after it."""
+        return self.completes and len(self.sequence.tokens) < self.sequence.max_length
+
+    @property
+    def scores(self) -> range:
+        """The places of those tokens after which the prompt's next token is to be scored."""
+        sequence = self.sequence
+        if sequence.request.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.start, sequence.scored), min(self.end, sequence.prompt_length - 1))
+
+    @property
+    def logits_places(self) -> range:
+        """The places of those tokens after which logits are needed."""
+        scores = self.scores
+        if not self.samples:
+            return scores
+        # Prompt tokens are scored before the first token is drawn, so the two join.
+        return range(scores.start if scores else self.end - 1, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the next step computes, and which sequences gave up their K/V for it."""
+
+    chunks: list[Chunk]
+    preempted: list[Sequence]
+    dropped: list[Sequence]  # background work that was ended
+
+
+def nothing_found(_: Sequence) -> int:
+    """What is found of a sequence where there is no prefix cache."""
+    return 0
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """First come, first served; what a request asks for beside its tokens is not looked at.
+
+    Each sequence that decodes has its token in every step. Prompts are computed in chunks; where
+    anything decodes, all together take no more than `prefill_tokens` of a step, so that the step
+    stays short. `share` says how they divide it.
+
+    A sequence starts when the blocks for the tokens that it has are free, with one to spare for
+    each that runs already, and takes more as it grows. When none is left, the sequence that came
+    last is preempted: it gives up its blocks, waits in front, and is computed anew later. So the
+    oldest always goes on, and every sequence becomes the oldest.
+
+    Background work starts at once or not at all, takes few tokens of a step that computes anything
+    else, and is ended as soon as anything else wants its room.
+    """
+
+    pool: BlockPool
+    max_batch_size: int  # sequences running at once
+    max_batch_tokens: int  # tokens of one step
+    max_waiting: int
+    prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None: what is left
+    # How many of a sequence's first tokens need not be computed, when its first chunk is made.
+    find: Callable[[Sequence], int] = nothing_found
+    # Both in order of arrival, and all that run came before all that wait.
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    background: list[Sequence] = field(default_factory=list)  # runs too, in order of arrival
+    # Those that another one will follow, whose place in the queue is taken; finished ones too.
+    followed: set[Sequence] = field(default_factory=set)
+    preemptions: int = 0  # since the start
+    _arrivals: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_size "
+                f"({self.max_batch_size}), so that every running sequence can take its turn"
+            )
+        if self.prefill_tokens is not None and self.prefill_tokens < 1:
+            raise ValueError(
+                f"prefill_tokens ({self.prefill_tokens}) must be at least 1, so that every prompt "
+                "can take its turn"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that may be here at once: those that run or wait."""
+        return self.max_batch_size + self.max_waiting
+
+    def check_room(self, places: int) -> None:
+        """Raise QueueFullError unless so many places of the waiting queue are free.
+
+        What could start at once takes none of it. An empty queue takes whatever one client may ask
+        for at once.
+        """
+        waiting = len(self.waiting) - self._startable()
+        if waiting and waiting + len(self.followed) + places > self.max_waiting:
+            raise QueueFullError(f"{waiting} requests are waiting already; try again later")
+
+    def _startable(self) -> int:
+        """How many of the queue would start with a step that began now, background work gone."""
+        places = self.max_batch_size - len(self.running)
+        blocks = self.pool.free + sum(
+            self.pool.needed(len(each.tokens)) for each in self.background
+        )
+        for started, sequence in enumerate(self.waiting):
+            places -= 1
+            blocks -= self.pool.needed(len(sequence.tokens))
+            # As `_has_room`: with a block to spare for each that runs.
+            if places < 0 or blocks < (len(self.running) + started) * self.pool.needed(1):
+                return started
+        return len(self.waiting)
+
+    def check_background(self, *sequences: Sequence) -> None:
+        """Raise GaveWayError unless background work can start now, beside all there is."""
+        if self.waiting or not self._has_room(*sequences):
+            raise GaveWayError("there is no room for background work now")
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, for which `check_room` found room and which the pool can hold.
+
+        Background work, for which `check_background` found room, is not queued but runs.
+        """
+        assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        if sequence.request.followed:
+            self.followed.add(sequence)
+        if sequence.request.background:
+            self._hold(sequence)
+            self.background.append(sequence)
+        else:
+            self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or not, and free its blocks."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            return
+        for running in (self.running, self.background):
+            if sequence in running:
+                running.remove(sequence)
+                self.pool.release(sequence)
+
+    def schedule(self) -> Plan:
+        """The next step's plan; without chunks when there is nothing to do."""
+        plan = Plan([], [], [])
+        self._make_room(plan)
+        while self._start_next(plan):
+            pass
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        left = self._add_chunks(plan, decoding, self.max_batch_tokens)
+        if decoding and self.prefill_tokens is not None:
+            left = min(left, self.prefill_tokens)
+        left = self._add_chunks(plan, prompts, left)
+        if self.running:
+            left = min(left, BACKGROUND_TOKENS)
+        self._add_chunks(plan, self.background, left)
+        return plan
+
+    def _add_chunks(self, plan: Plan, sequences: Items[Sequence], budget: int) -> int:
+        """Share a budget of tokens among sequences; what is left of it."""
+        # What is found counts only where a chunk follows: until then, it may be given up.
+        starts = [each.computed or self.find(each) for each in sequences]
+        pending = [len(each.tokens) - start for each, start in zip(sequences, starts, strict=True)]
+        counts = share(pending, budget)
+        for sequence, start, count in zip(sequences, starts, counts, strict=True):
+            if count:
+                sequence.computed = start
+                plan.chunks.append(Chunk(sequence, start, count))
+                budget -= count
+        return budget
+
+    def _make_room(self, plan: Plan) -> None:
+        """Let every running sequence hold its tokens, the oldest first."""
+        for sequence in tuple(self.running):
+            # The youngest yield, so that the oldest always goes on.
+            while sequence in self.running and not self._hold(sequence):
+                if self.background:
+                    plan.dropped.append(self._drop_youngest())
+                else:
+                    plan.preempted.append(self._preempt_youngest())
+        for sequence in tuple(self.background):
+            if not self._hold(sequence):
+                self.remove(sequence)
+                plan.dropped.append(sequence)
+
+    def _preempt_youngest(self) -> Sequence:
+        sequence = self.running.pop()
+        self.pool.release(sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+        return sequence
+
+    def _drop_youngest(self) -> Sequence:
+        sequence = self.background.pop()
+        self.pool.release(sequence)
+        return sequence
+
+    def _start_next(self, plan: Plan) -> bool:
+        """Start the first waiting sequence, if there is one and room for it."""
+        if not self.waiting:
+            return False
+        while not self._has_room(self.waiting[0]):
+            if not self.background:
+                return False
+            plan.dropped.append(self._drop_youngest())
+        sequence = self.waiting.popleft()
+        self._hold(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _hold(self, sequence: Sequence) -> bool:
+        """Hold blocks for all tokens of a sequence; False if there are too few."""
+        return self.pool.hold(sequence, len(sequence.tokens))
+
+    def _has_room(self, *sequences: Sequence) -> bool:
+        """Whether sequences can start beside all that run."""
+        running = [*self.running, *self.background]
+        if len(running) + len(sequences) > self.max_batch_size:
+            return False
+        # Without the spare blocks one might be preempted, and its work lost, a few steps later.
+        needed = sum(self.pool.needed(len(sequence.tokens)) for sequence in sequences)
+        return needed + len(running) * self.pool.needed(1) <= self.pool.free
+
+    def check(self) -> None:
+        """Assert that the books add up. Between two steps."""
+        running = [*self.running, *self.background]
+        self.pool.check(running)
+        assert len(running) <= self.max_batch_size, "more run than the batch holds"
+        arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
+        assert arrivals == sorted(set(arrivals)), "somebody was overtaken, or is here twice"
+        for sequence in running:
+            assert 0 <= sequence.computed < len(sequence.tokens), "a sequence has nothing to do"
+        assert not any(sequence.computed for sequence in self.waiting), "K/V without blocks"

@@ -1,0 +1,103 @@
+"""Builds one step's tensors and its route, once, from the scheduler's chunks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.torch.attention.backend import AttentionStep, KVMemory, Lane, Piece
+from server.engine.torch.scheduling.scheduler import Chunk
+from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
+from steering.route import Route, Span, build_route
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a step's logits."""
+
+    sequence: EngineSequence
+    place: int  # of the token that it follows
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next token is drawn from it."""
+        return self.place == len(self.sequence.tokens) - 1
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores a prompt's next token."""
+        return not self.draws
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """All that a forward pass needs. Tokens of all sequences are packed in one row."""
+
+    input_ids: Tensor  # (1, tokens) int64
+    position_ids: Tensor  # (1, tokens) int64
+    rows: Sequence[Row]  # of the logits that are needed
+    logits_rows: Tensor  # (rows,) int64 on the CPU: which of the packed tokens they follow
+    attention: AttentionStep
+    route: Route
+    spans: Sequence[Span]  # of each sequence's tokens, one after the other
+    places: Mapping[EngineSequence, int]  # where in `spans` a sequence's is
+
+
+def build_batch(
+    chunks: Sequence[Chunk],
+    lanes: Mapping[EngineSequence, Lane],
+    memory: KVMemory,
+    device: torch.device,
+) -> Batch:
+    """The step's tensors, with the chunks in the order in which attention takes them best.
+
+    Args:
+        lanes: each sequence's keys and values, in `memory`, with room for its chunk.
+        device: the model's; the tensors are there, unless `memory` has them built elsewhere.
+    """
+    device = memory.batch_device or device
+    tokens: list[int] = []
+    positions: list[int] = []
+    rows: list[Row] = []
+    packed: list[int] = []  # where the rows' tokens are in `tokens`
+    spans: list[Span] = []
+    pieces: list[Piece] = []
+    places: dict[EngineSequence, int] = {}
+    for chunk, piece in _pieces(chunks, lanes, memory):
+        sequence, wanted = chunk.sequence, chunk.logits_places
+        places[sequence] = len(spans)
+        offset = len(tokens) - chunk.start
+        packed += [offset + place for place in wanted]
+        rows += [Row(sequence, place) for place in wanted]
+        tokens += sequence.tokens[chunk.start : chunk.end]
+        positions += range(chunk.start, chunk.end)
+        pieces.append(piece)
+        spans.append(
+            Span(
+                start=chunk.start,
+                count=chunk.count,
+                prompt_length=sequence.prompt_length,
+                rows=range(len(rows) - len(wanted), len(rows)),
+                edits=sequence.edits,
+            )
+        )
+    return Batch(
+        input_ids=torch.tensor([tokens], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        rows=rows,
+        # On the CPU because it indexes wherever the model's last layer is.
+        logits_rows=torch.tensor(packed, dtype=torch.int64),
+        attention=memory.step(pieces),
+        route=build_route(spans, device),
+        spans=spans,
+        places=places,
+    )
+
+
+def _pieces(
+    chunks: Sequence[Chunk], lanes: Mapping[EngineSequence, Lane], memory: KVMemory
+) -> list[tuple[Chunk, Piece]]:
+    """Each chunk and where its keys and values go, in the order that suits attention best."""
+    pieces = [(chunk, Piece(lanes[chunk.sequence], chunk.start, chunk.count)) for chunk in chunks]
+    return sorted(pieces, key=lambda each: memory.order(each[1]))

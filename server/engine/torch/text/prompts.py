@@ -1,0 +1,109 @@
+"""From texts and conversations to token ids, and back. Used from any thread."""
+
+from collections.abc import Mapping, Sequence
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.base import InvalidRequestError, SpelledPrompt
+from server.engine.torch.text.running_text import RunningText
+from server.engine.torch.text.vocabulary import Vocabulary
+
+
+class Prompts:
+    """A tokenizer and its chat template, for a context of `max_tokens`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
+        self._chat = tokenizer
+        self._tokenizer = tokenizer.backend_tokenizer
+        # Either may come with a tokenizer's file, and would change prompts in silence.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._vocabulary = Vocabulary(self._tokenizer)
+        self._max_tokens = max_tokens
+        # A token stands for no more characters than its name has.
+        self.max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
+
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids of a text, with the special tokens that the tokenizer adds.
+
+        Raises:
+            InvalidRequestError: the text is much too long.
+        """
+        return self._encode(text, "prompt", add_special_tokens=True).ids
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The tokens' text, special tokens included."""
+        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)
+        return str(text)
+
+    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
+        """Tell a prompt's tokens and text; see server.engine.base.Engine.spell."""
+        if isinstance(prompt, str):
+            encoding = self._encode(prompt, "prompt", add_special_tokens=True)
+            return self._spelled(encoding.ids, prompt, _begins(encoding.offsets))
+        if len(prompt) > self._max_tokens:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {self._max_tokens} tokens. However, your "
+                f"prompt has {len(prompt)}. Please reduce your prompt.",
+                "prompt",
+                "context_length_exceeded",
+            )
+        running = RunningText(self._vocabulary)
+        added = [(running.push(token), running.begin) for token in prompt]
+        return self._spelled(prompt, "".join(text for text, _ in added), [at for _, at in added])
+
+    def _spelled(self, tokens: Sequence[int], text: str, offsets: Sequence[int]) -> SpelledPrompt:
+        if not tokens:
+            raise InvalidRequestError("The prompt is empty.", "prompt")
+        first = self._vocabulary.scored(tokens[0], 0.0).text
+        return SpelledPrompt(tuple(tokens), text, tuple(offsets), first)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
+        if self._chat.chat_template is None:
+            raise InvalidRequestError(
+                "This model has no chat template; use /v1/completions.",
+                "messages",
+                "no_chat_template",
+            )
+        conversation = [dict(message) for message in messages]
+        try:
+            text = self._chat.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+            str(text).encode()
+        except Exception as error:  # a template is a program of the model's authors
+            raise InvalidRequestError(
+                f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
+            ) from error
+        # The template has written the special tokens that the model wants.
+        return self._encode(str(text), "messages", add_special_tokens=False).ids
+
+    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> Encoding:
+        # What cannot fit is not worth the seconds that tokenizing it takes.
+        if len(text) > self.max_characters:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {self._max_tokens} tokens. However, your "
+                f"prompt has {len(text)} characters, more than so many tokens can stand for "
+                f"({self.max_characters}). Please reduce your prompt.",
+                param,
+                "context_length_exceeded",
+            )
+        # Unlike `encode`, it lets other threads run while it works.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return encoding
+
+
+def _begins(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Tell where tokens begin in a text, from the spans that a tokenizer gives them.
+
+    A tokenizer may leave the blank before a word out of the word's span, and gives (0, 0) to the
+    special tokens that it adds.
+    """
+    begins, end = [], 0
+    for start, stop in spans:
+        # Tokens that are parts of one character all have its span.
+        begins.append(min(start, end) if stop > start else end)
+        end = max(end, stop)
+    return begins
