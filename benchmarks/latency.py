@@ -19,7 +19,7 @@ from benchmarks.options import Options
 from benchmarks.processes import ROOT
 from benchmarks.report import Section
 from server.cli.bench_client import BenchClient, BenchError
-from server.cli.bench_run import Plan, run
+from server.cli.bench_run import BenchPlan, run
 
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
@@ -31,7 +31,7 @@ def measure_latency(options: Options) -> Section:
     Raises:
         BenchmarkError: the server did not start, or refused something.
     """
-    plan = Plan(
+    plan = BenchPlan(
         ("latency",),
         options.batches,
         options.latency_tokens,

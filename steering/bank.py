@@ -15,9 +15,9 @@ from steering.dose import DoseMeter
 from steering.grouped_refinement import GroupedRefinement
 from steering.kernels.affine_edit import affine_edit
 from steering.native import NativeRefinement
-from steering.refine import Headed, refine
+from steering.refine import HeadGroup, refine
 from steering.reward import RewardHead
-from steering.route import AffineRoute, RewardLayer, Route
+from steering.route import AffineRoute, RewardStage, Route
 from steering.site_maps import Part, SiteMaps, parts_in, parts_of
 
 
@@ -41,7 +41,7 @@ class Bank:
         self._sites: dict[str, SiteMaps] = {}
         self._heads: dict[int, RewardHead] = {}
         self._needs: dict[int, frozenset[MapNeed]] = {}  # by slot, of affine interventions
-        self.fillings = 0  # counts every change of what a slot holds
+        self.slot_changes = 0  # counts every change of what a slot holds
         self.native: NativeRefinement | None = None  # refines rows on a CPU, where one was made
         self.grouped: GroupedRefinement | None = None  # and on a GPU
 
@@ -61,10 +61,10 @@ class Bank:
                 for part in parts_of(site_map)
             )
         else:
-            self._heads[slot] = head = self.ready(parameters, self._device)
+            self._heads[slot] = head = self.prepare(parameters, self._device)
             if self.grouped is not None:
                 self.grouped.put(slot, head.prepared)
-        self.fillings += 1
+        self.slot_changes += 1
 
     @torch.inference_mode()
     def make_room(self, widths: Mapping[str, int]) -> None:
@@ -80,7 +80,7 @@ class Bank:
         self._needs.pop(slot, None)
         for stack in self._sites.values():
             stack.clear(slot)
-        self.fillings += 1
+        self.slot_changes += 1
 
     def _site(self, site: str, width: int) -> SiteMaps:
         if site not in self._sites:
@@ -141,7 +141,7 @@ class Bank:
         )
         return edited.view_as(activations)
 
-    def ready(self, head: RewardHead, device: torch.device) -> RewardHead:
+    def prepare(self, head: RewardHead, device: torch.device) -> RewardHead:
         """A head as it is used on a device. May be called on any thread, ahead of `put`."""
         head = head.to(device)
         is_prepared = self.grouped is not None or (self.native is not None and device.type == "cpu")
@@ -150,7 +150,7 @@ class Bank:
     def _head(self, slot: int, device: torch.device) -> RewardHead:
         head = self._heads[slot]
         if head.w1.device != device:
-            head = self._heads[slot] = self.ready(head, device)
+            head = self._heads[slot] = self.prepare(head, device)
         return head
 
     def edit_rows(self, hidden: Tensor, route: Route, meter: DoseMeter | None = None) -> Tensor:
@@ -163,27 +163,27 @@ class Bank:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
         """
         h = hidden.reshape(-1, hidden.shape[-1]).float()
-        for layer in route.on(hidden.device).reward:
-            rows = h[layer.rows]
-            edited = self._refine(rows, layer)
+        for stage in route.on(hidden.device).reward:
+            rows = h[stage.rows]
+            edited = self._refine(rows, stage)
             if meter is not None:
-                meter.reward(layer.depth, rows, edited, layer.rows)
-            h = h.index_copy(0, layer.rows, edited)
+                meter.reward(stage.depth, rows, edited, stage.rows)
+            h = h.index_copy(0, stage.rows, edited)
         return h.to(hidden.dtype).view_as(hidden)
 
-    def _refine(self, rows: Tensor, layer: RewardLayer) -> Tensor:
+    def _refine(self, rows: Tensor, stage: RewardStage) -> Tensor:
         """Rows, each edited by its own head: (n, d) float32 -> (n, d) float32."""
-        if self.grouped is not None and self.grouped.holds(each.slot for each in layer.heads):
+        if self.grouped is not None and self.grouped.holds(each.slot for each in stage.heads):
             return self.grouped(
                 rows,
-                [(each.slot, each.rows) for each in layer.heads],
-                layer.slots,
-                layer.counts,
-                layer.direction_scale,
-                layer.step_sizes,
+                [(each.slot, each.rows) for each in stage.heads],
+                stage.slots,
+                stage.counts,
+                stage.direction_scale,
+                stage.step_sizes,
             )
         heads = [
-            Headed(self._head(each.slot, rows.device), each.rows, each.most_iterations)
-            for each in layer.heads
+            HeadGroup(self._head(each.slot, rows.device), each.rows, each.most_iterations)
+            for each in stage.heads
         ]
-        return refine(rows, heads, layer.direction_scale, layer.step_sizes, self.native)
+        return refine(rows, heads, stage.direction_scale, stage.step_sizes, self.native)

@@ -10,7 +10,7 @@ from steering.native import NativeRefinement
 from steering.reward import RewardHead, apply_reward
 
 
-class Headed(NamedTuple):
+class HeadGroup(NamedTuple):
     """A head, and the rows that it edits: those after the rows of the head before it."""
 
     head: RewardHead
@@ -20,7 +20,7 @@ class Headed(NamedTuple):
 
 def refine(
     h: Tensor,
-    heads: Sequence[Headed],
+    heads: Sequence[HeadGroup],
     direction_scale: Tensor,
     step_sizes: Tensor,
     native: NativeRefinement | None = None,

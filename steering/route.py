@@ -45,7 +45,7 @@ class AffineRoute:
 
 
 class HeadRows(NamedTuple):
-    """How many of a layer's rows a head edits, after the rows of the head before it."""
+    """How many of a stage's rows a head edits, after the rows of the head before it."""
 
     slot: int
     rows: int
@@ -53,7 +53,7 @@ class HeadRows(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RewardLayer:
+class RewardStage:
     """The k-th reward edit of those rows that have one: the rows of one head after another's."""
 
     depth: int  # k, from 0
@@ -64,7 +64,7 @@ class RewardLayer:
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
 
-    def to(self, device: torch.device) -> "RewardLayer":
+    def to(self, device: torch.device) -> "RewardStage":
         """The same on a device."""
         return replace(
             self,
@@ -81,7 +81,7 @@ class Route:
     """A step's edits, in the order in which they apply. Empty where nothing is steered."""
 
     affine: AffineRoute | None
-    reward: tuple[RewardLayer, ...]
+    reward: tuple[RewardStage, ...]
     device: torch.device  # that the tensors are on
     _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
 
@@ -100,7 +100,7 @@ class Route:
         if device not in self._copies:
             self._copies[device] = Route(
                 None if self.affine is None else self.affine.to(device),
-                tuple(layer.to(device) for layer in self.reward),
+                tuple(stage.to(device) for stage in self.reward),
                 device,
             )
         return self._copies[device]
@@ -114,13 +114,13 @@ def build_route(spans: Sequence[Span], device: torch.device) -> Route:
     """The route of a step whose tokens are those of `spans`, one span after the other."""
     affine = [_affine_edits(span) for span in spans]
     reward = [_reward_edits(span) for span in spans]
-    reward_layers = (
-        _reward_layer(spans, reward, depth, device)
+    reward_stages = (
+        _reward_stage(spans, reward, depth, device)
         for depth in range(max(map(len, reward), default=0))
     )
     return Route(
         _affine_route(spans, affine, device),
-        tuple(layer for layer in reward_layers if layer.heads),
+        tuple(stage for stage in reward_stages if stage.heads),
         device,
     )
 
@@ -195,12 +195,12 @@ def _affine_place(
     return slots, strength
 
 
-def _reward_layer(
+def _reward_stage(
     spans: Sequence[Span],
     edits: Sequence[Sequence[_RewardEdit]],
     depth: int,
     device: torch.device,
-) -> RewardLayer:
+) -> RewardStage:
     by_slot: dict[int, list[tuple[int, RewardSettings]]] = {}
     for span, stack in zip(spans, edits, strict=True):
         if depth < len(stack) and span.rows:
@@ -211,7 +211,7 @@ def _reward_layer(
     steps = [[settings.direction_scale, *_step_sizes(settings, most)] for _, settings in rows]
     table = torch.tensor(steps, dtype=torch.float32, device=device).view(len(rows), 1 + most)
     slots, counts = tiles([(slot, len(own)) for slot, own in by_slot.items()])
-    return RewardLayer(
+    return RewardStage(
         depth=depth,
         heads=tuple(
             HeadRows(slot, len(own), max(settings.iterations for _, settings in own))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch import build
-from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex
 from server.engine.torch.attention.plan import KVPlan, KVWishes, plan_pages, plan_slabs, tiling_of
@@ -20,7 +20,7 @@ from server.engine.torch.options import EngineOptions
 
 
 def paged_reference(
-    query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How
+    query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, params: AttentionParams
 ) -> Tensor:
     """Attend one sequence after the other; see `PagedAttention`."""
     output = torch.full_like(query, torch.nan)
@@ -28,23 +28,23 @@ def paged_reference(
         length = int(index.lengths[place])
         pages = index.tables[place, : -(-length // PAGE)].long()
         own_keys, own_values = (each[pages].flatten(0, 1)[:length] for each in (keys, values))
-        output[first:last] = _attend(query[first:last], own_keys, own_values, how)
+        output[first:last] = _attend(query[first:last], own_keys, own_values, params)
     return output
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """One sequence; its last query stands at its last key."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1).float(), value.repeat_interleave(shared, 1)
     scores = torch.einsum("qhd,khd->hqk", query.float(), key)
-    scores *= query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
-    if how.softcap is not None:
-        scores = how.softcap * torch.tanh(scores / how.softcap)
+    scores *= query.shape[-1] ** -0.5 if params.scaling is None else params.scaling
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     places = torch.arange(len(key) - len(query), len(key), device=query.device)[:, None]
     keys = torch.arange(len(key), device=query.device)
     seen = keys <= places
-    if how.window is not None:
-        seen &= keys > places - how.window
+    if params.window is not None:
+        seen &= keys > places - params.window
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)
 

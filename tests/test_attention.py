@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
-from server.engine.torch.attention.slab_attention import Segment, SlabStep, decoding_order
+from server.engine.torch.attention.slab_attention import SlabSpan, SlabStep, decoding_order
 from server.engine.torch.attention.transformers_hook import (
     UnsupportedAttentionError,
     engine_attention,
@@ -69,7 +69,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             count = min(chunk, length - done[owner])
             if count:
                 place = slice(done[owner], done[owner] + count)
-                segment = Segment(slabs[owner], done[owner], count)
+                segment = SlabSpan(slabs[owner], done[owner], count)
                 packed.append((segment, owner, [part[:, place] for part in sequences[owner]]))
                 done[owner] += count
         packed.sort(key=lambda item: decoding_order(item[0]))
@@ -109,6 +109,6 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
 )
 def test_what_would_change_the_result_is_refused(asked: dict[str, object], named: str) -> None:
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    step = SlabStep([Segment(slab_of(1, SlabPool(SHAPE)), 0, 1)])
+    step = SlabStep([SlabSpan(slab_of(1, SlabPool(SHAPE)), 0, 1)])
     with step.current(), pytest.raises(UnsupportedAttentionError, match=named):
         engine_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from benchmarks.turns import Rows, Turns, take_turns
 from benchmarks.workers.steerserve_worker import generate
 from benchmarks.workers.transformers_worker import load, static_batch
 from server.engine.base import Edit
-from server.engine.torch.attention.backend import Piece
+from server.engine.torch.attention.backend import LaneSpan
 from server.engine.torch.attention.slab_attention import SlabMemory, SlabStep
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.loader import load_model
@@ -119,9 +119,9 @@ def test_sequences_of_an_arm_stay_neighbours_of_one_length(tiny_llama: str) -> N
     step = SlabMemory.step
     seen: list[tuple[int, int]] = []
 
-    def recording(memory: SlabMemory, pieces: list[Piece]) -> SlabStep:
-        found = step(memory, pieces)
-        seen.append((len(found._parts), len({piece.start for piece in pieces})))
+    def recording(memory: SlabMemory, spans: list[LaneSpan]) -> SlabStep:
+        found = step(memory, spans)
+        seen.append((len(found._parts), len({span.start for span in spans})))
         return found
 
     steered = (Edit(bench.lineas, AffineSettings(1.0)),)

@@ -156,4 +156,4 @@ async def test_what_a_head_needs_is_made_before_the_engine_thread_has_it(
     await generate(engine, PROMPTS[0], STACKS["r"])
     [head] = [each for each in given if isinstance(each, RewardHead)]
     assert head.prepared is not None
-    assert engine._core.interventions.bank.ready(head, head.w1.device) is head
+    assert engine._core.interventions.bank.prepare(head, head.w1.device) is head

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.backend import How, Piece
+from server.engine.torch.attention.backend import AttentionParams, LaneSpan
 from server.engine.torch.attention.page_pool import PAGE, PagedLane
 from server.engine.torch.attention.paged_attention import PagedMemory, PagedStep
 from server.engine.torch.attention.paged_index import Tiling
@@ -26,9 +26,9 @@ def expected(texts: list[list[Tensor]], window: int | None) -> list[Tensor]:
         memory = SlabMemory(SHAPE)
         lane = memory.lane()
         lane.reserve(query.shape[1])
-        step = memory.step([Piece(lane, 0, query.shape[1])])
-        how = How(0.5, window, None)
-        outputs.append(step.attend(1, query[None], key[None], value[None], how)[0])
+        step = memory.step([LaneSpan(lane, 0, query.shape[1])])
+        params = AttentionParams(0.5, window, None)
+        outputs.append(step.attend(1, query[None], key[None], value[None], params)[0])
     return outputs
 
 
@@ -53,26 +53,26 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_those_on_a_cpu(
     done = [0] * len(lengths)
     outputs: list[list[Tensor]] = [[] for _ in lengths]
     for chunk in chunks:
-        pieces, owners = [], []
+        spans, owners = [], []
         for owner, length in enumerate(lengths):
             if count := min(chunk, length - done[owner]):
                 lanes[owner].reserve(done[owner] + count)
-                pieces.append(Piece(lanes[owner], done[owner], count))
+                spans.append(LaneSpan(lanes[owner], done[owner], count))
                 owners.append(owner)
                 done[owner] += count
         query, key, value = (
             torch.cat(
                 [
-                    texts[owner][part][:, piece.start : piece.start + piece.count]
-                    for owner, piece in zip(owners, pieces, strict=True)
+                    texts[owner][part][:, span.start : span.start + span.count]
+                    for owner, span in zip(owners, spans, strict=True)
                 ],
                 dim=1,
             )[None]
             for part in range(3)
         )
-        output = memory.step(pieces).attend(1, query, key, value, How(0.5, window, None))
+        output = memory.step(spans).attend(1, query, key, value, AttentionParams(0.5, window, None))
         assert output.shape == (1, query.shape[2], HEADS, WIDTH)
-        parts = torch.split(output[0], [piece.count for piece in pieces])
+        parts = torch.split(output[0], [span.count for span in spans])
         for owner, part in zip(owners, parts, strict=True):
             outputs[owner].append(part)
     memory.check(lanes)
@@ -87,7 +87,9 @@ def test_another_layer_keeps_its_own() -> None:
     lane = memory.lane()
     lane.reserve(1)
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    memory.step([Piece(lane, 0, 1)]).attend(1, token, token, 2 * token, How(None, None, None))
+    memory.step([LaneSpan(lane, 0, 1)]).attend(
+        1, token, token, 2 * token, AttentionParams(None, None, None)
+    )
     assert not memory.pool.layer(0)[0].any()
     keys, values = memory.pool.layer(1)
     assert keys[lane.pages[0], 0].eq(1).all()
@@ -98,17 +100,17 @@ def test_a_step_that_is_moved_tells_the_windows_that_were_asked_for() -> None:
     memory = PagedMemory(SHAPE, 3, TILING, paged_reference)
     lane = memory.lane()
     lane.reserve(1)
-    step = memory.step([Piece(lane, 0, 1)])
+    step = memory.step([LaneSpan(lane, 0, 1)])
     assert isinstance(step, PagedStep)
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
     moved = step.moved(stage_index(step.index, CPU))
-    moved.attend(0, token, token, token, How(None, 3, None))
+    moved.attend(0, token, token, token, AttentionParams(None, 3, None))
     assert step.windows == {3}
 
 
 def test_a_lane_of_another_memory_is_noticed() -> None:
     memory = PagedMemory(SHAPE, 3, TILING, paged_reference)
     with pytest.raises(AssertionError, match="another memory"):
-        memory.step([Piece(SlabMemory(SHAPE).lane(), 0, 1)])
+        memory.step([LaneSpan(SlabMemory(SHAPE).lane(), 0, 1)])
     with pytest.raises(AssertionError, match="another memory"):
-        SlabMemory(SHAPE).order(Piece(PagedLane(memory.pool), 0, 1))
+        SlabMemory(SHAPE).order(LaneSpan(PagedLane(memory.pool), 0, 1))

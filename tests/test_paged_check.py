@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.paged_check import WrongAttentionError, check_pages
 from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, PagedIndex, Tiling
 from server.engine.torch.attention.slab import SlabShape
@@ -19,14 +19,14 @@ TILING = Tiling(4, 2, 4, processors=8)
 
 def changed(
     change: Callable[[Tensor, PagedIndex], None] = lambda _output, _index: None,
-    how: Callable[[How], How] = lambda how: how,
+    params: Callable[[AttentionParams], AttentionParams] = lambda params: params,
 ) -> PagedAttention:
     """The reference, which is asked for something else, or whose output is changed."""
 
     def attend(
-        query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, asked: How
+        query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, asked: AttentionParams
     ) -> Tensor:
-        output = paged_reference(query, keys, values, index, how(asked))
+        output = paged_reference(query, keys, values, index, params(asked))
         change(output, index)
         return output
 
@@ -59,23 +59,25 @@ def test_wrong_outputs_are_noticed(change: Callable[[Tensor, PagedIndex], None])
 
 
 def test_a_window_that_is_not_held_is_noticed() -> None:
-    blind = changed(how=lambda how: replace(how, window=None))
+    blind = changed(params=lambda params: replace(params, window=None))
     check_pages(blind, SHAPE, TILING, windowed=False, softcap=None)
     with pytest.raises(WrongAttentionError, match="off by"):
         check_pages(blind, SHAPE, TILING, windowed=True, softcap=None)
 
 
 def test_a_soft_cap_that_is_left_out_is_noticed() -> None:
-    uncapped = changed(how=lambda how: replace(how, softcap=None))
+    uncapped = changed(params=lambda params: replace(params, softcap=None))
     check_pages(uncapped, SHAPE, TILING, windowed=False, softcap=None)
     with pytest.raises(WrongAttentionError, match="off by"):
         check_pages(uncapped, SHAPE, TILING, windowed=False, softcap=2.0)
 
 
 def test_reading_what_nobody_has_written_is_noticed() -> None:
-    def greedy(query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How) -> Tensor:
+    def greedy(
+        query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, params: AttentionParams
+    ) -> Tensor:
         unseen = values[index.tables.flatten().long()].sum() * 0  # NaN where any is
-        return paged_reference(query, keys, values, index, how) + unseen
+        return paged_reference(query, keys, values, index, params) + unseen
 
     with pytest.raises(WrongAttentionError, match="off by nan"):
         check_pages(greedy, SHAPE, TILING, windowed=False, softcap=None)

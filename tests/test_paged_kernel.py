@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE, SCRATCH
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex, Tiling
@@ -88,14 +88,14 @@ def test_contents_of_the_index_may_change_where_its_shapes_and_addresses_do_not(
     random = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 5, PAGE, 1, 16, generator=random)
     query = torch.randn(4, 2, 16, generator=random)
-    how = How(None, None, None)
+    params = AttentionParams(None, None, None)
     index = decoding_index([200, 3, 1, 1], splits)
     for lengths in ([200, 3, 1, 1], [5, 256, 64, 65], [1, 1, 1, 1]):
         changed = decoding_index(lengths, splits)
         for name in ("slots", "lengths", "tables"):
             getattr(index, name).copy_(getattr(changed, name))
-        found = kernel(query, keys, values, index, how)
-        expected = paged_reference(query, keys, values, changed, how)
+        found = kernel(query, keys, values, index, params)
+        expected = paged_reference(query, keys, values, changed, params)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -106,14 +106,14 @@ def test_a_sequences_result_has_the_same_bits_whoever_is_beside_it(
     random = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 5, PAGE, 1, 16, generator=random)
     query = torch.randn(4, 2, 16, generator=random)
-    how = How(None, 50, None)
-    first = kernel(query, keys, values, decoding_index([200, 3, 1, 1], splits), how)
+    params = AttentionParams(None, 50, None)
+    first = kernel(query, keys, values, decoding_index([200, 3, 1, 1], splits), params)
     other = kernel(
         torch.cat((query[:1], query[1:].flip(0))),
         keys,
         values,
         decoding_index([200, 90, 255, 17], splits),
-        how,
+        params,
     )
     assert torch.equal(first[0], other[0])
     assert not torch.equal(first[1], other[1])
@@ -125,9 +125,9 @@ def test_strided_queries_are_read_where_they_are(kernel: PagedAttention) -> None
     keys, values = torch.randn(2, 3, PAGE, 2, 16, generator=random)
     index = replace(decoding_index([100, 40], 1), slots=torch.tensor([0, 1]))
     query = torch.randn(4, 2, 16, generator=random).transpose(0, 1)  # (tokens, heads, head_dim)
-    how = How(0.3, None, None)
-    found = kernel(query, keys, values, index, how)
-    torch.testing.assert_close(found, paged_reference(query, keys, values, index, how))
+    params = AttentionParams(0.3, None, None)
+    found = kernel(query, keys, values, index, params)
+    torch.testing.assert_close(found, paged_reference(query, keys, values, index, params))
 
 
 def test_it_compiles_for_an_a100_and_an_h100() -> None:

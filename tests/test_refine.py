@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steering.native import NativeRefinement, build_native
-from steering.refine import Headed, refine
+from steering.refine import HeadGroup, refine
 from steering.reward import RewardHead, reward
 from steering.settings import RewardSettings
 from tests import oracles
@@ -50,7 +50,7 @@ def refined_by(
     """Rows in the order of their heads, each with its own settings."""
     rest = iter(settings)
     with_most = [
-        Headed(head.prepare(), count, max(next(rest).iterations for _ in range(count)))
+        HeadGroup(head.prepare(), count, max(next(rest).iterations for _ in range(count)))
         for head, count in heads
     ]
     direction_scale, step_sizes = columns(settings)

@@ -31,7 +31,7 @@ LONG_TEXT: Final = 10_000  # characters from which tokenizing is worth a thread
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ChoicePlan:
     """One choice: what it goes on from, how it is drawn, and how it is told."""
 
     prompt: tuple[int, ...]
@@ -72,7 +72,7 @@ class Exchange:
         if self._context.settings.log_content:
             self._record.prompts = [MessageRecord(role, text) for role, text in messages]
 
-    async def answer(self, plans: Sequence[Plan], prompt_tokens: int) -> Response:
+    async def answer(self, plans: Sequence[ChoicePlan], prompt_tokens: int) -> Response:
         """Generate every choice; `prompt_tokens` counts each prompt once.
 
         Raises:
@@ -104,7 +104,7 @@ class Exchange:
         self._group.close()
         return JSONResponse(body)
 
-    def _request(self, index: int, plan: Plan, edits: tuple[Edit, ...]) -> EngineRequest:
+    def _request(self, index: int, plan: ChoicePlan, edits: tuple[Edit, ...]) -> EngineRequest:
         return EngineRequest(f"{self._frame.id}-{index}", plan.prompt, plan.sampling, edits)
 
     async def _collect(

@@ -7,7 +7,7 @@ from typing import Final
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answering import Exchange, Plan, answering, check_request
+from server.api.answering import ChoicePlan, Exchange, answering, check_request
 from server.api.chat_choices import ChatChoice
 from server.api.chat_schemas import ChatRequest
 from server.api.context import Context
@@ -52,7 +52,7 @@ async def create_chat_completion(request: Request, context: Context) -> Response
         room = context.engine.max_model_len - len(prompt)
         limit = context.settings.default_max_tokens
         plans = [
-            Plan(prompt, chat.sampling(index, room, limit), ChatChoice(index, chat.logprobs))
+            ChoicePlan(prompt, chat.sampling(index, room, limit), ChatChoice(index, chat.logprobs))
             for index in range(chat.n)
         ]
         try:

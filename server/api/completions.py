@@ -7,7 +7,7 @@ from typing import Final
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answering import Exchange, Plan, answering, check_request
+from server.api.answering import ChoicePlan, Exchange, answering, check_request
 from server.api.choices import CompletionChoice
 from server.api.context import Context, ServerContext
 from server.api.documentation import json_body
@@ -47,7 +47,7 @@ async def create_completion(request: Request, context: Context) -> Response:
         prompts = await _read_prompts(completion, context, exchange)
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
-            Plan(
+            ChoicePlan(
                 prompt.tokens,
                 completion.sampling(index),
                 CompletionChoice(index, completion.logprobs is not None, prompt.echo),

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from server.cli.bench_client import BenchClient, BenchError
-from server.cli.bench_run import LONG_PROMPT_TOKENS, SECTIONS, Plan, run
+from server.cli.bench_run import LONG_PROMPT_TOKENS, SECTIONS, BenchPlan, run
 from server.cli.registry import DEFAULT_URL, ApiKey, AsJson, Url
 
 
@@ -48,7 +48,9 @@ def bench(
     distinct: requests that all have other settings against equal ones. latency: how long clients
     wait for tokens while others send long prompts. Nothing else should use the server meanwhile.
     """
-    plan = Plan(_sections(only), _batches(batches), tokens, rounds, long_prompt_tokens=long_prompt)
+    plan = BenchPlan(
+        _sections(only), _batches(batches), tokens, rounds, long_prompt_tokens=long_prompt
+    )
     wanted = None if steering is None else [_parsed(text) for text in steering]
     try:
         report = run(BenchClient(url, api_key, model), wanted, plan)

@@ -31,7 +31,7 @@ _SAMPLE_WORDS: Final = 40  # by which a prompt's tokens are estimated
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """What to measure, and how long."""
 
     sections: tuple[str, ...]
@@ -52,7 +52,7 @@ class Report:
     """What was measured. A section that was not asked for is empty."""
 
     model: str
-    plan: Plan
+    plan: BenchPlan
     steering: Sequence[Measured] = ()
     distinct: Sequence[Measured] = ()
     latency_steering: JsonValue = None
@@ -84,7 +84,7 @@ class Report:
         }
 
 
-def run(client: BenchClient, wanted: Sequence[JsonValue] | None, plan: Plan) -> Report:
+def run(client: BenchClient, wanted: Sequence[JsonValue] | None, plan: BenchPlan) -> Report:
     """Measure everything that is planned, with a progress bar on stderr.
 
     Args:
@@ -109,7 +109,7 @@ def run(client: BenchClient, wanted: Sequence[JsonValue] | None, plan: Plan) -> 
 
 
 async def _run(
-    client: BenchClient, wanted: Sequence[JsonValue] | None, plan: Plan, bar: Progress
+    client: BenchClient, wanted: Sequence[JsonValue] | None, plan: BenchPlan, bar: Progress
 ) -> Report:
     async with client:
         context = await client.find_model()

@@ -22,7 +22,7 @@ from server.engine.torch.sampling.answer import Answer
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.postprocess import Delivery, Postprocessor
 from server.engine.torch.scheduling.prefix_cache import PrefixCache
-from server.engine.torch.scheduling.scheduler import Plan, Scheduler
+from server.engine.torch.scheduling.scheduler import Scheduler, StepPlan
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.batch import Batch, build_batch
 from server.engine.torch.step.runner import Runner
@@ -233,7 +233,7 @@ class EngineCore:
         elif output.finish_reason is not None:
             self.remove(sequence)
 
-    def _compute(self, plan: Plan) -> list[Delivery]:
+    def _compute(self, plan: StepPlan) -> list[Delivery]:
         for sequence in self.store.make_room(plan):
             self._answers[sequence].start()
         batch = build_batch(plan.chunks, self.store.lanes, self.store.memory, self._device)

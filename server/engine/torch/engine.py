@@ -295,4 +295,4 @@ def _ready(
 ) -> Parameters:
     """Read an intervention, and make of it what the engine thread would have to make."""
     parameters = source(digest)
-    return bank.ready(parameters, device) if isinstance(parameters, RewardHead) else parameters
+    return bank.prepare(parameters, device) if isinstance(parameters, RewardHead) else parameters

@@ -9,7 +9,7 @@ from server.engine.base import EngineError
 from server.engine.torch.attention.backend import KVMemory, Lane
 from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.scheduling.prefix_cache import PrefixCache
-from server.engine.torch.scheduling.scheduler import Chunk, Plan
+from server.engine.torch.scheduling.scheduler import Chunk, StepPlan
 from server.engine.torch.scheduling.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class KVStore:
         self.lanes: dict[Sequence, Lane] = {}
         self._warned = False  # that a copy has failed: once, as it may fail again and again
 
-    def make_room(self, plan: Plan) -> list[Sequence]:
+    def make_room(self, plan: StepPlan) -> list[Sequence]:
         """Free and reserve what a step's plan says; the sequences that begin with it."""
         for sequence in plan.dropped:
             self.discard(sequence)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class AttentionParams:
     """What a layer asks of its attention, beside queries, keys and values."""
 
     scaling: float | None  # None: 1 / sqrt(head_dim)
@@ -40,7 +40,9 @@ class AttentionStep(ABC):
             _CURRENT.reset(token)
 
     @abstractmethod
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
         """Store the step's keys and values, then attend.
 
         Args:
@@ -87,7 +89,7 @@ class Lane(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LaneSpan:
     """Consecutive tokens of one sequence in a step."""
 
     lane: Lane
@@ -108,12 +110,12 @@ class KVMemory(ABC):
         """A lane without room yet."""
 
     @abstractmethod
-    def order(self, piece: Piece) -> tuple[bool, int, int]:
+    def order(self, span: LaneSpan) -> tuple[bool, int, int]:
         """A sort key: in this order, a step is attended for best."""
 
     @abstractmethod
-    def step(self, pieces: Sequence[Piece]) -> AttentionStep:
-        """The attention of a step whose packed tokens are those of `pieces`."""
+    def step(self, spans: Sequence[LaneSpan]) -> AttentionStep:
+        """The attention of a step whose packed tokens are those of `spans`."""
 
     @abstractmethod
     def check(self, lanes: Iterable[Lane]) -> None:

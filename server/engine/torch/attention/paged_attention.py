@@ -5,7 +5,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.backend import AttentionStep, How, KVMemory, Lane, Piece
+from server.engine.torch.attention.backend import (
+    AttentionParams,
+    AttentionStep,
+    KVMemory,
+    Lane,
+    LaneSpan,
+)
 from server.engine.torch.attention.page_pool import PagedLane, PagePool
 from server.engine.torch.attention.paged_index import (
     PagedAttention,
@@ -31,14 +37,16 @@ class PagedStep(AttentionStep):
         step.windows = self.windows
         return step
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
         """As every step's; see `AttentionStep.attend`."""
-        self.windows.add(how.window)
+        self.windows.add(params.window)
         keys, values = self._pool.layer(layer)
         for stored, new in ((keys, key), (values, value)):
             stored.flatten(0, 1).index_copy_(0, self.index.slots, new[0].transpose(0, 1))
         packed = query[0].transpose(0, 1)  # (tokens, heads, head_dim)
-        return self._attend(packed, keys, values, self.index, how)[None]
+        return self._attend(packed, keys, values, self.index, params)[None]
 
 
 class PagedMemory(KVMemory):
@@ -65,24 +73,24 @@ class PagedMemory(KVMemory):
         """A lane without pages yet."""
         return PagedLane(self.pool)
 
-    def order(self, piece: Piece) -> tuple[bool, int, int]:
+    def order(self, span: LaneSpan) -> tuple[bool, int, int]:
         """Those that decode first, as there are graphs for steps of nothing else."""
-        return piece.count > 1, 0, 0
+        return span.count > 1, 0, 0
 
-    def step(self, pieces: Sequence[Piece]) -> PagedStep:
+    def step(self, spans: Sequence[LaneSpan]) -> PagedStep:
         """The attention of a step; its tensors are on the CPU."""
-        return PagedStep(self.pool, self.attend, self._index(pieces))
+        return PagedStep(self.pool, self.attend, self._index(spans))
 
     def check(self, lanes: Iterable[Lane]) -> None:
         """Assert that these lanes, and no others, have pages, each its own."""
         self.pool.check(_paged(lane) for lane in lanes)
 
-    def _index(self, pieces: Sequence[Piece]) -> PagedIndex:
-        rows = torch.tensor([_paged(piece.lane).row for piece in pieces])
+    def _index(self, spans: Sequence[LaneSpan]) -> PagedIndex:
+        rows = torch.tensor([_paged(span.lane).row for span in spans])
         return build_index(
             self.pool.tables.index_select(0, rows),
-            [piece.start for piece in pieces],
-            [piece.count for piece in pieces],
+            [span.start for span in spans],
+            [span.count for span in spans],
             self.tiling,
         )
 

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.backend import How, Piece
+from server.engine.torch.attention.backend import AttentionParams, LaneSpan
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, Tiling
@@ -53,14 +53,14 @@ def check_pages(
         lengths: of each sequence, its tokens after each step.
     """
     for window in (None, _WINDOW) if windowed else (None,):
-        _check(attend, shape, tiling, How(None, window, softcap), lengths)
+        _check(attend, shape, tiling, AttentionParams(None, window, softcap), lengths)
 
 
 def _check(
     attend: PagedAttention,
     shape: SlabShape,
     tiling: Tiling,
-    how: How,
+    params: AttentionParams,
     lengths: Sequence[Sequence[int]],
 ) -> None:
     [device] = set(shape.devices)
@@ -79,50 +79,50 @@ def _check(
         ]
         for ends in lengths
     ]
-    expected = [_reference(text, how) for text in texts]
+    expected = [_reference(text, params) for text in texts]
     lanes = [memory.lane() for _ in texts]
     done = [0] * len(texts)
     for step_ends in zip(*lengths, strict=True):
-        pieces = []
+        spans = []
         # Sequences grow in turns, so that nobody's pages lie side by side.
         for lane, start, end in zip(lanes, done, step_ends, strict=True):
             lane.reserve(end)
-            pieces.append(Piece(lane, start, end - start))
-        step = memory.step(pieces)
-        query, key, value = (_packed([text[part] for text in texts], pieces) for part in range(3))
-        due = _packed(expected, pieces)[0].transpose(0, 1)
+            spans.append(LaneSpan(lane, start, end - start))
+        step = memory.step(spans)
+        query, key, value = (_packed([text[part] for text in texts], spans) for part in range(3))
+        due = _packed(expected, spans)[0].transpose(0, 1)
         index = stage_index(step.index, device)
         # Each number of splits is a kernel of its own.
-        for splits in SPLITS if all(piece.count == 1 for piece in pieces) else (1,):
+        for splits in SPLITS if all(span.count == 1 for span in spans) else (1,):
             moved = step.moved(replace(index, splits=splits))
-            _compare(moved.attend(0, query, key, value, how)[0], due, shape.dtype)
+            _compare(moved.attend(0, query, key, value, params)[0], due, shape.dtype)
         done = list(step_ends)
 
 
-def _packed(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+def _packed(parts: Sequence[Tensor], spans: Sequence[LaneSpan]) -> Tensor:
     """The pieces of (heads, tokens, head_dim) each, as (1, heads, tokens, head_dim).
 
     In memory tokens come before heads, as in a model.
     """
     taken = [
-        part[:, piece.start : piece.start + piece.count]
-        for part, piece in zip(parts, pieces, strict=True)
+        part[:, span.start : span.start + span.count]
+        for part, span in zip(parts, spans, strict=True)
     ]
     return torch.cat(taken, dim=1).transpose(0, 1).contiguous().transpose(0, 1)[None]
 
 
-def _reference(text: Sequence[Tensor], how: How) -> Tensor:
+def _reference(text: Sequence[Tensor], params: AttentionParams) -> Tensor:
     """(heads, tokens, head_dim) float32: one sequence from its first token on."""
     query, key, value = (part.float() for part in text)
     shared = len(query) // len(key)
     key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
     scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-    if how.softcap is not None:
-        scores = how.softcap * torch.tanh(scores / how.softcap)
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     places = torch.arange(query.shape[1], device=query.device)
     seen = places <= places[:, None]
-    if how.window is not None:
-        seen &= places > places[:, None] - how.window
+    if params.window is not None:
+        seen &= places > places[:, None] - params.window
     weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     output: Tensor = weights @ value
     return output

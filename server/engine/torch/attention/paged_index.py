@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE
 
 # Rows of queries that one program multiplies, at least. Registers hold more of prompts in half
@@ -36,7 +36,7 @@ class PagedIndex:
     most_keys: int  # of a piece
 
 
-PagedAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor, PagedIndex, How], Tensor]
+PagedAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor, PagedIndex, AttentionParams], Tensor]
 """Lets each query see its sequence's keys up to its own, or the last `window` of them.
 
 Takes query: (tokens, heads, head_dim); keys, values: (pages, 64, kv_heads, head_dim), in which the

@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from server.engine.torch.attention.backend import AttentionStep, How, KVMemory, Lane, Piece
+from server.engine.torch.attention.backend import (
+    AttentionParams,
+    AttentionStep,
+    KVMemory,
+    Lane,
+    LaneSpan,
+)
 from server.engine.torch.attention.slab import Slab, SlabGroup, SlabPool, SlabShape
 from server.engine.torch.attention.soft_cap import soft_capped_attention
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class SlabSpan:
     """Consecutive tokens of one sequence in a step."""
 
     slab: Slab
@@ -35,17 +41,19 @@ class Segment:
 class SlabStep(AttentionStep):
     """One step over slabs."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, spans: Sequence[SlabSpan]) -> None:
         """Segments that decode should come in the order of `decoding_order`."""
         super().__init__()
-        self._parts = _parts(segments)
+        self._parts = _parts(spans)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
         """As every step's; see `AttentionStep.attend`."""
-        self.windows.add(how.window)
+        self.windows.add(params.window)
         new = torch.stack((key[0], value[0]))  # (2, kv_heads, tokens, head_dim)
         outputs = [
-            part.attend(layer, query[0, :, part.tokens], new[:, :, part.tokens], how)
+            part.attend(layer, query[0, :, part.tokens], new[:, :, part.tokens], params)
             for part in self._parts
         ]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
@@ -69,13 +77,13 @@ class SlabMemory(KVMemory):
         """A slab without room yet."""
         return Slab(self._pool)
 
-    def order(self, piece: Piece) -> tuple[bool, int, int]:
+    def order(self, span: LaneSpan) -> tuple[bool, int, int]:
         """Those that decode first, neighbours together."""
-        return decoding_order(_segment(piece))
+        return decoding_order(_slab_span(span))
 
-    def step(self, pieces: Sequence[Piece]) -> SlabStep:
-        """The attention of a step; `pieces` should come in the order of `order`."""
-        return SlabStep([_segment(piece) for piece in pieces])
+    def step(self, spans: Sequence[LaneSpan]) -> SlabStep:
+        """The attention of a step; `spans` should come in the order of `order`."""
+        return SlabStep([_slab_span(span) for span in spans])
 
     def check(self, lanes: Iterable[Lane]) -> None:
         """Assert that these slabs, and no others, have memory, each its own."""
@@ -87,32 +95,32 @@ def _slab(lane: Lane) -> Slab:
     return lane
 
 
-def _segment(piece: Piece) -> Segment:
-    return Segment(_slab(piece.lane), piece.start, piece.count)
+def _slab_span(span: LaneSpan) -> SlabSpan:
+    return SlabSpan(_slab(span.lane), span.start, span.count)
 
 
-def decoding_order(segment: Segment) -> tuple[bool, int, int]:
+def decoding_order(span: SlabSpan) -> tuple[bool, int, int]:
     """A sort key: those that decode first, neighbours together."""
-    if segment.count > 1 or segment.slab.group is None:
+    if span.count > 1 or span.slab.group is None:
         return True, 0, 0
-    return False, segment.slab.group.number, segment.slab.row
+    return False, span.slab.group.number, span.slab.row
 
 
-class _Decoding:
+class _Decode:
     """One token each of sequences whose slabs are neighbours."""
 
-    def __init__(self, first: int, segments: Sequence[Segment]) -> None:
-        self.tokens = slice(first, first + len(segments))
-        group = segments[0].slab.group
+    def __init__(self, first: int, spans: Sequence[SlabSpan]) -> None:
+        self.tokens = slice(first, first + len(spans))
+        group = spans[0].slab.group
         assert group is not None, "nothing was reserved"
         self._group: SlabGroup = group
-        row = segments[0].slab.row
-        self._rows = slice(row, row + len(segments))
-        self._places = [segment.start for segment in segments]
+        row = spans[0].slab.row
+        self._rows = slice(row, row + len(spans))
+        self._places = [span.start for span in spans]
         self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, new: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, new: Tensor, params: AttentionParams) -> Tensor:
         """(heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim)."""
         stored = self._group.layers[layer][:, self._rows]  # (2, n, kv_heads, capacity, head_dim)
         if len(self._places) == 1:  # an index of tensors costs more than what it moves
@@ -120,14 +128,14 @@ class _Decoding:
         else:
             rows, places = self._index(stored.device)
             stored[:, rows, :, places] = new.permute(2, 0, 1, 3)
-        first = _first_key(min(self._places), how.window)
+        first = _first_key(min(self._places), params.window)
         keys, values = stored[:, :, :, first : max(self._places) + 1]
         heads, count, head_dim = query.shape
         # The query heads that share a KV head are folded into the query dimension, so that K and
         # V are read once and not repeated.
         folded = query.transpose(0, 1).reshape(count, keys.shape[1], -1, head_dim)
-        mask = self._mask(how.window, query.dtype, query.device)
-        output = _attention(folded, keys, values, mask, how)
+        mask = self._mask(params.window, query.dtype, query.device)
+        output = _attention(folded, keys, values, mask, params)
         return output.reshape(count, heads, head_dim)
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -150,25 +158,25 @@ class _Decoding:
         return self._masks[key]
 
 
-class _Reading:
+class _Prefill:
     """Several tokens of one sequence."""
 
-    def __init__(self, first: int, segment: Segment) -> None:
-        self.tokens = slice(first, first + segment.count)
-        self._segment = segment
+    def __init__(self, first: int, span: SlabSpan) -> None:
+        self.tokens = slice(first, first + span.count)
+        self._span = span
         self._masks: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, new: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, new: Tensor, params: AttentionParams) -> Tensor:
         """(heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim)."""
-        segment = self._segment
-        stored = segment.slab.layer(layer)
-        stored[:, :, segment.start : segment.end] = new
-        keys, values = stored[:, None, :, _first_key(segment.start, how.window) : segment.end]
+        span = self._span
+        stored = span.slab.layer(layer)
+        stored[:, :, span.start : span.end] = new
+        keys, values = stored[:, None, :, _first_key(span.start, params.window) : span.end]
         heads, count, head_dim = query.shape
         fold = heads // keys.shape[1]
         folded = query.reshape(1, keys.shape[1], fold * count, head_dim)
-        mask = self._mask(how.window, fold, query.dtype, query.device)
-        output = _attention(folded, keys, values, mask, how)
+        mask = self._mask(params.window, fold, query.dtype, query.device)
+        output = _attention(folded, keys, values, mask, params)
         return output.reshape(heads, count, head_dim).transpose(0, 1)
 
     def _mask(
@@ -177,36 +185,36 @@ class _Reading:
         """(fold * n, keys): 0 where a key is seen, else -inf."""
         key = (window, fold, dtype, device)
         if key not in self._masks:
-            segment = self._segment
-            queries = torch.arange(segment.start, segment.end, device=device)
-            keys = torch.arange(_first_key(segment.start, window), segment.end, device=device)
+            span = self._span
+            queries = torch.arange(span.start, span.end, device=device)
+            keys = torch.arange(_first_key(span.start, window), span.end, device=device)
             self._masks[key] = _additive(_seen(queries, keys, window), dtype).repeat(fold, 1)
         return self._masks[key]
 
 
-_Part: TypeAlias = _Decoding | _Reading
+_Part: TypeAlias = _Decode | _Prefill
 
 
-def _parts(segments: Sequence[Segment]) -> list[_Part]:
+def _parts(spans: Sequence[SlabSpan]) -> list[_Part]:
     """Segments, one after the other, as parts that one call attends for."""
     parts: list[_Part] = []
     first = 0
     # Within a run of neighbours, the row and the place in the step grow alike.
-    runs = groupby(enumerate(segments), key=lambda item: _run(*item))
+    runs = groupby(enumerate(spans), key=lambda item: _run(*item))
     for _, items in runs:
-        run = [segment for _, segment in items]
+        run = [span for _, span in items]
         if run[0].count == 1:
-            parts.append(_Decoding(first, run))
+            parts.append(_Decode(first, run))
         else:
-            parts.append(_Reading(first, run[0]))
-        first += sum(segment.count for segment in run)
+            parts.append(_Prefill(first, run[0]))
+        first += sum(span.count for span in run)
     return parts
 
 
-def _run(index: int, segment: Segment) -> tuple[object, int]:
-    if segment.count == 1:
-        return segment.slab.group, segment.slab.row - index
-    return segment, 0
+def _run(index: int, span: SlabSpan) -> tuple[object, int]:
+    if span.count == 1:
+        return span.slab.group, span.slab.row - index
+    return span, 0
 
 
 def _first_key(place: int, window: int | None) -> int:
@@ -232,9 +240,9 @@ def _attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    how: How,
+    params: AttentionParams,
 ) -> Tensor:
     """(n, kv_heads, queries, head_dim) of `query`; K and V (n, kv_heads, keys, head_dim)."""
-    if how.softcap is not None:
-        return soft_capped_attention(query, key, value, mask, how.scaling, how.softcap)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scaling)
+    if params.softcap is not None:
+        return soft_capped_attention(query, key, value, mask, params.scaling, params.softcap)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=params.scaling)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from server.engine.torch.attention.backend import AttentionStep, How
+from server.engine.torch.attention.backend import AttentionParams, AttentionStep
 from steering.kernels.operators import define_operator
 
 _NAME: Final = "steerserve"
@@ -50,8 +50,8 @@ def engine_attention(
     """
     _refuse_unknown(attention_mask, dropout, is_causal, others)
     if layer_index is None:
-        how = How(scaling, sliding_window, softcap)
-        return AttentionStep.now().attend(module.layer_idx, query, key, value, how), None
+        params = AttentionParams(scaling, sliding_window, softcap)
+        return AttentionStep.now().attend(module.layer_idx, query, key, value, params), None
     output: Tensor = torch.ops.steerserve.attend(
         query, key, value, layer_index, scaling, sliding_window, softcap
     )
@@ -68,8 +68,8 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     """The same as an operator, which a compiled graph calls."""
-    how = How(scaling, window, softcap)
-    return AttentionStep.now().attend(int(layer), query, key, value, how).contiguous()
+    params = AttentionParams(scaling, window, softcap)
+    return AttentionStep.now().attend(int(layer), query, key, value, params).contiguous()
 
 
 def _attend_fake(query: Tensor, *_others: object) -> Tensor:

@@ -52,7 +52,7 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _LayerPlan:
     """How the layers are computed while slots hold what they do, and the same are used."""
 
     variants: tuple[Variant, ...]
@@ -73,7 +73,7 @@ class CompiledLayers:
         """`habit` says which mixes of edits are worth graphs beside those that `expect` names."""
         self._layers = layers
         self._probes = (one_token, more_tokens)
-        self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _Plan] = {}
+        self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _LayerPlan] = {}
         self._background = Background("compiler")
         self._graphs = GraphStore(self._ask, habit)
         for structure in range(len(layers.structures)):
@@ -119,17 +119,17 @@ class CompiledLayers:
         with self._layers.replaced_by([calls[layer.variant](layer) for layer in plan.layers]):
             yield
 
-    def _plan(self, bank: Bank, route: AffineRoute | None) -> _Plan:
+    def _plan(self, bank: Bank, route: AffineRoute | None) -> _LayerPlan:
         used = frozenset[int]() if route is None else route.used
         depth = 0 if route is None else len(route.places)
-        key = bank, bank.fillings, used, depth
+        key = bank, bank.slot_changes, used, depth
         if key not in self._plans:
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
             self._plans[key] = self._make_plan({} if route is None else bank.acting(route), depth)
         return self._plans[key]
 
-    def _make_plan(self, acting: Mapping[str, MapTable], depth: int) -> _Plan:
+    def _make_plan(self, acting: Mapping[str, MapTable], depth: int) -> _LayerPlan:
         layers = self._layers
         edited: list[dict[Place, MapTable]] = [{} for _ in layers.modules]
         for site, table in acting.items():
@@ -146,7 +146,7 @@ class CompiledLayers:
                 tensors |= named_tensors(inside, site_tensors(table))
             number = variants.setdefault(variant, len(variants))
             planned.append(_Layer(number, tensors, layers.positions[index]))
-        return _Plan(tuple(variants), planned)
+        return _LayerPlan(tuple(variants), planned)
 
     def _calls(
         self, variant: Variant, edits: Tensors, tokens: int

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.engine.torch.attention.backend import How
+from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_index import PagedIndex
 
@@ -161,15 +161,17 @@ def _combine_kernel(
 
 
 def attend_pages(
-    query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How
+    query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, params: AttentionParams
 ) -> Tensor:
     """Attend for a step's packed queries; see `PagedAttention`."""
     # Triton launches on the current device.
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-        return _attend(query, keys, values, index, how)
+        return _attend(query, keys, values, index, params)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how: How) -> Tensor:
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, params: AttentionParams
+) -> Tensor:
     tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
     block_dim = max(_SMALLEST_DOT, triton.next_power_of_2(head_dim))
@@ -200,13 +202,13 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how:
         index.query_ends,
         index.lengths,
         index.tables,
-        head_dim**-0.5 if how.scaling is None else how.scaling,
-        how.softcap or 1.0,
+        head_dim**-0.5 if params.scaling is None else params.scaling,
+        params.softcap or 1.0,
         query.stride(0),
         query.stride(1),
         tokens,
         index.tables.stride(0),
-        how.window or 0,
+        params.window or 0,
         index.splits,
         heads=heads,
         kv_heads=kv_heads,
@@ -216,8 +218,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, how:
         block_keys=_tile_keys(block_dim * query.element_size()),
         block_dim=block_dim,
         is_split=index.splits > 1,
-        has_softcap=how.softcap is not None,
-        has_window=how.window is not None,
+        has_softcap=params.softcap is not None,
+        has_window=params.window is not None,
         num_warps=4,
         num_stages=2,
     )

@@ -56,7 +56,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """What the next step computes, and which sequences gave up their K/V for it."""
 
     chunks: list[Chunk]
@@ -174,9 +174,9 @@ class Scheduler:
                 running.remove(sequence)
                 self.pool.release(sequence)
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> StepPlan:
         """The next step's plan; without chunks when there is nothing to do."""
-        plan = Plan([], [], [])
+        plan = StepPlan([], [], [])
         self._make_room(plan)
         while self._start_next(plan):
             pass
@@ -191,7 +191,7 @@ class Scheduler:
         self._add_chunks(plan, self.background, left)
         return plan
 
-    def _add_chunks(self, plan: Plan, sequences: Items[Sequence], budget: int) -> int:
+    def _add_chunks(self, plan: StepPlan, sequences: Items[Sequence], budget: int) -> int:
         """Share a budget of tokens among sequences; what is left of it."""
         # What is found counts only where a chunk follows: until then, it may be given up.
         starts = [each.computed or self.find(each) for each in sequences]
@@ -204,7 +204,7 @@ class Scheduler:
                 budget -= count
         return budget
 
-    def _make_room(self, plan: Plan) -> None:
+    def _make_room(self, plan: StepPlan) -> None:
         """Let every running sequence hold its tokens, the oldest first."""
         for sequence in tuple(self.running):
             # The youngest yield, so that the oldest always goes on.
@@ -232,7 +232,7 @@ class Scheduler:
         self.pool.release(sequence)
         return sequence
 
-    def _start_next(self, plan: Plan) -> bool:
+    def _start_next(self, plan: StepPlan) -> bool:
         """Start the first waiting sequence, if there is one and room for it."""
         if not self.waiting:
             return False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.backend import AttentionStep, KVMemory, Lane, Piece
+from server.engine.torch.attention.backend import AttentionStep, KVMemory, Lane, LaneSpan
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from steering.route import Route, Span, build_route
@@ -62,9 +62,9 @@ def build_batch(
     rows: list[Row] = []
     packed: list[int] = []  # where the rows' tokens are in `tokens`
     spans: list[Span] = []
-    pieces: list[Piece] = []
+    lane_spans: list[LaneSpan] = []
     places: dict[EngineSequence, int] = {}
-    for chunk, piece in _pieces(chunks, lanes, memory):
+    for chunk, lane_span in _lane_spans(chunks, lanes, memory):
         sequence, wanted = chunk.sequence, chunk.logits_places
         places[sequence] = len(spans)
         offset = len(tokens) - chunk.start
@@ -72,7 +72,7 @@ def build_batch(
         rows += [Row(sequence, place) for place in wanted]
         tokens += sequence.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
-        pieces.append(piece)
+        lane_spans.append(lane_span)
         spans.append(
             Span(
                 start=chunk.start,
@@ -88,16 +88,18 @@ def build_batch(
         rows=rows,
         # On the CPU because it indexes wherever the model's last layer is.
         logits_rows=torch.tensor(packed, dtype=torch.int64),
-        attention=memory.step(pieces),
+        attention=memory.step(lane_spans),
         route=build_route(spans, device),
         spans=spans,
         places=places,
     )
 
 
-def _pieces(
+def _lane_spans(
     chunks: Sequence[Chunk], lanes: Mapping[EngineSequence, Lane], memory: KVMemory
-) -> list[tuple[Chunk, Piece]]:
+) -> list[tuple[Chunk, LaneSpan]]:
     """Each chunk and where its keys and values go, in the order that suits attention best."""
-    pieces = [(chunk, Piece(lanes[chunk.sequence], chunk.start, chunk.count)) for chunk in chunks]
-    return sorted(pieces, key=lambda each: memory.order(each[1]))
+    lane_spans = [
+        (chunk, LaneSpan(lanes[chunk.sequence], chunk.start, chunk.count)) for chunk in chunks
+    ]
+    return sorted(lane_spans, key=lambda each: memory.order(each[1]))
