@@ -25,14 +25,13 @@ OPTIONS = (ROOT / "docs" / "options.md").read_text()
 STRUCTURES = (ROOT / "docs" / "structures.md").read_text()
 
 
-def test_structures_names_every_module_and_no_other() -> None:
-    modules = {
-        str(path.relative_to(ROOT))
+def test_structures_names_every_room_and_no_other() -> None:
+    rooms = {
+        str(path.parent.relative_to(ROOT))
         for package in ("server", "interventions", "steering")
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py" or path.parent.name == "bundled"
+        for path in (ROOT / package).rglob("__init__.py")
     }
-    assert set(re.findall(r"^\| `([^`]+)`", STRUCTURES, re.MULTILINE)) == modules
+    assert set(re.findall(r"\*\*`([^`]+)`\*\*", STRUCTURES)) == rooms
 
 
 def test_every_make_target_that_is_named_exists() -> None:
