@@ -18,7 +18,8 @@ from server.api.schemas import CompletionRequest
 from tests.conftest import MakeClient
 from tests.serving import SAMPLING_FIELDS, Json, error_of
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "docs/serving.md"))
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -96,7 +97,7 @@ async def test_what_is_accepted_agrees_with_the_schema(client: httpx.AsyncClient
         body = {"model": "tiny", **fields}
         check(schema, path, body)
         BODIES[path].model_validate(body)
-    for text in re.findall(r"-d '(\{.*?\})'", README, re.DOTALL):
+    for text in re.findall(r"-d '(\{.*?\})'", PAGES, re.DOTALL):
         body = json.loads(text)
         check(schema, f"/v1/{'chat/' if 'messages' in body else ''}completions", body)
     bad: list[Json] = [

@@ -19,8 +19,9 @@ from server.variables import OTHER_VARIABLES
 ROOT = Path(__file__).parent.parent
 # Name variables that are none: as examples of mistakes, or as Kubernetes names its own.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
-DOCS = ("observability", "options", "security", "structures")
+DOCS = ("interventions", "observability", "options", "security", "serving", "structures")
 README = (ROOT / "README.md").read_text()
+SERVING = (ROOT / "docs" / "serving.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 STRUCTURES = (ROOT / "docs" / "structures.md").read_text()
 
@@ -43,9 +44,9 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert named <= targets
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
+@pytest.mark.parametrize("page", ["serving", "interventions", "security"])
 def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
-    text = (ROOT / page).read_text()
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     commands = re.findall(r"^(?:\$ )?steerserve ((?:[^\\\n]|\\\n)+)", text, re.MULTILINE)
     assert commands
     runner = CliRunner()
@@ -118,13 +119,15 @@ def test_every_setting_is_described_in_a_sentence(name: str) -> None:
         assert "if unset, " in (field.description or "")
 
 
-def test_the_readmes_output_is_of_the_bundled_artifacts() -> None:
-    shown = set(re.findall(r'"digest":"([0-9a-f]{64})"', README))
-    assert shown == {artifact_digest(path) for path in bundled_artifacts()}
+def test_the_output_that_is_shown_is_of_the_bundled_artifacts() -> None:
+    bundled = {artifact_digest(path) for path in bundled_artifacts()}
+    assert set(re.findall(r'"digest":"([0-9a-f]{64})"', SERVING)) == bundled
+    [begins] = re.findall(r'"digest": "([0-9a-f]{8})…"', README)
+    assert any(digest.startswith(begins) for digest in bundled)
 
 
-@pytest.mark.parametrize("body", re.findall(r"-d '(\{.*?\})'", README, re.DOTALL))
-def test_every_body_in_the_readme_is_json(body: str) -> None:
+@pytest.mark.parametrize("body", re.findall(r"-d '(\{.*?\})'", README + SERVING, re.DOTALL))
+def test_every_body_that_is_shown_is_json(body: str) -> None:
     fields = json.loads(body)
     assert fields.get("prompt") or fields["messages"]
 

@@ -184,11 +184,13 @@ def test_bad_steering_is_an_error_that_names_the_field(
     assert (error.status_code, error.param, error.code) == (status, param, code)
 
 
-def test_the_requests_of_the_readme_are_steered_as_it_says(server: ServerProcess) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    calls = re.findall(r"http://[^/]+(/v1/\S+) .*?-d '(\{.*?\})'", readme, re.DOTALL)
+def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess) -> None:
+    root = Path(__file__).parent.parent
+    text = "".join((root / page).read_text() for page in ("README.md", "docs/serving.md"))
+    calls = re.findall(r"http://[^/]+(/v1/\S+) .*?-d '(\{.*?\})'", text, re.DOTALL)
     requests = [(path, json.loads(body)) for path, body in calls]
     assert [(path, body["steering"]["intervention"]) for path, body in requests] == [
+        ("/v1/completions", "detox-argre"),
         *[("/v1/completions", "detox-lineas")] * 2,
         ("/v1/completions", "detox-argre"),
         ("/v1/completions", "detox-lineas"),
