@@ -1,1 +1,1 @@
-"""The mathematics of interventions, on plain tensors. Imports torch only, and Triton for GPUs."""
+"""The mathematics of interventions, on plain tensors. Imports torch, and Triton for GPUs."""

@@ -1,12 +1,12 @@
 """Affine edits of a site: `z <- z + strength * gate * ((weight - 1) * z + bias)`.
 
 LinEAS (Rodriguez et al., "LinEAS: End-to-end Learning of Activation Steering with a Distributional
-Loss", NeurIPS 2025) writes the same as `strength * T(z) + (1 - strength) * z`, `T(z) = weight * z +
-bias`, without a gate. Lin-AcT, mean shift and CAA vectors are the same form with other parameters.
-A gate scales the edit of each token by `sigmoid(a . z + c)` (DSAS, arXiv 2512.03661).
+Loss", NeurIPS 2025) writes this edit, without a gate, as `strength * T(z) + (1 - strength) * z`,
+where `T(z) = weight * z + bias`. Lin-AcT, mean shift and CAA vectors have the same form and other
+parameters. A gate scales the edit of each token by `sigmoid(a . z + c)` (DSAS, arXiv 2512.03661).
 
-This is the arithmetic of `steerserve::affine_edit` in torch; `kernels/affine_triton.py` has the
-same in Triton, for GPUs.
+This module implements the operator `steerserve::affine_edit` in torch; `kernels/affine_triton.py`
+implements it in Triton, for GPUs.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steering.dose import relative_change
 
-# Bits of `MapTable.held`: what a slot's map at a site consists of.
+# Bits of `MapTable.held`, for the parts of a slot's map at a site. 0: the slot has no map there.
 HAS_MAP: Final = 1
 HAS_SUPPORT: Final = 2
 HAS_GATE: Final = 4
@@ -34,7 +34,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AffineMap:
-    """One site's map, of width d. A coordinate outside `[low, high]` is left alone (Lin-AcT)."""
+    """One site's map, of width d. Leaves coordinates of z outside `[low, high]` alone (Lin-AcT)."""
 
     weight: Tensor  # (d,) float32
     bias: Tensor  # (d,) float32
@@ -48,18 +48,18 @@ AffineParameters: TypeAlias = Mapping[str, AffineMap]
 
 
 class MapTable(NamedTuple):
-    """The maps that a bank's slots hold at one site of width d, as an edit reads them."""
+    """The maps of a bank's slots at one site of width d, stacked by slot."""
 
-    held: Tensor  # (slots,) int32: HAS_MAP, and HAS_SUPPORT and HAS_GATE where the map has them
+    held: Tensor  # (slots,) int32, bits HAS_MAP, HAS_SUPPORT, HAS_GATE; 0 without a map
     delta: Tensor  # (slots, d) float32, weight - 1
     bias: Tensor  # (slots, d) float32
-    low: Tensor | None  # (slots, d) float32, -inf without a support; None where no map has one
-    high: Tensor | None  # (slots, d) float32, inf without a support
-    gate_weight: Tensor | None  # (slots, d) float32; None where no map has a gate
-    gate_bias: Tensor | None  # (slots,) float32
+    low: Tensor | None  # (slots, d) float32, -inf in slots without support; None if none has any
+    high: Tensor | None  # (slots, d) float32, inf in slots without support; None like `low`
+    gate_weight: Tensor | None  # (slots, d) float32; None if no slot has a gate
+    gate_bias: Tensor | None  # (slots,) float32; None like `gate_weight`
 
     def to(self, device: torch.device) -> "MapTable":
-        """The same on a device."""
+        """Return the table on a device."""
         held, delta, bias = (each.to(device) for each in self[:3])
         return MapTable(
             held, delta, bias, *(None if each is None else each.to(device) for each in self[3:])
@@ -67,19 +67,20 @@ class MapTable(NamedTuple):
 
 
 def edit_tokens(z: Tensor, slots: Tensor, strength: Tensor, table: MapTable) -> Tensor:
-    """Edit n tokens, each by the map of its slot; a slot without a map leaves its tokens alone.
+    """Edit n tokens, each by its slot's map. Tokens of a slot without a map stay unchanged.
 
     Args:
         z: (n, d) float32, the site's activations.
-        slots: (n,) int64.
+        slots: (n,) int64, each token's slot in the bank.
         strength: (n,) float32.
+        table: the site's maps.
 
     Returns:
-        (n, d) float32, bit for bit `z` where there is no map.
+        (n, d) float32; rows without a map equal `z` bit for bit.
     """
     held, strength = table.held[slots][:, None], strength[:, None]
     if table.gate_weight is not None and table.gate_bias is not None:
-        # A map without a gate acts as it does where no map has one, to the bit.
+        # By `where`, so that a map without a gate gives the same bits as in a table without gates.
         gates = gate_of(z, table.gate_weight[slots], table.gate_bias[slots])
         strength = torch.where((held & HAS_GATE) != 0, strength * gates, strength)
     edited = torch.addcmul(z, strength, torch.addcmul(table.bias[slots], table.delta[slots], z))
@@ -90,24 +91,34 @@ def edit_tokens(z: Tensor, slots: Tensor, strength: Tensor, table: MapTable) -> 
 
 
 def gate_of(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`sigmoid(weight . z + bias)` of each token: (n, d), (n, d) or (1, d), (n,) -> (n, 1)."""
+    """Return each token's gate, `sigmoid(weight . z + bias)`.
+
+    Args:
+        z: (n, d) float32.
+        weight: (n, d) or (1, d) float32.
+        bias: (n,) or (1,) float32.
+
+    Returns:
+        (n, 1) float32.
+    """
     return torch.sigmoid((z * weight).sum(-1, keepdim=True) + bias[:, None])
 
 
 def edit_stacks(
     activations: Tensor, slots: Tensor, strength: Tensor, table: MapTable, doses: Tensor | None
 ) -> Tensor:
-    """Edit n tokens, each by the maps of its stack, one after the other.
+    """Edit n tokens, each by the maps of its stack, in stack order.
 
     Args:
         activations: (n, d), any floating dtype.
-        slots: (depth, n) int64.
+        slots: (depth, n) int64, for each place of the stacks each token's slot in the bank.
         strength: (depth, n) float32.
-        doses: (2, depth, n) float32: each edit's dose (see `relative_change`) is added to the
-            first half, and how many edits acted on the token to the second.
+        table: the site's maps.
+        doses: (2, depth, n) float32, updated in place where it is given: `doses[0]` adds up each
+            edit's dose (see `relative_change`), `doses[1]` counts the edits that acted.
 
     Returns:
-        (n, d) of the same dtype: a whole stack is computed in float32 and cast back once.
+        (n, d) of the activations' dtype; the whole stack is computed in float32 and cast once.
     """
     z = activations.float()
     for place in range(len(slots)):

@@ -1,7 +1,7 @@
 """The bank: the loaded interventions' parameters, stacked by slot on the device.
 
-Slot 0 is the identity. It is selected away and never computed: arithmetic would turn -0.0 into
-+0.0 and inf into NaN.
+Slot 0 is the identity. Its tokens are kept by selection, not by computing an edit of zero:
+arithmetic would turn -0.0 into +0.0 and inf into NaN.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,17 +22,17 @@ from steering.site_maps import Part, SiteMaps, parts_in, parts_of
 
 
 class MapNeed(NamedTuple):
-    """A part of a map that acts at a site."""
+    """A site, and a part of a map there (its map, support or gate)."""
 
     site: str
     part: Part
 
 
 class Bank:
-    """Parameters of up to `slots` interventions besides the identity in slot 0.
+    """Holds the parameters of up to `slots` interventions; slot 0 is the identity.
 
-    A site's parameters, and a head, are moved to the device of what they edit when they first
-    edit it: a model may be spread over several.
+    A model may be spread over several devices. A site's maps, or a head, move to the device of the
+    activations that they edit when they first edit them.
     """
 
     def __init__(self, slots: int, device: torch.device) -> None:
@@ -40,12 +40,13 @@ class Bank:
         self._device = device
         self._sites: dict[str, SiteMaps] = {}
         self._heads: dict[int, RewardHead] = {}
-        self._needs: dict[int, frozenset[MapNeed]] = {}  # by slot, of affine interventions
-        self.slot_changes = 0  # counts every change of what a slot holds
-        self.native: NativeRefinement | None = None  # refines rows on a CPU, where one was made
-        self.grouped: GroupedRefinement | None = None  # and on a GPU
+        self._needs: dict[int, frozenset[MapNeed]] = {}  # slot -> the parts of its maps
+        self.slot_changes = 0  # the number of changes of slots' contents
+        self.native: NativeRefinement | None = None  # refines rows on a CPU; None: torch does
+        self.grouped: GroupedRefinement | None = None  # refines rows on a GPU; None: torch does
 
-    # Whatever mode the caller is in: what an edit has moved may only be changed in this one.
+    # Edits run in inference mode: a table that one has moved to another device is an inference
+    # tensor, which torch lets only inference mode change in place.
     @torch.inference_mode()
     def put(self, slot: int, parameters: AffineParameters | RewardHead) -> None:
         """Fill a slot, replacing what it held."""
@@ -68,7 +69,7 @@ class Bank:
 
     @torch.inference_mode()
     def make_room(self, widths: Mapping[str, int]) -> None:
-        """Take the memory for maps at some sites (site -> width), ahead of `put`."""
+        """Allocate the memory for maps at some sites (site -> width), ahead of `put`."""
         for site, width in widths.items():
             self._site(site, width)
 
@@ -89,10 +90,10 @@ class Bank:
 
     @property
     def layout(self) -> frozenset[MapNeed]:
-        """What an edit that reads all of the bank's tensors can do.
+        """The sites and parts that an edit can apply if it reads all of the bank's tensors.
 
-        To fill a slot changes the tensors' contents only, unless it brings a site, or the first
-        support or gate at one.
+        Filling a slot changes only the tensors' contents, unless it adds a site, or the first
+        support or the first gate at a site.
         """
         return frozenset(
             MapNeed(site, part)
@@ -101,15 +102,18 @@ class Bank:
         )
 
     def needs(self, slots: Iterable[int]) -> frozenset[MapNeed]:
-        """What the maps in some slots do."""
+        """Return the sites and parts of the maps in some slots."""
         return frozenset[MapNeed]().union(*{self._needs[each] for each in slots})
 
     def affine_slot(self) -> int | None:
-        """A slot that holds affine maps; None if none does."""
+        """Return a slot that holds affine maps, or None if there is none."""
         return next(iter(self._needs), None)
 
     def acting(self, route: AffineRoute) -> dict[str, MapTable]:
-        """Give the maps' parameters at each site at which a step's affine edits do anything."""
+        """Return site -> its maps, for each site at which one of the route's slots has a map.
+
+        A route whose `used` is None gets every site.
+        """
         tables = ((site, maps.acting(route.used)) for site, maps in self._sites.items())
         return {site: table for site, table in tables if table is not None}
 
@@ -121,6 +125,8 @@ class Bank:
         Args:
             activations: (..., d), any floating dtype; the leading dimensions hold the route's
                 tokens in order.
+            route: of the step.
+            meter: adds up the edits' doses, if given.
 
         Returns:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
@@ -142,7 +148,7 @@ class Bank:
         return edited.view_as(activations)
 
     def prepare(self, head: RewardHead, device: torch.device) -> RewardHead:
-        """A head as it is used on a device. May be called on any thread, ahead of `put`."""
+        """Return a head in the form that `put` keeps on a device. Any thread may call this."""
         head = head.to(device)
         is_prepared = self.grouped is not None or (self.native is not None and device.type == "cpu")
         return head.prepare() if is_prepared else head
@@ -158,6 +164,8 @@ class Bank:
 
         Args:
             hidden: (..., d), any floating dtype; its leading dimensions hold the logits rows.
+            route: of the step.
+            meter: adds up the edits' doses, if given.
 
         Returns:
             The same shape and dtype; the whole stack is computed in float32 and cast back once.
@@ -172,7 +180,7 @@ class Bank:
         return h.to(hidden.dtype).view_as(hidden)
 
     def _refine(self, rows: Tensor, stage: RewardStage) -> Tensor:
-        """Rows, each edited by its own head: (n, d) float32 -> (n, d) float32."""
+        """Refine a stage's rows, each by its own head: (n, d) float32 -> (n, d) float32."""
         if self.grouped is not None and self.grouped.holds(each.slot for each in stage.heads):
             return self.grouped(
                 rows,

@@ -1,6 +1,6 @@
-"""How large a step's edits are beside what they edit: the dose, ‖edit‖ / ‖activation‖.
+"""Measures how large a step's edits are (the dose, ‖edit‖ / ‖activation‖) and how long they take.
 
-And how long they take, where that can be told.
+Times are right only on devices that compute synchronously.
 """
 
 import time
@@ -16,50 +16,51 @@ from torch import Tensor
 from steering.route import Span
 from steering.settings import AffineSettings, RewardSettings
 
-LARGEST: Final = 1e6
+LARGEST: Final = 1e6  # the dose of a zero vector, and the cap of every other
 
-# The kind of an edit, and its place among those of its kind in a stack.
+# An edit's kind, and its index among the edits of this kind in its request's stack.
 _Place: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
 
 
 class DoseMeter:
-    """Learns in one forward pass how large the edits were, without waiting for the device."""
+    """Adds up the doses of one forward pass's edits, without waiting for the device."""
 
     def __init__(self, tokens: int, rows: int) -> None:
-        """`tokens` and `rows` of logits are those of the whole step."""
+        """Take the whole step's numbers of tokens and of logits rows."""
         self._tokens = tokens
         self._rows = rows
-        self._places: tuple[int, ...] = ()  # of the stacks of affine edits
-        # Doses added up, and how many they were: (2, places, tokens) float32.
+        self._places: tuple[int, ...] = ()  # in the stacks of affine edits
+        # The sum of the doses, and their number: (2, places, tokens) float32.
         self._affine: dict[torch.device, Tensor] = {}
-        self._reward: dict[int, Tensor] = {}  # by place of the stacks: (2, rows) float32
-        # Of the edits without what measuring them took. Only true of a device that computes at
-        # once, as a CPU does.
+        self._reward: dict[int, Tensor] = {}  # place in the stacks -> (2, rows) float32, likewise
+        # The time of the edits alone, and the time of measuring them. Both are right only on a
+        # device that computes synchronously, as a CPU does.
         self.edit_seconds = 0.0
         self.own_seconds = 0.0
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """The block edits; what is measured in it is not counted among its time."""
+        """Add the block's duration to `edit_seconds`, less that of `measuring` blocks within it."""
         own, began = self.own_seconds, time.perf_counter()
         yield
         self.edit_seconds += time.perf_counter() - began - (self.own_seconds - own)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The block measures: its time is not the edits'."""
+        """Add the block's duration to `own_seconds`."""
         began = time.perf_counter()
         yield
         self.own_seconds += time.perf_counter() - began
 
     def affine(self, places: tuple[int, ...], device: torch.device) -> Tensor:
-        """What the sites on a device add their edits' doses to, as `edit_stacks` does.
+        """Return the tensor to which `edit_stacks` adds the doses at all sites on a device.
 
         Args:
-            places: of the stacks of affine edits, the same for all sites of a step.
+            places: the route's places in the stacks, the same for all sites of a step.
+            device: of the sites' activations.
 
         Returns:
-            (2, places, tokens) float32: doses added up, and how many they are.
+            (2, places, tokens) float32: the sum of the doses, and their number.
         """
         self._places = places
         if device not in self._affine:  # a model may be spread over several
@@ -67,11 +68,12 @@ class DoseMeter:
         return self._affine[device]
 
     def reward(self, place: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
-        """Take in the rows' reward edits at one place of their stacks.
+        """Add the doses of some rows' reward edits.
 
         Args:
-            before, after: (n, d) float32.
-            rows: (n,) int64, which of the step's rows they are.
+            place: of these edits in their rows' stacks.
+            before, after: (n, d) float32, the rows' hidden states before and after the edit.
+            rows: (n,) int64, the rows' indices among the step's logits rows.
         """
         with self.measuring():
             sums = self._reward.setdefault(place, torch.zeros(2, self._rows, device=before.device))
@@ -79,20 +81,21 @@ class DoseMeter:
             sums[1, rows] += 1
 
     def sums(self, device: torch.device) -> Tensor:
-        """All that was learnt, on a device, to be copied to the host and read: (n,) float32."""
+        """Return all sums and numbers of doses on a device, flattened for `read`: (n,) float32."""
         affine = [each.to(device) for each in self._affine.values()]
         total = [torch.stack(affine).sum(0).transpose(0, 1).flatten()] if affine else []
         rewards = [each.to(device).flatten() for each in self._reward.values()]
         return torch.cat([*total, *rewards, torch.empty(0, device=device)])
 
     def read(self, sums: Tensor, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
-        """Each span's doses, one for each of its edits.
+        """Return each span's doses, one for each of its edits.
 
-        A dose is the mean over the span's edited tokens (or rows) and the edit's sites, and None
-        where the edit acted on none of them.
+        A dose is the mean over the span's edited tokens (or rows) and the edit's sites. It is None
+        for an edit that acted on no token or row.
 
         Args:
-            sums: what `sums` gave, on the host.
+            sums: the tensor from the method `sums`, copied to the host.
+            spans: of the step.
         """
         by_place = self._divided(sums)
         found = []
@@ -103,7 +106,7 @@ class DoseMeter:
         return found
 
     def _divided(self, sums: Tensor) -> dict[_Place, tuple[list[float], list[float]]]:
-        """What `sums` gave, by place: doses, and how many they were."""
+        """Split the tensor from `sums`: place -> sums and numbers of all tokens (or rows)."""
         values: list[float] = sums.tolist()
         rest = iter(values)
         sizes: list[tuple[_Place, int]] = [
@@ -116,10 +119,10 @@ class DoseMeter:
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """‖after - before‖ / ‖before‖ of each row: (n, d) float32 twice -> (n,) float32."""
+    """Return each row's ‖after - before‖ / ‖before‖: (n, d) float32 twice -> (n,) float32."""
     doses: Tensor = (after - before).norm(dim=-1) / before.norm(dim=-1)
-    # Of a vector of zeros there is no dose, and one that overflows is as good as this large one: a
-    # mean must stay a number.
+    # A zero vector has no dose, and a dose may overflow. Both become LARGEST, so that means stay
+    # finite.
     return doses.nan_to_num(nan=LARGEST, posinf=LARGEST).clamp(max=LARGEST)
 
 

@@ -1,4 +1,4 @@
-"""ARGRE's reward head and its test-time refinement of the hidden state before `lm_head`.
+"""ARGRE's reward head, and the refinement of hidden states before `lm_head` with it.
 
 "Detoxifying Large Language Models via Autoregressive Reward Guided Representation Editing"
 (NeurIPS 2025). For a row h of width d, with `r(h) = w2 . relu(W1 h + b1) + b2`:
@@ -7,8 +7,8 @@
     `iterations` times:                         h <- h + eta * grad r(h)
     where grad r(h) = W1^T (1[W1 h + b1 > 0] * w2)
 
-The gradient is each row's own. (The authors' code takes a mean over edited positions, which makes
-eta depend on the batch.)
+Each row follows its own gradient. The authors' code takes the mean over the edited positions
+instead, which makes the effect of eta depend on the batch.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,11 +30,12 @@ class RewardHead:
     b2: Tensor  # () float32
     direction: Tensor  # (d,) float32; its length is part of the method
     positive_reward: Tensor  # () float32, mean reward of the training positives
-    # What `NativeRefinement` reads; None until `prepare`, and of a head that this does not suit.
+    # The layout that `NativeRefinement` and `GroupedRefinement` read. None before `prepare`, and
+    # for heads that `prepared_head.prepare` refuses.
     prepared: PreparedHead | None = field(default=None, repr=False)
 
     def to(self, device: torch.device) -> "RewardHead":
-        """The same head on a device."""
+        """Return the head on a device, without `prepared` if it has to be copied."""
         if self.w1.device == device:
             return self
         w1, b1, w2, b2, direction, positive_reward = (
@@ -47,7 +48,7 @@ class RewardHead:
         return RewardHead(w1, b1, w2, b2, direction, positive_reward)
 
     def prepare(self) -> "RewardHead":
-        """The same head, on a CPU, laid out for `NativeRefinement` if this suits it."""
+        """Return the head with `prepared` filled in, unless `prepared_head.prepare` refuses it."""
         if self.prepared is not None:
             return self
         wanted = self.positive_reward - self.b2
@@ -55,7 +56,7 @@ class RewardHead:
 
 
 def reward(head: RewardHead, h: Tensor) -> Tensor:
-    """The reward of each row: (n, d) float32 -> (n,) float32."""
+    """Return each row's reward: (n, d) float32 -> (n,) float32."""
     return torch.relu(linear(h, head.w1, head.b1)) @ head.w2 + head.b2
 
 
@@ -65,26 +66,26 @@ def apply_reward(
     direction_scale: Tensor,
     step_sizes: Tensor,
 ) -> Tensor:
-    """Refine n rows by one head, each row with its own settings, as the equations have it.
+    """Refine n rows by one head, each row with its own settings, by the module's equations.
 
     Args:
         h: (n, d) float32.
         head: the head that all rows use.
         direction_scale: (n, 1) float32.
-        step_sizes: (n, most iterations) float32: eta, and 0 from where on a row has done its own.
+        step_sizes: (n, most iterations) float32, a row's eta for each of its iterations, then 0.
 
     Returns:
         (n, d) float32.
     """
     gap = (head.positive_reward - reward(head, h))[:, None]
-    # A reward that is not a number must show, and not leave the row as it is.
+    # A NaN gap compares false here, so that the row becomes NaN instead of passing unsteered.
     stays = (gap <= 0) | (direction_scale == 0)
     h = torch.where(stays, h, h + direction_scale * gap * head.direction)
     for eta in torch.unbind(step_sizes[:, :, None], dim=1):
         units = linear(h, head.w1, head.b1)
-        # 1[units > 0] * w2; a unit that is not a number must show as well.
+        # 1[units > 0] * w2, but a NaN unit keeps its slope (NaN <= 0 is false), and is not hidden.
         slopes = torch.ops.aten.threshold_backward(head.w2.expand_as(units), units, 0)
         gradient = slopes @ head.w1
-        # What a row that has done its own would be moved by may be infinite, and 0 times it NaN.
+        # A finished row has eta 0. Its gradient may be infinite, and 0 * inf is NaN: hence `where`.
         h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
     return h

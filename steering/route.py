@@ -1,6 +1,6 @@
 """The route of one step: which slot and which settings each token and each logits row uses.
 
-Computed once a step on the host; the hooks in the model only index the bank by it.
+The host computes it once a step; the hooks in the model only index the bank by it.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from steering.settings import (
 class Span:
     """One request's consecutive tokens in a step."""
 
-    start: int  # of its first token, relative to the request's own prompt
-    count: int
+    start: int  # the first token's position in the request, whose prompt begins at 0
+    count: int  # tokens
     prompt_length: int
     rows: range  # its logits rows in the step
     edits: tuple[SlottedEdit, ...]  # in the order in which they apply
@@ -32,40 +32,40 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AffineRoute:
-    """Every token's stack of affine edits. Slot 0 is the identity."""
+    """Each token's stack of affine edits. Slot 0 is the identity."""
 
-    places: tuple[int, ...]  # of the stacks, from 0; those at which no token is edited are left out
+    places: tuple[int, ...]  # in the stacks, from 0, without those at which no token is edited
     slots: Tensor  # (places, tokens) int64
     strength: Tensor  # (places, tokens) float32
-    used: frozenset[int] | None  # the slots in `slots` but 0; None: `slots` may come to hold any
+    used: frozenset[int] | None  # the slots in `slots`, without 0; None: `slots` may later hold any
 
     def to(self, device: torch.device) -> "AffineRoute":
-        """The same on a device."""
+        """Return the route on a device."""
         return replace(self, slots=self.slots.to(device), strength=self.strength.to(device))
 
 
 class HeadRows(NamedTuple):
-    """How many of a stage's rows a head edits, after the rows of the head before it."""
+    """A head's slot, and the number of consecutive rows of a stage that it edits."""
 
     slot: int
     rows: int
-    most_iterations: int
+    most_iterations: int  # of any of these rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardStage:
-    """The k-th reward edit of those rows that have one: the rows of one head after another's."""
+    """The k-th reward edit of every row that has one. Rows are grouped by head, as in `heads`."""
 
     depth: int  # k, from 0
     heads: tuple[HeadRows, ...]
-    rows: Tensor  # (n,) int64
-    slots: Tensor  # (n,) int32, of each row's head
-    counts: Tensor  # (n,) int32: of rows that are computed together, see `tiles`
+    rows: Tensor  # (n,) int64, indices among the step's logits rows
+    slots: Tensor  # (n,) int32, the slot of each row's head
+    counts: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
     direction_scale: Tensor  # (n, 1) float32
-    step_sizes: Tensor  # (n, most iterations) float32: eta, and 0 where a row has done its own
+    step_sizes: Tensor  # (n, most iterations) float32, eta for each of a row's iterations, then 0
 
     def to(self, device: torch.device) -> "RewardStage":
-        """The same on a device."""
+        """Return the stage on a device."""
         return replace(
             self,
             rows=self.rows.to(device),
@@ -78,22 +78,22 @@ class RewardStage:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A step's edits, in the order in which they apply. Empty where nothing is steered."""
+    """A step's edits, in the order in which they apply: at sites, then before `lm_head`."""
 
     affine: AffineRoute | None
     reward: tuple[RewardStage, ...]
-    device: torch.device  # that the tensors are on
+    device: torch.device  # of the tensors
     _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
 
     @property
     def edits(self) -> bool:
-        """Whether anything is edited."""
+        """True if the step edits anything."""
         return self.affine is not None or bool(self.reward)
 
     def on(self, device: torch.device) -> "Route":
-        """The route with its tensors on a device, copied there once a step.
+        """Return the route with its tensors on a device. Copies them there at most once.
 
-        A model may be spread over several devices; each site reads the route where it is.
+        A model may be spread over several devices; each site reads the route on its own device.
         """
         if device == self.device:
             return self
@@ -111,7 +111,7 @@ _RewardEdit: TypeAlias = tuple[int, RewardSettings]
 
 
 def build_route(spans: Sequence[Span], device: torch.device) -> Route:
-    """The route of a step whose tokens are those of `spans`, one span after the other."""
+    """Build the route of a step whose tokens are those of `spans`, in order."""
     affine = [_affine_edits(span) for span in spans]
     reward = [_reward_edits(span) for span in spans]
     reward_stages = (
@@ -142,7 +142,7 @@ def _reward_edits(span: Span) -> list[_RewardEdit]:
 
 
 def _edited_tokens(span: Span, positions: Positions) -> range:
-    """Which of the span's tokens an edit at `positions` acts on, as offsets into the span."""
+    """Return the offsets in the span of the tokens that an edit at `positions` acts on."""
     prompt_tokens = min(max(span.prompt_length - span.start, 0), span.count)
     match positions:
         case "all":
@@ -156,7 +156,7 @@ def _edited_tokens(span: Span, positions: Positions) -> range:
 def _affine_route(
     spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], device: torch.device
 ) -> AffineRoute | None:
-    """None where no token is edited."""
+    """Build the affine part of a route; None if no token is edited."""
     places: list[int] = []
     slots: list[list[int]] = []
     strength: list[list[float]] = []
@@ -179,7 +179,7 @@ def _affine_route(
 def _affine_place(
     spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], place: int
 ) -> tuple[list[int], list[float]]:
-    """Each token's slot and strength at one place of the stacks."""
+    """Return each token's slot and strength at one place of the stacks."""
     tokens = sum(span.count for span in spans)
     slots = [0] * tokens
     strength = [0.0] * tokens
@@ -226,5 +226,5 @@ def _reward_stage(
 
 
 def _step_sizes(settings: RewardSettings, most: int) -> list[float]:
-    """Of `most` iterations, some of which are not the row's."""
+    """Return eta for each of the request's iterations, padded with zeros to `most` entries."""
     return [settings.eta] * settings.iterations + [0.0] * (most - settings.iterations)

@@ -1,4 +1,4 @@
-"""What a request may choose of an intervention. Imports nothing, so that bookkeeping may use it."""
+"""The settings that a request may choose for an intervention. Imports no torch."""
 
 from ctypes import c_float
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Positions: TypeAlias = Literal["all", "prompt", "generated"]
 
 @dataclass(frozen=True, slots=True)
 class AffineSettings:
-    """What a request may choose of an affine intervention.
+    """The settings that a request may choose for an affine intervention.
 
     `positions` names the tokens that are edited, relative to the request's own prompt.
     """
@@ -19,13 +19,13 @@ class AffineSettings:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether the edit is the identity, so that the request is served as if without it."""
+        """True if the edit is the identity; the request is then served as if without it."""
         return is_zero(self.strength)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSettings:
-    """What a request may choose of a reward intervention."""
+    """The settings that a request may choose for a reward intervention."""
 
     eta: float
     iterations: int
@@ -33,13 +33,13 @@ class RewardSettings:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether the edit is the identity, so that the request is served as if without it."""
+        """True if the edit is the identity; the request is then served as if without it."""
         refines = self.iterations > 0 and not is_zero(self.eta)
         return is_zero(self.direction_scale) and not refines
 
 
 def is_zero(value: float) -> bool:
-    """Whether a value is zero in float32, in which edits are computed."""
+    """Return whether a value is zero in float32, the dtype in which edits are computed."""
     return c_float(value).value == 0
 
 
@@ -48,7 +48,7 @@ Settings: TypeAlias = AffineSettings | RewardSettings
 
 @dataclass(frozen=True, slots=True)
 class SlottedEdit:
-    """One edit of a request, by the bank's slot that holds its parameters."""
+    """One edit of a request: the bank's slot that holds its parameters, and its settings."""
 
     slot: int
     settings: Settings
