@@ -1,4 +1,4 @@
-"""Rows of many reward heads refined on a GPU in five launches, however many heads and steps."""
+"""Refines rows of many reward heads on a GPU, in five launches however many heads and steps."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
@@ -9,77 +9,86 @@ from torch.nn.functional import linear
 
 from steering.prepared_head import PreparedHead
 
-TILE_ROWS: Final = 4
-_FIELDS: Final = 9  # of a head
-_ALIGNMENT: Final = 16  # bytes
-_FEWEST_UNITS: Final = 64  # that there is room for: what heads are padded to
+TILE_ROWS: Final = 4  # at most, of one head, that share each read of its matrices
+_FIELDS: Final = 9  # the length of `PreparedHead.fields`
+_ALIGNMENT: Final = 16  # of a head's tensors (bytes) and sizes (numbers)
+_FEWEST_UNITS: Final = 64  # the initial `most_units`; heads are padded to multiples of it
 
 
 class RowHeads(NamedTuple):
-    """What tells kernels the head of each of n rows; all on their device."""
+    """The head of each of n rows, in the form that kernels read, on their device."""
 
-    table: Tensor  # (slots, 9) int64, `PreparedHead.fields`; zeros where a slot has no head
+    table: Tensor  # (slots, 9) int64, `PreparedHead.fields`; zeros in slots without a head
     slots: Tensor  # (n,) int32
-    counts: Tensor  # (n,) int32, the rows of the tile that a row begins; 0 if it begins none
+    counts: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
 
 
 class RefinementKernels(Protocol):
-    """The launches; all tensors that are not said to be else are float32."""
+    """The five kernel launches of a refinement. All tensors outside `RowHeads` are float32."""
 
     def units(self, h: Tensor, heads: RowHeads, most_units: int) -> Tensor:
-        """Give W1 h + b1: (n, width) -> (n, most_units)."""
+        """Return the units u = W1 h + b1: (n, width) -> (n, most_units)."""
 
     def move(
         self, units: Tensor, heads: RowHeads, direction_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Move units, in place, as the directional step does; (n, units) and (n, 1).
+        """Apply the directional step to the units, in place.
+
+        Args:
+            units: (n, units).
+            heads: of the rows.
+            direction_scale: (n, 1).
 
         Returns:
-            (n, units), the slopes 1[u > 0] * w2; and (n, 1), by how many directions a row moves.
+            (n, units), the slopes 1[u > 0] * w2 after the step; and (n, 1), the shifts, i.e. each
+            row's multiple of its head's direction.
         """
 
     def motion(self, slopes: Tensor, heads: RowHeads) -> Tensor:
-        """Give parts of W1 W1^T slopes: (n, units) -> (n, parts, units)."""
+        """Return W1 W1^T slopes as partial sums: (n, units) -> (n, parts, units)."""
 
     def climb(self, units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) -> Tensor:
-        """Give the sum over all steps of eta times slopes, as units move: (n, units)."""
+        """Do all gradient steps on the units; return the sum of eta * slopes: (n, units)."""
 
     def finish(self, h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tensor:
-        """Give h + shifts * direction + W1^T climbed: (n, width)."""
+        """Return h + shifts * direction + W1^T climbed: (n, width)."""
 
 
 class GroupedRefinement:
-    """`apply_reward` for the rows of several heads, in slots, on one device.
+    """Does what `apply_reward` does, on one device, for rows of several heads kept in slots.
 
-    The host waits for nothing. What is launched depends on the number of rows and of steps and on
-    `most_units`; only rows that are known to have one head are multiplied by torch.
+    The host never waits for the device. The launches depend only on the numbers of rows and steps
+    and on `most_units`, so that a CUDA graph can hold them. The exception: more than TILE_ROWS rows
+    that are known to share one head are multiplied by its matrices with torch's own products.
 
-    How a row is computed depends on its own head, on `most_units`, and on whether rows are
-    multiplied by torch; so do its bits, and there on the number of rows.
+    A row's bits depend on its own head, on `most_units`, and on whether torch multiplies the rows;
+    if it does, also on the number of rows.
     """
 
     def __init__(self, slots: int, device: torch.device, kernels: RefinementKernels) -> None:
-        """Have no heads.
+        """Start without heads.
 
         Args:
-            slots: of all heads there may be, and of no head.
-            kernels: what computes on the device.
+            slots: number of slots, slot 0 (the identity) included.
+            device: of the heads and the rows.
+            kernels: compute on the device.
         """
         self._table = torch.zeros(slots, _FIELDS, dtype=torch.int64, device=device)
         self._heads: dict[int, PreparedHead] = {}
         self._kernels = kernels
-        self.most_units = _FEWEST_UNITS  # of any head there was, and up to the next power of two
+        self.most_units = _FEWEST_UNITS  # a power of two, not below the units of any head ever put
 
-    # Whatever mode the caller is in: what was made in another could not be changed.
+    # Always in inference mode: if the table was made in it, it can be changed in no other mode.
     @torch.inference_mode()
     def put(self, slot: int, head: PreparedHead | None) -> None:
         """Fill a slot, or empty it.
 
-        What was launched before finds what the slot held, whose memory torch gives to nobody who
-        does not come later; so all that happens on one stream.
+        Kernels launched earlier may still read the slot's old head. They find it unchanged as long
+        as everything runs on one stream: torch reuses freed memory only for later work of a stream.
 
         Args:
-            head: on the device.
+            slot: to fill or empty.
+            head: on the device; None empties the slot.
         """
         fields: tuple[int, ...] = (0,) * _FIELDS
         if head is not None:
@@ -98,7 +107,7 @@ class GroupedRefinement:
             self.most_units *= 2
 
     def holds(self, slots: Iterable[int]) -> bool:
-        """Whether all of some slots have heads."""
+        """Return whether each of some slots has a head."""
         return self._heads.keys() >= set(slots)
 
     def __call__(
@@ -112,14 +121,14 @@ class GroupedRefinement:
     ) -> Tensor:
         """Refine n rows; see `apply_reward`.
 
-        Rows whose slots have no head, and whose counts are 0, are left as they are.
+        Rows whose slot has no head and whose count is 0 are left as they are.
 
         Args:
-            h: (n, d) float32; the rows of one head lie side by side.
-            heads: each head's slot, and how many rows it has; None where that is not known, as in
-                a graph that is replayed for others.
-            slots: (n,) int32, each row's.
-            counts: (n,) int32, as `tiles` gives them.
+            h: (n, d) float32; the rows of one head are consecutive.
+            heads: each head's slot and number of rows; None if it is not known, as in a CUDA graph
+                that is replayed for other rows.
+            slots: (n,) int32, each row's slot.
+            counts: (n,) int32, as `tiles` returns them.
             direction_scale, step_sizes: (n, 1) and (n, most iterations) float32.
 
         Returns:
@@ -154,7 +163,7 @@ class GroupedRefinement:
         direction_scale: Tensor,
         step_sizes: Tensor,
     ) -> Tensor:
-        """Refine rows of one head: each matrix is multiplied by all of them."""
+        """Refine rows of one head, with torch's matrix products over all of them."""
         width = h.shape[1]
         w1 = head.w1[:, :width]
         units = linear(h, w1, head.b1)
@@ -163,7 +172,7 @@ class GroupedRefinement:
         if step_sizes.shape[1]:
             motion = (slopes @ head.gram)[:, None]
             change = change.addmm(self._kernels.climb(units, motion, heads, step_sizes), w1)
-        # To add 0 would change the sign of a zero.
+        # Adding 0 would turn -0.0 into +0.0.
         return torch.where(change == 0, h, h + change)
 
 
@@ -171,10 +180,11 @@ def tiles(heads: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Divide rows into tiles of one head each, of at most TILE_ROWS.
 
     Args:
-        heads: each head's slot, and how many rows it has, after those of the head before it.
+        heads: each head's slot and number of rows, in the order of the rows.
 
     Returns:
-        Of each row, its slot, and the rows of the tile that it begins: 0 if it begins none.
+        Each row's slot; and for each row the size of the tile that it begins, or 0 if it begins
+        none.
     """
     slots: list[int] = []
     counts: list[int] = []

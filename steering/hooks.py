@@ -1,4 +1,4 @@
-"""Hooks into a model: installed once, they read the current step's route and index the bank."""
+"""Hooks that edit a model. Installed once, they read the current route and index the bank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +14,11 @@ from steering.sites import Place, place_of
 
 
 class UnknownSiteError(ValueError):
-    """A module path that the model does not have."""
+    """The model has no module for a site."""
 
 
 class SteeringHooks:
-    """Edits a model's activations as the current route says; without a route, does nothing."""
+    """Edits a model's activations by the current route; does nothing outside `routed`."""
 
     def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
         self._model = model
@@ -30,7 +30,7 @@ class SteeringHooks:
 
     @property
     def hooked_sites(self) -> frozenset[str]:
-        """The sites that a hook is installed at."""
+        """The sites at which a hook is installed."""
         return frozenset(self._hooked)
 
     def install(self, site: str) -> None:
@@ -51,9 +51,9 @@ class SteeringHooks:
 
     @contextmanager
     def routed(self, bank: Bank, route: Route, meter: DoseMeter | None = None) -> Iterator[None]:
-        """Within the context, the model's forward pass is edited as `route` says.
+        """Edit the model's forward pass by `route` within the context.
 
-        A meter, if one is given, learns how large the edits were.
+        A meter, if given, records the edits' doses and their time.
         """
         self._bank, self._route, self._meter = bank, route, meter
         try:
@@ -69,7 +69,8 @@ class SteeringHooks:
             return bank.edit_site(site, activations, route, meter)
         with meter.editing():
             edited = bank.edit_site(site, activations, route)
-        with meter.measuring():  # by editing once more, so that the edit's own time is known
+        # Doses are measured in a second edit, so that the first is timed without measuring.
+        with meter.measuring():
             bank.edit_site(site, activations, route, meter)
         return edited
 
@@ -87,10 +88,10 @@ class SteeringHooks:
 def edit_activations(
     module: nn.Module, place: Place, edit: Callable[[Tensor], Tensor]
 ) -> RemovableHandle:
-    """Have a function edit what a module gives, or what it is given, from now on.
+    """Register a hook that replaces a module's output, or its input, by `edit` of it.
 
-    A module that gives a tuple is edited in the tuple's first place. What a module is given is its
-    first argument, by position or by name.
+    If the output is a tuple, its first item is edited. The input is the module's first argument,
+    given by position or by name.
     """
 
     def edit_tensor(activations: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""`refine.cpp`, made and loaded: what refines many rows by several heads on a CPU, fast."""
+"""Compiles and loads `refine.cpp`, which refines rows of several reward heads on a CPU."""
 
 import ctypes
 import os
@@ -17,17 +17,18 @@ from torch.nn.functional import pad
 from steering.prepared_head import PreparedHead
 
 _SOURCE: Final = Path(__file__).with_name("refine.cpp")
-# Vectors longer than a processor's own are passed between functions of this file only: no ABI.
+# -Wno-psabi: vectors wider than the processor's registers are passed only between functions of
+# refine.cpp, so a warning about their calling convention does not matter.
 _FLAGS: Final = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-Wno-psabi", "-shared", "-fPIC"]
-_SECONDS: Final = 60.0  # for what takes less than one
+_SECONDS: Final = 60.0  # limit for the compiler, which normally takes less than 1
 
 
 class NativeBuildError(Exception):
-    """There is no C++ compiler, or it does not make what is wanted of it."""
+    """refine.cpp could not be compiled or loaded; the message says why."""
 
 
 class NativeRefinement:
-    """`apply_reward` for the rows of several heads."""
+    """Does what `apply_reward` does, on a CPU, for the rows of several heads in one call."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._refine = library.refine
@@ -53,7 +54,8 @@ class NativeRefinement:
 
         Args:
             h: (n, d) float32.
-            heads: all of width d, each with the number of its rows, which follow each other.
+            heads: each head, of width d, and the number of its rows; `h` has the rows of the first
+                head first, then those of the second, and so on.
             direction_scale, step_sizes: (n, 1) and (n, most iterations) float32.
 
         Returns:
@@ -80,17 +82,17 @@ class NativeRefinement:
 
 
 def build_native(folder: Path) -> NativeRefinement:
-    """Have the machine's C++ compiler make it, in less than a second.
+    """Compile refine.cpp with the machine's C++ compiler ($CXX, else g++) and load it.
 
     Args:
-        folder: an existing one, in which libraries may be loaded; nothing is left there.
+        folder: an existing folder from which libraries may be loaded; the build cleans up there.
 
     Raises:
-        NativeBuildError: there is no compiler, or it fails, or what it made cannot be loaded.
+        NativeBuildError: there is no compiler, or it fails, or the library cannot be loaded.
     """
     try:
         compiler = shlex.split(os.environ.get("CXX") or "g++")
-        # Some file systems do not let go of what is loaded.
+        # Some file systems do not delete a library while it is loaded.
         with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as own:
             library = Path(own) / "refine.so"
             subprocess.run(

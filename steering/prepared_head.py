@@ -1,4 +1,4 @@
-"""A reward head's parameters as `refine.cpp` reads them, laid out once for each head."""
+"""Lays out a reward head's parameters for `refine.cpp` and for the kernels on a GPU."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# As in refine.cpp.
+# The same as in refine.cpp: the width d is padded to a multiple of _LANES, m to one of _GROUP.
 _LANES: Final = 16
 _GROUP: Final = 64
-_MOST_UNITS: Final = 2048  # of a head whose W1 W1^T is kept
+_MOST_UNITS: Final = 2048  # of a prepared head, as W1 W1^T takes memory quadratic in them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedHead:
-    """All tensors are float32 and contiguous, padded with zeros, which do nothing."""
+    """A head in float32, contiguous, and padded with zeros, which do not change its results."""
 
     w1: Tensor  # (m, d)
     gram: Tensor  # (m, m), W1 W1^T
@@ -23,7 +23,7 @@ class PreparedHead:
     w2: Tensor  # (m,)
     direction: Tensor  # (d,)
     along: Tensor  # (m,), W1 direction
-    wanted: Tensor  # (1,), what w2 . relu(W1 h + b1) is where the gap is closed
+    wanted: Tensor  # (1,), positive_reward - b2: the gap is wanted - w2 . relu(W1 h + b1)
 
     @property
     def width(self) -> int:
@@ -32,7 +32,7 @@ class PreparedHead:
 
     @property
     def fields(self) -> tuple[int, ...]:
-        """Those of `Head` in refine.cpp, but for the rows: addresses, m and d."""
+        """The fields of `Head` in refine.cpp without `rows`: the tensors' addresses, m and d."""
         tensors = (
             *(self.w1, self.gram, self.b1, self.w2),
             *(self.direction, self.along, self.wanted),
@@ -43,14 +43,14 @@ class PreparedHead:
 def prepare(
     w1: Tensor, b1: Tensor, w2: Tensor, wanted: Tensor, direction: Tensor
 ) -> PreparedHead | None:
-    """Of a head's parameters on the CPU, all float32.
+    """Lay out a head's parameters, all float32.
 
-    None of a head that has too many units for W1 W1^T to be kept, or such large weights that it
-    overflows, which the equations need not.
+    Returns None, so that the caller keeps to the plain equations, for a head with too many units to
+    keep W1 W1^T, and for one whose W1 W1^T or W1 direction overflows.
 
     Args:
         w1: (m, d); b1, w2: (m,); direction: (d,).
-        wanted: (), the mean reward of the training positives without the head's last bias.
+        wanted: (), the mean reward of the training positives minus the head's b2.
     """
     units, width = w1.shape
     if units > _MOST_UNITS:

@@ -1,4 +1,4 @@
-"""Rows refined by several reward heads at once."""
+"""Refines rows by several reward heads, with `NativeRefinement` where it can."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from steering.reward import RewardHead, apply_reward
 
 
 class HeadGroup(NamedTuple):
-    """A head, and the rows that it edits: those after the rows of the head before it."""
+    """A head, and the number of consecutive rows that it edits."""
 
     head: RewardHead
     rows: int
-    most_iterations: int
+    most_iterations: int  # of any of these rows
 
 
 def refine(
@@ -27,13 +27,14 @@ def refine(
 ) -> Tensor:
     """Refine n rows, each by its own head with its own settings; see `apply_reward`.
 
-    How a row is computed depends on its own head only, and so do its bits.
+    A row's own head alone decides whether `native` or `apply_reward` computes it, so that its bits
+    do not depend on the other heads in the batch.
 
     Args:
-        h: (n, d) float32.
+        h: (n, d) float32, grouped by head in the order of `heads`.
         heads: all of width d, with n rows together.
         direction_scale, step_sizes: as `apply_reward` takes them.
-        native: what computes rows whose heads are prepared for it.
+        native: refines the rows of prepared heads; None: `apply_reward` refines all rows.
 
     Returns:
         (n, d) float32.

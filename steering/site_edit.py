@@ -1,7 +1,7 @@
-"""The edits at one site as a module, all of whose parameters are tensors.
+"""The affine edits at one site as a module whose every input is a tensor.
 
-A compiler can fuse it into what computes the site's activations, and one compiled module serves
-every layer and every step: parameters, slots and strengths are inputs.
+A compiler can fuse the edits into the computation of the site's activations. Maps, slots and
+strengths are inputs, so that one compiled module serves all equal layers and all steps.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from steering.route import AffineRoute
 from steering.site_maps import Part
 from steering.sites import Place
 
-# What it is called in the site's module.
+# Names of the edit as a child of the module that it edits.
 _OUTPUT_CHILD: Final = "steering"
 _INPUT_CHILD: Final = "input_steering"
 _STEP: Final = ("slots", "strength", "doses")
@@ -26,11 +26,11 @@ _STEP: Final = ("slots", "strength", "doses")
 class SiteEdit(nn.Module):
     """Edits a site's activations, each token by the maps of its stack.
 
-    Its tensors are handed to it with each call, by `torch.func.functional_call`.
+    Its buffers are placeholders: `torch.func.functional_call` replaces them in each call.
     """
 
     def __init__(self, table_names: Mapping[str, bool]) -> None:
-        """`table_names` are the fields of a `MapTable`, and whether they are there."""
+        """Take each field of a `MapTable`, with True for a tensor and False for None."""
         super().__init__()
         for name in _STEP:
             self.register_buffer(name, torch.empty(0))
@@ -39,7 +39,7 @@ class SiteEdit(nn.Module):
 
     @classmethod
     def install(cls, module: nn.Module, place: Place, parts: frozenset[Part]) -> None:
-        """Have a site edited by maps of some parts. The edit becomes a child of the module."""
+        """Hook an edit by maps of the given parts to a site; it becomes a child of the module."""
         optional = {"low": Part.SUPPORT, "high": Part.SUPPORT}
         optional |= {"gate_weight": Part.GATE, "gate_bias": Part.GATE}
         edit = cls({name: optional.get(name, Part.MAP) in parts for name in MapTable._fields})
@@ -47,7 +47,7 @@ class SiteEdit(nn.Module):
         edit_activations(module, place, edit)
 
     def forward(self, activations: Tensor) -> Tensor:
-        """The activations, edited; the edits' doses are added to `doses`."""
+        """Return the edited activations, and add the edits' doses to `doses`."""
         table = MapTable(*(getattr(self, name) for name in MapTable._fields))
         rows = activations.reshape(-1, activations.shape[-1])
         slots, strength, doses = (getattr(self, name) for name in _STEP)
@@ -55,18 +55,18 @@ class SiteEdit(nn.Module):
 
 
 def named_tensors(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a site's edit takes, by the names that it has in the model or layer of `place`."""
+    """Rename a site's tensors to the names that its edit has in the model (or layer) of `place`."""
     path = f"{place.module}." if place.module else ""
     return {f"{path}{_child_name(place)}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def site_tensors(table: MapTable) -> dict[str, Tensor]:
-    """What a `SiteEdit` takes of a site's maps."""
+    """Return a `SiteEdit`'s inputs from a site's maps."""
     return {name: each for name, each in table._asdict().items() if each is not None}
 
 
 def step_tensors(route: AffineRoute, tokens: int, meter: DoseMeter | None) -> dict[str, Tensor]:
-    """What every `SiteEdit` takes of a step; its doses go to the meter, if there is one."""
+    """Return the inputs of every `SiteEdit` from a step. Doses go to the meter, if there is one."""
     device = route.slots.device
     doses = (
         torch.zeros(2, len(route.places), tokens, device=device)

@@ -9,7 +9,7 @@ from steering.affine import HAS_GATE, HAS_MAP, HAS_SUPPORT, AffineMap, MapTable
 
 
 class Part(Enum):
-    """What a map may consist of."""
+    """A part that a map may have."""
 
     MAP = "map"
     SUPPORT = "support"
@@ -17,7 +17,7 @@ class Part(Enum):
 
 
 def parts_of(site_map: AffineMap) -> frozenset[Part]:
-    """What a map consists of."""
+    """Return the parts of a map."""
     parts = {Part.MAP}
     if site_map.low is not None:
         parts.add(Part.SUPPORT)
@@ -27,7 +27,7 @@ def parts_of(site_map: AffineMap) -> frozenset[Part]:
 
 
 def parts_in(table: MapTable) -> frozenset[Part]:
-    """What maps may consist of that an edit reads from a table."""
+    """Return the parts for which a table has tensors."""
     tensors = {Part.MAP: table.held, Part.SUPPORT: table.low, Part.GATE: table.gate_weight}
     return frozenset(part for part, tensor in tensors.items() if tensor is not None)
 
@@ -35,7 +35,8 @@ def parts_in(table: MapTable) -> frozenset[Part]:
 class SiteMaps:
     """The maps of up to `slots` slots at one site of width d.
 
-    What few maps have takes memory from the first on that has it: supports, gates.
+    Few maps have a support or a gate. Memory for supports, and for gates, is allocated when the
+    first map that has one is put.
     """
 
     def __init__(self, slots: int, width: int, device: torch.device) -> None:
@@ -48,7 +49,7 @@ class SiteMaps:
             gate_weight=None,
             gate_bias=None,
         )
-        # The slots that hold a map, and what it consists of, as the host knows.
+        # Slot -> the parts of its map, kept on the host so that no one has to read `held`.
         self._filled: dict[int, frozenset[Part]] = {}
 
     def put(self, slot: int, site_map: AffineMap) -> None:
@@ -79,15 +80,15 @@ class SiteMaps:
             self.table.gate_bias[slot] = 0
 
     def move(self, device: torch.device) -> None:
-        """Bring the parameters to where the site's activations are."""
+        """Move the maps to a device, that of the site's activations."""
         if self.table.held.device != device:
             self.table = self.table.to(device)
 
     def acting(self, used: frozenset[int] | None) -> MapTable | None:
-        """What an edit by some slots' maps reads; None where none of them has a map here.
+        """Return the tensors that an edit by some slots' maps reads; None if none has a map here.
 
         Args:
-            used: the slots; None for any slot, now or later.
+            used: the slots; None for all slots, whatever they hold now or later.
         """
         if used is None:
             return self.table
@@ -104,7 +105,7 @@ class SiteMaps:
     def _supports(self) -> tuple[Tensor, Tensor]:
         table = self.table
         if table.low is None or table.high is None:
-            # Both or none, also where memory is short.
+            # Allocate both before assigning either, in case memory runs out.
             low = torch.full_like(table.delta, -torch.inf)
             high = torch.full_like(table.delta, torch.inf)
             self.table = table._replace(low=low, high=high)

@@ -1,4 +1,4 @@
-"""Finds a model's sites: which of its modules give, or are given, one vector a token."""
+"""Finds a model's sites: the outputs and inputs of modules that are one vector for each token."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,15 +10,16 @@ from steering.sites import input_site
 
 
 def measure_site_widths(model: nn.Module, vocab_size: int) -> Mapping[str, int]:
-    """The width of every site that an affine map could edit.
+    """Return the width of every site that an affine map could edit.
 
-    Runs two tokens through the model. An output is a site where it is one vector a token, in the
-    first place of a tuple or alone; an input where it is the first argument and one vector a token.
-    `lm_head` gives one vector a *row*, and is given one; neither is a site.
+    Runs two tokens through the model. A module's output is a site if it (or a tuple's first item,
+    and no other) is one vector for each token. A module's input is a site if its first argument is
+    one vector for each token. `lm_head` takes and gives one vector for each logits row, so neither
+    is a site.
 
     Returns:
-        Site -> width. A name that could be a module's input as well as another module's output is
-        left out.
+        Site -> width. A name that is both a module's input and another module's output is left
+        out.
     """
     widths: dict[str, int] = {}
     modules = {path: module for path, module in model.named_modules() if path}
@@ -59,7 +60,7 @@ def _input_recorder(
 
 
 def _is_per_token(activations: object) -> bool:
-    """Whether they are one vector for each of the two tokens."""
+    """Return whether a value is one vector for each of the two tokens."""
     # OPT folds sequences and tokens into one dimension in the middle of its blocks.
     return (
         isinstance(activations, Tensor)

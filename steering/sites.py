@@ -1,11 +1,11 @@
-"""Sites: how they are named, and where affine maps go by default.
+"""Names sites, and lists the default sites of affine maps by architecture.
 
-A site is what a module gives, or what it is given. A site of the first sort is named by the
-module's Hugging Face path, one of the second by the path and `.input`.
+A site is a module's output, or its input (its first argument). An output is named by the module's
+Hugging Face path, an input by the path and `.input`.
 
-Defaults are a table: architecture -> regular expression over module paths. The LinEAS authors
-choose the layer norms after which a block's input is "clean": one or two a block, by family. Any
-other regular expression may be given when fitting; an artifact then lists its sites one by one.
+The default sites are a table: architecture -> regular expression over module paths. They are those
+of the LinEAS authors: one or two layer norms in each block, depending on the model family. Fitting
+also takes any other regular expression; an artifact lists its sites one by one.
 """
 
 import re
@@ -17,25 +17,25 @@ INPUT: Final = "input"
 
 
 class Place(NamedTuple):
-    """Where a site is in a model."""
+    """A site's place in a model: a module, and its output or its input."""
 
     module: str  # path
-    is_input: bool  # whether the site is the module's first argument, and not its output
+    is_input: bool  # True: the module's first argument; False: its output
 
 
 def place_of(site: str) -> Place:
-    """Where a site of this name is: "a.b" is the output of a.b, "a.b.input" its input."""
+    """Return a site's place: the site "a.b" is the output of a.b, "a.b.input" its input."""
     module, _, last = site.rpartition(".")
     return Place(module, True) if last == INPUT else Place(site, False)
 
 
 def input_site(module: str) -> str:
-    """The name of the site that is a module's input."""
+    """Return the name of the site that is a module's input."""
     return f"{module}.{INPUT}" if module else INPUT
 
 
 class SiteError(ValueError):
-    """No sites can be told from what was given; the sentence says why."""
+    """A pattern or an architecture gives no sites; the message says why."""
 
 
 class UnknownArchitectureError(SiteError):
@@ -44,7 +44,7 @@ class UnknownArchitectureError(SiteError):
 
 @dataclass(frozen=True, slots=True)
 class FamilySites:
-    """One row of the table."""
+    """The default sites of one family of architectures."""
 
     architectures: tuple[str, ...]  # class names, as in a model's `config.architectures`
     pattern: str  # matched against the whole Hugging Face module path
@@ -82,13 +82,13 @@ DEFAULT_SITES: tuple[FamilySites, ...] = (
 
 
 def default_sites(architecture: str) -> str:
-    """The pattern of an architecture's default sites.
+    """Return the pattern of an architecture's default sites.
 
     Args:
         architecture: the model's class name, e.g. "LlamaForCausalLM".
 
     Raises:
-        UnknownArchitectureError: the table does not know it; the message lists those it knows.
+        UnknownArchitectureError: the table has no such architecture; the message lists all it has.
     """
     for family in DEFAULT_SITES:
         if architecture in family.architectures:
@@ -101,7 +101,7 @@ def default_sites(architecture: str) -> str:
 
 
 def match_sites(pattern: str, module_paths: Iterable[str]) -> tuple[str, ...]:
-    """The module paths that a pattern matches as a whole, layer 2 before layer 10.
+    """Return the module paths that a pattern matches as a whole, layer 2 before layer 10.
 
     Raises:
         SiteError: the pattern is not a regular expression, or matches no module.
@@ -117,5 +117,5 @@ def match_sites(pattern: str, module_paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def _natural_key(path: str) -> list[tuple[int, str]]:
-    """Numbers compare as numbers, and before words."""
+    """Return a sort key by which numbers compare as numbers."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
