@@ -1,12 +1,13 @@
-// Rows refined by reward heads, on all threads together. steering/reward.py has the equations.
+// Refines rows by reward heads, on all threads. steering/reward.py has the equations.
 //
-// A row h keeps its units u = W1 h + b1. A step along the gradient g moves them too, by eta W1 g.
-// From one step to the next few units pass zero (5 of 1024 in a trained head): each adds to g its
-// row of W1, and to W1 g its row of W1 W1^T, times its w2, or takes them away. So a row needs three
-// products with W1, however many the steps, and the last two find W1 in a cache that it fits into.
+// Each row keeps its units u = W1 h + b1. A step along the gradient g changes h by eta g and u by
+// eta W1 g. Between two steps few units pass zero (5 of 1024 in a trained head). Each of them adds
+// its row of W1 to g, and its row of W1 W1^T to W1 g, times its w2, or subtracts them. So a row
+// needs three products with W1 for any number of steps; the last two find W1 in the cache, if it
+// fits.
 //
-// The order of every sum depends on the head and the number of threads only: a row's bits are the
-// same whichever rows are beside it.
+// The order of every sum depends only on the head and the number of threads: a row's bits do not
+// depend on the other rows.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,14 +18,14 @@
 
 namespace {
 
-// Numbers that are computed together. Widths are multiples of it; compilers split it where a
-// processor's registers are shorter.
+// Numbers computed by one instruction. m and d are multiples of LANES; the compiler splits a vector
+// where the processor's registers are shorter.
 typedef float Lanes __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
-constexpr int64_t GROUP = 64;  // of units, that are looked through together
-constexpr int64_t ROWS = 32;   // of a head, at most, that are refined together, in the cache
+constexpr int64_t GROUP = 64;  // units that `follow_units` checks for changes at once
+constexpr int64_t ROWS = 32;   // most rows of a head refined at once, to stay in the cache
 
-// As steering/prepared_head.py lays it out, padded with zeros.
+// A head, laid out and padded with zeros by steering/prepared_head.py.
 struct Head {
     const float *w1;         // (m, d)
     const float *gram;       // (m, m), W1 W1^T
@@ -32,13 +33,13 @@ struct Head {
     const float *w2;         // (m,)
     const float *direction;  // (d,)
     const float *along;      // (m,), W1 direction
-    const float *wanted;     // (1,), what w2 . relu(u) is where the gap is closed
+    const float *wanted;     // (1,), positive_reward - b2: the gap is wanted - w2 . relu(u)
     int64_t m;               // a multiple of GROUP
-    int64_t d;               // a multiple of LANES, the same of all heads
-    int64_t rows;            // that it refines, after those of the head before it
+    int64_t d;               // a multiple of LANES, the same for all heads
+    int64_t rows;            // number of consecutive rows that the head refines
 };
 
-// What is known of a row, or of several, one after the other.
+// The state of one row, or of several consecutive rows.
 struct Rows {
     float *h;         // (d,)
     float *units;     // (m,)
@@ -84,7 +85,7 @@ void add(float *to, float times, const float *from, int64_t width) {
     }
 }
 
-// `value` where the unit is above 0. A unit that is not a number must show: it is not below.
+// Returns `value` for an active unit (above 0), else 0. NaN counts as active, and so is not hidden.
 float where_active(float unit, float value) { return unit <= 0 ? 0 : value; }
 
 template <int count>
@@ -97,7 +98,7 @@ void multiply_rows(const float *weights, int64_t d, const float *rows, float *ou
     for (int row = 0; row < count; row++) out[row * stride] = sum(sums[row]);
 }
 
-// Some units of W1 rows^T: (count, d) -> (count, m).
+// Computes W1 x for each row x, in a range of units: (count, d) -> (count, m).
 void multiply(const Head &head, Range units, const float *rows, int64_t count, float *out) {
     const int64_t m = head.m, d = head.d;
     for (int64_t unit = units.first; unit < units.last; unit++) {
@@ -110,7 +111,7 @@ void multiply(const Head &head, Range units, const float *rows, int64_t count, f
     }
 }
 
-// A row's units, its directional step, and its slopes after that.
+// Adds b1 to a row's units, takes the directional step, and computes the slopes after it.
 void move_along_direction(const Head &head, const Rows &row, float scale) {
     add(row.units, 1, head.b1, head.m);
     Lanes reward = {};
@@ -128,8 +129,8 @@ void move_along_direction(const Head &head, const Rows &row, float scale) {
         row.slopes[unit] = where_active(row.units[unit], head.w2[unit]);
 }
 
-// What some units make of each row's gradient: (count, d). The last come first, as they were read
-// last, and are still in the cache.
+// Sums a range of units' shares of each row's gradient: (count, d). Goes backwards, because the last
+// units' rows of W1 were read last and are still in the cache.
 void part_of_gradients(const Head &head, Range units, const Rows &rows, int64_t count, float *out) {
     std::memset(out, 0, count * head.d * sizeof *out);
     for (int64_t unit = units.last; unit-- > units.first;)
@@ -139,7 +140,7 @@ void part_of_gradients(const Head &head, Range units, const Rows &rows, int64_t 
         }
 }
 
-// Bring a row's slopes, gradient and motion up to date with its units.
+// Brings a row's slopes, gradient and motion up to date with its units.
 void follow_units(const Head &head, const Rows &row) {
     for (int64_t group = 0; group < head.m; group += GROUP) {
         int changes = 0;
@@ -164,7 +165,7 @@ void climb(const Head &head, const Rows &row, const float *step_sizes, int64_t s
     }
 }
 
-// One thread's part of what is done to at most ROWS rows of a head. All threads call it together.
+// Refines at most ROWS rows of a head. All threads call it together; each does its share.
 void refine_rows(const Head &head, const Rows &rows, int64_t count, const float *scales,
                  const float *step_sizes, int64_t steps, float *parts) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -193,10 +194,10 @@ void refine_rows(const Head &head, const Rows &rows, int64_t count, const float 
 
 }  // namespace
 
-// Refine n rows by `count` heads, in place.
+// Refines n rows by `count` heads, in place.
 //
-// h: (n, d), padded as the heads are. scales: (n,). step_sizes: (n, steps), 0 from where on a row
-// has done its own.
+// h: (n, d), padded to the heads' d. scales: (n,). step_sizes: (n, steps), a row's eta for each of
+// its iterations, then 0.
 extern "C" void refine(const Head *heads, int64_t count, const float *scales,
                        const float *step_sizes, int64_t steps, float *h, int64_t threads) {
     const int64_t d = heads->d;
