@@ -1,8 +1,8 @@
-"""What a fit reads of a model: token means at sites, hidden states before the head.
+"""Reads from a model what a fit needs: token means at sites, and hidden states before the head.
 
 The model is any causal language model called as `model(input_ids=..., attention_mask=...)`.
 Sequences are padded on the right, so that neither positions nor causal attention see the padding.
-Hooks are gone when a function returns, also when it raises.
+Every function removes its hooks when it returns or raises.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ from steering.fit import FitError
 
 TokenIds: TypeAlias = Sequence[int]
 SiteEdit: TypeAlias = Callable[[str, Tensor], Tensor]
-"""(site, its output) -> what takes its place; the same tensor to leave it as it is."""
+"""(site, its output) -> the output to use instead; the same tensor if nothing is edited."""
 
 
 class _FarEnoughError(Exception):
-    """Ends a forward pass of which the rest is not needed. Never leaves this module."""
+    """Ends a forward pass early. Always caught in this module."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ class TokenBatch:
 
 
 def pad_right(sequences: Sequence[TokenIds], device: torch.device) -> TokenBatch:
-    """One batch of sequences.
+    """Return sequences as one batch.
 
     Raises:
         FitError: there is no sequence, or one has no token.
@@ -50,25 +50,25 @@ def pad_right(sequences: Sequence[TokenIds], device: torch.device) -> TokenBatch
 
 
 def token_mean(z: Tensor, attention_mask: Tensor) -> Tensor:
-    """Each sequence's mean over its own tokens: (n, t, d) -> (n, d) float32."""
+    """Return each sequence's mean over its own tokens: (n, t, d) -> (n, d) float32."""
     mask = attention_mask[:, :, None].float()
     return (z.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: SiteEdit) -> None:
-    """Run the model as far as its last site, with every site's output passed through `edit`.
+    """Run the model up to its last site, and replace every site's output by `edit` of it.
 
-    What comes after the last site (the widest matrix of a small model among it) is not computed.
+    Layers after the last site are not computed, such as `lm_head`, the largest of a small model.
 
     Args:
         model: a causal language model.
-        batch: what it is run on.
+        batch: its input.
         sites: module paths; a site's output is a tensor (n, t, d), or (n * t, d), or a tuple that
             starts with one.
-        edit: called once a site with (n, t, d), in the order in which the model runs them.
+        edit: called once for each site with (n, t, d), in the order in which the model runs them.
 
     Raises:
-        FitError: the model has no such module, or does not run it.
+        FitError: the model has no module of this path, or does not run it.
     """
     to_come = set(sites)
 
@@ -92,7 +92,7 @@ def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: S
 def collect_token_means(
     model: nn.Module, sites: Sequence[str], sequences: Sequence[TokenIds], batch_size: int
 ) -> dict[str, Tensor]:
-    """Token-mean activations of the untouched model.
+    """Return the token-mean activations of the untouched model.
 
     Returns:
         site -> (len(sequences), d) float32, on the model's device.
@@ -114,14 +114,14 @@ def site_token_means(
     batch: TokenBatch,
     edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Token means of each site's output *after* its edit, with all edits active at once.
+    """Return the token means of each site's output *after* its edit, with all edits active at once.
 
     Args:
         model: a causal language model.
         sites: module paths.
         batch: n sequences.
-        edits: site -> function of its output as (n, t, d) float32; None edits nothing. Later
-            sites see the edited activations, in the model's dtype.
+        edits: site -> function of its output, (n, t, d) float32; None: no edits. Later sites see
+            the edited activations, in the model's dtype.
 
     Returns:
         site -> (n, d) float32.
@@ -148,19 +148,19 @@ def collect_hidden_states(
     batch_size: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """The input of the language-model head for every token, of the untouched model.
+    """Return the untouched model's hidden states before the language-model head, for every token.
 
     Args:
         model: a causal language model.
         head: its language-model head (`lm_head`), a submodule that takes the hidden states as its
             first argument. It is not run.
         sequences: token ids.
-        batch_size: sequences a forward pass.
+        batch_size: sequences in a forward pass.
         on_batch: called after every forward pass with (sequences done, sequences in all).
 
     Returns:
-        One (tokens, width) float32 tensor a sequence, on the model's device; width is the head's
-        `in_features`.
+        One (tokens, width) float32 tensor for each sequence, on the model's device; width is the
+        head's `in_features`.
 
     Raises:
         FitError: a sequence has no token, or the model does not run the head.
@@ -188,7 +188,7 @@ def collect_hidden_states(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the model's own parameters, for a while."""
+    """Keep the model in evaluation mode, its parameters without gradients, within the context."""
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
@@ -203,7 +203,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter, which is where its token ids must be."""
+    """Return the device of the model's first parameter, on which its token ids must be."""
     return next(model.parameters()).device
 
 

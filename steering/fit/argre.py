@@ -1,8 +1,9 @@
 """Fits ARGRE's direction and reward head on hidden states of preference pairs.
 
-`steering.fit.preferences` states the direction and the loss. The head is optimised by AdamW with
-a warm-up and a cosine schedule, as in the authors' code (github.com/xiaoyisong/ARGRE). Theirs adds
-the first principal component, a unit vector, to the direction; the paper's, used here, does not.
+`steering.fit.preferences` defines the direction and the loss. The head is optimised by AdamW with
+a warm-up and a cosine schedule, as in the authors' code (github.com/xiaoyisong/ARGRE). Their code
+adds the first principal component, a unit vector, to the direction. The paper does not, nor does
+this module.
 """
 
 import math
@@ -19,14 +20,14 @@ from steering.reward import RewardHead, reward
 
 @dataclass(frozen=True, slots=True)
 class ArgreSettings:
-    """How to fit. The defaults are the authors'."""
+    """Settings of a fit. The defaults are the authors'."""
 
     hidden_units: int = 1024  # m, of the head
-    interpolations: int = 7  # points between the two ends of the path
-    beta: float = 0.05
-    center: float = 0.01
+    interpolations: int = 7  # points between the two ends of a pair's path
+    beta: float = 0.05  # scale of the preference in the loss
+    center: float = 0.01  # weight of the loss term that keeps rewards around 0
     epochs: int = 3
-    batch_size: int = 4  # pairs a step
+    batch_size: int = 4  # pairs in a step
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     warmup_steps: int = 100  # at most a tenth of all steps
@@ -51,13 +52,13 @@ class ArgreSettings:
 
 @dataclass(frozen=True, slots=True)
 class ArgreReport:
-    """How a fit went: mean loss of the first and the last epoch, and what the head then says."""
+    """The mean losses of a fit's first and last epoch, and the fitted head's rewards."""
 
     initial_loss: float
     final_loss: float
     accuracy: float  # share of pairs whose positive has the larger mean reward over its tokens
     positive_reward: float  # mean over all positives' tokens
-    negative_reward: float
+    negative_reward: float  # mean over all negatives' tokens
     direction_norm: float
 
 
@@ -72,18 +73,18 @@ def fit_argre(
     The same inputs and seed give the same head on the same machine and number of threads.
 
     Args:
-        positives: one (tokens, width) float32 tensor a pair: hidden states of the text that is
-            wanted (where pairs have a prompt, of its continuation only).
-        negatives: likewise, of the text that is not.
-        settings: how to fit.
+        positives: one (tokens, width) float32 tensor for each pair: hidden states of the wanted
+            text, without the prompt, if the pair has one.
+        negatives: likewise, of the unwanted text.
+        settings: of the fit.
         on_step: called after every step.
 
     Returns:
-        The head, float32 on the device of the hidden states; and how the fit went.
+        The head, float32 on the device of the hidden states; and the report.
 
     Raises:
-        FitError: no pairs, a text without tokens, positives and negatives that are equal, or a
-            loss that is no longer finite.
+        FitError: there are no pairs, a text has no tokens, the direction is zero, or the loss is
+            no longer finite.
     """
     _check_pairs(positives, negatives)
     direction = mean_direction(positives, negatives)
@@ -103,7 +104,7 @@ def _check_pairs(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> No
 
 
 def _initial_head(direction: Tensor, hidden_units: int, generator: torch.Generator) -> RewardHead:
-    """torch's own initialisation of two linear layers, from our own generator."""
+    """Return a head of two linear layers, initialised as torch does, but from `generator`."""
 
     def uniform(fan_in: int, *shape: int) -> Tensor:
         bound = 1 / math.sqrt(fan_in)
@@ -129,7 +130,7 @@ def _train(
     generator: torch.Generator,
     on_step: OnStep | None,
 ) -> list[list[float]]:
-    """Descend in place; returns every epoch's losses."""
+    """Optimise the head in place. Returns the losses of every epoch's steps."""
     unit = head.direction / head.direction.norm()
     steps_an_epoch = math.ceil(len(positives) / settings.batch_size)
     total = steps_an_epoch * settings.epochs

@@ -1,14 +1,14 @@
-"""Fits LinEAS maps: end to end, by a distributional loss over all sites at once.
+"""Fits LinEAS maps end to end, by a distributional loss over all sites at once.
 
 Rodriguez et al., "LinEAS: End-to-end Learning of Activation Steering with a Distributional Loss",
-NeurIPS 2025 (arXiv 2503.10679), algorithm 1 without its optional sparsity step. With `xi_l` the n
-token-mean activations of source sentences at site l of width d_l, *all maps active*, and `eta_l`
-those of target sentences in the untouched model:
+NeurIPS 2025 (arXiv 2503.10679), algorithm 1 without its optional sparsity step. At site l, of width
+d_l, `xi_l` are the token-mean activations of n source sentences with *all maps active*, and `eta_l`
+those of n target sentences in the untouched model. The loss is
 
     C = 1/L sum_l 1/d_l sum_j || sort(xi_l[:, j]) - sort(eta_l[:, j]) ||^2
 
-i.e. per neuron the squared 1-D Wasserstein distance (times n) between the two batches. Maps start
-at the identity (w = 1, b = 0) and descend by SGD or Adam with a cosine schedule.
+i.e. for each neuron n times the squared 1-D Wasserstein distance between the two batches. Maps
+start at the identity (w = 1, b = 0) and are optimised by SGD or Adam with a cosine schedule.
 """
 
 import math
@@ -35,11 +35,11 @@ OptimizerName: TypeAlias = Literal["sgd", "adam"]
 
 @dataclass(frozen=True, slots=True)
 class LineasSettings:
-    """How to fit. The defaults are the paper's sizes; the learning rate suits the optimizer."""
+    """Settings of a fit. The defaults are the paper's sizes, and a learning rate that suits SGD."""
 
     samples: int = 32  # sentences drawn from each side
     steps: int = 1000
-    batch_size: int = 32  # sentences of each side a step; at most `samples` are used
+    batch_size: int = 32  # sentences of each side in a step; at most `samples` are used
     optimizer: OptimizerName = "sgd"
     learning_rate: float = 0.1  # at the first step; a cosine takes it to 0
     seed: int = 0
@@ -62,9 +62,9 @@ class LineasSettings:
 
 @dataclass(frozen=True, slots=True)
 class LineasReport:
-    """How a fit went: the loss over all drawn sentences, before the first step and after the last.
+    """The loss over all drawn sentences, before the first step and after the last.
 
-    A batch of n sentences sums over n, so losses compare only at equal batch sizes.
+    The loss of a batch is a sum over its sentences, so losses compare only at equal batch sizes.
     """
 
     initial_loss: float
@@ -72,7 +72,7 @@ class LineasReport:
 
 
 def distributional_loss(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-    """The loss C of the module's docstring.
+    """Return the loss C of the module's docstring.
 
     Args:
         source: site -> (n, d) float32.
@@ -96,20 +96,20 @@ def fit_lineas(
     settings: LineasSettings,
     on_step: OnStep | None = None,
 ) -> tuple[dict[str, AffineMap], LineasReport]:
-    """Learn maps that carry source activations (e.g. toxic) to the target's (e.g. neutral).
+    """Learn maps from source activations (e.g. toxic) to the distribution of the target's.
 
     The same inputs and seed give the same maps on the same machine and number of threads.
 
     Args:
-        model: a causal language model; left as it was.
-        sites: module paths of the maps.
+        model: a causal language model; not changed.
+        sites: module paths whose outputs are mapped.
         source: token ids of at least `settings.samples` sentences.
         target: likewise; the two sides need not be pairs.
-        settings: how to fit.
+        settings: of the fit.
         on_step: called after every step.
 
     Returns:
-        site -> its map, float32 on the model's device; and how the fit went.
+        site -> its map, float32 on the model's device; and the report.
 
     Raises:
         FitError: too few sentences, an empty one, a site that the model lacks, or a loss that
@@ -136,7 +136,7 @@ def fit_lineas(
 
 
 class _Fit:
-    """The maps being learnt, beside the sentences that they are learnt on."""
+    """The maps being learnt, with the sentences that they are learnt from."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Fit:
         return [tensor for map_ in self.maps.values() for tensor in (map_.weight, map_.bias)]
 
     def loss(self, source_rows: Tensor, target_rows: Tensor) -> Tensor:
-        """The loss of one batch; the two lists of rows are equally long."""
+        """Return the loss of one batch, from equally many rows of source and target."""
         batch = pad_right(
             [self._source[row] for row in source_rows.tolist()], model_device(self._model)
         )
@@ -174,7 +174,7 @@ class _Fit:
 
     @torch.no_grad()
     def loss_over_all(self) -> float:
-        """The mean loss over full batches of all sentences, in a fixed order."""
+        """Return the mean loss over all full batches of the sentences, in a fixed order."""
         full = len(self._source) // self.batch_size
         batches = torch.arange(full * self.batch_size).view(full, self.batch_size)
         return float(torch.stack([self.loss(rows, rows) for rows in batches]).mean())
@@ -205,7 +205,7 @@ def _descend(
     optimizer = _optimizer(settings, fit.parameters)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.steps)
     for step in range(1, settings.steps + 1):
-        # The sides are drawn apart: what is matched are distributions, not pairs.
+        # Source and target are drawn independently: the loss compares distributions, not pairs.
         source_rows = torch.randperm(settings.samples, generator=generator)[: fit.batch_size]
         target_rows = torch.randperm(settings.samples, generator=generator)[: fit.batch_size]
         optimizer.zero_grad()

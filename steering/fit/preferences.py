@@ -1,4 +1,4 @@
-"""What ARGRE learns from pairs: a direction, a path along it, and preferences between neighbours.
+"""The direction, the interpolated preference pairs and the loss that ARGRE learns from.
 
 "Detoxifying Large Language Models via Autoregressive Reward Guided Representation Editing"
 (NeurIPS 2025). With `h+`, `h-` the hidden states before the head (after the final norm) of a
@@ -7,8 +7,8 @@ pair's positive and negative text:
     direction d = mean over pairs of (last token of h+  -  last token of h-),   unit = d / ||d||
     h(alpha) = h+ + alpha ((h- - h+) . unit) unit,  alpha in linspace(0, 1, interpolations + 2)
 
-over the tokens that both texts have. Of two neighbours on that path the one nearer h+ is chosen.
-With r summed over tokens (r_bar: their mean) the loss is
+over the token positions that both texts have. Of two neighbouring points on this path, `chosen` is
+the one nearer to h+. With r summed over tokens (and r_bar its mean over tokens) the loss is
 
     -log sigmoid(beta (r(chosen) - r(rejected))) + center mean((r_bar(chosen) + r_bar(rejected))^2)
 """
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 
 def mean_direction(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
-    """The direction d: pairs of (tokens, width) float32 -> (width,) float32, not normalised."""
+    """Return the direction d, not normalised: pairs of (tokens, width) -> (width,), all float32."""
     differences = [
         positive[-1] - negative[-1] for positive, negative in zip(positives, negatives, strict=True)
     ]
@@ -29,16 +29,16 @@ def mean_direction(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> 
 
 
 def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
-    """The path h(alpha) of the module's docstring.
+    """Return the path h(alpha) of the module's docstring.
 
     Args:
         positive: (..., width) float32.
         negative: the same shape.
         unit: (width,) float32, of length 1.
-        interpolations: points between the two ends.
+        interpolations: number of points between the two ends.
 
     Returns:
-        (interpolations + 2, ..., width) float32, from the positive on.
+        (interpolations + 2, ..., width) float32, beginning with the positive.
     """
     along = ((negative - positive) @ unit)[..., None] * unit
     alphas = torch.linspace(0, 1, interpolations + 2, device=positive.device)
@@ -46,11 +46,12 @@ def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations
 
 
 def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -> Tensor:
-    """The loss of neighbours on each pair's path.
+    """Return the module's loss, averaged over the neighbours on all pairs' paths.
 
     Args:
-        rewards: (points, pairs, tokens) float32, from the positive on.
-        mask: (pairs, tokens) bool, tokens that both texts have; at least one a pair.
+        rewards: (points, pairs, tokens) float32, beginning with the positive.
+        mask: (pairs, tokens) bool, True for tokens that both texts have; at least one for each
+            pair.
         beta: scale of the preference.
         center: weight of the term that keeps rewards around 0.
 
@@ -66,12 +67,12 @@ def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -
 def common_tokens(
     positives: Sequence[Tensor], negatives: Sequence[Tensor], rows: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that both texts of each pair have, as one batch.
+    """Return the token positions that both texts of each pair have, as one batch.
 
     Args:
-        positives: one (tokens, width) float32 tensor a pair.
+        positives: one (tokens, width) float32 tensor for each pair.
         negatives: likewise.
-        rows: which pairs; at least one.
+        rows: the indices of the batch's pairs; at least one.
 
     Returns:
         Positives and negatives, (pairs, tokens, width) float32 each, with zeros for padding; and

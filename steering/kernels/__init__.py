@@ -1,1 +1,1 @@
-"""The edits as operators of torch, and their kernels for GPUs."""
+"""Torch operators for the edits, and their Triton kernels for GPUs."""

@@ -1,7 +1,7 @@
-"""`steerserve::affine_edit`: all affine edits of a step at one site, as one operator of torch.
+"""The torch operator `steerserve::affine_edit`: all affine edits of a step at one site.
 
-Whoever edits activations calls it: hooks, captured CUDA graphs, other engines. Compiled layers on a
-CPU inline the arithmetic that it runs there, so that a compiler fuses it into what is around it.
+Hooks call it, also while a CUDA graph is captured. Layers compiled for a CPU call `edit_stacks`
+instead, so that the compiler fuses its arithmetic with the layer's.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _SCHEMA: Final = (
 
 
 class EditStacks(Protocol):
-    """Edits n tokens at one site; see `edit_stacks`."""
+    """A function that edits n tokens at one site, as `edit_stacks` does."""
 
     def __call__(
         self,
@@ -47,12 +47,12 @@ def affine_edit(
 
 
 def use_kernel_on_gpus(kernel: EditStacks) -> None:
-    """Have a kernel compute the operator on NVIDIA GPUs, in this process from now on."""
+    """Register a kernel as the operator's implementation on NVIDIA GPUs, for this process."""
     use_on_gpus(NAME, _flattened(kernel))
 
 
 def _flattened(edit: EditStacks) -> Callable[..., Tensor]:
-    """A function that takes a table's tensors one by one, as an operator's arguments are."""
+    """Return `edit` as a function that takes the table's tensors one by one, as operators must."""
 
     def flattened(
         activations: Tensor,
@@ -71,7 +71,7 @@ def _flattened(edit: EditStacks) -> Callable[..., Tensor]:
 
 
 def _shape(activations: Tensor, *_others: Tensor | None) -> Tensor:
-    """An empty tensor of the result's shape."""
+    """Return an empty tensor of the result's shape."""
     return torch.empty_like(activations, memory_format=torch.contiguous_format)
 
 

@@ -1,10 +1,10 @@
-"""A site's affine edits as a Triton kernel: one launch a site, whatever its tokens are steered by.
+"""A Triton kernel for all affine edits at a site, in one launch for any mix of interventions.
 
-A program has one token's row in registers and edits it by one map after the other, so that a gate
-sees the whole row, and that activations are read and written once. What it does depends on the
-contents of its inputs only, so a CUDA graph can hold it.
+A program keeps one token's row in registers and applies its maps in turn. So a gate sees the whole
+row, and activations are read and written once. The launch is the same whichever slots the tokens
+use, so that a CUDA graph can hold it.
 
-Imported where there is a GPU only: `triton` is not installed everywhere.
+Import it only where there is a GPU: `triton` is not installed everywhere.
 """
 
 from typing import Final
@@ -21,12 +21,12 @@ _HAS_SUPPORT: Final = tl.constexpr(HAS_SUPPORT)
 _HAS_GATE: Final = tl.constexpr(HAS_GATE)
 _LARGEST_DOSE: Final = tl.constexpr(LARGEST)
 
-_ALIGNMENT: Final = 16  # of addresses (bytes) and strides (numbers) that are read in large pieces
-_NUMBERS_OF_A_THREAD: Final = 16  # of a row: with its map's, they take about 90 registers
+_ALIGNMENT: Final = 16  # of addresses (bytes) and strides (numbers), for vectorised loads
+_NUMBERS_OF_A_THREAD: Final = 16  # of a row; with the map's they take about 90 registers
 _FEWEST_WARPS: Final = 4  # of a program
 _MOST_WARPS: Final = 32
 _WARP: Final = 32  # threads
-_WIDE: Final = 8192  # numbers of a row; beyond, a program has threads of 64 registers only
+_WIDE: Final = 8192  # width beyond which a program needs 1024 threads, with only 64 registers each
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _edit_row(
     z,  # (block,) float32
     scale,  # the strength
     slot,
-    has,  # what it holds
+    has,  # the slot's bits in `held`
     delta,
     bias,
     low,
@@ -42,12 +42,12 @@ def _edit_row(
     gate_weight,
     gate_bias,
     column,
-    real,
+    real,  # (block,) bool, column < width
     width: tl.constexpr,
     is_wide: tl.constexpr,
 ):
     at = slot * width + column
-    # Before the branches, so that all is read at once, where registers suffice.
+    # Loads come before the branches, to overlap, unless registers are too few to keep their values.
     if not is_wide:
         own_delta = tl.load(delta + at, mask=real, other=0.0)
         own_bias = tl.load(bias + at, mask=real, other=0.0)
@@ -70,10 +70,11 @@ def _edit_row(
 def _dose(before, after):
     change = after - before
     dose = tl.div_rn(tl.sqrt_rn(tl.sum(change * change, 0)), tl.sqrt_rn(tl.sum(before * before, 0)))
-    return tl.where(dose < _LARGEST_DOSE, dose, _LARGEST_DOSE)  # which is so of NaN, too
+    return tl.where(dose < _LARGEST_DOSE, dose, _LARGEST_DOSE)  # also for NaN
 
 
-# What differs from step to step, or from a graph's buffer to the next, must not make a kernel each.
+# Arguments that differ between steps, or between the buffers of CUDA graphs, are not specialised:
+# every specialisation would compile another kernel.
 @triton.jit(
     do_not_specialize=[
         *("slots", "strength", "held", "gate_bias", "doses", "depth"),
@@ -88,10 +89,10 @@ def _edit_kernel(
     held,  # (slots,) int32
     delta,  # (slots, width) float32
     bias,  # (slots, width) float32
-    low,  # (slots, width) float32; not read where no slot has a support
-    high,  # the same
-    gate_weight,  # (slots, width) float32; not read where no slot has a gate
-    gate_bias,  # (slots,) float32; the same
+    low,  # (slots, width) float32; not read if no slot has a support
+    high,  # (slots, width) float32; likewise
+    gate_weight,  # (slots, width) float32; not read if no slot has a gate
+    gate_bias,  # (slots,) float32; likewise
     doses,  # (2, depth, n) float32; not read without `has_doses`
     depth,
     row_stride,
@@ -116,7 +117,7 @@ def _edit_kernel(
     for place in range(depth):
         any_held |= tl.load(held + tl.load(slots + place * slots_stride + token))
     if any_held == 0:
-        # Not by way of float32, which not all NaN survive.
+        # Copied without a cast to float32, which would change some NaN bit patterns.
         tl.store(edited + token * width + column, row, mask=real)
     else:
         z = row.to(tl.float32)
@@ -142,7 +143,7 @@ def edit_stacks_triton(
 ) -> Tensor:
     """Edit n tokens, each by the maps of its stack; see `edit_stacks`.
 
-    A token's result depends on its own row, slots and strengths only, to the bit.
+    A token's bits depend only on its own row, slots and strengths, and on their maps.
     """
     # Triton launches on the current device.
     with torch.cuda.device_of(activations):  # type: ignore[no-untyped-call]
@@ -176,7 +177,7 @@ def _edit(
         table.held,
         table.delta,
         table.bias,
-        # Any address stands for what no slot has.
+        # Where the table has no tensor, any other will do: the kernel does not read it.
         table.delta if table.low is None else table.low,
         table.delta if table.high is None else table.high,
         table.delta if table.gate_weight is None else table.gate_weight,
@@ -195,7 +196,7 @@ def _edit(
 
 
 def _constants(width: int, has_doses: bool) -> dict[str, int]:
-    """What a kernel is compiled for."""
+    """Return the kernel's compile-time constants."""
     block: int = triton.next_power_of_2(width)
     return {
         "width": width,
@@ -207,28 +208,28 @@ def _constants(width: int, has_doses: bool) -> dict[str, int]:
 
 
 def _options(width: int) -> dict[str, int]:
-    """How it is compiled."""
+    """Return the kernel's compile options."""
     warps = triton.next_power_of_2(width) // (_WARP * _NUMBERS_OF_A_THREAD)
     return {
         "num_warps": min(_MOST_WARPS, max(_FEWEST_WARPS, warps)),
         "num_stages": 1,
-        # What a compiler fuses may depend on what else a kernel computes: with doses, edits must
-        # have the same bits.
+        # Fusion of multiply-adds could depend on whether doses are computed too, but edits must
+        # have the same bits with and without doses.
         "enable_fp_fusion": False,
     }
 
 
 def _readable(activations: Tensor) -> Tensor:
-    """The same rows, which the kernel for their width can read."""
+    """Return the rows, copied if their alignment is not what the kernel for their width expects."""
     activations = _side_by_side(activations)
     if activations.shape[1] % _ALIGNMENT == 0 and (
         activations.stride(0) % _ALIGNMENT or activations.data_ptr() % _ALIGNMENT
     ):
-        # Where another kernel would read them, it might add up their gates in another order.
+        # A kernel compiled for unaligned rows might sum a gate's terms in another order.
         return activations.clone(memory_format=torch.contiguous_format)
     return activations
 
 
 def _side_by_side(tensor: Tensor) -> Tensor:
-    """The same, with the numbers of its last dimension side by side."""
+    """Return the tensor, copied if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,6 +1,6 @@
-"""Functions of ours as operators of torch, which compilers and graphs call as they are.
+"""Registers functions as torch operators, which compilers call without tracing into them.
 
-`torch.library.custom_op` does the same with several times the overhead in each call.
+`torch.library.custom_op` does the same, with several times the overhead in each call.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _NAMESPACE: Final = "steerserve"
-# An operator lives as long as the library that it was defined in.
+# Kept for the whole process: torch removes an operator together with its library.
 _LIBRARY: Final = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -20,12 +20,13 @@ def define_operator(
     fake: Callable[..., Tensor],
     backends: tuple[str, ...],
 ) -> None:
-    """Make a function `torch.ops.steerserve.<name>`.
+    """Register a function as `torch.ops.steerserve.<name>`.
 
     Args:
-        schema: name, arguments and result, as torch writes them.
-        fake: gives an empty tensor of the result's shape, for the compiler.
-        backends: torch's dispatch keys that the function computes for.
+        schema: the operator's name, arguments and result, in torch's schema language.
+        function: computes the operator.
+        fake: returns an empty tensor of the result's shape, for compilers.
+        backends: the dispatch keys for which `function` computes the operator.
     """
     name = _name(schema)
     library: Any = _LIBRARY
@@ -36,7 +37,7 @@ def define_operator(
 
 
 def use_on_gpus(name: str, function: Callable[..., Tensor]) -> None:
-    """Have a function compute an operator on NVIDIA GPUs, from now on; harmless when repeated."""
+    """Register an operator's function for NVIDIA GPUs, unless it has one."""
     library: Any = _LIBRARY
     dispatch: Any = torch._C
     if not dispatch._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", "CUDA"):

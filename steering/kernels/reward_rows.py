@@ -1,9 +1,9 @@
-"""Kernels that move the units of reward heads, of each row by itself: W1 h is known by then.
+"""Triton kernels that update rows' units u = W1 h + b1, given as input; one program for each row.
 
-The order of every sum depends on the head, and on how many units the largest has: a row's bits are
-the same whichever rows are beside it.
+The order of every sum depends only on the head and on `most_units`: a row's bits do not depend on
+the other rows.
 
-Imported where there is a GPU only: `triton` is not installed everywhere.
+Import it only where there is a GPU: `triton` is not installed everywhere.
 """
 
 import triton
@@ -24,8 +24,8 @@ from steering.kernels.reward_table import (
 @triton.jit(do_not_specialize=["scales_stride"], do_not_specialize_on_alignment=["slots", "scales"])
 def move_kernel(
     slopes,  # (n, most_units) float32, 1[u > 0] * w2
-    shifts,  # (n, 1) float32, by how many times its direction a row moves
-    units,  # (n, most_units) float32, which move as well
+    shifts,  # (n, 1) float32, each row's multiple of its head's direction
+    units,  # (n, most_units) float32, updated in place
     table,  # (slots, 9) int64
     slots,  # (n,) int32
     scales,  # (n, 1) float32
@@ -41,7 +41,8 @@ def move_kernel(
     at = row * most_units + unit
     u = tl.load(units + at, mask=own, other=0.0)
     w2 = tl.load(tensor_of(head, W2) + unit, mask=own, other=0.0)
-    # A unit and a gap that are not numbers must show: they are not below 0.
+    # `<= 0` is false for NaN: a NaN unit counts as active and a NaN gap moves the row, so that NaN
+    # is not hidden.
     reward = tl.sum(tl.where(u <= 0, 0.0, u * w2), 0)
     gap = tl.load(tensor_of(head, WANTED), mask=m > 0, other=0.0) - reward
     scale = tl.load(scales + row * scales_stride)
@@ -57,12 +58,12 @@ def move_kernel(
     do_not_specialize=["most", "sizes_stride"], do_not_specialize_on_alignment=["slots", "sizes"]
 )
 def climb_kernel(
-    climbed,  # (n, most_units) float32: the sum of all steps' eta * slopes
+    climbed,  # (n, most_units) float32, the sum of eta * slopes over all steps
     units,  # (n, most_units) float32
-    motion,  # (n, splits, motion_stride) float32, which add up to how units move
+    motion,  # (n, splits, motion_stride) float32, partial sums of W1 W1^T slopes
     table,  # (slots, 9) int64
     slots,  # (n,) int32
-    sizes,  # (n, most) float32
+    sizes,  # (n, most) float32, eta for each of a row's iterations, then 0
     sizes_stride,
     most,
     most_units,
@@ -95,7 +96,7 @@ def climb_kernel(
         flips = tl.sum(flipped, 0)
         for first in range(0, flips, block_flips):
             place = first + 1 + tl.arange(0, block_flips)
-            # Which unit has each place, and whether it is on now, in one sum.
+            # Find each place's unit, and whether it is on now, in one sum: 2 * unit + on.
             code = tl.sum(tl.where(rank[None] == place[:, None], 2 * unit + now, 0), 1)
             real = place <= flips
             change = tl.load(weights + code // 2, mask=real, other=0.0)

@@ -1,9 +1,9 @@
-"""The table in which kernels find the reward heads of rows.
+"""Reads the table in which kernels find the reward heads of rows.
 
-A head is a row of it, which has `PreparedHead.fields`: where its tensors lie, and their sizes.
-Zeros are no head.
+The table has one row for each slot: `PreparedHead.fields`, i.e. the addresses of the head's tensors
+and their sizes. A slot without a head has zeros.
 
-Imported where there is a GPU only: `triton` is not installed everywhere.
+Import it only where there is a GPU: `triton` is not installed everywhere.
 """
 
 from typing import Final
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 FIELDS: Final = tl.constexpr(9)
-# Tensors' addresses, then sizes: how many units, and how wide W1 is, both padded.
+# Indices of the fields: tensors' addresses, then m (UNITS) and d (WIDTH), both padded.
 W1: Final = tl.constexpr(0)
 GRAM: Final = tl.constexpr(1)
 B1: Final = tl.constexpr(2)
@@ -26,17 +26,17 @@ WIDTH: Final = tl.constexpr(8)
 
 @triton.jit
 def head_of(table, slots, row):
-    """A row's own row of the table."""
+    """Return a pointer to the table's row for the head of a logits row."""
     return table + tl.load(slots + row).to(tl.int64) * FIELDS
 
 
 @triton.jit
 def tensor_of(head, field: tl.constexpr):
-    """Where one of a head's tensors begins: all are float32, and aligned."""
+    """Return a pointer to one of a head's tensors, which are float32 and aligned to 16 bytes."""
     return tl.multiple_of(tl.load(head + field).to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit
 def size_of(head, field: tl.constexpr):
-    """One of a head's sizes, which are padded to multiples of 16."""
+    """Return one of a head's sizes, which are padded to multiples of 16."""
     return tl.multiple_of(tl.load(head + field).to(tl.int32), 16)

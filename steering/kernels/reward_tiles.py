@@ -1,12 +1,12 @@
-"""Kernels that read reward heads' matrices, each once for all rows of a tile.
+"""Triton kernels that multiply rows by reward heads' matrices, read once for all rows of a tile.
 
-A tile is rows that lie side by side and have the same head; it has a program for each block of
-what comes out. A program whose row begins no tile does nothing.
+A tile is a few consecutive rows with the same head. Each tile has one program for each block of its
+output. A program whose row begins no tile does nothing.
 
-The order of every sum depends on the head only: a row's bits are the same whichever rows are in
-its tile, and however many.
+The order of every sum depends only on the head: a row's bits do not depend on the other rows of its
+tile, nor on their number.
 
-Imported where there is a GPU only: `triton` is not installed everywhere.
+Import it only where there is a GPU: `triton` is not installed everywhere.
 """
 
 import triton
@@ -66,7 +66,7 @@ def units_kernel(
 @triton.jit
 def _mixed(
     factors,  # (count, stride) float32
-    weights,  # (.., width) float32, of the units' rows
+    weights,  # (units, width) float32, one row for each unit
     first_unit,
     end,
     column,
@@ -78,7 +78,7 @@ def _mixed(
     block_columns: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Sum some units' weights, times each row's factors: (1, tile_rows, block_columns)."""
+    """Return factors @ weights over units first_unit to end: (1, tile_rows, block_columns)."""
     member = tl.arange(0, tile_rows)[None, :, None]
     sums = tl.zeros([block_units, tile_rows, block_columns], dtype=tl.float32)
     for first in tl.range(first_unit, end, block_units, num_stages=stages):
@@ -93,7 +93,7 @@ def _mixed(
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
 def motion_kernel(
-    motion,  # (n, splits, most_units) float32: parts of W1 W1^T slopes
+    motion,  # (n, splits, most_units) float32, partial sums of W1 W1^T slopes
     slopes,  # (n, most_units) float32
     table,  # (slots, 9) int64
     slots,  # (n,) int32
@@ -154,7 +154,7 @@ def finish_kernel(
     head = head_of(table, slots, row)
     m = size_of(head, UNITS)
     d = size_of(head, WIDTH)
-    # A row that has no head is copied, by itself.
+    # A row without a head is in no tile, and is copied by its own program.
     count = tl.maximum(tl.load(counts + row), tl.where(m == 0, 1, 0))
     if count == 0:
         return
@@ -179,7 +179,7 @@ def finish_kernel(
     x = tl.load(h + at, mask=real, other=0.0)
     shift = tl.load(shifts + row + member, mask=member < count, other=0.0)
     direction = tl.load(tensor_of(head, DIRECTION) + column, mask=column < d, other=0.0)
-    # Not by adding 0, which would change the sign of a zero.
+    # Adding 0 would turn -0.0 into +0.0.
     x = tl.where(shift == 0, x, x + shift * direction)
     x = tl.where(sums == 0, x, x + sums)
     tl.store(refined + at, x, mask=real)

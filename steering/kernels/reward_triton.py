@@ -1,9 +1,9 @@
-"""The refinement of rows by reward heads on a GPU: what `GroupedRefinement` launches.
+"""Launches the Triton kernels of `GroupedRefinement`; this module is a `RefinementKernels`.
 
-What they read and write has shapes that depend on the number of rows and on the largest head only,
-and what differs from step to step is in tensors, so a CUDA graph can hold them.
+Shapes depend only on the numbers of rows and steps and on `most_units`. All that differs from step
+to step is in tensors, so that a CUDA graph can hold the launches.
 
-Imported where there is a GPU only: `triton` is not installed everywhere.
+Import it only where there is a GPU: `triton` is not installed everywhere.
 """
 
 from typing import Final
@@ -16,16 +16,16 @@ from steering.grouped_refinement import TILE_ROWS, RowHeads
 from steering.kernels.reward_rows import climb_kernel, move_kernel
 from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
 
-# Numbers of which a thread of the GPU has 16 of each row of a tile.
+# Block sizes: 2048 numbers for each row of a tile, i.e. 16 for each of the 128 threads.
 UNITS_BLOCK: Final = {"block_units": 8, "block_columns": 256}
 MOTION_BLOCK: Final = {"block_units": 32, "block_columns": 64}
 FINISH_BLOCK: Final = {"block_units": 64, "block_columns": 32}
 TILE_WARPS: Final = 4
-# Blocks that are read ahead; of those that are read in part, more.
+# Stages of the loads' software pipeline. `_mixed` reads blocks only in part, and so gets more.
 UNITS_STAGES: Final = 3
 MIXED_STAGES: Final = 4
-SPLITS: Final = 8  # among how many programs the units are divided that move others
-FLIPS: Final = 16  # units whose change is followed at once
+SPLITS: Final = 8  # programs that share the sum over units in W1 W1^T slopes
+FLIPS: Final = 16  # flipped units whose rows of W1 W1^T are added at once
 
 
 def units(h: Tensor, heads: RowHeads, most_units: int) -> Tensor:
@@ -136,5 +136,5 @@ def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tenso
 
 
 def row_warps(block_units: int) -> int:
-    """How many warps a row's units are divided among, so that a thread has 4."""
+    """Return the number of warps for a row's units, at 4 units a thread if 16 warps suffice."""
     return max(1, min(16, block_units // 128))
