@@ -125,7 +125,7 @@ class Bank:
         Args:
             activations: (..., d), any floating dtype; the leading dimensions hold the route's
                 tokens in order.
-            route: of the step.
+            route: the step's route.
             meter: adds up the edits' doses, if given.
 
         Returns:
@@ -164,7 +164,7 @@ class Bank:
 
         Args:
             hidden: (..., d), any floating dtype; its leading dimensions hold the logits rows.
-            route: of the step.
+            route: the step's route.
             meter: adds up the edits' doses, if given.
 
         Returns:

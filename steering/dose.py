@@ -57,7 +57,7 @@ class DoseMeter:
 
         Args:
             places: the route's places in the stacks, the same for all sites of a step.
-            device: of the sites' activations.
+            device: the device of the sites' activations.
 
         Returns:
             (2, places, tokens) float32: the sum of the doses, and their number.
@@ -71,7 +71,7 @@ class DoseMeter:
         """Add the doses of some rows' reward edits.
 
         Args:
-            place: of these edits in their rows' stacks.
+            place: the place of these edits in their rows' stacks.
             before, after: (n, d) float32, the rows' hidden states before and after the edit.
             rows: (n,) int64, the rows' indices among the step's logits rows.
         """
@@ -95,7 +95,7 @@ class DoseMeter:
 
         Args:
             sums: the tensor from the method `sums`, copied to the host.
-            spans: of the step.
+            spans: the step's spans.
         """
         by_place = self._divided(sums)
         found = []

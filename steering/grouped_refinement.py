@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from steering.prepared_head import PreparedHead
 
-TILE_ROWS: Final = 4  # at most, of one head, that share each read of its matrices
+TILE_ROWS: Final = 4  # the most rows of one head that share each read of its matrices
 _FIELDS: Final = 9  # the length of `PreparedHead.fields`
 _ALIGNMENT: Final = 16  # of a head's tensors (bytes) and sizes (numbers)
 _FEWEST_UNITS: Final = 64  # the initial `most_units`; heads are padded to multiples of it
@@ -36,7 +36,7 @@ class RefinementKernels(Protocol):
 
         Args:
             units: (n, units).
-            heads: of the rows.
+            heads: the rows' heads.
             direction_scale: (n, 1).
 
         Returns:
@@ -48,7 +48,7 @@ class RefinementKernels(Protocol):
         """Return W1 W1^T slopes as partial sums: (n, units) -> (n, parts, units)."""
 
     def climb(self, units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) -> Tensor:
-        """Do all gradient steps on the units; return the sum of eta * slopes: (n, units)."""
+        """Follow the units through all steps; return the sum of eta * slopes: (n, units)."""
 
     def finish(self, h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tensor:
         """Return h + shifts * direction + W1^T climbed: (n, width)."""
@@ -70,8 +70,8 @@ class GroupedRefinement:
 
         Args:
             slots: number of slots, slot 0 (the identity) included.
-            device: of the heads and the rows.
-            kernels: compute on the device.
+            device: the device of the heads and the rows.
+            kernels: the launches for this device.
         """
         self._table = torch.zeros(slots, _FIELDS, dtype=torch.int64, device=device)
         self._heads: dict[int, PreparedHead] = {}
@@ -87,8 +87,8 @@ class GroupedRefinement:
         as everything runs on one stream: torch reuses freed memory only for later work of a stream.
 
         Args:
-            slot: to fill or empty.
-            head: on the device; None empties the slot.
+            slot: the slot to fill or empty.
+            head: a head on the device, or None to empty the slot.
         """
         fields: tuple[int, ...] = (0,) * _FIELDS
         if head is not None:

@@ -88,7 +88,7 @@ class SteeringHooks:
 def edit_activations(
     module: nn.Module, place: Place, edit: Callable[[Tensor], Tensor]
 ) -> RemovableHandle:
-    """Register a hook that replaces a module's output, or its input, by `edit` of it.
+    """Register a hook that passes a module's output, or its input, through `edit`.
 
     If the output is a tuple, its first item is edited. The input is the module's first argument,
     given by position or by name.

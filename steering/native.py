@@ -20,7 +20,7 @@ _SOURCE: Final = Path(__file__).with_name("refine.cpp")
 # -Wno-psabi: vectors wider than the processor's registers are passed only between functions of
 # refine.cpp, so a warning about their calling convention does not matter.
 _FLAGS: Final = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-Wno-psabi", "-shared", "-fPIC"]
-_SECONDS: Final = 60.0  # limit for the compiler, which normally takes less than 1
+_SECONDS: Final = 60.0  # the compiler's time limit; it normally takes less than 1
 
 
 class NativeBuildError(Exception):

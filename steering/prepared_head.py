@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 # The same as in refine.cpp: the width d is padded to a multiple of _LANES, m to one of _GROUP.
 _LANES: Final = 16
 _GROUP: Final = 64
-_MOST_UNITS: Final = 2048  # of a prepared head, as W1 W1^T takes memory quadratic in them
+_MOST_UNITS: Final = 2048  # limit for a prepared head: W1 W1^T has m * m numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)

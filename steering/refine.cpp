@@ -129,8 +129,8 @@ void move_along_direction(const Head &head, const Rows &row, float scale) {
         row.slopes[unit] = where_active(row.units[unit], head.w2[unit]);
 }
 
-// Sums a range of units' shares of each row's gradient: (count, d). Goes backwards, because the rows
-// of W1 that were read last are still in the cache.
+// Sums a range of units' shares of each row's gradient: (count, d). Goes backwards, because the
+// rows of W1 that were read last are still in the cache.
 void part_of_gradients(const Head &head, Range units, const Rows &rows, int64_t count, float *out) {
     std::memset(out, 0, count * head.d * sizeof *out);
     for (int64_t unit = units.last; unit-- > units.first;)

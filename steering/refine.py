@@ -15,7 +15,7 @@ class HeadGroup(NamedTuple):
 
     head: RewardHead
     rows: int
-    most_iterations: int  # of any of these rows
+    most_iterations: int  # the largest among these rows
 
 
 def refine(

@@ -49,7 +49,7 @@ class HeadRows(NamedTuple):
 
     slot: int
     rows: int
-    most_iterations: int  # of any of these rows
+    most_iterations: int  # the largest among these rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

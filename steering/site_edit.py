@@ -30,7 +30,7 @@ class SiteEdit(nn.Module):
     """
 
     def __init__(self, table_names: Mapping[str, bool]) -> None:
-        """Take each field of a `MapTable`, with True for a tensor and False for None."""
+        """`table_names`: field of `MapTable` -> True if it is a tensor, False if it is None."""
         super().__init__()
         for name in _STEP:
             self.register_buffer(name, torch.empty(0))
@@ -61,12 +61,12 @@ def named_tensors(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def site_tensors(table: MapTable) -> dict[str, Tensor]:
-    """Return a `SiteEdit`'s inputs from a site's maps."""
+    """Return the inputs that a `SiteEdit` takes from a site's maps."""
     return {name: each for name, each in table._asdict().items() if each is not None}
 
 
 def step_tensors(route: AffineRoute, tokens: int, meter: DoseMeter | None) -> dict[str, Tensor]:
-    """Return the inputs of every `SiteEdit` from a step. Doses go to the meter, if there is one."""
+    """Return the inputs that every `SiteEdit` takes from a step. Doses go to the meter, if any."""
     device = route.slots.device
     doses = (
         torch.zeros(2, len(route.places), tokens, device=device)

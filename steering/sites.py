@@ -3,9 +3,9 @@
 A site is a module's output, or its input (its first argument). An output is named by the module's
 Hugging Face path, an input by the path and `.input`.
 
-The default sites are a table: architecture -> regular expression over module paths. They are those
-of the LinEAS authors: one or two layer norms in each block, depending on the model family. Fitting
-also takes any other regular expression; an artifact lists its sites one by one.
+The default sites are a table: architecture -> regular expression over module paths. They follow the
+LinEAS authors: one or two layer norms in each block, depending on the model family. Fitting also
+takes any other regular expression; an artifact lists its sites one by one.
 """
 
 import re
@@ -104,7 +104,7 @@ def match_sites(pattern: str, module_paths: Iterable[str]) -> tuple[str, ...]:
     """Return the module paths that a pattern matches as a whole, layer 2 before layer 10.
 
     Raises:
-        SiteError: the pattern is not a regular expression, or matches no module.
+        SiteError: the pattern is no regular expression, or matches no module.
     """
     try:
         expression = re.compile(pattern)
@@ -117,5 +117,5 @@ def match_sites(pattern: str, module_paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def _natural_key(path: str) -> list[tuple[int, str]]:
-    """Return a sort key by which numbers compare as numbers."""
+    """Return a sort key by which numbers compare as numbers, and after words."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

@@ -56,9 +56,10 @@ def token_mean(z: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: SiteEdit) -> None:
-    """Run the model up to its last site, and replace every site's output by `edit` of it.
+    """Run the model up to its last site, and pass every site's output through `edit`.
 
-    Layers after the last site are not computed, such as `lm_head`, the largest of a small model.
+    Nothing after the last site is computed. This saves `lm_head`, the largest matrix of a small
+    model.
 
     Args:
         model: a causal language model.

@@ -76,7 +76,7 @@ def fit_argre(
         positives: one (tokens, width) float32 tensor for each pair: hidden states of the wanted
             text, without the prompt, if the pair has one.
         negatives: likewise, of the unwanted text.
-        settings: of the fit.
+        settings: the fit's settings.
         on_step: called after every step.
 
     Returns:

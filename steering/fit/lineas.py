@@ -105,7 +105,7 @@ def fit_lineas(
         sites: module paths whose outputs are mapped.
         source: token ids of at least `settings.samples` sentences.
         target: likewise; the two sides need not be pairs.
-        settings: of the fit.
+        settings: the fit's settings.
         on_step: called after every step.
 
     Returns:
