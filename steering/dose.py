@@ -63,7 +63,7 @@ class DoseMeter:
             (2, places, tokens) float32: the sum of the doses, and their number.
         """
         self._places = places
-        if device not in self._affine:  # a model may be spread over several
+        if device not in self._affine:  # a model may be spread over several devices
             self._affine[device] = torch.zeros(2, len(places), self._tokens, device=device)
         return self._affine[device]
 

@@ -104,7 +104,7 @@ def match_sites(pattern: str, module_paths: Iterable[str]) -> tuple[str, ...]:
     """Return the module paths that a pattern matches as a whole, layer 2 before layer 10.
 
     Raises:
-        SiteError: the pattern is no regular expression, or matches no module.
+        SiteError: the pattern is not a regular expression, or matches no module.
     """
     try:
         expression = re.compile(pattern)
