@@ -1,6 +1,6 @@
 """Keeps keys and values, and attends over them.
 
-`backend` says what every kind of memory gives: slabs (one a sequence, on any device) and pages (in
-one GPU's memory). `plan` chooses between them. This room imports `model`, and the books of
-`scheduling`.
+`backend` defines the interface that every kind of memory implements. There are two kinds: slabs
+(one a sequence, on any device) and pages (on one GPU). `plan` chooses between them. This package
+imports `model`, and the block accounting of `scheduling`.
 """

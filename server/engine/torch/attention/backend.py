@@ -1,4 +1,4 @@
-"""What every attention backend gives the engine: memory for K and V, and a step's attention."""
+"""Defines the interface of attention backends: memory for K and V, and a step's attention."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,27 +12,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """What a layer asks of its attention, beside queries, keys and values."""
+    """A layer's parameters of attention, besides queries, keys and values."""
 
     scaling: float | None  # None: 1 / sqrt(head_dim)
-    window: int | None  # how many keys, its own among them, a query sees; None for all
+    window: int | None  # how many keys a query sees, its own included; None for all
     softcap: float | None  # bounds scores as softcap * tanh(scores / softcap) (Gemma 2)
 
 
 class AttentionStep(ABC):
-    """What the backend knows of one step: who owns which of the packed tokens."""
+    """Attends for one step, and knows which sequence each of its packed tokens belongs to."""
 
     def __init__(self) -> None:
-        self.windows: set[int | None] = set()  # that the layers asked for
+        self.windows: set[int | None] = set()  # the windows that layers have asked for
 
     @staticmethod
     def now() -> "AttentionStep":
-        """The one whose context this is."""
+        """Return the step whose `current` context is active."""
         return _CURRENT.get()
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Within the context, the model's attention is this step's."""
+        """Make the model's attention use this step within the context."""
         token = _CURRENT.set(self)
         try:
             yield
@@ -46,7 +46,7 @@ class AttentionStep(ABC):
         """Store the step's keys and values, then attend.
 
         Args:
-            layer: its index.
+            layer: the layer's index.
             query: (1, heads, tokens, head_dim).
             key, value: (1, kv_heads, tokens, head_dim).
 
@@ -55,25 +55,25 @@ class AttentionStep(ABC):
         """
 
 
-# A compiled layer calls its attention as an operator, which takes nothing but tensors.
+# A compiled layer calls its attention as an operator, to which a step cannot be passed.
 _CURRENT: ContextVar[AttentionStep] = ContextVar("steerserve_attention_step")
 
 
 class Lane(ABC):
-    """Room for one sequence's keys and values, in all layers."""
+    """Holds one sequence's keys and values, in all layers."""
 
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """Tokens that it has room for."""
+        """The number of tokens that the lane has room for."""
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens; what is stored stays."""
+        """Make room for at least `tokens` tokens; stored tokens are kept."""
 
     @abstractmethod
     def truncate(self, tokens: int) -> None:
-        """Forget what is stored from a token on; its memory is given back where it can be."""
+        """Keep the first `tokens` tokens; give the memory of the others back where possible."""
 
     @abstractmethod
     def free(self) -> None:
@@ -81,11 +81,14 @@ class Lane(ABC):
 
     @abstractmethod
     def read(self, start: int, end: int) -> list[Tensor]:
-        """A copy of what is stored of some tokens, for `write`; tokens are the third dimension."""
+        """Copy the K and V of tokens `start` to `end`, for `write`.
+
+        Tokens are the third dimension of each tensor.
+        """
 
     @abstractmethod
     def write(self, start: int, values: Sequence[Tensor]) -> None:
-        """Store what `read` gave, from a token on."""
+        """Store the tensors that `read` returned, as the tokens from `start` on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +103,23 @@ class LaneSpan:
 class KVMemory(ABC):
     """Memory for the keys and values of all sequences."""
 
-    fixed: bool  # all of it is there from the start, and no lane may take more than was planned
-    # Where a step's tensors are built; None: on the model's own device.
+    fixed: bool  # whether all memory is allocated at the start, so that no lane can exceed the plan
+    # The device on which a step's tensors are built; None for the model's own.
     batch_device: torch.device | None = None
-    probe_lanes: int  # how many lanes the self-test may take beside those of all sequences
+    probe_lanes: int  # lanes that the self-test may use besides those of the sequences
 
     @abstractmethod
     def lane(self) -> Lane:
-        """A lane without room yet."""
+        """Make a lane that has no room yet."""
 
     @abstractmethod
     def order(self, span: LaneSpan) -> tuple[bool, int, int]:
-        """A sort key: in this order, a step is attended for best."""
+        """Return a sort key for the spans of a step: its order suits attention best."""
 
     @abstractmethod
     def step(self, spans: Sequence[LaneSpan]) -> AttentionStep:
-        """The attention of a step whose packed tokens are those of `spans`."""
+        """Make the attention of a step whose packed tokens are those of `spans`, in order."""
 
     @abstractmethod
     def check(self, lanes: Iterable[Lane]) -> None:
-        """Assert that these lanes, and no others, have memory, each its own."""
+        """Assert that exactly these lanes have memory, and that none share any."""

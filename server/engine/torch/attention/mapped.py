@@ -1,7 +1,7 @@
-"""Memory that is taken as it is written, and given back: what torch's own allocator keeps.
+"""Maps memory that is taken when it is written to, and given back when it is cleared.
 
-An anonymous mapping reads as zeros. A page of it takes memory from the first write on, until it is
-cleared.
+torch's own allocator may keep freed memory instead. An anonymous mapping reads as zeros, and each
+of its pages takes physical memory from the first write until it is cleared.
 """
 
 import mmap
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 PAGE_BYTES: Final = mmap.PAGESIZE
-_GIVES_BACK: Final = sys.platform == "linux"  # elsewhere, what is cleared is zeros and stays taken
+_GIVES_BACK: Final = sys.platform == "linux"  # elsewhere, clearing writes zeros and frees nothing
 _SLOTS_A_CHUNK: Final = 64
 
 
 def whole_pages(size: int) -> int:
-    """The bytes of the pages that so many bytes take."""
+    """Round a number of bytes up to whole pages."""
     return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
 class Mapping:
-    """Zeros, as a tensor of bytes."""
+    """An anonymous mapping, as a tensor of bytes that begin as zeros."""
 
     def __init__(self, size: int) -> None:
-        """Raises OSError if there is no room for so many bytes."""
+        """Map `size` bytes. Raises OSError if there is no room for them."""
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if _GIVES_BACK:  # a huge page would be taken as a whole by its first byte
+        if _GIVES_BACK:  # the first write to a huge page would take all of it
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def clear(self, start: int, end: int) -> None:
-        """Make some bytes zeros again; the whole pages among them are given back."""
+        """Set bytes `start` to `end` to zero, and give the whole pages among them back."""
         first, last = whole_pages(start), end // PAGE_BYTES * PAGE_BYTES
         if not _GIVES_BACK or first >= last:
             self.bytes[start:end] = 0
@@ -46,28 +46,28 @@ class Mapping:
         self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def view(self, start: int, size: int) -> memoryview:
-        """Some of its bytes, as a buffer that keeps it."""
+        """Return `size` bytes from `start` on, as a buffer that keeps the mapping alive."""
         return memoryview(self._map)[start : start + size]
 
 
 class KeptCopies:
-    """Memory for copies of one size, each of which is given back when its tensor is gone."""
+    """Allocates tensors of one shape, and frees a tensor's memory when nothing refers to it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape = shape
         self._dtype = dtype
         self._size = prod(shape) * dtype.itemsize
         self._stride = whole_pages(self._size)
-        self._free: dict[Mapping, list[int]] = {}  # the offsets of each chunk's free slots
-        self.taken = 0  # copies that there are
+        self._free: dict[Mapping, list[int]] = {}  # by chunk, the byte offsets of its free slots
+        self.taken = 0  # tensors in use
 
     @property
     def bytes(self) -> int:
-        """Memory that is taken."""
+        """The bytes that tensors in use take."""
         return self.taken * self._stride
 
     def take(self) -> Tensor:
-        """Zeros of the shape, contiguous.
+        """Return a contiguous tensor of the shape, filled with zeros.
 
         Raises:
             OSError: there is no memory.
@@ -78,7 +78,7 @@ class KeptCopies:
             self._free[chunk] = [slot * self._stride for slot in range(_SLOTS_A_CHUNK)]
         slot = self._free[chunk].pop()
         view = chunk.view(slot, self._size)
-        # The tensor keeps the view, whatever is made of it.
+        # The tensor's storage keeps `view` alive, so this runs when its last user is gone.
         weakref.finalize(view, self._give_back, chunk, slot).atexit = False
         self.taken += 1
         return torch.frombuffer(view, dtype=self._dtype).view(self._shape)

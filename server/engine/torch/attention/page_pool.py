@@ -1,4 +1,4 @@
-"""Memory for keys and values on a GPU: pages of 64 tokens, allocated when the engine starts."""
+"""Keeps keys and values on a GPU in pages of 64 tokens, allocated when the engine starts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -10,18 +10,18 @@ from torch import Tensor
 from server.engine.torch.attention.backend import Lane
 from server.engine.torch.attention.slab import SlabShape
 
-PAGE: Final = 64  # tokens, of which the kernel multiplies no more at once
-SCRATCH: Final = 0  # a page that no sequence has: rows that pad a batch write there
+PAGE: Final = 64  # tokens in a page, and the most keys in a tile of the kernel
+SCRATCH: Final = 0  # the page that no sequence owns: padding rows of a batch write to it
 
 _FIRST_ROWS: Final = 16
 
 
 class OutOfPagesError(RuntimeError):
-    """No page is free; whoever planned the step has promised that one is."""
+    """No page is free, although the scheduler plans only steps whose pages are."""
 
 
 class PagePool:
-    """All pages of an engine whose layers are on one device."""
+    """Holds all pages of an engine, whose layers must be on one device."""
 
     def __init__(self, shape: SlabShape, pages: int) -> None:
         """`pages` counts the scratch page.
@@ -35,29 +35,29 @@ class PagePool:
         [self.device] = devices
         self.pages = pages
         size = (len(shape.devices), 2, pages, PAGE, shape.kv_heads, shape.head_dim)
-        # Each layer's keys, then its values. What was not written is never read.
+        # Each layer's keys, then its values. Uninitialized, as only written tokens are read.
         self._store = torch.empty(size, dtype=shape.dtype, device=self.device)
         self._free = [page for page in reversed(range(pages)) if page != SCRATCH]
-        # Each lane's pages, in a row of its own. On the CPU, where steps are built.
+        # Each lane has a row, which lists its pages in order. On the CPU, where steps are built.
         self.tables = torch.full((_FIRST_ROWS, 1), SCRATCH, dtype=torch.int32)
         self._free_rows = list(reversed(range(_FIRST_ROWS)))
 
     @property
     def free(self) -> int:
-        """Pages that nobody has."""
+        """The number of free pages."""
         return len(self._free)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values: views of (pages, 64, kv_heads, head_dim)."""
+        """Return views of one layer's keys and values: (pages, 64, kv_heads, head_dim) each."""
         keys, values = self._store[index]
         return keys, values
 
     def page(self, number: int) -> Tensor:
-        """One page of all layers: a view of (layers, 2, 64, kv_heads, head_dim)."""
+        """Return a view of one page in all layers: (layers, 2, 64, kv_heads, head_dim)."""
         return self._store[:, :, number]
 
     def take(self) -> int:
-        """A free page, with whatever its last owner left in it.
+        """Take a free page, which still holds the tokens of its last owner.
 
         Raises:
             OutOfPagesError: there is none.
@@ -67,11 +67,11 @@ class PagePool:
         return self._free.pop()
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Pages that nobody has any longer."""
+        """Make pages free again."""
         self._free.extend(pages)
 
     def take_row(self) -> int:
-        """A free row of the tables."""
+        """Take a free row of the tables."""
         if not self._free_rows:
             rows = len(self.tables)
             self._free_rows = list(reversed(range(rows, 2 * rows)))
@@ -79,11 +79,11 @@ class PagePool:
         return self._free_rows.pop()
 
     def give_back_row(self, row: int) -> None:
-        """A row that nobody uses any longer."""
+        """Make a row of the tables free again."""
         self._free_rows.append(row)
 
     def set_page(self, row: int, place: int, page: int) -> None:
-        """Write a lane's page into its row."""
+        """Write a page's number into a row of the tables, at index `place`."""
         width = self.tables.shape[1]
         if place >= width:
             more = torch.full((len(self.tables), width), SCRATCH, dtype=torch.int32)
@@ -91,7 +91,7 @@ class PagePool:
         self.tables[row, place] = page
 
     def check(self, lanes: Iterable["PagedLane"]) -> None:
-        """Assert that each page is free, scratch, or one lane's, as that lane's row says."""
+        """Assert that each page is free, scratch, or held by one lane and listed in its row."""
         lanes = [lane for lane in lanes if lane.capacity]
         held = list(chain.from_iterable(lane.pages for lane in lanes))
         everyone = sorted([SCRATCH, *self._free, *held])
@@ -104,23 +104,23 @@ class PagePool:
 
 
 class PagedLane(Lane):
-    """One sequence's keys and values, in pages."""
+    """Holds one sequence's keys and values, in pages."""
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self.pages: list[int] = []
-        self.row = -1  # in the pool's tables, while there are pages
+        self.row = -1  # the lane's row in the pool's tables; valid while it has pages
 
     @property
     def capacity(self) -> int:
-        """Tokens that it has room for."""
+        """The number of tokens that the lane has room for."""
         return len(self.pages) * PAGE
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens; what is stored stays.
+        """Make room for at least `tokens` tokens; stored tokens are kept.
 
         Raises:
-            OutOfPagesError: there are not enough pages; it keeps those that it has.
+            OutOfPagesError: there are too few pages; the lane keeps those that it has by now.
         """
         while self.capacity < tokens:
             page = self._pool.take()
@@ -130,7 +130,7 @@ class PagedLane(Lane):
             self.pages.append(page)
 
     def truncate(self, tokens: int) -> None:
-        """Give the pages back that store nothing before a token."""
+        """Give back the pages that hold none of the first `tokens` tokens."""
         kept = -(-tokens // PAGE)
         if kept < len(self.pages):
             self._pool.give_back(self.pages[kept:])
@@ -139,11 +139,11 @@ class PagedLane(Lane):
                 self._pool.give_back_row(self.row)
 
     def free(self) -> None:
-        """Give the pages back."""
+        """Give all pages back."""
         self.truncate(0)
 
     def read(self, start: int, end: int) -> list[Tensor]:
-        """A copy of what is stored of some tokens: one (layers, 2, tokens, kv_heads, head_dim)."""
+        """Copy tokens `start` to `end`: one tensor (layers, 2, tokens, kv_heads, head_dim)."""
         parts = [
             self._pool.page(self.pages[place])[:, :, first:last]
             for place, first, last in _parts(start, end)
@@ -151,7 +151,7 @@ class PagedLane(Lane):
         return [torch.cat(parts, dim=2)]
 
     def write(self, start: int, values: Sequence[Tensor]) -> None:
-        """Store what `read` gave, from a token on."""
+        """Store the tensor that `read` returned, as the tokens from `start` on."""
         [stored] = values
         end = start + stored.shape[2]
         self.reserve(end)
@@ -164,6 +164,9 @@ class PagedLane(Lane):
 
 
 def _parts(start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The pages that some tokens are in: which of a lane's, and from where to where there."""
+    """Yield the pages that hold tokens `start` to `end` of a lane.
+
+    Each is given as its index among the lane's pages, and the range of tokens within the page.
+    """
     for place in range(start // PAGE, -(-end // PAGE)):
         yield place, max(start - place * PAGE, 0), min(end - place * PAGE, PAGE)

@@ -1,4 +1,4 @@
-"""One step's attention over pages: all sequences in one call a layer."""
+"""Computes a step's attention over pages: one call a layer, for all sequences."""
 
 from collections.abc import Iterable, Sequence
 
@@ -23,7 +23,7 @@ from server.engine.torch.attention.slab import SlabShape
 
 
 class PagedStep(AttentionStep):
-    """One step over pages."""
+    """Attends for one step over pages."""
 
     def __init__(self, pool: PagePool, attend: PagedAttention, index: PagedIndex) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class PagedStep(AttentionStep):
         self.index = index
 
     def moved(self, index: PagedIndex) -> "PagedStep":
-        """The same step, with its tensors on the pages' device."""
+        """Return the same step with another index, whose tensors are on the pages' device."""
         step = PagedStep(self._pool, self._attend, index)
         step.windows = self.windows
         return step
@@ -40,7 +40,7 @@ class PagedStep(AttentionStep):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> Tensor:
-        """As every step's; see `AttentionStep.attend`."""
+        """Store the step's keys and values, then attend; see `AttentionStep.attend`."""
         self.windows.add(params.window)
         keys, values = self._pool.layer(layer)
         for stored, new in ((keys, key), (values, value)):
@@ -50,7 +50,10 @@ class PagedStep(AttentionStep):
 
 
 class PagedMemory(KVMemory):
-    """Pages, and how to attend over them. Steps are built on the CPU and moved at once."""
+    """Pages, and the function that attends over them.
+
+    Steps are built on the CPU, and moved to the pages' device by one copy.
+    """
 
     fixed = True
     batch_device = torch.device("cpu")
@@ -66,23 +69,23 @@ class PagedMemory(KVMemory):
 
     @property
     def device(self) -> torch.device:
-        """Where the pages are."""
+        """The device that the pages are on."""
         return self.pool.device
 
     def lane(self) -> PagedLane:
-        """A lane without pages yet."""
+        """Make a lane that has no pages yet."""
         return PagedLane(self.pool)
 
     def order(self, span: LaneSpan) -> tuple[bool, int, int]:
-        """Those that decode first, as there are graphs for steps of nothing else."""
+        """Return a sort key that puts decoding sequences first."""
         return span.count > 1, 0, 0
 
     def step(self, spans: Sequence[LaneSpan]) -> PagedStep:
-        """The attention of a step; its tensors are on the CPU."""
+        """Make the attention of a step; its tensors are on the CPU."""
         return PagedStep(self.pool, self.attend, self._index(spans))
 
     def check(self, lanes: Iterable[Lane]) -> None:
-        """Assert that these lanes, and no others, have pages, each its own."""
+        """Assert that exactly these lanes have pages, and that none share any."""
         self.pool.check(_paged(lane) for lane in lanes)
 
     def _index(self, spans: Sequence[LaneSpan]) -> PagedIndex:

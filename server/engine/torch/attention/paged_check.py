@@ -1,8 +1,9 @@
-"""Shows, on the device, that attention over pages computes what it should.
+"""Checks on the device that attention over pages equals plain arithmetic.
 
-What a compiler makes of a kernel differs between versions and kinds of GPUs, and may be silently
-wrong. What is compared is what the engine does: prompts in chunks, then decoding beside a prompt,
-over pages in no order, with lengths around their borders; then decoding alone.
+A compiled kernel differs between versions of the compiler and kinds of GPUs, and may be silently
+wrong. The check does what the engine does: it prefills prompts in chunks, decodes some sequences
+beside the prefill of others, then decodes alone. Pages are in no order, and sequences end around
+the borders of pages.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, Ti
 from server.engine.torch.attention.slab import SlabShape
 from server.engine.torch.attention.staging import stage_index
 
-# Of each sequence: the tokens after each of four steps, in the last two of which all decode.
+# The length of each sequence after each of four steps. In the last two, all sequences decode.
 _LENGTHS: Final = (
     (1, 2, 3, 4),
     (PAGE - 1, PAGE, PAGE + 1, PAGE + 2),
@@ -28,12 +29,12 @@ _LENGTHS: Final = (
     (700, 701, 702, 703),
     (7, 407, 408, 409),
 )
-_WINDOW: Final = 100  # so that the lengths above exceed it, whatever the model's is
+_WINDOW: Final = 100  # tried in place of the model's own window, which may exceed all lengths
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 class WrongAttentionError(ArithmeticError):
-    """Attention over pages gives something else than it should."""
+    """Attention over pages differs from plain arithmetic."""
 
 
 @torch.inference_mode()
@@ -45,12 +46,12 @@ def check_pages(
     softcap: float | None,
     lengths: Sequence[Sequence[int]] = _LENGTHS,
 ) -> None:
-    """Raise WrongAttentionError unless attention gives what plain arithmetic in float32 gives.
+    """Raise WrongAttentionError unless attention equals plain arithmetic in float32.
 
     Args:
         windowed: whether any layer of the model has a sliding window.
-        softcap: of the model's scores.
-        lengths: of each sequence, its tokens after each step.
+        softcap: the soft cap of the model's scores, or None.
+        lengths: each sequence's length after each step.
     """
     for window in (None, _WINDOW) if windowed else (None,):
         _check(attend, shape, tiling, AttentionParams(None, window, softcap), lengths)
@@ -67,11 +68,11 @@ def _check(
     one_layer = SlabShape(shape.kv_heads, shape.head_dim, shape.dtype, (device,))
     pages = 1 + sum(-(-each[-1] // PAGE) for each in lengths)
     memory = PagedMemory(one_layer, pages, tiling, attend)
-    # What nobody has written must not be read.
+    # NaN shows in the output if the kernel reads a token that was never written.
     for stored in memory.pool.layer(0):
         stored.fill_(torch.nan)
     random = torch.Generator().manual_seed(0)
-    # Of each sequence: queries, keys, values, each (heads, tokens, head_dim).
+    # For each sequence: its queries, keys and values, each (heads, tokens, head_dim).
     texts = [
         [
             torch.randn(number, ends[-1], shape.head_dim, generator=random).to(device, shape.dtype)
@@ -84,7 +85,7 @@ def _check(
     done = [0] * len(texts)
     for step_ends in zip(*lengths, strict=True):
         spans = []
-        # Sequences grow in turns, so that nobody's pages lie side by side.
+        # Sequences take pages in turns, so that a sequence's pages are not side by side.
         for lane, start, end in zip(lanes, done, step_ends, strict=True):
             lane.reserve(end)
             spans.append(LaneSpan(lane, start, end - start))
@@ -92,7 +93,7 @@ def _check(
         query, key, value = (_packed([text[part] for text in texts], spans) for part in range(3))
         due = _packed(expected, spans)[0].transpose(0, 1)
         index = stage_index(step.index, device)
-        # Each number of splits is a kernel of its own.
+        # A decoding step may use any of these numbers of splits, each by a kernel of its own.
         for splits in SPLITS if all(span.count == 1 for span in spans) else (1,):
             moved = step.moved(replace(index, splits=splits))
             _compare(moved.attend(0, query, key, value, params)[0], due, shape.dtype)
@@ -100,7 +101,7 @@ def _check(
 
 
 def _packed(parts: Sequence[Tensor], spans: Sequence[LaneSpan]) -> Tensor:
-    """The pieces of (heads, tokens, head_dim) each, as (1, heads, tokens, head_dim).
+    """Pack the spans' tokens of parts (heads, tokens, head_dim): (1, heads, tokens, head_dim).
 
     In memory tokens come before heads, as in a model.
     """
@@ -112,7 +113,7 @@ def _packed(parts: Sequence[Tensor], spans: Sequence[LaneSpan]) -> Tensor:
 
 
 def _reference(text: Sequence[Tensor], params: AttentionParams) -> Tensor:
-    """(heads, tokens, head_dim) float32: one sequence from its first token on."""
+    """Attend for one whole sequence in plain arithmetic: (heads, tokens, head_dim) float32."""
     query, key, value = (part.float() for part in text)
     shared = len(query) // len(key)
     key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
@@ -129,8 +130,8 @@ def _reference(text: Sequence[Tensor], params: AttentionParams) -> Tensor:
 
 
 def _compare(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Raise WrongAttentionError unless each token's outputs are equal, nearly."""
+    """Raise WrongAttentionError unless each token's output is within the tolerance."""
     difference = (got.float() - expected).flatten(1).norm(dim=1)
     worst = float((difference / expected.flatten(1).norm(dim=1)).max())
-    if not worst < _TOLERANCE[dtype]:  # also where it is not a number
+    if not worst < _TOLERANCE[dtype]:  # true for NaN, too
         raise WrongAttentionError(f"a token's output is off by {worst:.2g}")

@@ -1,4 +1,4 @@
-"""Which pages and which queries each program of a step's attention over pages reads."""
+"""Tells each program of a step's attention over pages which pages and queries it reads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,37 +10,39 @@ from torch import Tensor
 from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE
 
-# Rows of queries that one program multiplies, at least. Registers hold more of prompts in half
-# precision only.
+# The least number of rows in a program's block, in steps that only decode and in all others. A row
+# is one query of one head. Registers hold more than 16 rows in half precision only.
 _DECODING_ROWS: Final = 16
 _READING_ROWS: Final = {2: 64, 4: 16}  # by bytes of a number
-_PROGRAMS_PER_PROCESSOR: Final = 2
+_PROGRAMS_PER_PROCESSOR: Final = 2  # that keys are split for, at most
 SPLITS: Final = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class PagedIndex:
-    """Who owns which of a step's n pieces of packed tokens, and where their K and V are.
+    """Says where a step's packed tokens are, and where their K and V are.
 
-    A piece's queries are divided into blocks; each program attends for one block and one KV head.
+    The packed tokens are n pieces, each of which is consecutive tokens of one sequence. A piece's
+    queries are divided into blocks; each program attends for one block and one KV head, over all
+    of its keys or one of several parts of them.
     """
 
-    slots: Tensor  # (tokens,) int64: where each token's K and V go, page * 64 + place in it
-    query_ends: Tensor  # (n + 1,) int32: 0, then how many tokens all pieces so far have
-    lengths: Tensor  # (n,) int32: keys of each, those of before too
-    tables: Tensor  # (n, pages) int32: each one's pages
-    owners: Tensor  # (blocks,) int32: the piece of each block of queries
-    firsts: Tensor  # (blocks,) int32: the block's first query among its piece's
+    slots: Tensor  # (tokens,) int64: where each token's K and V go, page * 64 + place in the page
+    query_ends: Tensor  # (n + 1,) int32: 0, then the cumulative number of tokens
+    lengths: Tensor  # (n,) int32: each piece's number of keys, those stored before included
+    tables: Tensor  # (n, pages) int32: the pages of each piece's sequence, in order
+    owners: Tensor  # (blocks,) int32: the piece that each block's queries belong to
+    firsts: Tensor  # (blocks,) int32: the number of each block's first query within its piece
     block_rows: int  # a block's queries, times the heads that share a KV head, at most
-    splits: int  # among how many programs the keys of a block are divided
-    most_keys: int  # of a piece
+    splits: int  # the number of programs that the keys of a block are divided among
+    most_keys: int  # the most keys that a piece has, or in a graph may have
 
 
 PagedAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor, PagedIndex, AttentionParams], Tensor]
-"""Lets each query see its sequence's keys up to its own, or the last `window` of them.
+"""Attends for packed queries, each over its sequence's keys up to its own (or the last `window`).
 
 Takes query: (tokens, heads, head_dim); keys, values: (pages, 64, kv_heads, head_dim), in which the
-step's own are stored already; the step's index, on their device; and what the layer asks for.
+step's own are stored already; the step's index, on the same device; and the layer's parameters.
 Returns (tokens, heads, head_dim).
 """
 
@@ -49,26 +51,33 @@ Returns (tokens, heads, head_dim).
 class Tiling:
     """Divides a step's attention into programs."""
 
-    heads: int  # of queries
+    heads: int  # query heads
     kv_heads: int
     itemsize: int  # bytes of a number
     processors: int  # multiprocessors of the device
 
     @property
     def fold(self) -> int:
-        """Query heads that share a KV head."""
+        """The number of query heads that share a KV head."""
         return self.heads // self.kv_heads
 
     def block_rows(self, most_queries: int) -> int:
-        """Rows of a block where the longest piece has so many queries: a power of two."""
+        """Return the rows of a block, a power of two.
+
+        Args:
+            most_queries: the number of queries of the step's longest piece.
+        """
         rows = _DECODING_ROWS if most_queries == 1 else _READING_ROWS[self.itemsize]
         return max(rows, 1 << (self.fold - 1).bit_length())
 
     def splits(self, blocks: int) -> int:
-        """Among how many programs the keys are divided of so many sequences that decode.
+        """Return among how many programs each sequence's keys are divided in a decoding step.
 
-        So many that all processors have some. As it depends on nothing else, a sequence's result
-        has the same bits beside any others in a step of the same shape.
+        The programs are as many as keep all multiprocessors busy. Their number depends on the
+        number of blocks only, so a sequence's result has the same bits in all steps of one shape.
+
+        Args:
+            blocks: the number of sequences, each of which has one block.
         """
         wanted = _PROGRAMS_PER_PROCESSOR * self.processors // (blocks * self.kv_heads)
         return max(each for each in SPLITS if each <= max(wanted, 1))
@@ -77,12 +86,12 @@ class Tiling:
 def build_index(
     tables: Tensor, starts: Sequence[int], counts: Sequence[int], tiling: Tiling
 ) -> PagedIndex:
-    """The index of a step's pieces, on the CPU.
+    """Build the index of a step's pieces, on the CPU.
 
     Args:
         tables: (n, pages) int32, the pages of each piece's sequence.
-        starts: tokens that are stored of each piece's sequence already.
-        counts: tokens of each piece.
+        starts: for each piece, how many tokens of its sequence are stored already.
+        counts: the number of tokens of each piece.
     """
     started, counted = torch.tensor(starts), torch.tensor(counts)
     lengths = started + counted
@@ -102,21 +111,28 @@ def build_index(
         owners=owners.int(),
         firsts=(firsts * block).int(),
         block_rows=block_rows,
-        # Prompts have programs enough.
+        # A step with prompts has enough programs without splitting keys.
         splits=tiling.splits(len(owners)) if max(counts) == 1 else 1,
         most_keys=most_keys,
     )
 
 
 def _owners(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what n owners have, one's after another's: whose each is, and its number among those."""
+    """List n owners' items, owner by owner.
+
+    Args:
+        counts: (n,), how many items each owner has.
+
+    Returns:
+        Each item's owner, and its number among that owner's items.
+    """
     owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
     firsts = counts.cumsum(0) - counts
     return owners, torch.arange(len(owners)) - firsts[owners]
 
 
 def _slots(tables: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """Where the tokens of each piece go: (tokens,) int64, page * 64 + place in the page."""
+    """Return where each packed token's K and V go: (tokens,) int64, page * 64 + place in it."""
     owners, numbers = _owners(counts)
     places = starts[owners] + numbers
     return tables[owners, places // PAGE].long() * PAGE + places % PAGE

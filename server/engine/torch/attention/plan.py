@@ -1,4 +1,4 @@
-"""How a model's keys and values are kept: in which kind of memory, and how much of it."""
+"""Chooses the kind of memory that a model's keys and values are kept in, and its size."""
 
 import importlib
 from collections import Counter
@@ -23,47 +23,49 @@ from server.engine.torch.model.loader import ModelLoadError
 from server.engine.torch.options import AttentionChoice
 from server.engine.torch.scheduling.block_pool import BlockPool
 
-_BLOCK_SIZE: Final = 16
-_SPARE: Final = 64  # one of so many blocks
-# In tokens. Pages of memory hold more of toy models only, whose memory is not counted in pages.
+_BLOCK_SIZE: Final = 16  # tokens
+_SPARE: Final = 64  # with slabs, one block in so many is left unused
+# The most tokens of a head in a page of the operating system for blocks to be counted in such
+# pages. More fit only in toy models, whose blocks are counted in tokens.
 _LARGEST_PAGE: Final = 64
-# Of the memory that is free when the engine is built, on a CPU, which others use too, and on each
-# of several GPUs. A single GPU has a plan: see `memory_plan`.
+# The share of a device's free memory that keys and values get, when the engine is built: on a CPU,
+# whose memory other processes use too, and on each of several GPUs. For a single GPU `memory_plan`
+# computes the size.
 _FREE_SHARE: Final = {"cpu": 0.25, "cuda": 0.8}
-# Of a GPU's memory for keys and values, for copies of what may be wanted again. Slabs share what
-# there is as it comes; pages are there from the start.
+# The share of the memory for keys and values that is left to the prefix cache where there are
+# pages, which are all allocated at the start. Slabs and the cache take memory as they grow.
 _PREFIX_SHARE: Final = 0.15
-_LARGEST_HEAD: Final = 256  # of which the kernel's tiles fit into shared memory
-_TENSOR_CORES: Final = (8, 0)  # with bfloat16: from Ampere on
+_LARGEST_HEAD: Final = 256  # the widest head whose tiles fit into a GPU's shared memory
+_TENSOR_CORES: Final = (8, 0)  # Ampere's compute capability, the first with bfloat16 tensor cores
 _KERNEL: Final = "server.engine.torch.cuda.paged_kernel"
 
 
 @dataclass(frozen=True, slots=True)
 class KVPlan:
-    """Memory, and the books about it."""
+    """Memory for keys and values, and the pools that count its blocks."""
 
     memory: KVMemory
-    pool: BlockPool  # of the sequences that run
-    prefixes: BlockPool  # that the prefix cache takes of; may be the same
+    pool: BlockPool  # for running sequences
+    prefixes: BlockPool  # for the prefix cache; the same pool where memory is slabs
 
 
 @dataclass(frozen=True, slots=True)
 class KVWishes:
-    """What an operator wants of it."""
+    """What is asked of the memory for keys and values."""
 
     attention: AttentionChoice
     prefix_cache: bool
-    bytes: int | None  # None: a share of what is free
+    bytes: int | None  # its size; None for a share of the free memory
 
 
 def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
-    """Memory that suits a model and the device that it is on.
+    """Make memory that suits a model and its device.
 
-    Where pages would suit them and do not work, they are slabs, with a warning.
+    Falls back to slabs, with a warning, where pages would suit both but do not work.
 
     Raises:
-        ModelLoadError: it would not hold a single block; or pages were asked for, and the device or
-            the model does not suit them, or they do not work.
+        ModelLoadError: the memory would not hold a single block; or pages were asked for, but do
+            not suit the device or the model, or do not work.
     """
     shape = SlabShape.of(model)
     unsuited = why_no_pages(model, shape)
@@ -91,7 +93,7 @@ def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
 
 
 def why_no_pages(model: PreTrainedModel, shape: SlabShape) -> str | None:
-    """Why a model cannot be attended for over pages where it is; None where it can."""
+    """Say why a model on its device cannot use attention over pages; None if it can."""
     if model.device.type != "cuda":
         return "pages are for a GPU"
     if set(shape.devices) != {model.device}:
@@ -104,7 +106,7 @@ def why_no_pages(model: PreTrainedModel, shape: SlabShape) -> str | None:
 
 
 def tiling_of(model: PreTrainedModel, shape: SlabShape) -> Tiling:
-    """How attention for a model is divided among the processors of its GPU."""
+    """Return how a model's attention is divided among the multiprocessors of its GPU."""
     processors = 1
     if model.device.type == "cuda":
         processors = torch.cuda.get_device_properties(model.device).multi_processor_count
@@ -113,10 +115,10 @@ def tiling_of(model: PreTrainedModel, shape: SlabShape) -> Tiling:
 
 
 def checked_kernel(model: PreTrainedModel, shape: SlabShape, tiling: Tiling) -> PagedAttention:
-    """Attention over pages by the kernel, checked on the device.
+    """Import the kernel for attention over pages, and check it on the device.
 
     Raises:
-        Exception: any; a compiler may raise what it likes.
+        Exception: the kernel is not there, does not compile, or is wrong; of any type.
     """
     attend: PagedAttention = importlib.import_module(_KERNEL).attend_pages
     config = model.config.get_text_config()
@@ -127,14 +129,14 @@ def checked_kernel(model: PreTrainedModel, shape: SlabShape, tiling: Tiling) -> 
 
 
 def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
-    """Slabs; the prefix cache shares their memory.
+    """Plan slabs, which share their memory with the prefix cache.
 
     Raises:
         ModelLoadError: there is no room for a single block.
     """
-    # A copy of a block takes whole pages.
+    # The prefix cache's copy of a block takes whole pages of the operating system.
     blocks = _bytes(shape, wishes) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
-    blocks -= blocks // _SPARE  # for what is there twice while it is moved or copied
+    blocks -= blocks // _SPARE  # room for tokens that are in memory twice while being moved
     page_tokens = max(Fraction(PAGE_BYTES, shape.head_bytes), Fraction(1))
     if page_tokens > _LARGEST_PAGE:
         page_tokens = Fraction(1)
@@ -145,15 +147,15 @@ def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
 def plan_pages(
     shape: SlabShape, wishes: KVWishes, tiling: Tiling, attend: PagedAttention
 ) -> KVPlan:
-    """Pages, all of which are allocated now.
+    """Plan pages, and allocate all of them now.
 
     Raises:
-        ModelLoadError: there is no room for a single page, or the device has not the memory.
+        ModelLoadError: there is no room for a single page, or the device lacks the memory.
     """
     budget = _bytes(shape, wishes)
     kept = int(budget * _PREFIX_SHARE) if wishes.prefix_cache else 0
     pages = (budget - kept) // (shape.bytes_per_token * PAGE)
-    # A probe, and rows that pad, take pages that nobody has counted.
+    # The self-test's lanes and the scratch page are not counted in the pool.
     spare = PagedMemory.probe_lanes + 1
     pool = BlockPool(_whole(pages - spare), PAGE)
     prefixes = BlockPool(kept // (shape.bytes_per_token * _BLOCK_SIZE), _BLOCK_SIZE)
@@ -177,7 +179,7 @@ def _whole(blocks: int) -> int:
 
 
 def _bytes(shape: SlabShape, wishes: KVWishes) -> int:
-    """Of memory for the keys and values of all layers."""
+    """Return how many bytes the keys and values of all layers get."""
     if wishes.bytes is not None:
         return wishes.bytes
     # A block is spread over all layers, so the tightest device decides.

@@ -1,7 +1,8 @@
-"""Memory for keys and values on a CPU: one slab a sequence, slabs of one size side by side.
+"""Keeps keys and values in slabs: one slab a sequence, slabs of one capacity side by side.
 
-Side by side, so that one call attends for all sequences that decode, each to its own slab. A slab
-has room for more tokens than it stores; that room takes memory when it is stored in.
+Because they lie side by side, one attention call serves many decoding sequences, each with its own
+slab. A slab has room for more tokens than it stores; on a CPU, unused room takes no physical
+memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,26 +19,27 @@ from server.engine.torch.attention.mapped import KeptCopies, whole_pages
 from server.engine.torch.attention.slab_rows import make_rows
 from server.engine.torch.model.devices import layer_devices
 
-_SMALLEST: Final = 64  # tokens
-_GROUP_TOKENS: Final = 8192  # that a group has room for, or one slab
-# While a slab is moved, one part of it is there twice: one of so many parts of its tokens in all
-# layers, or so many tokens in all layers, as a short slab moves faster a layer at a time.
+_SMALLEST: Final = 64  # the least capacity of a slab, in tokens
+_GROUP_TOKENS: Final = 8192  # tokens that a group has room for; a larger slab is alone in its group
+# A slab is moved in parts, and only one part is in memory twice at a time. A part is as large as
+# 1/_PARTS of the slab's tokens in all layers, or as _PART_TOKENS tokens in all layers if that is
+# more: a short slab moves faster a whole layer at a time.
 _PARTS: Final = 128
 _PART_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class SlabShape:
-    """What one token's keys and values are, and where each layer keeps them."""
+    """The shape and dtype of a token's keys and values, and the device of each layer."""
 
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    devices: Sequence[torch.device]  # one a layer
+    devices: Sequence[torch.device]  # each layer's, in order
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "SlabShape":
-        """The shape that a model's configuration tells; its layers are where they have been put."""
+        """Read the shape from a model's configuration, the devices from its modules."""
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -49,31 +51,31 @@ class SlabShape:
 
     @property
     def bytes_per_token_and_layer(self) -> int:
-        """Memory of one token in one layer."""
+        """The bytes of one token's keys and values in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of one token in all layers."""
+        """The bytes of one token's keys and values in all layers."""
         return len(self.devices) * self.bytes_per_token_and_layer
 
     @property
     def head_bytes(self) -> int:
-        """Memory of one token's keys, or values, for one head in one layer."""
+        """The bytes of one token's keys (or values) of one head in one layer."""
         return self.head_dim * self.dtype.itemsize
 
     def bytes_of(self, tokens: int) -> int:
-        """Memory that a slab takes which stores so many tokens, on a CPU."""
+        """Return the bytes that a slab with `tokens` stored tokens takes on a CPU."""
         return 2 * len(self.devices) * self.kv_heads * whole_pages(tokens * self.head_bytes)
 
 
 class SlabGroup:
-    """Slabs of one capacity: the first rows of `layers`, without a gap."""
+    """Holds slabs of one capacity, in the first rows of `layers` without a gap."""
 
     def __init__(self, shape: SlabShape, capacity: int, number: int) -> None:
         """Raises OSError or torch.OutOfMemoryError if there is no memory."""
         self.capacity = capacity
-        self.number = number  # in the order in which groups were made
+        self.number = number  # counts groups in the order in which they were made
         self.slabs: list[Slab] = []  # by row
         self._most = max(1, _GROUP_TOKENS // capacity)
         self._rows = [
@@ -94,7 +96,7 @@ class SlabGroup:
         self.slabs.append(slab)
 
     def remove(self, row: int, tokens: int) -> None:
-        """Take the slab of a row out, which stored so many tokens; the last one moves there."""
+        """Remove a row's slab, of which `tokens` are stored there; the last slab takes its row."""
         if tokens:
             self.clear(row, 0)
         last = len(self.slabs) - 1
@@ -106,9 +108,9 @@ class SlabGroup:
         self.slabs.pop()
 
     def move(self, row: int, target: "SlabGroup", target_row: int, tokens: int) -> None:
-        """Bring what a row stores to another, and leave zeros there.
+        """Move a row's tokens to a row of `target`, and leave zeros behind.
 
-        A little after the other, from the end on, so that there is never much of it twice.
+        Parts are moved one after another, from the end on, so that little is in memory twice.
         """
         count = self.part_of(tokens)
         for old, new in zip(self._rows, target._rows, strict=True):
@@ -118,36 +120,36 @@ class SlabGroup:
                 old.clear(row, start)
 
     def part_of(self, tokens: int) -> int:
-        """How many of a slab's tokens are moved at once, in one layer."""
+        """Return how many tokens of one layer are moved at once, of a slab of `tokens` tokens."""
         granule = max(rows.granule for rows in self._rows)
         wanted = len(self._rows) * max(_PART_TOKENS, -(-tokens // _PARTS))
         return -(-wanted // granule) * granule
 
     def clear(self, row: int, start: int) -> None:
-        """Make zeros of a row's tokens from one on, in all layers, and give their memory back."""
+        """Zero a row's tokens from `start` on, in all layers, and give their memory back."""
         for rows in self._rows:
             rows.clear(row, start)
 
 
 class SlabPool:
-    """All slabs of an engine."""
+    """Holds all slabs of an engine, and allocates copies of their tokens."""
 
     def __init__(self, shape: SlabShape) -> None:
         self.shape = shape
         self._groups: dict[int, list[SlabGroup]] = {}  # by capacity
-        self._made = 0  # groups, ever
-        self._copies: dict[int, KeptCopies] = {}  # by tokens
+        self._made = 0  # groups made so far
+        self._copies: dict[int, KeptCopies] = {}  # by number of tokens
 
     @property
     def bytes(self) -> int:
-        """Memory that slabs and copies of what they store take, on a CPU."""
-        # While a slab grows, it is in two groups.
+        """The bytes that slabs, and copies of their tokens, take on a CPU."""
+        # A set, because a slab is in two groups while it grows.
         slabs = {*chain.from_iterable(group.slabs for group in self._all_groups())}
         stored = sum(self.shape.bytes_of(slab.tokens) for slab in slabs)
         return stored + sum(copies.bytes for copies in self._copies.values())
 
     def copy_of(self, layers: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of some tokens of a slab, a layer each.
+        """Copy some tokens of a slab, given and returned as one tensor a layer.
 
         Raises:
             OSError, torch.OutOfMemoryError: there is no memory.
@@ -163,7 +165,7 @@ class SlabPool:
         return list(copies)
 
     def place(self, slab: "Slab", capacity: int) -> None:
-        """Put a slab into a group of a capacity."""
+        """Put a slab into a group of slabs of `capacity` tokens."""
         groups = self._groups.setdefault(capacity, [])
         group = next((each for each in groups if not each.full), None)
         if group is None:
@@ -173,13 +175,13 @@ class SlabPool:
         group.add(slab)
 
     def remove(self, group: SlabGroup, row: int, tokens: int) -> None:
-        """Take a row's slab out of its group, which stored so many tokens there."""
+        """Remove a row's slab from its group, of which `tokens` are stored there."""
         group.remove(row, tokens)
         if not group.slabs:
             self._groups[group.capacity].remove(group)
 
     def check(self, slabs: Iterable["Slab"]) -> None:
-        """Assert that these slabs, and no others, have memory, each its own."""
+        """Assert that exactly these slabs have memory, and that none share any."""
         groups = self._all_groups()
         placed = [slab for group in groups for slab in group.slabs]
         assert {*placed} == {slab for slab in slabs if slab.capacity}, "a slab that nobody uses"
@@ -192,29 +194,29 @@ class SlabPool:
 
 
 class Slab(Lane):
-    """Room for one sequence's keys and values, contiguous in each layer and head."""
+    """Holds one sequence's keys and values, contiguous in each layer and head."""
 
     def __init__(self, pool: SlabPool) -> None:
         self._pool = pool
-        self.group: SlabGroup | None = None  # None while it is empty
-        self.tokens = 0  # that it may store something of; beyond them are zeros
-        self.row = 0  # in its group; may change between two steps
+        self.group: SlabGroup | None = None  # None before anything is reserved
+        self.tokens = 0  # tokens that may have been written; beyond them are zeros
+        self.row = 0  # its row in the group; may change between two steps
 
     @property
     def capacity(self) -> int:
-        """Tokens that it has room for."""
+        """The number of tokens that the slab has room for."""
         return 0 if self.group is None else self.group.capacity
 
     def layer(self, index: int) -> Tensor:
-        """One layer's keys, then values: a view of (2, kv_heads, capacity, head_dim)."""
+        """Return a view of one layer's keys, then values: (2, kv_heads, capacity, head_dim)."""
         assert self.group is not None, "nothing was reserved"
         return self.group.layers[index][:, self.row]
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens; what is stored stays.
+        """Make room for at least `tokens` tokens; stored tokens are kept.
 
         Raises:
-            OSError, torch.OutOfMemoryError: there is no memory; the slab is what it was.
+            OSError, torch.OutOfMemoryError: there is no memory; the slab is unchanged.
         """
         if tokens > self.capacity:
             old, row = self.group, self.row
@@ -225,25 +227,25 @@ class Slab(Lane):
         self.tokens = max(self.tokens, tokens)
 
     def truncate(self, tokens: int) -> None:
-        """Forget what is stored from a token on, and give its memory back."""
+        """Keep the first `tokens` tokens, and give the memory of the others back."""
         if self.group is not None and tokens < self.tokens:
             self.group.clear(self.row, tokens)
             self.tokens = tokens
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Give all memory back."""
         if self.group is not None:
             group, self.group = self.group, None
             tokens, self.tokens = self.tokens, 0
             self._pool.remove(group, self.row, tokens)
 
     def read(self, start: int, end: int) -> list[Tensor]:
-        """A copy of what is stored of some tokens: each layer's (2, kv_heads, tokens, head_dim)."""
+        """Copy tokens `start` to `end`: (2, kv_heads, tokens, head_dim) for each layer."""
         assert self.group is not None, "nothing was reserved"
         return self._pool.copy_of([layer[:, self.row, :, start:end] for layer in self.group.layers])
 
     def write(self, start: int, values: Sequence[Tensor]) -> None:
-        """Store what `read` gave, from a token on."""
+        """Store the tensors that `read` returned, as the tokens from `start` on."""
         end = start + values[0].shape[2]
         self.reserve(end)
         for index, value in enumerate(values):
@@ -251,7 +253,7 @@ class Slab(Lane):
 
 
 def _capacity_for(tokens: int) -> int:
-    """64, 96, 128, 192, 256, ...: few sizes, so that many slabs have the same."""
+    """Round up to 64, 96, 128, 192, 256, ...: few sizes, so that many slabs share one."""
     size = _SMALLEST
     while size < tokens:
         size = size * 3 // 2 if size.bit_count() == 1 else size * 4 // 3

@@ -1,7 +1,7 @@
-"""One step's attention on a CPU: each sequence attends to its own slab of keys and values.
+"""Computes a step's attention over slabs: each sequence attends to its own keys and values.
 
 Tokens of all sequences come packed in one row, and a sequence's result does not depend on what
-else is in the batch. Those that decode and have neighbouring slabs do so in one call.
+else is in the batch. One call attends for all decoding sequences whose slabs are neighbours.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,22 +34,22 @@ class SlabSpan:
 
     @property
     def end(self) -> int:
-        """Tokens that the slab holds afterwards."""
+        """The number of tokens that the slab holds after the step."""
         return self.start + self.count
 
 
 class SlabStep(AttentionStep):
-    """One step over slabs."""
+    """Attends for one step over slabs."""
 
     def __init__(self, spans: Sequence[SlabSpan]) -> None:
-        """Segments that decode should come in the order of `decoding_order`."""
+        """Decoding spans should be in the order of `decoding_order`, so that they share calls."""
         super().__init__()
         self._parts = _parts(spans)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> Tensor:
-        """As every step's; see `AttentionStep.attend`."""
+        """Store the step's keys and values, then attend; see `AttentionStep.attend`."""
         self.windows.add(params.window)
         new = torch.stack((key[0], value[0]))  # (2, kv_heads, tokens, head_dim)
         outputs = [
@@ -60,7 +60,7 @@ class SlabStep(AttentionStep):
 
 
 class SlabMemory(KVMemory):
-    """Slabs, made as they are wanted."""
+    """Makes slabs as sequences need them."""
 
     fixed = False
     probe_lanes = 18
@@ -70,23 +70,23 @@ class SlabMemory(KVMemory):
 
     @property
     def bytes(self) -> int:
-        """Memory that slabs and copies of what they store take, on a CPU."""
+        """The bytes that slabs, and copies of their tokens, take on a CPU."""
         return self._pool.bytes
 
     def lane(self) -> Slab:
-        """A slab without room yet."""
+        """Make a slab that has no room yet."""
         return Slab(self._pool)
 
     def order(self, span: LaneSpan) -> tuple[bool, int, int]:
-        """Those that decode first, neighbours together."""
+        """Return a sort key that puts decoding sequences first, neighbouring slabs together."""
         return decoding_order(_slab_span(span))
 
     def step(self, spans: Sequence[LaneSpan]) -> SlabStep:
-        """The attention of a step; `spans` should come in the order of `order`."""
+        """Make the attention of a step; `spans` should be in the order of `order`."""
         return SlabStep([_slab_span(span) for span in spans])
 
     def check(self, lanes: Iterable[Lane]) -> None:
-        """Assert that these slabs, and no others, have memory, each its own."""
+        """Assert that exactly these slabs have memory, and that none share any."""
         self._pool.check(_slab(lane) for lane in lanes)
 
 
@@ -100,14 +100,14 @@ def _slab_span(span: LaneSpan) -> SlabSpan:
 
 
 def decoding_order(span: SlabSpan) -> tuple[bool, int, int]:
-    """A sort key: those that decode first, neighbours together."""
+    """Return a sort key that puts decoding spans first, neighbouring slabs together."""
     if span.count > 1 or span.slab.group is None:
         return True, 0, 0
     return False, span.slab.group.number, span.slab.row
 
 
 class _Decode:
-    """One token each of sequences whose slabs are neighbours."""
+    """Attends for one token of each of some sequences, whose slabs are neighbours."""
 
     def __init__(self, first: int, spans: Sequence[SlabSpan]) -> None:
         self.tokens = slice(first, first + len(spans))
@@ -121,9 +121,12 @@ class _Decode:
         self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, new: Tensor, params: AttentionParams) -> Tensor:
-        """(heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim)."""
+        """Store K and V, then attend.
+
+        (heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim).
+        """
         stored = self._group.layers[layer][:, self._rows]  # (2, n, kv_heads, capacity, head_dim)
-        if len(self._places) == 1:  # an index of tensors costs more than what it moves
+        if len(self._places) == 1:  # indexing by tensors costs more than copying one token
             stored[:, :, :, self._places[0]] = new.transpose(1, 2)
         else:
             rows, places = self._index(stored.device)
@@ -139,14 +142,14 @@ class _Decode:
         return output.reshape(count, heads, head_dim)
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of each sequence: its row among these, and the place of its token; (n,) int64."""
+        """Return each sequence's row in `_rows`, and its new token's place: (n,) int64 both."""
         if device not in self._indices:
             places = torch.tensor(self._places, device=device)
             self._indices[device] = torch.arange(len(places), device=device), places
         return self._indices[device]
 
     def _mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """(n, 1, 1, keys): 0 where a key is seen, else -inf; None where all see all."""
+        """Return (n, 1, 1, keys): 0 where a key is seen, else -inf; None where all keys are."""
         if len(set(self._places)) == 1:
             return None
         key = (window, dtype, device)
@@ -159,7 +162,7 @@ class _Decode:
 
 
 class _Prefill:
-    """Several tokens of one sequence."""
+    """Attends for several tokens of one sequence."""
 
     def __init__(self, first: int, span: SlabSpan) -> None:
         self.tokens = slice(first, first + span.count)
@@ -167,7 +170,10 @@ class _Prefill:
         self._masks: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, new: Tensor, params: AttentionParams) -> Tensor:
-        """(heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim)."""
+        """Store K and V, then attend.
+
+        (heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim).
+        """
         span = self._span
         stored = span.slab.layer(layer)
         stored[:, :, span.start : span.end] = new
@@ -182,7 +188,7 @@ class _Prefill:
     def _mask(
         self, window: int | None, fold: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """(fold * n, keys): 0 where a key is seen, else -inf."""
+        """Return (fold * n, keys): 0 where a key is seen, else -inf."""
         key = (window, fold, dtype, device)
         if key not in self._masks:
             span = self._span
@@ -196,10 +202,10 @@ _Part: TypeAlias = _Decode | _Prefill
 
 
 def _parts(spans: Sequence[SlabSpan]) -> list[_Part]:
-    """Segments, one after the other, as parts that one call attends for."""
+    """Divide spans, in order, into parts each of which one call attends for."""
     parts: list[_Part] = []
     first = 0
-    # Within a run of neighbours, the row and the place in the step grow alike.
+    # In a run of neighbouring slabs, rows grow by 1 from span to span, as indices do.
     runs = groupby(enumerate(spans), key=lambda item: _run(*item))
     for _, items in runs:
         run = [span for _, span in items]
@@ -218,12 +224,12 @@ def _run(index: int, span: SlabSpan) -> tuple[object, int]:
 
 
 def _first_key(place: int, window: int | None) -> int:
-    """The first key that the query at a place sees."""
+    """Return the place of the first key that the query at `place` sees."""
     return 0 if window is None else max(0, place + 1 - window)
 
 
 def _seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys each query sees, by their places: (n,), (keys,) int64 -> (n, keys) bool."""
+    """Return which keys each query sees, by their places: (n,), (keys,) -> (n, keys) bool."""
     seen = keys <= queries[:, None]
     if window is not None:
         seen &= keys > queries[:, None] - window
@@ -242,7 +248,7 @@ def _attention(
     mask: Tensor | None,
     params: AttentionParams,
 ) -> Tensor:
-    """(n, kv_heads, queries, head_dim) of `query`; K and V (n, kv_heads, keys, head_dim)."""
+    """Attend: (n, kv_heads, queries, head_dim), with K and V (n, kv_heads, keys, head_dim)."""
     if params.softcap is not None:
         return soft_capped_attention(query, key, value, mask, params.scaling, params.softcap)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=params.scaling)

@@ -1,4 +1,4 @@
-"""Rows for slabs in one layer, side by side: what no token was stored in is zeros."""
+"""Allocates the rows that one layer's slabs lie in; rows are zeros where no token is stored."""
 
 from math import gcd
 from typing import Protocol
@@ -13,17 +13,17 @@ class LayerRows(Protocol):
     """A layer's keys, then its values: (2, rows, kv_heads, capacity, head_dim)."""
 
     tensor: Tensor
-    granule: int  # memory is given back in multiples of so many tokens
+    granule: int  # the least number of a head's tokens that fill whole pages; 1 without pages
 
     def clear(self, row: int, start: int) -> None:
-        """Make zeros of a row's tokens from one on, and give their memory back."""
+        """Zero a row's tokens from `start` on, and give their memory back if possible."""
         ...
 
 
 def make_rows(
     rows: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> LayerRows:
-    """Rows of zeros.
+    """Make rows of zeros.
 
     Raises:
         OSError, torch.OutOfMemoryError: there is no memory.
@@ -33,7 +33,7 @@ def make_rows(
 
 
 class PlainRows:
-    """Rows whose memory is taken from the start, as on a GPU."""
+    """Rows on a GPU, which take all of their memory from the start."""
 
     granule = 1
 
@@ -41,17 +41,17 @@ class PlainRows:
         self.tensor = torch.zeros(size, dtype=dtype, device=device)
 
     def clear(self, row: int, start: int) -> None:
-        """As all rows'; see `LayerRows.clear`. The memory stays taken."""
+        """Zero a row's tokens from `start` on; their memory stays taken."""
         self.tensor[:, row, :, start:] = 0
 
 
 class MappedRows:
-    """Rows whose memory is taken as tokens are stored, in pages for each head."""
+    """Rows on a CPU, which take memory as tokens are stored, by pages of each head."""
 
     def __init__(self, size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
         parts, rows, heads, capacity, head_dim = size
         self._token = head_dim * dtype.itemsize
-        self._head = whole_pages(capacity * self._token)  # each head begins a page
+        self._head = whole_pages(capacity * self._token)  # so that each head begins a page
         self._row = heads * self._head
         self._part = rows * self._row
         self.granule = PAGE_BYTES // gcd(PAGE_BYTES, self._token)
@@ -61,7 +61,7 @@ class MappedRows:
         self.tensor = flat.as_strided(size, [each // dtype.itemsize for each in strides])
 
     def clear(self, row: int, start: int) -> None:
-        """As all rows'; see `LayerRows.clear`."""
+        """Zero a row's tokens from `start` on, and give their memory back."""
         for part in range(self.tensor.shape[0]):
             first = part * self._part + row * self._row
             if start == 0:

@@ -1,6 +1,6 @@
-"""Attention whose scores are bounded: softcap * tanh(scores / softcap) (Gemma 2).
+"""Computes attention whose scores are bounded: softcap * tanh(scores / softcap) (Gemma 2).
 
-torch's fused kernels have no such bound, so that over slabs it is plain arithmetic.
+torch's scaled_dot_product_attention has no soft cap, so slabs need this plain arithmetic.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""What of a step's index and route has to be brought to the device, in order."""
+"""Lists the tensors of a step's index and route that a device needs, and replaces them.
+
+The caller copies all listed tensors to the device at once, and puts the copies in their place.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +15,7 @@ from steering.route import Route
 
 
 def index_tensors(index: PagedIndex) -> list[Tensor]:
-    """What of an index has to be moved."""
+    """List the tensors of an index."""
     return [
         *(index.slots, index.query_ends, index.lengths),
         *(index.tables, index.owners, index.firsts),
@@ -20,7 +23,7 @@ def index_tensors(index: PagedIndex) -> list[Tensor]:
 
 
 def with_index_tensors(index: PagedIndex, tensors: Sequence[Tensor]) -> PagedIndex:
-    """An index with other tensors, in the order of `index_tensors`."""
+    """Return an index with other tensors, which are in the order of `index_tensors`."""
     slots, query_ends, lengths, tables, owners, firsts = tensors
     return replace(
         index,
@@ -34,12 +37,12 @@ def with_index_tensors(index: PagedIndex, tensors: Sequence[Tensor]) -> PagedInd
 
 
 def stage_index(index: PagedIndex, device: torch.device) -> PagedIndex:
-    """An index on a device."""
+    """Copy an index to a device."""
     return with_index_tensors(index, stage(index_tensors(index), device))
 
 
 def route_tensors(route: Route) -> list[Tensor]:
-    """What of a route has to be moved."""
+    """List the tensors of a route."""
     affine = route.affine
     tensors = [] if affine is None else [affine.slots, affine.strength]
     for reward in route.reward:
@@ -49,7 +52,7 @@ def route_tensors(route: Route) -> list[Tensor]:
 
 
 def with_route_tensors(route: Route, tensors: Sequence[Tensor], device: torch.device) -> Route:
-    """A route with other tensors, in the order of `route_tensors`."""
+    """Return a route with other tensors, which are in the order of `route_tensors`."""
     rest = iter(tensors)
     affine = route.affine
     if affine is not None:

@@ -1,4 +1,4 @@
-"""The engine's attention as a backend of transformers' AttentionInterface, and as an operator."""
+"""Makes the engine's attention a backend of transformers' AttentionInterface, and an operator."""
 
 from typing import Final, Protocol
 
@@ -35,18 +35,18 @@ def engine_attention(
     layer_index: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """The current step's attention, as transformers calls it.
+    """Attend for the current step; transformers calls this as a layer's attention function.
 
     Args:
         query: (1, heads, tokens, head_dim); `key`, `value`: (1, kv_heads, tokens, head_dim).
-        layer_index: () int64, where the layer is compiled: one graph serves all layers.
-        others: what transformers passes along; anything that would change the result is refused.
+        layer_index: () int64, given by compiled layers, which share one graph; else None.
+        others: further arguments of transformers; any that would change the result is refused.
 
     Returns:
         (1, tokens, heads, head_dim) and no weights.
 
     Raises:
-        UnsupportedAttentionError: the model asks for what is not computed.
+        UnsupportedAttentionError: the model asks for something that is not computed.
     """
     _refuse_unknown(attention_mask, dropout, is_causal, others)
     if layer_index is None:
@@ -67,13 +67,13 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The same as an operator, which a compiled graph calls."""
+    """Attend for the current step; compiled graphs call this as the operator `attend`."""
     params = AttentionParams(scaling, window, softcap)
     return AttentionStep.now().attend(int(layer), query, key, value, params).contiguous()
 
 
 def _attend_fake(query: Tensor, *_others: object) -> Tensor:
-    """The shape of `_attend`'s output, for the compiler."""
+    """Return an empty tensor of the shape of `_attend`'s output, for the compiler."""
     _, heads, tokens, head_dim = query.shape
     return query.new_empty((1, tokens, heads, head_dim))
 
@@ -93,7 +93,7 @@ def _refuse_unknown(
     is_causal: bool | None,
     others: dict[str, object],
 ) -> None:
-    """Raise UnsupportedAttentionError for what would change the result and is not computed."""
+    """Raise UnsupportedAttentionError if an argument asks for something that is not computed."""
     asked = [
         name
         for name in ("s_aux", "position_bias", "cu_seq_lens_q", "indices")
