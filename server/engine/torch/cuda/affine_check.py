@@ -14,23 +14,24 @@ from steering.site_maps import SiteMaps
 _KERNEL: Final = "steering.kernels.affine_triton"  # Triton is not installed everywhere
 _TOKENS: Final = 5
 _DEPTH: Final = 2
-# How far a token's edit may be off, in the norm: both are computed in float32 and rounded once.
+# The largest relative difference, in the norm, of a token's edit. Kernel and reference both compute
+# in float32 and round once.
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class WrongEditError(ArithmeticError):
-    """The kernel edits a site's tokens otherwise than plain arithmetic does."""
+    """The kernel's edits of a site's tokens differ from plain arithmetic."""
 
 
 def use_affine_kernel(width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Have the kernel edit sites on GPUs; False, with a warning, where it does not do so rightly.
+    """Make the kernel edit sites on GPUs; if it fails its check, warn and return False.
 
     Args:
-        width: of a site.
-        dtype: of activations.
+        width: the width of a site.
+        dtype: the dtype of activations.
 
     Raises:
-        ModelLoadError: the device failed, and computes nothing any more.
+        ModelLoadError: the device has failed, and computes nothing any more.
     """
     try:
         kernel: EditStacks = importlib.import_module(_KERNEL).edit_stacks_triton
@@ -49,7 +50,7 @@ def use_affine_kernel(width: int, dtype: torch.dtype, device: torch.device) -> b
 
 @torch.inference_mode()
 def _check(kernel: EditStacks, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise WrongEditError unless stacks of maps of all sorts do what the arithmetic does."""
+    """Raise WrongEditError unless the kernel equals plain arithmetic for maps of every sort."""
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -71,7 +72,7 @@ def _check(kernel: EditStacks, width: int, dtype: torch.dtype, device: torch.dev
         raise WrongEditError("a token without an edit was changed")
     edit = (due - activations).float().norm(dim=1)[1:]
     worst = float(((got - due).float().norm(dim=1)[1:] / edit).max())
-    if not worst < _TOLERANCE[dtype]:  # also where it is not a number
+    if not worst < _TOLERANCE[dtype]:  # true for NaN, too
         raise WrongEditError(f"a token's edit is off by {worst:.2g}")
     if not torch.allclose(doses, due_doses, rtol=1e-3):
         raise WrongEditError("doses are off")

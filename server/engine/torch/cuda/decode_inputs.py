@@ -1,4 +1,4 @@
-"""The inputs of a captured decode step: tensors that stay in place while contents change."""
+"""The inputs of a captured decode step: tensors whose contents change, but not their addresses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,31 +15,31 @@ from steering.route import AffineRoute, Route
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """What one graph serves."""
+    """The steps that one graph serves."""
 
-    rows: int  # sequences, each with one token; fewer are padded
+    rows: int  # sequences, each with one token; steps of fewer are padded
     depth: int  # places in the stacks of affine edits
-    pages: int  # of the longest sequence
+    pages: int  # pages of the longest sequence
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensors:
-    """One set of them; rows that pad come last."""
+    """The inputs, on the host or on the device; padding rows come last. See `PagedIndex`."""
 
     input_ids: Tensor  # (1, rows) int64
     position_ids: Tensor  # (1, rows) int64
-    slots: Tensor  # (rows,) int64, of keys and values
+    slots: Tensor  # (rows,) int64, where keys and values go
     query_ends: Tensor  # (rows + 1,) int32
     lengths: Tensor  # (rows,) int32
     tables: Tensor  # (rows, pages) int32
     owners: Tensor  # (rows,) int32
     firsts: Tensor  # (rows,) int32, zeros
-    edit_slots: Tensor  # (depth, rows) int64
+    edit_slots: Tensor  # (depth, rows) int64, the bank's slots
     strength: Tensor  # (depth, rows) float32
 
 
 class DecodeInputs:
-    """All inputs of one graph, filled by one copy from the host."""
+    """Holds all inputs of one graph, and fills them by one copy from the host."""
 
     def __init__(self, shape: DecodeShape, device: torch.device) -> None:
         self.shape = shape
@@ -60,7 +60,7 @@ class DecodeInputs:
         return self._tensors.position_ids
 
     def index(self, tiling: Tiling) -> PagedIndex:
-        """For the attention; its tensors are the inputs."""
+        """Make an index for the attention, whose tensors are the inputs."""
         tensors = self._tensors
         return PagedIndex(
             slots=tensors.slots,
@@ -75,14 +75,14 @@ class DecodeInputs:
         )
 
     def route(self) -> Route:
-        """For the hooks; its tensors are the inputs."""
+        """Make a route for the hooks, whose tensors are the inputs."""
         tensors = self._tensors
         places = tuple(range(self.shape.depth))
         affine = AffineRoute(places, tensors.edit_slots, tensors.strength, used=None)
         return Route(affine if places else None, (), self._device)
 
     def fill(self, batch: Batch, index: PagedIndex) -> None:
-        """Put in a batch that decodes, of as many rows at most; `index` is its attention's."""
+        """Copy in a decoding batch of at most `shape.rows` rows; `index` is its attention's."""
         count = batch.input_ids.numel()
 
         def put(tensors: _Tensors) -> None:
@@ -101,8 +101,8 @@ class DecodeInputs:
         self._send(put)
 
     def fill_example(self, vocabulary: int, slot: int) -> None:
-        """Put in tokens at places of the scratch page, all with the edits of a slot."""
-        places = torch.arange(self.shape.rows) % PAGE  # rows at one place are equal
+        """Copy in an example: tokens stored in the scratch page, all edited by a slot's map."""
+        places = torch.arange(self.shape.rows) % PAGE  # rows that share a place are equal
 
         def put(tensors: _Tensors) -> None:
             tensors.input_ids[0] = (7 * places + 3) % vocabulary
@@ -115,12 +115,12 @@ class DecodeInputs:
         self._send(put)
 
     def _send(self, put: Callable[[_Tensors], None]) -> None:
-        """Have a buffer on the host filled, and copy it; what is not put in is padding."""
+        """Let `put` fill a buffer on the host, and copy it; rows that it leaves are padding."""
         host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
         tensors = _Tensors(*self._layout.views(host))
         torch.arange(self.shape.rows + 1, out=tensors.query_ends)
         torch.arange(self.shape.rows, out=tensors.owners)
-        # A row that pads sees one key, the one that it writes to the scratch page.
+        # A padding row sees one key, its own, which it writes to the scratch page.
         tensors.slots.fill_(SCRATCH * PAGE)
         tensors.lengths.fill_(1)
         tensors.tables.fill_(SCRATCH)
@@ -129,7 +129,7 @@ class DecodeInputs:
 
 
 def _empty(shape: DecodeShape) -> Sequence[Tensor]:
-    """Tensors like those of `_Tensors`, without memory."""
+    """Make tensors like the fields of `_Tensors`, without memory."""
 
     def like(*size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""A model's decoder, called by itself: what a graph holds of the model."""
+"""Calls a model's decoder by itself, for graphs, which hold no other part of the model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,26 +12,26 @@ from server.engine.torch.cuda.decode_inputs import DecodeInputs
 
 
 class DecoderCallError(Exception):
-    """A model does not call its decoder as a graph could."""
+    """A model calls its decoder in a way that no graph can replay."""
 
 
 class DecoderOutput(Protocol):
-    """What the models' own decoders give."""
+    """The output of the decoders of transformers' models."""
 
     last_hidden_state: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderCall:
-    """What a model makes of its decoder."""
+    """A call that a model made of its decoder, and its result."""
 
-    call: Callable[[], DecoderOutput]  # the same again
-    output: type
-    hidden: Tensor  # (1, rows, width)
+    call: Callable[[], DecoderOutput]  # repeats the call, with the same tensors
+    output: type  # the class of the decoder's output
+    hidden: Tensor  # (1, rows, width), the last hidden states
 
 
 class Decoder:
-    """The part of a model that gives the hidden states, which may be given instead."""
+    """The part of a model that computes hidden states, or returns given ones instead."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         module: object = model.get_decoder()  # type: ignore[no-untyped-call]
@@ -43,7 +43,7 @@ class Decoder:
         module.forward = self._forward
 
     def holds(self, site: str) -> bool:
-        """Whether a module is computed by the decoder's own code; its hooks are not."""
+        """Return whether a site is inside the decoder; its own output, which hooks edit, is not."""
         return site.startswith(f"{self._path}.")
 
     def _forward(self, *args: object, **kwargs: object) -> object:
@@ -51,7 +51,7 @@ class Decoder:
 
     @contextmanager
     def gives(self, output: type, hidden: Tensor) -> Iterator[None]:
-        """Within the context, it computes nothing and gives these hidden states."""
+        """Make the decoder return these hidden states within the context, and compute nothing."""
         self._instead = lambda *_args, **_kwargs: output(last_hidden_state=hidden)
         try:
             yield
@@ -59,10 +59,11 @@ class Decoder:
             self._instead = None
 
     def call_of(self, model: PreTrainedModel, inputs: DecodeInputs) -> DecoderCall:
-        """The call that a model makes of it, on some inputs, and what it gives.
+        """Run a model on some inputs, and return the call that it makes of its decoder.
 
         Raises:
-            DecoderCallError: the model does not give it the inputs themselves.
+            DecoderCallError: the model calls it more than once, or with tensors other than the
+                inputs themselves.
         """
         calls: list[tuple[tuple[object, ...], dict[str, object], DecoderOutput]] = []
 

@@ -1,10 +1,10 @@
-"""Decoding by replayed CUDA graphs: one launch in place of hundreds.
+"""Decodes by replaying CUDA graphs: one launch in place of hundreds.
 
 A graph holds the model's decoder, from token ids to the hidden states of all rows, with the affine
-edits at its sites, and measures their doses. Reward edits and `lm_head` follow as the model has
-them: they are a fixed number of launches, which the host makes while the device computes the graph.
-In a graph they would double the number of graphs. Contents of the inputs change from step to step,
-addresses do not. One graph serves a number of rows and a number of stacked affine edits.
+edits at its sites, and measures their doses. Reward edits and `lm_head` run after it without a
+graph: the host makes their launches, a fixed number, while the device still computes the graph. In
+graphs they would double the number of graphs. The inputs' contents change from step to step, their
+addresses do not. Each graph serves one number of rows and one depth of stacked affine edits.
 """
 
 import logging
@@ -34,28 +34,29 @@ from steering.route import Route
 
 logger = logging.getLogger(__name__)
 
-# Of the hidden states, replayed and not, in the norm. The same kernels run in both.
+# The largest relative difference, in the norm, of the hidden states between a replay and the model
+# without a graph. Both run the same kernels.
 _TOLERANCE: Final = 1e-3
 
 
 class GraphError(Exception):
-    """A graph gives something else than the model."""
+    """A graph's results differ from the model's, or would lack an edit."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     inputs: DecodeInputs
     replay: Callable[[], None]
-    hidden: Tensor  # (1, rows, width), the decoder's
+    hidden: Tensor  # (1, rows, width), the decoder's last hidden states
     doses: Tensor  # see `DoseMeter.affine`
-    output: type  # of the decoder
-    edits: frozenset[MapNeed]  # what its edits read of the bank
+    output: type  # the class of the decoder's output
+    edits: frozenset[MapNeed]  # the parts of the bank's maps that the graph applies
 
 
 class GraphRunner(StagedRunner):
-    """Replays a graph for each step in which all sequences decode; runs others as they are.
+    """Replays a graph for each step in which all sequences decode; runs other steps without one.
 
-    A graph that a step could use and that is not made yet is pending: no step waits for it.
+    A graph that a step could have used, and that is not made yet, is pending; no step waits for it.
     """
 
     def __init__(
@@ -80,26 +81,29 @@ class GraphRunner(StagedRunner):
         self._decoder = Decoder(model)
         self._bank = bank
         self._graphs: dict[GraphKey, _Graph | None] = {}  # None: cannot be made
-        self._wanted: dict[GraphKey, None] = {}  # in the order in which they were
+        self._wanted: dict[GraphKey, None] = {}  # pending, in the order in which steps wanted them
 
     @property
     def graphs(self) -> int:
-        """How many there are."""
+        """The number of graphs that have been made."""
         return sum(graph is not None for graph in self._graphs.values())
 
     @property
     def pending(self) -> int:
-        """Graphs that steps could have used, and that are not made yet."""
+        """The number of graphs that steps could have used, and that are not made yet."""
         return len(self._wanted)
 
     @torch.inference_mode()
     def warm_up(self, slot: int = 0) -> None:
-        """Make the graphs of steps without edits, or with one of the maps in a slot.
+        """Make the graphs of steps without affine edits or, given a slot, with one.
 
-        The largest first, so that all fit in its memory.
+        The largest graph is made first, so that the others fit into its memory.
+
+        Args:
+            slot: an affine intervention's slot, whose maps the graphs are checked with; or 0.
 
         Raises:
-            Exception: a graph cannot be made, or gives something else than the model.
+            Exception: a graph cannot be made, or its results differ from the model's.
         """
         for rows in reversed(self._buckets):
             key = GraphKey(rows, 1 if slot else 0)
@@ -107,14 +111,16 @@ class GraphRunner(StagedRunner):
 
     @torch.inference_mode()
     def make_pending(self) -> bool:
-        """Make one graph that is pending; False if none is. Between steps that nobody waits for.
+        """Make one pending graph; False if there is none that can be made now.
+
+        To be called while there are no steps to compute.
 
         Raises:
             Exception: the device has failed, and computes nothing any more.
         """
         for key in tuple(self._wanted):
             slot = self._bank.affine_slot() if key.depth else 0
-            if slot is None:  # an edit is there to check a graph with, or nobody wants the graph
+            if slot is None:  # no affine intervention is loaded that could use or check the graph
                 continue
             del self._wanted[key]
             try:
@@ -135,7 +141,7 @@ class GraphRunner(StagedRunner):
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
-        """As every runner's; see `Runner.run`."""
+        """Compute the logits of the batch's rows, by a graph if there is one; see `Runner.run`."""
         graph = self._graph(batch) if bank is self._bank else None
         if graph is None:
             return super().run(batch, bank, meter)
@@ -149,7 +155,7 @@ class GraphRunner(StagedRunner):
         return self._tail(graph, batch, bank, meter)
 
     def _graph(self, batch: Batch) -> _Graph | None:
-        """The graph for a step; None where it is not made, and then it is wanted, or cannot be."""
+        """Return the graph for a step, or None; a missing one that can be made becomes pending."""
         rows = self._bucket(batch)
         if rows is None:
             return None
@@ -164,13 +170,14 @@ class GraphRunner(StagedRunner):
         graph = self._graphs[key]
         used = frozenset[int]() if affine is None or affine.used is None else affine.used
         if graph is not None and not self._bank.needs(used) <= graph.edits:
-            # Made before a site, or a support or gate at one, was loaded.
+            # The graph was made before a map was loaded that has a new site, or the first support
+            # or gate at one.
             self._wanted[key] = None
             return None
         return graph
 
     def _bucket(self, batch: Batch) -> int | None:
-        """The rows of the graph for a batch; None where it does not just decode."""
+        """Return the rows of the graph for a batch; None where no graph can serve the batch."""
         tokens = batch.input_ids.numel()
         decodes = len(batch.spans) == len(batch.rows) == tokens
         if not decodes or paged_step(batch).index.most_keys > self._pages * PAGE:
@@ -178,7 +185,7 @@ class GraphRunner(StagedRunner):
         return next((rows for rows in self._buckets if rows >= tokens), None)
 
     def _tail(self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
-        """From the decoder's hidden states to logits, with the edits of rewards."""
+        """Compute logits from the decoder's hidden states, with the reward edits."""
         logits_rows, *rewards = stage(
             [batch.logits_rows, *route_tensors(_rewards(batch.route))], self._device
         )
@@ -197,10 +204,10 @@ class GraphRunner(StagedRunner):
         return logits[0].float()
 
     def _make(self, key: GraphKey, slot: int) -> _Graph:
-        """Capture, and compare with the model edited by a slot, on other inputs than the capture's.
+        """Capture a graph, and compare it with the model, edited by a slot, on new inputs.
 
         Raises:
-            GraphError: a replay gives something else, or would leave a site unedited.
+            GraphError: the graph's results differ, or it would leave a site unedited.
         """
         edits = self._bank.layout if key.depth else frozenset[MapNeed]()
         if outside := sorted({need.site for need in edits if not self._decoder.holds(need.site)}):

@@ -12,31 +12,31 @@ from steering.grouped_refinement import GroupedRefinement, RefinementKernels, ti
 from steering.reward import RewardHead, apply_reward
 
 _KERNELS: Final = "steering.kernels.reward_triton"  # Triton is not installed everywhere
-_UNITS: Final = (200, 1024)  # of the heads that are tried; the second is as ARGRE has it
-# Rows of each head: few and many, of both heads and of one.
+_UNITS: Final = (200, 1024)  # hidden units of the two heads that are tried; ARGRE's have 1024
+# The rows of each head in each trial: few and many, of both heads and of one.
 _ROWS: Final = ((1, 6), (5, 0), (2, 0))
 _STEPS: Final = 3
-# How far a row's edit may be off, in the norm. A unit that is zero but for rounding may flip a step
-# earlier or later, which is less than this; to miss every flip is more.
+# The largest relative difference, in the norm, of a row's edit. Rounding may make a unit near zero
+# flip a step earlier or later, which differs by less; kernels that miss every flip differ by more.
 _TOLERANCE: Final = 0.05
 
 
 class WrongRefinementError(ArithmeticError):
-    """The kernels edit rows otherwise than the equations do."""
+    """The kernels' edits of rows differ from the equations."""
 
 
 def make_grouped_refinement(
     slots: int, width: int, device: torch.device, units: Sequence[int] = _UNITS
 ) -> GroupedRefinement | None:
-    """Make the refinement of rows on a device; None, with a warning, where its kernels are wrong.
+    """Make the refinement of rows on a device; if its kernels fail the check, warn and return None.
 
     Args:
-        slots: of heads, and of no head.
-        width: of the rows.
-        units: of two heads that are tried.
+        slots: the number of the bank's slots, slot 0 included.
+        width: the width of the rows.
+        units: the numbers of hidden units of the two heads that are tried.
 
     Raises:
-        ModelLoadError: the device failed, and computes nothing any more.
+        ModelLoadError: the device has failed, and computes nothing any more.
     """
     try:
         kernels: RefinementKernels = importlib.import_module(_KERNELS)
@@ -51,7 +51,7 @@ def make_grouped_refinement(
 def _check(
     kernels: RefinementKernels, width: int, units: Sequence[int], device: torch.device
 ) -> None:
-    """Raise WrongRefinementError unless rows of heads get what the equations give."""
+    """Raise WrongRefinementError unless the kernels edit rows as the equations do."""
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -91,5 +91,5 @@ def _check(
         )
         difference = (refined - expected).norm(dim=1) / (expected - h).norm(dim=1)
         worst = float(difference.max())
-        if not worst < _TOLERANCE:  # also where it is not a number
+        if not worst < _TOLERANCE:  # true for NaN, too
             raise WrongRefinementError(f"a row's edit is off by {worst:.2g}")

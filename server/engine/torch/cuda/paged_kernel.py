@@ -1,12 +1,12 @@
-"""Attention over pages as a Triton kernel: one launch a layer, for prompts and for decoding alike.
+"""Computes attention over pages by a Triton kernel: one launch a layer, prefilling or decoding.
 
-FlashAttention's online softmax (Dao et al. 2022, "FlashAttention") over keys and values that lie in
-pages (Kwon et al. 2023, "PagedAttention"), with sliding windows and soft caps. Shapes of its inputs
-and the number of its programs depend on a step's shape only, so a CUDA graph can hold it. Where
-programs would be too few to fill a GPU, the keys of each sequence are divided among several, whose
-results a second kernel combines (Dao et al. 2023, "Flash-Decoding").
+The kernel is FlashAttention's online softmax (Dao et al. 2022, "FlashAttention") over keys and
+values in pages (Kwon et al. 2023, "PagedAttention"), with sliding windows and soft caps. A CUDA
+graph can hold it, because the shapes of its inputs and the number of its programs depend on a
+step's shape only. Where too few programs would run to fill a GPU, the keys of each sequence are
+divided among several, whose results a second kernel combines (Dao et al. 2023, "Flash-Decoding").
 
-Imported where pages are used only: `triton` is not installed everywhere.
+To be imported only where pages are used, since `triton` is not installed everywhere.
 """
 
 import torch
@@ -18,24 +18,25 @@ from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_index import PagedIndex
 
-_SMALLEST_DOT = 16  # rows and columns of what tensor cores multiply
-_TILE_BYTES = 16384  # of keys: two of keys and two of values fit beside queries into 99 KiB
+_SMALLEST_DOT = 16  # the fewest rows and columns that tensor cores multiply
+# Bytes of a tile of keys. Two tiles of keys, two of values and the queries fit into 99 KiB.
+_TILE_BYTES = 16384
 
 
-# Numbers that differ from step to step must not make a kernel each.
+# Triton would compile more kernels for special values of these numbers, which differ between steps.
 @triton.jit(do_not_specialize=["tokens", "table_stride", "window", "splits"])
 def _attend_kernel(
     output,  # (tokens, heads, head_dim), or float32 (splits, tokens, heads, head_dim)
-    maxima,  # (splits, tokens, heads) float32, of scores; not written where nothing is split
-    sums,  # the same shape: of exponentials of scores less their maximum
+    maxima,  # (splits, tokens, heads) float32, of the scores of each split; only if `is_split`
+    sums,  # the same shape, of exp(score - maximum) in each split; only if `is_split`
     query,  # (tokens, heads, head_dim)
     keys,  # (pages, page, kv_heads, head_dim)
     values,  # the same shape
     owners,  # (blocks,) int32, the sequence of each block of queries
-    firsts,  # (blocks,) int32, the block's first query among its sequence's
-    query_ends,  # (n + 1,) int32
-    lengths,  # (n,) int32, keys of each sequence
-    tables,  # (n, table_stride) int32
+    firsts,  # (blocks,) int32, the number of each block's first query within its sequence's piece
+    query_ends,  # (n + 1,) int32, 0 and then the cumulative number of queries
+    lengths,  # (n,) int32, the number of keys of each sequence
+    tables,  # (n, table_stride) int32, the pages of each sequence
     scale,
     softcap,
     query_token_stride,
@@ -78,13 +79,13 @@ def _attend_kernel(
         mask=real[:, None] & in_head[None],
         other=0.0,
     )
-    place = length - count + number  # of each row's own key
+    place = length - count + number  # the place of each row's own key in its sequence
     last = tl.minimum(length, length - count + first + block_queries)
     begin = 0
     if has_window:
         begin = tl.maximum(0, length - count + first + 1 - window) // block_keys
     tiles = tl.cdiv(last, block_keys) - begin
-    # Which tiles a split has depends on the sequence alone, and so do the bits of its output.
+    # A split's tiles depend on the sequence and the number of splits only, and so do its bits.
     share = tl.cdiv(tiles, splits)
     from_tile = begin + split * share
     to_tile = tl.minimum(begin + tiles, from_tile + share)
@@ -97,7 +98,7 @@ def _attend_kernel(
         stored = tl.load(tables + owner.to(tl.int64) * table_stride + tile * block_keys // page)
         inside = (tile * block_keys) % page + column
         at = ((stored.to(tl.int64) * page + inside) * kv_heads + kv_head) * head_dim
-        written = key < last  # what lies behind may be no number
+        written = key < last  # memory behind them is uninitialized, and may be NaN
         k = tl.load(
             keys + at[None] + dim[:, None], mask=written[None] & in_head[:, None], other=0.0
         )
@@ -106,14 +107,14 @@ def _attend_kernel(
         )
         scores = tl.dot(q, k, input_precision="ieee") * scale
         if has_softcap:
-            # tanh, which the language lacks.
+            # tanh(scores / softcap): Triton's language has no tanh.
             scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
         seen = key[None] <= place[:, None]
         if has_window:
             seen = seen & (key[None] > place[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen no key yet has no maximum, and -inf - -inf is no number.
+        # The maximum of a row that has seen no key yet is -inf, and -inf - -inf would be NaN.
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp(scores - anchor[:, None])
         before = tl.exp(maximum - anchor)
@@ -148,7 +149,7 @@ def _combine_kernel(
     part = tl.arange(0, splits)
     dim = tl.arange(0, block_dim)
     maximum = tl.load(maxima + part * rows + row)
-    weights = tl.exp(maximum - tl.max(maximum, 0))  # 0 of a split without keys
+    weights = tl.exp(maximum - tl.max(maximum, 0))  # 0 for a split without keys
     total = tl.sum(weights * tl.load(sums + part * rows + row), 0)
     mixed = tl.load(
         parts + (part * rows + row)[:, None] * head_dim + dim[None],
@@ -239,5 +240,5 @@ def _attend(
 
 
 def _tile_keys(bytes_of_a_key: int) -> int:
-    """How many keys are multiplied at once: as many as shared memory has room for, up to 64."""
+    """Return the keys in a tile: as many as shared memory has room for, up to 64."""
     return min(64, max(_SMALLEST_DOT, _TILE_BYTES // bytes_of_a_key))

@@ -24,10 +24,10 @@ def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
 
 
 def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
-    """A runner that replays graphs, or `parts.eager` where there can be none.
+    """Make a runner that replays graphs; return `parts.eager` where there can be no graphs.
 
     Raises:
-        ModelLoadError: the device failed, and computes nothing any more.
+        ModelLoadError: the device has failed, and computes nothing any more.
     """
     model, memory = parts.loaded.model, parts.kv.memory
     _use_kernels(parts)
@@ -57,21 +57,21 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
 
 
 def _use_kernels(parts: Parts) -> None:
-    """Have kernels do the edits, unless a check finds them wrong."""
+    """Make kernels compute the edits, unless a check finds them wrong."""
     model, description = parts.loaded.model, parts.loaded.description
     bank = parts.interventions.bank
     use_affine_kernel(description.hidden_size, model.dtype, model.device)
-    if not is_spread(model):  # a head may be wanted on another device there
+    if not is_spread(model):  # a spread model may need a head on another device
         bank.grouped = make_grouped_refinement(bank.slots + 1, description.head_width, model.device)
 
 
 def _rehearse(graphs: GraphRunner, parts: Parts) -> None:
-    """Have graphs made for one affine edit at the default sites, before anybody wants it.
+    """Make the graphs for one affine edit at the default sites, before a request needs them.
 
-    The edit has all that a map may have, so that the graphs serve any map there.
+    The edit has a support and a gate, so that the graphs serve any map at these sites.
     """
     description = parts.loaded.description
-    # Not every architecture has default sites, and at some an edit may reach nothing.
+    # Some architectures have no default sites, and an edit at some sites may not reach the logits.
     with suppress(SiteError, UnservableInterventionError):
         sites = match_sites(default_sites(description.architecture), description.site_widths)
         maps = {site: complete_map(description.site_widths[site]) for site in sites}
@@ -80,6 +80,6 @@ def _rehearse(graphs: GraphRunner, parts: Parts) -> None:
 
 
 def _has_changing_rope(model: PreTrainedModel) -> bool:
-    """Whether rotary frequencies depend on the longest sequence, which the host looks up."""
+    """Return whether the host changes rotary frequencies with the longest sequence's length."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return any(kind in repr(rope) for kind in ("dynamic", "longrope"))

@@ -1,5 +1,5 @@
 """Decides which tokens each step computes, and accounts for K/V memory in blocks.
 
-The scheduler, the sequences that it knows, the prefix cache's keys and copies, and the slots of the
-bank. This room imports no torch and no other room.
+It contains the scheduler and its sequences, the prefix cache and its keys, and the table of the
+bank's slots. This package imports no torch, and no other package of the torch engine.
 """

@@ -1,4 +1,4 @@
-"""Names for blocks of keys and values: equal where the model computes the same, and only there."""
+"""Makes keys for blocks of K and V: equal exactly if the same tokens and edits lead to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from typing import Final, TypeAlias
 from server.engine.base import Edit
 from steering.settings import AffineSettings, Positions
 
-_ROOT: Final = bytes(32)  # the parent of every first block
+_ROOT: Final = bytes(32)  # the parent's key of every first block
 
-# Digest, strength, and where in the block the edit acts first and last.
+# An edit's digest and strength, and the first and last offset in the block at which it acts.
 _Touch: TypeAlias = tuple[str, float, int, int]
 
 
 @dataclass(slots=True)
 class KeyChain:
-    """The keys of a text's blocks, each from its parent's key, its tokens and their edits.
+    """The keys of a sequence's blocks: each hashes its parent's key, its tokens and their edits.
 
-    An edit that leaves K and V alone (a reward), or that acts on no token so far, has no part in
-    a key: whoever asks for it shares the blocks with those who do not.
+    Reward edits, which leave K and V alone, are no part of a key; nor are affine edits that act on
+    no token of the block. So requests with and without such an edit share blocks.
     """
 
     prompt_length: int  # tokens; `positions` of an edit are relative to it
@@ -27,9 +27,10 @@ class KeyChain:
     _keys: list[bytes] = field(default_factory=list)
 
     def first(self, blocks: int, block_size: int, tokens: Sequence[int]) -> Sequence[bytes]:
-        """The keys of the first blocks of a text, whose tokens never change, but grow in number.
+        """Return the keys of the first `blocks` blocks. Each key is computed once.
 
-        Each is made once.
+        Args:
+            tokens: those of the call before, to which more may have been added.
         """
         assert blocks * block_size <= len(tokens), "a block that is not full has no key"
         for place in range(len(self._keys), blocks):
@@ -41,7 +42,7 @@ class KeyChain:
         return self._keys[:blocks]
 
     def _touches(self, block: range) -> list[_Touch]:
-        """What the affine edits do to a block, in the order in which they do it."""
+        """List how the affine edits touch a block, in the order in which they apply."""
         touches: list[_Touch] = []
         for edit in self.edits:
             if isinstance(edit.settings, AffineSettings):
@@ -53,7 +54,7 @@ class KeyChain:
 
 
 def _edited(positions: Positions, block: range, prompt_length: int) -> range:
-    """Those places of a block at which an edit acts; as `steering.route` has it."""
+    """Return the places of a block at which an edit acts; agrees with `steering.route`."""
     match positions:
         case "all":
             return block

@@ -1,4 +1,4 @@
-"""Accounting of K/V memory in blocks. Where the values lie is the attention backend's business."""
+"""Counts K/V memory in blocks. The attention backend decides where the values lie."""
 
 from collections.abc import Collection, Hashable
 from fractions import Fraction
@@ -6,35 +6,35 @@ from math import ceil
 
 
 class BlockPool:
-    """A fixed number of blocks of `block_size` tokens each; each block has one owner or none."""
+    """Counts a fixed number of blocks of `block_size` tokens; each has one owner or none."""
 
     def __init__(self, blocks: int, block_size: int, page_tokens: Fraction = Fraction(1)) -> None:
-        """`page_tokens` is in how many tokens an owner's memory really grows, 1 or more."""
+        """`page_tokens` (1 or more) is the unit in which an owner's memory grows, in tokens."""
         self.blocks = blocks
         self.block_size = block_size
         self._page_tokens = page_tokens
-        self.free = blocks  # blocks that nobody holds
+        self.free = blocks  # the number of blocks without an owner
         self._held: dict[Hashable, int] = {}
 
     @property
     def usage(self) -> float:
-        """The share of blocks that is held, 0 to 1."""
+        """The share of blocks that are held, 0 to 1."""
         return 1 - self.free / self.blocks
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest owner that all blocks together can have."""
+        """The number of tokens that one owner of all blocks can have."""
         return int(self.blocks * self.block_size // self._page_tokens * self._page_tokens)
 
     def needed(self, tokens: int) -> int:
-        """Blocks that one owner's tokens take: so many that their pages' memory is no more."""
+        """Return how many blocks an owner of `tokens` tokens needs, its last page in full."""
         pages = ceil(tokens / self._page_tokens)
         return ceil(pages * self._page_tokens / self.block_size)
 
     def hold(self, owner: Hashable, tokens: int) -> bool:
-        """Make `owner` hold room for `tokens` tokens, with what it holds already.
+        """Make `owner` hold blocks for `tokens` tokens in all.
 
-        False if there is too little; nothing has changed then.
+        Returns False, and changes nothing, if too few blocks are free.
         """
         held = self._held.get(owner, 0)
         more = self.needed(tokens) - held
@@ -46,7 +46,7 @@ class BlockPool:
         return True
 
     def release(self, owner: Hashable) -> None:
-        """Take back what `owner` holds, if anything."""
+        """Free the blocks that `owner` holds, if any."""
         self.free += self._held.pop(owner, 0)
 
     def check(self, owners: Collection[Hashable]) -> None:

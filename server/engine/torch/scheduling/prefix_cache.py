@@ -1,4 +1,4 @@
-"""The prefix cache: copies of full blocks' keys and values, for texts that begin alike."""
+"""The prefix cache: copies of full blocks' keys and values, for sequences that begin alike."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -10,51 +10,51 @@ from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 
 Values = TypeVar("Values")
-# Of all blocks, so many parts: one of them may be there twice while a store gives it up.
+# While a store gives up its memory, 1/_PARTS of all blocks may be in memory twice.
 _PARTS: Final = 128
 
 
 class Store(Protocol[Values]):
-    """One sequence's keys and values, such as a slab."""
+    """Holds one sequence's keys and values, as a slab does."""
 
     def read(self, start: int, end: int) -> Values:
-        """A copy of those of some tokens."""
+        """Copy the keys and values of tokens `start` to `end`."""
         ...
 
     def write(self, start: int, values: Values) -> None:
-        """Store what was read, from a token on."""
+        """Store the values that `read` returned, as the tokens from `start` on."""
         ...
 
     def truncate(self, tokens: int) -> None:
-        """Forget what is stored from a token on."""
+        """Keep the first `tokens` tokens only."""
         ...
 
 
 class PrefixCache(Generic[Values]):
-    """Blocks by key, the least recently used first.
+    """Keeps copies of blocks by key, the least recently used first.
 
-    Each takes one of the pool's blocks that no sequence holds, and gives it up as soon as one
-    wants it: nobody yields or waits for the sake of what is stored here. A sequence gets copies,
-    so that it cannot write into anybody else's prefix.
+    A cached block takes the room of a pool's block that no sequence holds, and is dropped as soon
+    as a sequence wants that room: no sequence yields or waits for the cache. A sequence gets
+    copies, so that it cannot write into another's prefix.
     """
 
     def __init__(self, pool: BlockPool, enabled: bool) -> None:
         self._pool = pool
-        self._at_once = max(1, pool.blocks // _PARTS)  # blocks that a store gives up
+        self._at_once = max(1, pool.blocks // _PARTS)  # blocks that a store gives up at once
         self._enabled = enabled
         self._blocks: OrderedDict[bytes, Values] = OrderedDict()
-        self._expected = Counter[bytes]()  # how often a block is still to be loaded
-        self.queries = 0  # tokens of prompts looked up since the start
-        self.hits = 0  # those of them that were found
+        self._expected = Counter[bytes]()  # by key, how often a block is still to be loaded
+        self.queries = 0  # prompt tokens looked up since the start
+        self.hits = 0  # prompt tokens found since the start
 
     def __len__(self) -> int:
-        """Blocks that are stored."""
+        """Return the number of stored blocks."""
         return len(self._blocks)
 
     def find(self, sequence: EngineSequence) -> int:
-        """How many of its first tokens are stored.
+        """Return how many of a sequence's first tokens are stored.
 
-        Only those that are followed by no token whose logits are wanted, so never the last one.
+        Only `skippable` tokens count, whose logits nobody wants, so never the last one.
         """
         if not self._enabled:
             return 0
@@ -65,17 +65,18 @@ class PrefixCache(Generic[Values]):
         return found * size
 
     def expect(self, sequences: Iterable[EngineSequence]) -> None:
-        """Keep the blocks that these sequences have found, and nobody else's, until they load them.
+        """Keep the blocks that these sequences have found until they load them.
 
-        They hold the memory of their copies by now, of which they have taken nothing yet.
+        Replaces the sequences of the call before. These sequences hold the pool's blocks for their
+        copies already, but have not filled them; the cache may use that room until they load.
         """
         self._expected = Counter(key for each in sequences for key in self._found(each))
         self.trim()
 
     def load(self, sequence: EngineSequence, store: Store[Values]) -> None:
-        """Give a sequence that begins the tokens that count as computed.
+        """Copy a beginning sequence's computed tokens into its store.
 
-        These are what `find` has found; nothing of it has gone since.
+        `find` has found these tokens, and their blocks were kept since.
         """
         size = self._pool.block_size
         if self._enabled and sequence.skippable and not sequence.preemptions:
@@ -93,14 +94,15 @@ class PrefixCache(Generic[Values]):
         """Keep the full blocks of a sequence's checked tokens, as far as there is room.
 
         Args:
-            giving_up: what is kept, or not worth it, is taken out of the store.
+            giving_up: whether to empty the store, part by part as its blocks are copied.
         """
         size = self._pool.block_size
         blocks = min(sequence.checked // size, self._pool.free) if self._enabled else 0
         keys = sequence.chain.first(blocks, size, sequence.tokens)
         if giving_up:
             store.truncate(blocks * size)
-        # The last block first: it is no use without those before it, so it goes before them.
+        # From the last block to the first, so that the last becomes the least recently used: it is
+        # of no use without those before it.
         for place in reversed(range(blocks)):
             if keys[place] not in self._blocks:
                 self.trim(1)
@@ -111,7 +113,7 @@ class PrefixCache(Generic[Values]):
         self.trim()
 
     def trim(self, more: int = 0) -> None:
-        """Give up what sequences have taken the room of, and what `more` blocks would take."""
+        """Drop old blocks until the rest, and `more` blocks, fit beside what sequences hold."""
         too_many = len(self._blocks) + more - self._pool.free - self._expected.total()
         if too_many > 0:
             old = (key for key in self._blocks if not self._expected[key])
@@ -119,11 +121,11 @@ class PrefixCache(Generic[Values]):
                 del self._blocks[key]
 
     def clear(self) -> None:
-        """Give up everything."""
+        """Drop all blocks."""
         self._blocks.clear()
 
     def check(self) -> None:
-        """Assert that what is stored has room. Between two steps."""
+        """Assert that the stored blocks have room. To be called between two steps."""
         assert len(self._blocks) <= self._pool.free, "cached blocks take memory that others hold"
 
     def _found(self, sequence: EngineSequence) -> Items[bytes]:

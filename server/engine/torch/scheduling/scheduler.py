@@ -1,4 +1,4 @@
-"""Continuous batching: which tokens of which sequences the next step computes."""
+"""Continuous batching: decides which tokens of which sequences the next step computes."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.scheduling.shares import share
 
-BACKGROUND_TOKENS: Final = 8  # all background work together, in a step that requests wait for
+BACKGROUND_TOKENS: Final = 8  # for all background work together, in a step that serves requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +24,22 @@ class Chunk:
 
     @property
     def end(self) -> int:
-        """The place after its last token."""
+        """The place after the chunk's last token."""
         return self.start + self.count
 
     @property
     def completes(self) -> bool:
-        """Whether it ends with the last token known."""
+        """Whether the chunk ends with the sequence's last known token."""
         return self.end == len(self.sequence.tokens)
 
     @property
     def samples(self) -> bool:
-        """Whether the next token is drawn after it."""
+        """Whether the sequence's next token is drawn after the chunk."""
         return self.completes and len(self.sequence.tokens) < self.sequence.max_length
 
     @property
     def scores(self) -> range:
-        """The places of those tokens after which the prompt's next token is to be scored."""
+        """The places of the chunk's tokens after which the prompt's next token is to be scored."""
         sequence = self.sequence
         if sequence.request.sampling.prompt_logprobs is None:
             return range(0)
@@ -47,11 +47,11 @@ class Chunk:
 
     @property
     def logits_places(self) -> range:
-        """The places of those tokens after which logits are needed."""
+        """The places of the chunk's tokens after which logits are needed."""
         scores = self.scores
         if not self.samples:
             return scores
-        # Prompt tokens are scored before the first token is drawn, so the two join.
+        # Where both are needed, the chunk ends with the prompt, and scoring ends just before that.
         return range(scores.start if scores else self.end - 1, self.end)
 
 
@@ -60,44 +60,46 @@ class StepPlan:
     """What the next step computes, and which sequences gave up their K/V for it."""
 
     chunks: list[Chunk]
-    preempted: list[Sequence]
+    preempted: list[Sequence]  # will be computed anew later
     dropped: list[Sequence]  # background work that was ended
 
 
 def nothing_found(_: Sequence) -> int:
-    """What is found of a sequence where there is no prefix cache."""
+    """Return 0: without a prefix cache, no tokens are found."""
     return 0
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """First come, first served; what a request asks for beside its tokens is not looked at.
+    """Serves sequences in the order of their arrival, however they are steered or sampled.
 
-    Each sequence that decodes has its token in every step. Prompts are computed in chunks; where
-    anything decodes, all together take no more than `prefill_tokens` of a step, so that the step
-    stays short. `share` says how they divide it.
+    Each decoding sequence has its token in every step. Prompts are computed in chunks. In a step
+    that decodes, all prompts together take at most `prefill_tokens` tokens, so that the step stays
+    short. `share` says how they divide them.
 
-    A sequence starts when the blocks for the tokens that it has are free, with one to spare for
-    each that runs already, and takes more as it grows. When none is left, the sequence that came
-    last is preempted: it gives up its blocks, waits in front, and is computed anew later. So the
-    oldest always goes on, and every sequence becomes the oldest.
+    A sequence starts when there are free blocks for its tokens, and one to spare for each sequence
+    that runs already; it takes more blocks as it grows. When none is free, the sequence that came
+    last is preempted: it gives up its blocks, moves to the front of the queue, and is computed anew
+    later. So the oldest sequence always goes on, and every sequence becomes the oldest.
 
     Background work starts at once or not at all, takes few tokens of a step that computes anything
-    else, and is ended as soon as anything else wants its room.
+    else, and is ended as soon as another sequence needs its room.
     """
 
     pool: BlockPool
     max_batch_size: int  # sequences running at once
     max_batch_tokens: int  # tokens of one step
     max_waiting: int
-    prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None: what is left
-    # How many of a sequence's first tokens need not be computed, when its first chunk is made.
+    # Prompt tokens in a step that also decodes; None for all that the step has room for.
+    prefill_tokens: int | None = None
+    # Says how many of a sequence's first tokens the prefix cache has, when it gets its first chunk.
     find: Callable[[Sequence], int] = nothing_found
-    # Both in order of arrival, and all that run came before all that wait.
+    # Both in order of arrival; all running sequences came before all waiting ones.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     background: list[Sequence] = field(default_factory=list)  # runs too, in order of arrival
-    # Those that another one will follow, whose place in the queue is taken; finished ones too.
+    # Sequences, running or finished, that another one will follow, for which a place in the waiting
+    # queue is kept.
     followed: set[Sequence] = field(default_factory=set)
     preemptions: int = 0  # since the start
     _arrivals: int = 0
@@ -116,21 +118,21 @@ class Scheduler:
 
     @property
     def capacity(self) -> int:
-        """Sequences that may be here at once: those that run or wait."""
+        """The number of sequences that may run or wait at once."""
         return self.max_batch_size + self.max_waiting
 
     def check_room(self, places: int) -> None:
-        """Raise QueueFullError unless so many places of the waiting queue are free.
+        """Raise QueueFullError unless `places` places of the waiting queue are free.
 
-        What could start at once takes none of it. An empty queue takes whatever one client may ask
-        for at once.
+        Sequences that could start now take no place. A queue where no others wait takes any number,
+        since a client may ask for more at once than the queue holds.
         """
         waiting = len(self.waiting) - self._startable()
         if waiting and waiting + len(self.followed) + places > self.max_waiting:
             raise QueueFullError(f"{waiting} requests are waiting already; try again later")
 
     def _startable(self) -> int:
-        """How many of the queue would start with a step that began now, background work gone."""
+        """Count the waiting sequences that would start now, if all background work were ended."""
         places = self.max_batch_size - len(self.running)
         blocks = self.pool.free + sum(
             self.pool.needed(len(each.tokens)) for each in self.background
@@ -138,20 +140,21 @@ class Scheduler:
         for started, sequence in enumerate(self.waiting):
             places -= 1
             blocks -= self.pool.needed(len(sequence.tokens))
-            # As `_has_room`: with a block to spare for each that runs.
+            # As in `_has_room`: with a block to spare for each running sequence.
             if places < 0 or blocks < (len(self.running) + started) * self.pool.needed(1):
                 return started
         return len(self.waiting)
 
     def check_background(self, *sequences: Sequence) -> None:
-        """Raise GaveWayError unless background work can start now, beside all there is."""
+        """Raise GaveWayError unless background work can start now, beside all that runs."""
         if self.waiting or not self._has_room(*sequences):
             raise GaveWayError("there is no room for background work now")
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, for which `check_room` found room and which the pool can hold.
+        """Queue a sequence, or start it at once if it is background work.
 
-        Background work, for which `check_background` found room, is not queued but runs.
+        `check_room`, or `check_background`, must have found room for it, and the pool must be able
+        to hold its longest completion.
         """
         assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
         sequence.arrival = self._arrivals
@@ -175,7 +178,7 @@ class Scheduler:
                 self.pool.release(sequence)
 
     def schedule(self) -> StepPlan:
-        """The next step's plan; without chunks when there is nothing to do."""
+        """Plan the next step; the plan has no chunks if there is nothing to do."""
         plan = StepPlan([], [], [])
         self._make_room(plan)
         while self._start_next(plan):
@@ -192,8 +195,8 @@ class Scheduler:
         return plan
 
     def _add_chunks(self, plan: StepPlan, sequences: Items[Sequence], budget: int) -> int:
-        """Share a budget of tokens among sequences; what is left of it."""
-        # What is found counts only where a chunk follows: until then, it may be given up.
+        """Share a budget of tokens among sequences; return what is left of it."""
+        # Cached tokens count as computed only with a chunk: until then the cache may drop them.
         starts = [each.computed or self.find(each) for each in sequences]
         pending = [len(each.tokens) - start for each, start in zip(sequences, starts, strict=True)]
         counts = share(pending, budget)
@@ -205,9 +208,9 @@ class Scheduler:
         return budget
 
     def _make_room(self, plan: StepPlan) -> None:
-        """Let every running sequence hold its tokens, the oldest first."""
+        """Let every running sequence hold blocks for its tokens, the oldest first."""
         for sequence in tuple(self.running):
-            # The youngest yield, so that the oldest always goes on.
+            # The youngest yields, so that the oldest always goes on.
             while sequence in self.running and not self._hold(sequence):
                 if self.background:
                     plan.dropped.append(self._drop_youngest())
@@ -233,7 +236,7 @@ class Scheduler:
         return sequence
 
     def _start_next(self, plan: StepPlan) -> bool:
-        """Start the first waiting sequence, if there is one and room for it."""
+        """Start the first waiting sequence if there is room for it; False if none was started."""
         if not self.waiting:
             return False
         while not self._has_room(self.waiting[0]):
@@ -250,16 +253,16 @@ class Scheduler:
         return self.pool.hold(sequence, len(sequence.tokens))
 
     def _has_room(self, *sequences: Sequence) -> bool:
-        """Whether sequences can start beside all that run."""
+        """Return whether sequences can start beside all that run."""
         running = [*self.running, *self.background]
         if len(running) + len(sequences) > self.max_batch_size:
             return False
-        # Without the spare blocks one might be preempted, and its work lost, a few steps later.
+        # Without spare blocks, a sequence might be preempted, and its work lost, a few steps later.
         needed = sum(self.pool.needed(len(sequence.tokens)) for sequence in sequences)
         return needed + len(running) * self.pool.needed(1) <= self.pool.free
 
     def check(self) -> None:
-        """Assert that the books add up. Between two steps."""
+        """Assert that queues and blocks are consistent. To be called between two steps."""
         running = [*self.running, *self.background]
         self.pool.check(running)
         assert len(running) <= self.max_batch_size, "more run than the batch holds"

@@ -1,4 +1,4 @@
-"""An admitted request, and how far it is."""
+"""The state of a request in the engine."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,25 @@ from steering.settings import SlottedEdit
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request's tokens and their state in the engine."""
+    """A request's tokens, and how far the engine has computed them."""
 
     request: Request
     tokens: list[int]  # the prompt, then what was generated
     chain: KeyChain  # the keys of its blocks
-    edits: tuple[SlottedEdit, ...] = ()  # from the admission on, which knows the slots
+    edits: tuple[SlottedEdit, ...] = ()  # set at the admission, when the slots are known
     arrival: int = -1  # its place in the order of arrival
-    computed: int = 0  # how many of `tokens` have their K/V in the cache
-    checked: int = 0  # those of them that logits were seen to follow that are numbers
-    # Prompt tokens after which the next one's log-probability is known, or not asked for.
+    computed: int = 0  # how many of `tokens` have their K/V in memory
+    # How many first tokens have K/V from which finite logits were computed since; the prefix cache
+    # keeps no others.
+    checked: int = 0
+    # How many first prompt tokens need no score: the log-probability of the token after each is
+    # known, or was not asked for.
     scored: int = 0
     preemptions: int = 0  # how often it gave up its K/V
 
     @classmethod
     def of(cls, request: Request) -> "Sequence":
-        """A request at its beginning."""
+        """Make the sequence of a request of which nothing is computed yet."""
         chain = KeyChain(len(request.prompt), request.effective_edits)
         unasked = request.sampling.prompt_logprobs_from - 1
         return cls(request, list(request.prompt), chain, scored=unasked)
@@ -36,22 +39,22 @@ class Sequence:
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """The interventions that it pins, from its admission to its end."""
+        """The digests of the interventions that it pins, from its admission to its end."""
         return tuple(edit.digest for edit in self.request.effective_edits)
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt."""
+        """The number of tokens of the prompt."""
         return len(self.request.prompt)
 
     @property
     def max_length(self) -> int:
-        """Tokens of the prompt and the longest completion asked for."""
+        """The number of tokens of the prompt and the longest completion asked for."""
         return self.prompt_length + self.request.sampling.max_tokens
 
     @property
     def skippable(self) -> int:
-        """Its first tokens after which no logits are wanted: K/V is all that is needed of them."""
+        """The number of first tokens whose logits nobody wants, so that cached K/V will do."""
         asked = self.request.sampling.prompt_logprobs is not None
         if asked and self.scored < self.prompt_length - 1:
             return self.scored
@@ -59,5 +62,5 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens whose K/V is still to be computed: 1 while decoding, more while prefilling."""
+        """The number of tokens without K/V: 1 while decoding, more while prefilling."""
         return len(self.tokens) - self.computed

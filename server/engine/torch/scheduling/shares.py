@@ -1,18 +1,18 @@
-"""How a step's tokens are shared among the prompts that are being computed."""
+"""Shares a step's tokens among the prompts that are being computed."""
 
 from collections.abc import Sequence
 
 
 def share(left: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each prompt a step computes.
+    """Return how many tokens of each prompt a step computes.
 
-    The oldest takes up to half of the budget, and what remains goes to the shortest first. So a
-    short prompt gets past long ones, and as the oldest always goes on, and every prompt becomes
-    the oldest, nobody starves.
+    The oldest prompt takes up to half of the budget, and the rest goes to the shortest prompts
+    first. So short prompts pass long ones. No prompt starves, because the oldest always goes on,
+    and every prompt becomes the oldest.
 
     Args:
         left: tokens that each prompt still needs, in order of arrival.
-        budget: tokens of the step.
+        budget: tokens that the step may compute.
     """
     counts = [0] * len(left)
     shortest_first = sorted(range(len(left)), key=left.__getitem__)

@@ -1,4 +1,4 @@
-"""Which intervention holds which slot of the bank: pins, and LRU over the slots nobody pins."""
+"""Tells which intervention holds which slot of the bank, with pins and LRU eviction."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -7,7 +7,11 @@ from server.engine.base import BankFullError
 
 
 class SlotTable:
-    """Slots 1..capacity, by digest."""
+    """Maps digests to slots 1..capacity.
+
+    A slot may have many pins, each for one user of its intervention. Slots without pins are
+    evicted when others are needed, the least recently used first.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._free = list(range(capacity, 0, -1))
@@ -16,25 +20,25 @@ class SlotTable:
 
     @property
     def used(self) -> int:
-        """Slots that hold an intervention, pinned or not."""
+        """The number of slots that hold an intervention, pinned or not."""
         return len(self._slots)
 
     @property
     def pins(self) -> int:
-        """How many pins are held, over all slots."""
+        """The number of pins, over all slots."""
         return self._pins.total()
 
     @property
     def capacity(self) -> int:
-        """All slots."""
+        """The number of all slots."""
         return len(self._free) + len(self._slots)
 
     def holds(self, digest: str) -> bool:
-        """Whether an intervention is loaded."""
+        """Return whether an intervention is loaded."""
         return digest in self._slots
 
     def pin(self, digest: str) -> int | None:
-        """Hold the slot of a loaded intervention; None if it is not loaded."""
+        """Pin a loaded intervention and return its slot; None if it is not loaded."""
         slot = self._slots.get(digest)
         if slot is not None:
             self._slots.move_to_end(digest)
@@ -42,12 +46,12 @@ class SlotTable:
         return slot
 
     def unpin(self, digest: str) -> None:
-        """Let go of one pin. The intervention stays loaded until its slot is wanted."""
+        """Remove one pin. The intervention stays loaded until its slot is needed for another."""
         assert self._pins[digest] > 0, f"{digest} is not pinned"
         self._pins[digest] -= 1
 
     def take(self, digest: str) -> int:
-        """A slot for an intervention that is not loaded, pinned once; evicts if it must.
+        """Take a slot for an intervention that is not loaded, and pin it; evict one if need be.
 
         Raises:
             BankFullError: every slot is pinned.

@@ -17,31 +17,31 @@ class Row:
     """One row of a step's logits."""
 
     sequence: EngineSequence
-    place: int  # of the token that it follows
+    place: int  # the place, in the sequence, of the token that the logits follow
 
     @property
     def draws(self) -> bool:
-        """Whether the next token is drawn from it."""
+        """Whether the sequence's next token is drawn from the row."""
         return self.place == len(self.sequence.tokens) - 1
 
     @property
     def scores(self) -> bool:
-        """Whether it scores a prompt's next token."""
+        """Whether the row gives the log-probability of a prompt's next token."""
         return not self.draws
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """All that a forward pass needs. Tokens of all sequences are packed in one row."""
+    """All inputs of a forward pass. Tokens of all sequences are packed in one row."""
 
     input_ids: Tensor  # (1, tokens) int64
     position_ids: Tensor  # (1, tokens) int64
-    rows: Sequence[Row]  # of the logits that are needed
-    logits_rows: Tensor  # (rows,) int64 on the CPU: which of the packed tokens they follow
+    rows: Sequence[Row]  # the logits rows that are needed
+    logits_rows: Tensor  # (rows,) int64 on the CPU: the packed token that each row follows
     attention: AttentionStep
     route: Route
-    spans: Sequence[Span]  # of each sequence's tokens, one after the other
-    places: Mapping[EngineSequence, int]  # where in `spans` a sequence's is
+    spans: Sequence[Span]  # each sequence's tokens, in the order in which they are packed
+    places: Mapping[EngineSequence, int]  # each sequence's index in `spans`
 
 
 def build_batch(
@@ -50,17 +50,17 @@ def build_batch(
     memory: KVMemory,
     device: torch.device,
 ) -> Batch:
-    """The step's tensors, with the chunks in the order in which attention takes them best.
+    """Build the step's tensors, with the chunks in the order that suits attention best.
 
     Args:
         lanes: each sequence's keys and values, in `memory`, with room for its chunk.
-        device: the model's; the tensors are there, unless `memory` has them built elsewhere.
+        device: the model's; tensors are made there, unless `memory.batch_device` names another.
     """
     device = memory.batch_device or device
     tokens: list[int] = []
     positions: list[int] = []
     rows: list[Row] = []
-    packed: list[int] = []  # where the rows' tokens are in `tokens`
+    packed: list[int] = []  # the index in `tokens` of each row's token
     spans: list[Span] = []
     lane_spans: list[LaneSpan] = []
     places: dict[EngineSequence, int] = {}
@@ -86,7 +86,7 @@ def build_batch(
         input_ids=torch.tensor([tokens], device=device),
         position_ids=torch.tensor([positions], device=device),
         rows=rows,
-        # On the CPU because it indexes wherever the model's last layer is.
+        # On the CPU, because the model's last layer, where it indexes, may be on any device.
         logits_rows=torch.tensor(packed, dtype=torch.int64),
         attention=memory.step(lane_spans),
         route=build_route(spans, device),
@@ -98,7 +98,7 @@ def build_batch(
 def _lane_spans(
     chunks: Sequence[Chunk], lanes: Mapping[EngineSequence, Lane], memory: KVMemory
 ) -> list[tuple[Chunk, LaneSpan]]:
-    """Each chunk and where its keys and values go, in the order that suits attention best."""
+    """Pair each chunk with the span of its lane, in the order that suits attention best."""
     lane_spans = [
         (chunk, LaneSpan(lanes[chunk.sequence], chunk.start, chunk.count)) for chunk in chunks
     ]

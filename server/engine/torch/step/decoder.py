@@ -1,4 +1,4 @@
-"""A model's decoder layers: which of them are alike, and who computes them."""
+"""Groups a model's decoder layers by structure, and lets other code compute them for a while."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ LayerCall: TypeAlias = Callable[..., object]
 
 @dataclass(slots=True)
 class Record:
-    """What the layers were given in one forward pass, and what they made of it."""
+    """The layers' inputs and outputs in one forward pass of `tokens` tokens."""
 
     tokens: int
     inputs: list[tuple[tuple[object, ...], dict[str, object]]]  # by layer
@@ -27,24 +27,24 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What the layers did in a forward pass, for a graph to be made and checked with."""
+    """A recorded forward pass, with which a graph is compiled and checked."""
 
     record: Record
     attention: AttentionStep
 
 
 class DecoderLayers:
-    """The layers of a model, each of which somebody else may compute for a while."""
+    """A model's layers, any of which other functions can compute within a context."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         path, self.modules = _find(model)
         self._prefix = f"{path}."
         self.tensors = [_tensors(module) for module in self.modules]
-        # What is read at run time where all layers share one graph.
+        # Each layer's index as a tensor, for graphs that several layers share.
         self.positions = [torch.tensor(index) for index in range(len(self.modules))]
         # Layers of one structure differ in nothing but their tensors.
-        self.structures: list[nn.Module] = []
-        self.structure_of: list[int] = []
+        self.structures: list[nn.Module] = []  # a template of each structure
+        self.structure_of: list[int] = []  # by layer, its structure's index
         signatures: list[object] = []
         for module in self.modules:
             if (signature := _signature(module)) not in signatures:
@@ -57,9 +57,9 @@ class DecoderLayers:
             module.forward = self._dispatch(index)
 
     def place(self, site: str) -> tuple[int, Place] | None:
-        """The layer that computes a site, and where the site is in it; None where none does.
+        """Return the layer that computes a site, and the site's place in it; None if none does.
 
-        What a layer itself gives, or is given, is edited around the layer.
+        None for a layer's own input and output, too, which are edited outside of its `forward`.
         """
         module, is_input = place_of(site)
         if not module.startswith(self._prefix):
@@ -69,7 +69,7 @@ class DecoderLayers:
 
     @contextmanager
     def replaced_by(self, calls: Sequence[LayerCall | None]) -> Iterator[None]:
-        """Within the context, `calls` compute the layers; None leaves a layer as it is."""
+        """Have `calls` compute the layers within the context; None leaves a layer as it is."""
         before, self._calls = self._calls, calls
         try:
             yield
@@ -78,7 +78,7 @@ class DecoderLayers:
 
     @contextmanager
     def recorded(self, tokens: int) -> Iterator[Record]:
-        """Within the context, one forward pass of so many tokens is taken down."""
+        """Record the forward pass, of `tokens` tokens, that is run within the context."""
         record = Record(tokens, [], [])
 
         def recorder(compute: LayerCall) -> LayerCall:
@@ -101,7 +101,7 @@ class DecoderLayers:
 
 
 def _find(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The path of the list of a model's layers, and the layers."""
+    """Find the list of a model's layers; return its path and the layers."""
     count = model.config.get_text_config().num_hidden_layers
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -114,7 +114,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _signature(layer: nn.Module) -> object:
-    """All that tells one layer's computation from another's, but for the values of tensors."""
+    """Return a value that is equal for layers that differ only in index and tensors' values."""
     parts = [
         (path, type(module), sorted(_constants(module).items()))
         for path, module in layer.named_modules()
@@ -132,7 +132,7 @@ def _constants(module: nn.Module) -> Mapping[str, str]:
 
 
 def template_of(layer: nn.Module) -> nn.Module:
-    """A copy without hooks, and without tensors: they are to be given with each call."""
+    """Copy a layer without its hooks and tensors; its tensors are to be given with each call."""
     memo: dict[int, object] = {id(each): torch.empty(0) for each in layer.buffers()}
     memo |= {
         id(each): nn.Parameter(torch.empty(0), requires_grad=False) for each in layer.parameters()

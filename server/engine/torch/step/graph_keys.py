@@ -1,20 +1,20 @@
-"""Which steps share a captured graph."""
+"""Decides which steps share a captured CUDA graph."""
 
 from dataclasses import dataclass
 from typing import Final
 
-MOST_DEPTH: Final = 2  # of stacks of affine edits that graphs are made for: each takes memory
+MOST_DEPTH: Final = 2  # the deepest stack of affine edits with graphs, as each graph takes memory
 
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """What a graph is made for."""
+    """The steps that a graph serves."""
 
-    rows: int  # sequences, each with one token; fewer are padded
+    rows: int  # sequences, each with one token; steps of fewer are padded
     depth: int  # places in the stacks of affine edits
 
 
 def buckets(most: int) -> tuple[int, ...]:
-    """The numbers of rows that there are graphs for: powers of two, and the largest."""
+    """Return the numbers of rows that graphs are made for: powers of two below `most`, and it."""
     powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     return (*powers, most)

@@ -19,22 +19,22 @@ class LayerCompiler(Protocol):
 
     @property
     def pending(self) -> int:
-        """What is being compiled, or waits for that."""
+        """The number of compilations that run or wait."""
         ...
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
+        """Wait until nothing is pending; False if that takes longer than `timeout` seconds."""
         ...
 
     def step(
         self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
     ) -> AbstractContextManager[None]:
-        """Within the context, a step's layers run compiled, where they are."""
+        """Run a step's layers compiled within the context, as far as they are compiled."""
         ...
 
 
 class Runner:
-    """The model, the hooks in it, and its compiled layers, if there are any."""
+    """Runs the model, with its hooks, and its compiled layers if there are any."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class Runner:
 
     @property
     def pending(self) -> int:
-        """What would make steps faster, and is not made yet."""
+        """The number of graphs that would make steps faster, and are not made yet."""
         return 0 if self.compiled is None else self.compiled.pending
 
     def make_pending(self) -> bool:
-        """Make one thing that is pending and that this thread has to make; False if none is."""
+        """Make one pending graph that the calling thread has to make; False if there is none."""
         return False
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
-        """The logits of the batch's rows: (rows, vocabulary) float32.
+        """Compute the logits of the batch's rows: (rows, vocabulary) float32.
 
-        A meter, if one is given, learns how large the edits were.
+        A meter, if one is given, measures how large the edits are.
         """
         tokens = batch.input_ids.numel()
         with ExitStack() as step:

@@ -1,4 +1,4 @@
-"""Runs the model on batches that were built on the host, for a GPU."""
+"""Runs the model on a GPU, on batches that were built on the CPU."""
 
 from dataclasses import replace
 
@@ -22,25 +22,25 @@ from steering.hooks import SteeringHooks
 
 
 class StagedRunner(Runner):
-    """The model, whose batches come with all their tensors on the CPU and pages for attention."""
+    """Runs the model over pages, on batches all of whose tensors are on the CPU."""
 
     def __init__(self, model: PreTrainedModel, hooks: SteeringHooks, device: torch.device) -> None:
         super().__init__(model, hooks)
         self._device = device
 
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
-        """As every runner's; see `Runner.run`."""
+        """Copy the batch to the device, then run the model; see `Runner.run`."""
         return super().run(_on_device(batch, self._device), bank, meter)
 
 
 def paged_step(batch: Batch) -> PagedStep:
-    """The attention of a batch that was built for pages."""
+    """Return the attention of a batch that was built for pages."""
     assert isinstance(batch.attention, PagedStep), "a batch for another memory"
     return batch.attention
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with all its tensors on a device, by one copy."""
+    """Copy all of a batch's tensors to a device at once."""
     step = paged_step(batch)
     of_index, of_route = index_tensors(step.index), route_tensors(batch.route)
     inputs = [batch.input_ids, batch.position_ids, batch.logits_rows]
