@@ -17,7 +17,7 @@ _FIRST_ROWS: Final = 16
 
 
 class OutOfPagesError(RuntimeError):
-    """No page is free, although the scheduler plans only steps whose pages are."""
+    """No page is free; the scheduler should never plan a step that raises this."""
 
 
 class PagePool:

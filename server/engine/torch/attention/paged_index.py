@@ -14,7 +14,7 @@ from server.engine.torch.attention.page_pool import PAGE
 # is one query of one head. Registers hold more than 16 rows in half precision only.
 _DECODING_ROWS: Final = 16
 _READING_ROWS: Final = {2: 64, 4: 16}  # by bytes of a number
-_PROGRAMS_PER_PROCESSOR: Final = 2  # that keys are split for, at most
+_PROGRAMS_PER_PROCESSOR: Final = 2  # keys are divided among no more programs than this allows
 SPLITS: Final = (1, 2, 4, 8, 16)
 
 
@@ -73,8 +73,9 @@ class Tiling:
     def splits(self, blocks: int) -> int:
         """Return among how many programs each sequence's keys are divided in a decoding step.
 
-        The programs are as many as keep all multiprocessors busy. Their number depends on the
-        number of blocks only, so a sequence's result has the same bits in all steps of one shape.
+        Keys are divided until each multiprocessor has one or two programs, as far as `SPLITS` goes.
+        The number depends on `blocks` only, so a sequence's result has the same bits in all steps
+        of one shape.
 
         Args:
             blocks: the number of sequences, each of which has one block.

@@ -25,15 +25,15 @@ from server.engine.torch.scheduling.block_pool import BlockPool
 
 _BLOCK_SIZE: Final = 16  # tokens
 _SPARE: Final = 64  # with slabs, one block in so many is left unused
-# The most tokens of a head in a page of the operating system for blocks to be counted in such
-# pages. More fit only in toy models, whose blocks are counted in tokens.
+# Blocks are counted in pages of the operating system if such a page holds at most so many tokens of
+# a head. It holds more only in toy models, whose blocks are counted in tokens.
 _LARGEST_PAGE: Final = 64
 # The share of a device's free memory that keys and values get, when the engine is built: on a CPU,
 # whose memory other processes use too, and on each of several GPUs. For a single GPU `memory_plan`
 # computes the size.
 _FREE_SHARE: Final = {"cpu": 0.25, "cuda": 0.8}
 # The share of the memory for keys and values that is left to the prefix cache where there are
-# pages, which are all allocated at the start. Slabs and the cache take memory as they grow.
+# pages, which are all allocated at the start. Slabs and the cache share one budget instead.
 _PREFIX_SHARE: Final = 0.15
 _LARGEST_HEAD: Final = 256  # the widest head whose tiles fit into a GPU's shared memory
 _TENSOR_CORES: Final = (8, 0)  # Ampere's compute capability, the first with bfloat16 tensor cores

@@ -15,6 +15,6 @@ class GraphKey:
 
 
 def buckets(most: int) -> tuple[int, ...]:
-    """Return the numbers of rows that graphs are made for: powers of two below `most`, and it."""
+    """Return the numbers of rows that graphs have: the powers of two below `most`, and `most`."""
     powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     return (*powers, most)
