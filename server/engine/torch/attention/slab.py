@@ -96,7 +96,7 @@ class SlabGroup:
         self.slabs.append(slab)
 
     def remove(self, row: int, tokens: int) -> None:
-        """Remove a row's slab, of which `tokens` are stored there; the last slab takes its row."""
+        """Remove the slab in a row, with `tokens` tokens stored there; the last takes its row."""
         if tokens:
             self.clear(row, 0)
         last = len(self.slabs) - 1
@@ -175,7 +175,7 @@ class SlabPool:
         group.add(slab)
 
     def remove(self, group: SlabGroup, row: int, tokens: int) -> None:
-        """Remove a row's slab from its group, of which `tokens` are stored there."""
+        """Remove the slab in a group's row, with `tokens` tokens stored there."""
         group.remove(row, tokens)
         if not group.slabs:
             self._groups[group.capacity].remove(group)

@@ -11,7 +11,7 @@ from steering.affine import AffineMap, Gate, edit_stacks
 from steering.kernels.affine_edit import EditStacks, use_kernel_on_gpus
 from steering.site_maps import SiteMaps
 
-_KERNEL: Final = "steering.kernels.affine_triton"  # Triton is not installed everywhere
+_KERNEL: Final = "steering.kernels.affine_triton"  # by name: Triton is not installed everywhere
 _TOKENS: Final = 5
 _DEPTH: Final = 2
 # The largest relative difference, in the norm, of a token's edit. Kernel and reference both compute

@@ -11,7 +11,7 @@ from server.engine.torch.model.fallback import fall_back
 from steering.grouped_refinement import GroupedRefinement, RefinementKernels, tiles
 from steering.reward import RewardHead, apply_reward
 
-_KERNELS: Final = "steering.kernels.reward_triton"  # Triton is not installed everywhere
+_KERNELS: Final = "steering.kernels.reward_triton"  # by name: Triton is not installed everywhere
 _UNITS: Final = (200, 1024)  # hidden units of the two heads that are tried; ARGRE's have 1024
 # The rows of each head in each trial: few and many, of both heads and of one.
 _ROWS: Final = ((1, 6), (5, 0), (2, 0))
