@@ -1,4 +1,4 @@
-"""The engine protocol: all that the API knows of what generates.
+"""Defines the engine protocol: all that the API knows about an engine.
 
 An engine never sees an intervention's name: a request carries digests and resolved settings.
 """
@@ -14,11 +14,11 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 
 class EngineError(Exception):
-    """A request that the engine does not serve, with a sentence for the client that says why."""
+    """Raised for a request that the engine does not serve; the message tells the client why."""
 
 
 class InvalidRequestError(EngineError):
-    """The request itself is at fault; `param` names the field."""
+    """The request itself is at fault; `param` names the faulty field."""
 
     def __init__(self, message: str, param: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -27,15 +27,15 @@ class InvalidRequestError(EngineError):
 
 
 class QueueFullError(EngineError):
-    """The waiting queue is at its bound; try again later."""
+    """The waiting queue is full; the client may try again later."""
 
 
 class BankFullError(EngineError):
-    """Every slot of the bank is held by running requests; try again later."""
+    """Admitted requests pin every slot of the bank; the client may try again later."""
 
 
 class UnservableInterventionError(EngineError):
-    """This engine cannot apply the intervention; it is never served without it instead."""
+    """The engine cannot apply the intervention, and never serves the request unsteered instead."""
 
 
 class EngineDeadError(EngineError):
@@ -43,44 +43,45 @@ class EngineDeadError(EngineError):
 
 
 class ShuttingDownError(EngineError):
-    """The server is stopping, and did not wait for this request any longer."""
+    """The server is stopping, and ended this request before it was complete."""
 
 
 class GaveWayError(EngineError):
-    """Background work was ended, or never begun, because requests want its room."""
+    """Background work was ended, or refused, because requests need its room."""
 
 
 class StepFailedError(EngineError):
-    """The step that this request was part of raised; the request is lost, the engine goes on."""
+    """A step raised an exception; its requests are lost, and the engine goes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How the next token is drawn, and when to stop. Validated by whoever builds it.
+    """Says how the next token is drawn, and when generation stops.
 
-    In this order: logit bias, penalties, temperature, min-p, top-k, top-p.
+    The caller validates the values. They apply in this order: logit bias, penalties, temperature,
+    min-p, top-k, top-p.
     """
 
-    max_tokens: int  # 0 only reads the prompt
-    temperature: float = 1.0  # 0 takes the best token
+    max_tokens: int  # 0: the prompt is computed and nothing is generated
+    temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    min_p: float = 0.0  # least probability, as a share of the best token's
+    top_k: int = 0  # 0 keeps all tokens
+    min_p: float = 0.0  # smallest probability kept, as a fraction of the best token's
     repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or completion
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
-    frequency_penalty: float = 0.0  # the same, once for each time that a token is in it
-    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
-    seed: int | None = None  # same draws whatever else runs; None draws anew every time
+    frequency_penalty: float = 0.0  # subtracted once per occurrence of a token in the completion
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit)
+    seed: int | None = None  # fixes the draws, whatever else is in the batch; None: not fixed
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # how many alternatives beside the sampled token; None for none
+    logprobs: int | None = None  # alternatives beside the sampled token; None: no log-probabilities
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
-    prompt_logprobs_from: int = 1  # place of the first of them; token 0 follows nothing
+    prompt_logprobs_from: int = 1  # index of the first prompt token scored; token 0 follows nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One intervention of a request, fully resolved."""
+    """One intervention of a request, with its digest and settings resolved."""
 
     digest: str
     settings: AffineSettings | RewardSettings
@@ -88,26 +89,30 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to generate. `edits` apply in order."""
+    """One prompt to be completed. `edits` apply in order."""
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingSettings
     edits: tuple[Edit, ...] = ()
-    # Nobody waits for it: it runs where there is room, and is ended with GaveWayError where not.
+    # Background work runs only while there is room for it, and ends with GaveWayError when another
+    # request needs that room.
     background: bool = False
-    # One more request will follow, by `Generation.follow`: its place in the waiting queue is taken
-    # together with this one's.
+    # `Generation.follow` will admit a second request after this one; a place in the waiting queue
+    # is reserved for it when this one is admitted.
     followed: bool = False
 
     @property
     def effective_edits(self) -> tuple[Edit, ...]:
-        """The edits but for those whose settings do nothing: with none left, the base model."""
+        """The edits whose settings change something. If there are none, the base model answers."""
         return tuple(edit for edit in self.edits if not edit.settings.does_nothing)
 
     @property
     def places(self) -> int:
-        """Places in the waiting queue that it takes: its own, and that of the one to follow."""
+        """How many places in the waiting queue this request takes.
+
+        It takes one, unless it is background work, and another one for its follower.
+        """
         return (not self.background) + self.followed
 
 
@@ -115,20 +120,21 @@ class Request:
 class ScoredToken:
     """A token and the steered model's log-probability of it, before bias, penalties and filters."""
 
-    text: str  # where its bytes are no text by themselves, its name in the vocabulary
+    text: str  # the token's name in the vocabulary if its bytes alone are not valid UTF-8
     bytes: bytes
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token of a text, and the best ones at its place."""
+    """The log-probabilities of a token of a text and of the likeliest tokens at its position."""
 
     chosen: ScoredToken
     top: tuple[ScoredToken, ...]  # best first; as many as were asked for
-    # Of a completion's token: the character of the completion's text in which it begins, counted
-    # from 0. A token that ends no character begins in the one that it is part of, a special token
-    # where the next one does. It is the text's length or more where nothing of it is in the text.
+    # For a completion's token: the index of the character of the completion's text in which the
+    # token begins. A token that completes no character begins in the character that its bytes
+    # belong to; a special token begins where the next token does. The offset is at least the
+    # text's length if nothing of the token is in the text.
     offset: int = 0
 
 
@@ -137,16 +143,16 @@ class SpelledPrompt:
     """A prompt as token ids and as text, to be shown with its completion."""
 
     tokens: tuple[int, ...]
-    # As it was given. If that was as token ids: their text, special tokens included, without a
-    # character at the end that is incomplete. (The completion's text has it, if it completes it.)
+    # The text as given. For a prompt given as token ids: their text, special tokens included,
+    # without an incomplete character at the end (a completion that completes it has it instead).
     text: str
-    offsets: tuple[int, ...]  # of each token: the character of the text in which it begins
-    first_token: str  # the first token's text by itself
+    offsets: tuple[int, ...]  # for each token, the index of the text's character where it begins
+    first_token: str  # the text of the first token alone
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step added to one request. The last one carries `finish_reason`.
+    """What one step added to one request's answer. The last output carries `finish_reason`.
 
     `text` may lag behind `token_ids` while a character or a possible stop string is incomplete.
     """
@@ -154,31 +160,33 @@ class StepOutput:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
-    # On the first output, if asked for: one for each token of the prompt, from the place that was
-    # asked for to the last.
+    # On the first output, if asked for: one entry for each prompt token, from
+    # `prompt_logprobs_from` to the last.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
-    # On the first output: tokens of the prompt that were in a cache, and not computed for it.
+    # On the first output: the number of prompt tokens that the prefix cache had.
     cached_tokens: int = 0
-    # Of each effective edit, in some steps only: norm of the edit / norm of what it edited, a mean
-    # over this step's tokens and the edit's sites; None where it acted on none of these tokens.
+    # In measured steps only, one number for each effective edit: norm of the edit / norm of what
+    # it edited, the mean over this step's tokens and the edit's sites. None for an edit that acted
+    # on none of these tokens.
     doses: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """The engine's gauges, at this moment."""
+    """The engine's gauges and counters at one moment."""
 
     running: int
     waiting: int
     kv_cache_usage: float  # 0 to 1
     slots_used: int
-    preemptions: int = 0  # since the start: sequences that yielded their K/V
-    prefix_cache_queries: int = 0  # since the start, in tokens of prompts
-    prefix_cache_hits: int = 0
-    compiling: int = 0  # graphs that are being made; until then, their layers run without
-    # Since the start, of those steered steps that are measured, where that can be told.
+    preemptions: int = 0  # since the start: how often a sequence gave up its K/V
+    prefix_cache_queries: int = 0  # since the start: prompt tokens looked up
+    prefix_cache_hits: int = 0  # since the start: prompt tokens found
+    compiling: int = 0  # graphs being compiled or waiting for it; their layers run uncompiled
+    # Since the start: the time of the measured steered steps, and of the edits in them. Both stay
+    # 0 where the engine cannot measure them.
     measured_step_seconds: float = 0.0
     measured_edit_seconds: float = 0.0
 
@@ -187,78 +195,79 @@ class Generation(Protocol):
     """The outputs of one admitted request, in order."""
 
     def __aiter__(self) -> AsyncIterator[StepOutput]:
-        """Yields outputs until one carries a finish reason; raises EngineError if it is lost."""
+        """Yield outputs until one carries a finish reason; raise EngineError on failure."""
         ...
 
     async def follow(self, request: Request) -> "Generation":
-        """Admit one more request, in the place in the queue that is held for it.
+        """Admit one more request into the queue place that is reserved for it.
 
-        To be called once, for a request with `followed` that is not cancelled.
+        Call this at most once, on the generation of a request with `followed` that is not
+        cancelled.
 
         Raises:
-            EngineError: as `Engine.submit` does, but never QueueFullError.
+            EngineError: for the reasons that `Engine.submit` names, but never QueueFullError.
         """
         ...
 
     def cancel(self) -> None:
-        """Stop generating and free what the request holds, also a place that is held.
+        """Stop generating, and free what the request holds, its follower's queue place included.
 
-        Harmless when it has finished.
+        Harmless when the request has finished.
         """
         ...
 
 
 class Engine(Protocol):
-    """Loads a base model and generates from it, every request with its own edits."""
+    """Generates from a base model, with each request's own edits."""
 
     @property
     def model(self) -> ModelDescription:
-        """What the loaded model is."""
+        """The description of the loaded model."""
         ...
 
     @property
     def max_model_len(self) -> int:
-        """The longest prompt and completion together, in tokens."""
+        """The largest number of tokens that a prompt and its completion may have together."""
         ...
 
     @property
     def ready(self) -> bool:
-        """Whether the model is loaded and the engine alive."""
+        """True while the model is loaded and the engine is alive."""
         ...
 
     @property
     def died(self) -> bool:
-        """Whether the engine has ended without being told to. It stays so after `close`."""
+        """True once the engine has ended without being told to, also after `close`."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
-        """The prompt's token ids, with the special tokens that the tokenizer adds.
+        """Return the prompt's token ids, with the special tokens that the tokenizer adds.
 
         Raises:
             InvalidRequestError: the text has more characters than `max_model_len` tokens can
-                hold; known without tokenizing it.
+                hold; this is checked before it is tokenized.
         """
         ...
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """The tokens' text, special tokens included."""
+        """Return the tokens' text, special tokens included."""
         ...
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """Tells a prompt's tokens and text, and where in the text each token begins.
+        """Return a prompt's tokens and text, and where in the text each token begins.
 
         Raises:
             InvalidRequestError: the prompt is a text that `tokenize` refuses, has no tokens, or
-                is more token ids than `max_model_len`.
+                has more token ids than `max_model_len`.
         """
         ...
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The token ids of a conversation, up to where the assistant speaks next.
+        """Return the token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
-            messages: each with `role` and `content`, as the model's template knows them, and with
-                `name` where one was given, which many templates have no place for.
+            messages: each with the `role` and `content` that the model's template expects, and
+                with `name` if the client gave one (many templates ignore it).
 
         Raises:
             InvalidRequestError: the model has no template, or its template refuses the messages.
@@ -269,7 +278,7 @@ class Engine(Protocol):
         """Admit requests, all or none: load and pin their interventions, then queue them.
 
         Raises:
-            InvalidRequestError: a prompt is empty or has unknown token ids, it and its
+            InvalidRequestError: a prompt is empty or has unknown token ids; a prompt and its
                 completion are too long for the model or for the memory; or the requests name
                 more interventions than the engine can hold at once.
             QueueFullError: the waiting queue has no room for them.
@@ -281,18 +290,20 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats:
-        """Gauges for the metrics page."""
+        """Return the gauges and counters for the metrics page."""
         ...
 
     async def start(self) -> None:
-        """Start generating, after a self-test; returns when the engine is ready."""
+        """Start the engine, and return when it is ready. Its self-test has passed by then."""
         ...
 
     async def close(self) -> bool:
-        """Stop; what still runs is lost with ShuttingDownError, at once. May be called again.
+        """Stop the engine; running requests fail with ShuttingDownError at once.
+
+        May be called again.
 
         Returns:
-            Whether the engine has come to its end. False: it is stuck in a step, and only the
-            end of the process will end it.
+            True if the engine has ended. False if it is stuck in a step, which only the end of
+            the process will end.
         """
         ...
