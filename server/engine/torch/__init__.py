@@ -1,1 +1,1 @@
-"""The embedded engine: Hugging Face model definitions under our own continuous batching."""
+"""The embedded engine: runs Hugging Face models under its own continuous batching."""

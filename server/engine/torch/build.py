@@ -1,4 +1,4 @@
-"""Puts a loaded model's engine together, and tests it on the model before anything is served."""
+"""Builds the engine for a loaded model, and tests it on that model before anything is served."""
 
 import logging
 from functools import partial
@@ -32,16 +32,16 @@ from steering.hooks import SteeringHooks
 
 logger = logging.getLogger(__name__)
 
-# Of prompts, in a step that others wait for to get their next token: about as long as the rest.
+# Prompt tokens in a step that also decodes: their prefill takes about as long as the rest of it.
 _PREFILL_TOKENS = {"cpu": 64, "cuda": 512}
 
 
 def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
-    """The engine's inside, tested on the model.
+    """Build the engine's core, and run its self-test on the model.
 
     Raises:
-        ModelLoadError: the engine would compute something else than the model, or an edit would
-            not reach the logits.
+        ModelLoadError: the engine's logits differ from the model's, or an edit would not reach
+            the logits.
     """
     model, widths = loaded.model, loaded.description.site_widths
     paths = paths_of(model.device)
@@ -87,7 +87,10 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
 
 
 def _wishes(loaded: LoadedModel, options: EngineOptions) -> KVWishes:
-    """What is wanted of the memory for keys and values; on one GPU, what a plan leaves."""
+    """Return the operator's choices for the K/V memory.
+
+    On a single GPU, if no size was given, the size is what the memory plan leaves.
+    """
     given = options.kv_cache_gb
     size = None if given is None else int(given * 1e9)
     model = loaded.model
@@ -99,13 +102,13 @@ def _wishes(loaded: LoadedModel, options: EngineOptions) -> KVWishes:
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:
-    """The longest prompt and completion that can be served, in tokens."""
+    """Return how many tokens a prompt and its completion may have together."""
     config = loaded.model.config.get_text_config()
     limits: list[int] = [config.max_position_embeddings, pool.tokens]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Beyond it the frequencies depend on the longest sequence in the batch: a request's
-        # result would depend on its neighbours.
+        # Beyond this length the frequencies depend on the longest sequence in the batch, so a
+        # request's result would depend on its neighbours.
         limits.append(rope["original_max_position_embeddings"])
     if options.max_model_len is not None:
         if options.max_model_len > config.max_position_embeddings:

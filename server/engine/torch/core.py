@@ -1,4 +1,4 @@
-"""The engine's inside: a step is schedule, run, postprocess. No thread, no asyncio."""
+"""The engine's core: schedules, runs and postprocesses each step, without threads or asyncio."""
 
 import logging
 import time
@@ -33,14 +33,13 @@ from steering.settings import SlottedEdit
 
 logger = logging.getLogger(__name__)
 
-# How long a piece of work between steps may take: so many times as long as the step before; in
-# seconds, while nothing is computed that would wait for it.
-_PIECE_STEPS: Final = 2.0
-_IDLE_PIECE_SECONDS: Final = 0.1
+# How long a piece of work between two steps may take.
+_PIECE_STEPS: Final = 2.0  # times the duration of the last step, while there are steps to compute
+_IDLE_PIECE_SECONDS: Final = 0.1  # while there are none
 
 
 class NotReadError(EngineError):
-    """An admission needs the parameters of interventions that are not loaded; no client sees it."""
+    """An admission lacks the parameters of interventions that are not loaded. No client sees it."""
 
     def __init__(self, digests: set[str]) -> None:
         super().__init__(", ".join(sorted(digests)))
@@ -48,7 +47,7 @@ class NotReadError(EngineError):
 
 
 class EngineCore:
-    """Scheduler, K/V slabs, model and sampler. Used from one thread."""
+    """Owns the scheduler, the K/V memory, the model and the sampler. Used from one thread."""
 
     def __init__(
         self,
@@ -72,21 +71,21 @@ class EngineCore:
         self._check_invariants = check_invariants
         self._dose_interval = dose_interval
         self.steered_steps = 0
-        self.measured_seconds = 0.0  # that the measured steps took
-        self.edit_seconds = 0.0  # that the edits took of it
+        self.measured_seconds = 0.0  # duration of all measured steps
+        self.edit_seconds = 0.0  # duration of the edits in them
         self._device = model.device
         self.store = KVStore(memory, prefixes)
         self._answers: dict[Sequence, Answer] = {}
-        self._step_seconds = 0.0  # that the last step took
+        self._step_seconds = 0.0  # duration of the last step
 
     def prepare(self, parameters: Parameters) -> bool:
-        """Do one piece of what an intervention needs before it can be admitted.
+        """Do one piece of the work that an intervention needs before it can be admitted.
 
-        A piece takes about as long as two steps, so that it stalls nobody whose steps are computed
-        before and after it. The least piece is a batch of its own, which takes longer than one.
+        A piece takes about as long as two steps, so that running requests are not stalled. It is
+        at least one probe batch, even if that takes longer.
 
         Returns:
-            Whether nothing is left to do.
+            True if nothing is left to do.
 
         Raises:
             UnservableInterventionError: it does not fit the model, or an edit at one of its sites
@@ -101,17 +100,17 @@ class EngineCore:
         parameters: Mapping[str, Parameters],
         leader: Sequence | None = None,
     ) -> None:
-        """Queue sequences, all or none, with their interventions in slots and pinned.
+        """Load and pin the sequences' interventions, then queue the sequences, all or none.
 
         Args:
-            parameters: of at least those interventions that are not loaded.
-            leader: a sequence that they follow, whose place for them is there for certain.
+            parameters: digest -> parameters, at least of the interventions that are not loaded.
+            leader: the sequence that they follow, if any; it has a queue place reserved for them.
 
         Raises:
-            NotReadError: `parameters` lacks some; nothing was done.
-            GaveWayError: there is no room for the background work among them.
-            QueueFullError: the waiting queue has no room for them.
-            BankFullError: a slot cannot be freed.
+            NotReadError: `parameters` lacks an intervention that is not loaded; nothing was done.
+            GaveWayError: there is no room for the background work among the sequences.
+            QueueFullError: the waiting queue has no room for the sequences.
+            BankFullError: no slot can be freed for an intervention.
             UnservableInterventionError: an edit does not reach the logits.
         """
         background = [sequence for sequence in sequences if sequence.request.background]
@@ -125,11 +124,12 @@ class EngineCore:
             raise NotReadError(unread)
         slots: dict[str, int] = {}
         with ExitStack() as held:
-            # What is loaded is held first, so that installing the rest does not evict it.
+            # Loaded interventions are pinned first, so that installing the others does not evict
+            # them.
             for digest in sorted(digests, key=missing.__contains__):
                 slots[digest] = self.interventions.hold(digest, parameters)
                 held.callback(self.interventions.unpin, digest)
-            # All that may fail comes before the first is queued.
+            # Everything that may fail happens before the first sequence is queued.
             answers = [Answer(sequence, self._detokenizer(sequence)) for sequence in sequences]
             for sequence, answer in zip(sequences, answers, strict=True):
                 self._queue(sequence, answer, slots)
@@ -141,7 +141,7 @@ class EngineCore:
         return Detokenizer(self._vocabulary, request.sampling.stop, request.prompt)
 
     def _queue(self, sequence: Sequence, answer: Answer, slots: Mapping[str, int]) -> None:
-        """Queue a sequence whose interventions are held in `slots`; it gets pins of its own."""
+        """Queue a sequence, and pin its interventions, which are in `slots`, on its behalf."""
         sequence.edits = tuple(
             SlottedEdit(slots[edit.digest], edit.settings)
             for edit in sequence.request.effective_edits
@@ -153,14 +153,15 @@ class EngineCore:
         self.store.prefixes.trim()
 
     def remove(self, sequence: Sequence) -> None:
-        """Free all that a sequence holds. Harmless when it has ended.
+        """Free everything that a sequence holds. Harmless when it has ended.
 
         Raises:
-            Exception: some part could not be freed; all others were.
+            Exception: one part could not be freed; all the others were.
         """
         if (answer := self._answers.pop(sequence, None)) is None:
             return
-        with ExitStack() as freeing:  # which goes on where something raises, in reverse order
+        # An ExitStack calls back in reverse order, and goes on when one callback raises.
+        with ExitStack() as freeing:
             for digest in sequence.digests:
                 freeing.callback(self.interventions.unpin, digest)
             if answer.penalties is not None:
@@ -169,12 +170,12 @@ class EngineCore:
             freeing.callback(self.scheduler.remove, sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Remove a sequence that nothing will follow. Harmless when it has ended."""
+        """Remove a sequence, and the queue place of its follower. Harmless when it has ended."""
         self.scheduler.followed.discard(sequence)
         self.remove(sequence)
 
     def clear(self) -> None:
-        """Remove every sequence, and what is kept of them."""
+        """Remove every sequence, and empty the prefix cache."""
         self.store.clear()
         self.scheduler.followed.clear()
         for sequence in tuple(self._answers):
@@ -182,24 +183,24 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute anything."""
+        """True if the next step has anything to compute."""
         scheduler = self.scheduler
         return bool(scheduler.running or scheduler.waiting or scheduler.background)
 
     @property
     def compiling(self) -> int:
-        """Graphs that are being made, or will be; the engine gets faster with each."""
+        """The number of graphs that are being made or will be. Each makes later steps faster."""
         return self._runner.pending
 
     def make_pending(self) -> bool:
-        """Do one piece of work that makes later steps faster; False if there is none.
+        """Do one piece of work that makes later steps faster. Return False if there is none.
 
-        To be called while there are no steps to compute.
+        Call this only while there are no steps to compute.
         """
         return self._runner.make_pending()
 
     def step(self) -> list[Delivery]:
-        """Compute one step; the outputs of the sequences that it advanced."""
+        """Compute one step, and return the outputs of the sequences that it advanced or ended."""
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         deliveries: list[Delivery] = [(sequence, _gave_way()) for sequence in plan.dropped]
@@ -225,7 +226,7 @@ class EngineCore:
         return deliveries
 
     def _settle(self, sequence: Sequence, output: StepOutput | EngineError) -> None:
-        """Free what a sequence holds, if this was its last output."""
+        """Free what a sequence holds if `output` is its last one."""
         if isinstance(output, EngineError):
             with ExitStack() as freeing:
                 freeing.callback(self.cancel, sequence)
@@ -240,19 +241,22 @@ class EngineCore:
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)
-        # They arrive with the tokens that the step waits for.
+        # Starts the copy; it is complete once the postprocessor has waited for the device.
         doses = start_copy(meter.sums(logits.device)) if meter is not None else None
         deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
         self.store.keep_prompts(deliveries)
         if meter is None or doses is None:
             return deliveries
-        if self._device.type == "cpu":  # what a GPU does goes on while it is asked for more
+        if self._device.type == "cpu":  # a GPU runs asynchronously, so the clock tells nothing
             self.measured_seconds += time.perf_counter() - began - meter.own_seconds
             self.edit_seconds += meter.edit_seconds
         return _with_doses(deliveries, batch, meter.read(doses, batch.spans))
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
-        """What measures this step's edits; in one of so many steered steps only, as it costs."""
+        """Return a meter for this step's edits, or None if the step is not to be measured.
+
+        Measuring costs time, so only every `dose_interval`-th steered step has a meter.
+        """
         if not self._dose_interval or not batch.route.edits:
             return None
         self.steered_steps += 1
@@ -261,7 +265,7 @@ class EngineCore:
         return DoseMeter(batch.input_ids.numel(), len(batch.rows))
 
     def check(self) -> None:
-        """Assert that nothing leaks: memory, pins and slots belong to living sequences."""
+        """Assert that all memory, pins and slots belong to living sequences."""
         scheduler = self.scheduler
         scheduler.check()
         running = {*scheduler.running, *scheduler.background}
@@ -281,7 +285,7 @@ def _gave_way() -> GaveWayError:
 def _with_doses(
     deliveries: Iterable[Delivery], batch: Batch, doses: Items[tuple[float | None, ...]]
 ) -> list[Delivery]:
-    """The outputs of a measured step, each with what its own edits did."""
+    """Return the outputs of a measured step, each with the doses of its own edits."""
     return [
         (sequence, output)
         if isinstance(output, EngineError)

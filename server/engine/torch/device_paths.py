@@ -1,7 +1,7 @@
-"""What makes the engine fast on one kind of device, built apart from the others.
+"""Defines and imports the module that makes the engine fast on one kind of device.
 
-The modules that implement it import private parts of torch, a compiler, or CUDA; only the one for
-the device at hand is imported.
+These modules import private parts of torch, a compiler, or CUDA, so only the one for the model's
+device is imported.
 """
 
 import importlib
@@ -27,29 +27,29 @@ _MODULES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """An engine's parts that a faster runner is made of."""
+    """The parts of an engine from which a faster runner is built."""
 
     loaded: LoadedModel
     hooks: SteeringHooks
-    eager: Runner  # the model as it is
+    eager: Runner  # runs the model's own modules, uncompiled and without graphs
     kv: KVPlan
     interventions: LoadedInterventions
-    context_length: int  # the longest prompt and completion, in tokens
+    context_length: int  # tokens that a prompt and its completion may have together
 
 
 class DevicePaths(Protocol):
     """A module that makes the engine fast on one kind of device."""
 
     def prepare(self, model: PreTrainedModel, options: EngineOptions) -> None:
-        """Change a model, before the engine attends for it and edits it."""
+        """Change the model in place, before the engine installs its attention and its hooks."""
         ...
 
     def faster_runner(self, parts: Parts, options: EngineOptions) -> Runner:
-        """A runner that makes what it can ahead of the steps, or `parts.eager`."""
+        """Return a runner that prepares work ahead of the steps, or `parts.eager` if none can."""
         ...
 
 
 def paths_of(device: torch.device) -> DevicePaths:
-    """The module for a kind of device, imported now."""
+    """Import and return the module for a kind of device."""
     paths: DevicePaths = importlib.import_module(_MODULES[device.type])
     return paths

@@ -1,4 +1,4 @@
-"""The torch engine as the API sees it: one thread computes, asyncio receives once a step."""
+"""The torch engine as the API sees it: one thread computes, and asyncio receives its outputs."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ from steering.bank import Bank
 from steering.reward import RewardHead
 
 T = TypeVar("T")
-LAST_STEP_SECONDS: Final = 5.0  # how long the step that is computed at the end may still take
+LAST_STEP_SECONDS: Final = 5.0  # how long `close` waits for the step that is running
 
 logger = logging.getLogger(__name__)
 
@@ -69,46 +69,46 @@ class TorchEngine:
         self._reads = SharedReads(
             partial(_ready, source, self._core.interventions.bank, loaded.model.device)
         )
-        self._admitting = 0  # places in the scheduler's queue of the requests on their way there
+        self._admitting = 0  # queue places of requests that are not in the scheduler's queue yet
 
     @property
     def model(self) -> ModelDescription:
-        """What the loaded model is."""
+        """The description of the loaded model."""
         return self._loaded.description
 
     @property
     def max_model_len(self) -> int:
-        """The longest prompt and completion together, in tokens."""
+        """The largest number of tokens that a prompt and its completion may have together."""
         return self._max_model_len
 
     @property
     def ready(self) -> bool:
-        """Whether the engine thread runs."""
+        """True while the engine thread runs and takes calls."""
         return self._thread.alive
 
     @property
     def died(self) -> bool:
-        """Whether the engine thread has ended by itself."""
+        """True once an exception has ended the engine thread."""
         return self._thread.died
 
     def tokenize(self, text: str) -> list[int]:
-        """The prompt's token ids; see server.engine.base.Engine.tokenize."""
+        """Return the prompt's token ids; see server.engine.base.Engine.tokenize."""
         return self._prompts.tokenize(text)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """The tokens' text, special tokens included."""
+        """Return the tokens' text, special tokens included."""
         return self._prompts.detokenize(tokens)
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """Tell a prompt's tokens and text; see server.engine.base.Engine.spell."""
+        """Return a prompt's tokens and text; see server.engine.base.Engine.spell."""
         return self._prompts.spell(prompt)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
+        """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
         return self._prompts.tokenize_chat(messages)
 
     def stats(self) -> EngineStats:
-        """Gauges for the metrics page."""
+        """Return the gauges and counters for the metrics page."""
         scheduler = self._core.scheduler
         return EngineStats(
             running=len(scheduler.running),
@@ -124,14 +124,14 @@ class TorchEngine:
         )
 
     async def start(self) -> None:
-        """Start the engine thread. The model's self-test was passed when the engine was built."""
+        """Start the engine thread. The self-test has passed: the constructor ran it."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def close(self) -> bool:
         """Stop after the current step; see server.engine.base.Engine.close."""
         self._thread.stop()
-        # Now: their clients must hear of it however long the step takes.
+        # Requests fail before the step has ended, so that clients learn of it without waiting.
         self._end_admissions()
         self._fail_all()
         if not await self._thread_ends():
@@ -143,8 +143,8 @@ class TorchEngine:
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
-        # What waits for an intervention to be read is not in the scheduler's queue yet. Which of it
-        # will run at once is told when it gets there.
+        # Requests whose interventions are being read are not in the scheduler's queue yet, so they
+        # are bounded here. The scheduler checks its own queue when they arrive there.
         places = sum(request.places for request in requests)
         if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
@@ -158,7 +158,7 @@ class TorchEngine:
     async def _admitted(
         self, requests: Sequence[Request], leader: EngineSequence | None = None
     ) -> list[TorchGeneration]:
-        # A task of its own, which ends with the client's, and which the engine's end ends too.
+        # A separate task, so that the engine's end can cancel it as well as the client's.
         admission = asyncio.create_task(self._admit(requests, leader))
         self._admissions.add(admission)
         admission.add_done_callback(self._admissions.discard)
@@ -167,7 +167,8 @@ class TorchEngine:
         except asyncio.CancelledError:
             if not _is_cancelled():
                 raise self._thread.end from None
-            admission.add_done_callback(_cancel_admitted)  # it may have come to its end before
+            # The admission may have succeeded before the cancellation reached it.
+            admission.add_done_callback(_cancel_admitted)
             raise
 
     def _check(self, requests: Sequence[Request]) -> None:
@@ -179,7 +180,7 @@ class TorchEngine:
         self, requests: Sequence[Request], leader: EngineSequence | None
     ) -> list[TorchGeneration]:
         sequences = [EngineSequence.of(request) for request in requests]
-        # Known before the engine is, so that no output can come too early.
+        # Registered before the engine thread has the sequences, so that no output is lost.
         generations = [
             TorchGeneration(partial(self._cancel, each), partial(self._follow, each), each.request)
             for each in sequences
@@ -190,7 +191,7 @@ class TorchEngine:
         try:
             await self._queue(sequences, leader)
         except BaseException:
-            # The thread may be about to take them, where whoever asked has left meanwhile.
+            # If the client has left, the engine thread may still be about to queue them.
             for sequence in sequences:
                 self._cancel(sequence)
             raise
@@ -201,7 +202,7 @@ class TorchEngine:
     async def _queue(
         self, sequences: Sequence[EngineSequence], leader: EngineSequence | None
     ) -> None:
-        """Have the engine thread take the sequences, reading what it has not loaded."""
+        """Have the engine thread queue the sequences; read the interventions that it lacks."""
         parameters: dict[str, Parameters] = {}
         with self._reads.kept({digest for each in sequences for digest in each.digests}):
             while True:
@@ -209,13 +210,14 @@ class TorchEngine:
                     admit = partial(self._core.admit, sequences, parameters, leader)
                     return await _outcome(self._thread.call(admit))
                 except NotReadError as not_read:
-                    # Kept for the next attempt: what was loaded may be evicted in between.
+                    # All are kept for the next attempt, because an intervention that was loaded
+                    # may have been evicted by then.
                     for digest in not_read.digests:
                         parameters[digest] = await self._reads.read(digest)
                         await self._prepare(parameters[digest])
 
     async def _prepare(self, parameters: Parameters) -> None:
-        """Have the engine thread do what an intervention needs, piece by piece between steps."""
+        """Have the engine thread prepare an intervention, piece by piece between steps."""
         prepare = partial(self._core.prepare, parameters)
         while not await _outcome(self._thread.call_piece(prepare)):
             pass
@@ -225,12 +227,12 @@ class TorchEngine:
         self._thread.tell(partial(self._core.cancel, sequence))
 
     def _hand_over(self, deliveries: list[Delivery]) -> None:
-        """On the engine thread: pass a step's outputs to the event loop, in one call."""
+        """Pass a step's outputs to the event loop in one call. Runs on the engine thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._deliver, deliveries)
 
     def _hand_over_end(self) -> None:
-        """On the engine thread, as the last thing that it does."""
+        """Tell the event loop that the engine thread ends. Runs last on the engine thread."""
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end)
@@ -266,7 +268,7 @@ class TorchEngine:
 
 
 async def _outcome(future: Future[T]) -> T:
-    """Wait for what the engine thread was asked for."""
+    """Wait for a call on the engine thread. If the waiter is cancelled, an error is logged."""
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
@@ -285,7 +287,7 @@ def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
 
 
 def _is_cancelled() -> bool:
-    """Whether it is the running task itself that was cancelled, and not what it waits for."""
+    """Return whether the running task itself was cancelled, and not what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -293,6 +295,6 @@ def _is_cancelled() -> bool:
 def _ready(
     source: Callable[[str], Parameters], bank: Bank, device: torch.device, digest: str
 ) -> Parameters:
-    """Read an intervention, and make of it what the engine thread would have to make."""
+    """Read an intervention, and prepare its reward head here to spare the engine thread."""
     parameters = source(digest)
     return bank.prepare(parameters, device) if isinstance(parameters, RewardHead) else parameters

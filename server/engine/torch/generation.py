@@ -1,4 +1,4 @@
-"""One admitted request's outputs, on the asyncio side."""
+"""The outputs of one admitted request, on the asyncio side."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,18 +17,19 @@ class TorchGeneration:
     ) -> None:
         self._cancel = cancel
         self._follow = follow
-        self._holds_place = request.followed  # until the follower has it, or nobody wants it
+        # True until the follower has taken the reserved queue place, or it was given up.
+        self._holds_place = request.followed
         self._outputs: asyncio.Queue[StepOutput | EngineError] = asyncio.Queue()
         self.ended = False  # nothing more will be delivered
 
     def deliver(self, output: StepOutput | EngineError) -> None:
-        """Add what the engine computed; nothing comes after an error or a finish reason."""
+        """Add an output. Outputs after an error or a finish reason are ignored."""
         if not self.ended:
             self.ended = isinstance(output, EngineError) or output.finish_reason is not None
             self._outputs.put_nowait(output)
 
     async def __aiter__(self) -> AsyncIterator[StepOutput]:
-        """Yield outputs until one carries a finish reason; raise EngineError if it is lost."""
+        """Yield outputs until one carries a finish reason; raise EngineError on failure."""
         while not (self.ended and self._outputs.empty()):
             output = await self._outputs.get()
             if isinstance(output, EngineError):
@@ -46,7 +47,7 @@ class TorchGeneration:
         return generation
 
     def cancel(self) -> None:
-        """Stop generating and free what is held; see server.engine.base.Generation.cancel."""
+        """Stop generating, and free what is held; see server.engine.base.Generation.cancel."""
         if self.ended and not self._holds_place:
             return
         self._holds_place = False

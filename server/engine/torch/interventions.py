@@ -1,4 +1,4 @@
-"""The interventions that the engine has loaded: bank, slots and hooks kept in step."""
+"""Manages the loaded interventions: keeps the bank, the slot table and the hooks consistent."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from steering.reward import RewardHead
 
 Parameters: TypeAlias = AffineParameters | RewardHead
 
-_REHEARSAL: Final = ""  # no digest
-_NAMED: Final = 8  # sites, in a message
+_REHEARSAL: Final = ""  # stands in for a digest; no artifact has it
+_NAMED: Final = 8  # sites that an error message names
 
 
 class LoadedInterventions:
-    """Used on the engine thread only."""
+    """Loads interventions into slots of the bank. Used on the engine thread only."""
 
     def __init__(
         self, capacity: int, model: ModelDescription, device: torch.device, probes: SiteProbes
@@ -32,30 +32,30 @@ class LoadedInterventions:
         self._probes = probes
 
     def missing(self, digests: Iterable[str]) -> set[str]:
-        """Those that would have to be installed."""
+        """Return the interventions that are not loaded."""
         return {digest for digest in digests if not self.slots.holds(digest)}
 
     def pin(self, digest: str) -> int | None:
-        """Hold the slot of a loaded intervention; None if it has to be installed first."""
+        """Pin a loaded intervention and return its slot; None if it is not loaded."""
         return self.slots.pin(digest)
 
     def hold(self, digest: str, parameters: Mapping[str, Parameters]) -> int:
-        """Pin an intervention, installing it if it is not loaded; its slot.
+        """Pin an intervention, installing it if it is not loaded, and return its slot.
 
-        Raises as `install`.
+        Raises what `install` raises.
         """
         slot = self.pin(digest)
         return self.install(digest, parameters[digest]) if slot is None else slot
 
     def unpin(self, digest: str) -> None:
-        """Let go of one pin."""
+        """Release one pin."""
         self.slots.unpin(digest)
 
     def prepare(self, parameters: Parameters, seconds: float) -> bool:
-        """Probe a few of an intervention's new sites, for about so many seconds.
+        """Probe a few of an intervention's new sites, for about `seconds`.
 
         Returns:
-            Whether none is left, so that it can be installed without a probe.
+            True if no site is left to probe, so that `install` need not probe.
 
         Raises:
             UnservableInterventionError: it does not fit the model, or an edit at one of its sites
@@ -71,7 +71,7 @@ class LoadedInterventions:
         return not self._probes.left(parameters)
 
     def install(self, digest: str, parameters: Parameters) -> int:
-        """Put an intervention into a slot, and pin it; sites that are left to probe are probed.
+        """Probe the sites that are left, put the intervention into a slot, and pin it.
 
         Raises:
             BankFullError: every slot is pinned.
@@ -92,9 +92,10 @@ class LoadedInterventions:
 
     @contextmanager
     def rehearsed(self, parameters: Parameters) -> Iterator[int]:
-        """Within the context, the slot of an intervention that nobody has asked for.
+        """Install an intervention for the duration of the context, and yield its slot.
 
-        Its sites stay hooked, tested, and in the bank. Raises as `install`.
+        The engine uses it to warm up. Its sites stay hooked, probed, and allocated in the bank
+        afterwards. Raises what `install` raises.
         """
         slot = self.install(_REHEARSAL, parameters)
         try:
@@ -104,7 +105,7 @@ class LoadedInterventions:
             self.bank.clear(slot)
 
     def _check_fit(self, parameters: Parameters) -> None:
-        # The registry's artifacts were checked against the model before; nothing else was.
+        # The registry checks its artifacts against the model; other parameters arrive unchecked.
         if isinstance(parameters, Mapping):
             widths = self._model.site_widths
             for site, site_map in parameters.items():

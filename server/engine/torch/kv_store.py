@@ -1,4 +1,4 @@
-"""Every sequence's keys and values: its lane, and what the prefix cache keeps of them."""
+"""Stores keys and values: a lane for each running sequence, and copies in the prefix cache."""
 
 import logging
 from collections.abc import Collection, Iterable
@@ -16,24 +16,26 @@ logger = logging.getLogger(__name__)
 
 
 class KVStore:
-    """Lanes of the sequences that run."""
+    """Owns the lanes of the running sequences, and the prefix cache."""
 
     def __init__(self, memory: KVMemory, prefixes: PrefixCache[list[Tensor]]) -> None:
         self.prefixes = prefixes
         self.memory = memory
         self.lanes: dict[Sequence, Lane] = {}
-        self._warned = False  # that a copy has failed: once, as it may fail again and again
+        self._warned = False  # a failed copy is warned of only once, since it may fail often
 
     def make_room(self, plan: StepPlan) -> list[Sequence]:
-        """Free and reserve what a step's plan says; the sequences that begin with it."""
+        """Free and reserve lanes as a step's plan says. Return the sequences that begin with it."""
         for sequence in plan.dropped:
             self.discard(sequence)
         begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.lanes]
         self.prefixes.expect(begun)
         try:
-            # First, and where there is no memory for all, too: it is others' by now.
+            # Preempted sequences yield first, even if a reservation below fails: the scheduler has
+            # given their blocks to others.
             for sequence in plan.preempted:
-                # What has a fixed place cannot go there by and by as it becomes free.
+                # `end` hands a slab's memory to the prefix cache piece by piece. Fixed memory
+                # cannot be handed over, so nothing is kept there.
                 self.discard(sequence) if self.memory.fixed else self.end(sequence)
             for chunk in plan.chunks:
                 if chunk.sequence not in self.lanes:
@@ -44,7 +46,7 @@ class KVStore:
         return begun
 
     def _begin(self, chunk: Chunk) -> None:
-        """Give a sequence its lane, with what the prefix cache has of it."""
+        """Give a sequence a lane, and fill in the blocks that the prefix cache has of it."""
         sequence = chunk.sequence
         lane = self.lanes[sequence] = self.memory.lane()
         lane.reserve(chunk.end)
@@ -52,45 +54,48 @@ class KVStore:
         sequence.checked = sequence.computed
 
     def keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
-        """Keep each prompt that is whole now; what is generated is kept when its sequence ends."""
+        """Copy prompts that are now completely computed to the prefix cache.
+
+        Generated tokens are copied when their sequence ends.
+        """
         for sequence, output in deliveries:
             if isinstance(output, EngineError) or not output.token_ids:
-                continue  # no logits have shown that what was computed is a number
+                continue  # without a drawn token, nothing shows that the new K/V are finite
             whole = sequence.checked < sequence.prompt_length
             sequence.checked = sequence.computed
             if whole:
                 self._keep(sequence, self.lanes[sequence], giving_up=False)
 
     def end(self, sequence: Sequence) -> None:
-        """Free a sequence's lane, if it has one, and keep what is worth it."""
+        """Copy a sequence's full blocks to the prefix cache, and free its lane, if it has one."""
         if (lane := self.lanes.get(sequence)) is not None:
             self._keep(sequence, lane, giving_up=True)
             self.discard(sequence)
 
     def _keep(self, sequence: Sequence, lane: Lane, giving_up: bool) -> None:
-        """Copy what is worth it to the prefix cache, which nobody depends on."""
+        """Copy a lane's full blocks to the prefix cache. A failure is logged, not raised."""
         try:
             self.prefixes.save(sequence, lane, giving_up)
         except Exception:
-            # Most likely there is no memory for copies; what is kept of others is memory, too.
+            # Most likely memory is short, and the copies of other sequences take some of it.
             self.prefixes.clear()
             log = logger.debug if self._warned else logger.warning
             self._warned = True
             log("the prefix cache was emptied, as a copy of keys and values failed", exc_info=True)
 
     def discard(self, sequence: Sequence) -> None:
-        """Free a sequence's lane, if it has one, and keep nothing of it."""
+        """Free a sequence's lane, if it has one, without copying anything to the prefix cache."""
         if (lane := self.lanes.pop(sequence, None)) is not None:
             lane.free()
 
     def clear(self) -> None:
-        """Free everything."""
+        """Free all lanes, and empty the prefix cache."""
         for sequence in tuple(self.lanes):
             self.discard(sequence)
         self.prefixes.clear()
 
     def check(self, running: Collection[Sequence]) -> None:
-        """Assert that only what runs has a lane. Between two steps."""
+        """Assert that only running sequences have lanes. Call it between two steps."""
         self.prefixes.check()
         assert self.lanes.keys() <= set(running), "a lane that nobody uses"
         self.memory.check(self.lanes.values())

@@ -1,7 +1,7 @@
-"""Divides a GPU's memory before anything takes it: interventions, a step, graphs, keys and values.
+"""Divides a GPU's memory before it is allocated: interventions, a step, graphs, keys and values.
 
-The numbers are estimates from a model's configuration, on the high side. `make gpu-check` sets them
-beside what a GPU has used.
+The numbers are estimates from a model's configuration, on the high side. `make gpu-check` compares
+them with what a GPU has used.
 """
 
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ from steering.sites import SiteError, default_sites, match_sites
 
 # Hidden units of a reward head in the paper (ARGRE, NeurIPS 2025); others may have more.
 _HEAD_UNITS: Final = 1024
-_FLOAT: Final = 4
-# Of one logit: as the model gives it and in float32, penalised, by temperature, as weight, and in
-# fixed point and added up to draw from it.
+_FLOAT: Final = 4  # bytes
+# Bytes for each logit of a row that draws: in the model's dtype, in float32, penalised, divided by
+# the temperature, as a weight, as a weight in fixed point, and in the cumulative sum.
 _LOGIT_BYTES: Final = 40
-# Of one captured step: its launches, for all its layers together.
+# Bytes of one captured graph: its kernel launches in all layers together.
 _GRAPH_BYTES: Final = 24 << 20
-# One without edits, and one for each depth of stacks.
+# One graph without edits, and one for each depth of the stacks of affine edits.
 _GRAPHS_PER_BUCKET: Final = 1 + MOST_DEPTH
-# What the device's libraries take for themselves, and what lies between allocations.
+# Bytes that the device's libraries take for themselves, and that lie between allocations.
 _LIBRARIES: Final = 512 << 20
-_USABLE: Final = 0.97
+_USABLE: Final = 0.97  # share of the free memory that the plan divides
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one GPU, beside the model's weights."""
+    """How the memory of one GPU that the weights leave free is divided, in bytes."""
 
     free: int  # when the plan was made
     bank: int  # interventions that are loaded
@@ -42,12 +42,12 @@ class MemoryPlan:
 
     @property
     def keys_and_values(self) -> int:
-        """What is left for keys and values; negative where there is not enough for the rest."""
+        """Bytes left for keys and values; negative if there is not enough for the other parts."""
         rest = self.bank + self.step + self.graphs + self.libraries
         return int(self.free * _USABLE) - rest
 
     def sentence(self) -> str:
-        """For people: what the memory is for."""
+        """Return a sentence for the log that says what the memory is for."""
         parts = {
             "interventions": self.bank,
             "a step": self.step,
@@ -65,7 +65,7 @@ def plan_memory(
     """Plan the memory of the GPU that a model is on.
 
     Args:
-        widths: of the outputs of the model's sites.
+        widths: site -> width of its activations.
     """
     graphs = len(buckets(options.max_batch_size)) * _GRAPHS_PER_BUCKET
     return MemoryPlan(
@@ -78,7 +78,11 @@ def plan_memory(
 
 
 def _bank_bytes(model: PreTrainedModel, widths: Mapping[str, int], slots: int) -> int:
-    """A map with a support and a gate at each default site, and a reward head, in every slot."""
+    """Return the bytes of a full bank.
+
+    Every slot is counted with a map with a support and a gate at each default site, and with a
+    reward head.
+    """
     try:
         sites = match_sites(default_sites(type(model).__name__), widths)
     except SiteError:  # not every architecture has default sites
@@ -91,7 +95,10 @@ def _bank_bytes(model: PreTrainedModel, widths: Mapping[str, int], slots: int) -
 
 
 def _step_bytes(model: PreTrainedModel, options: EngineOptions) -> int:
-    """Activations of one layer, in the model's dtype and edited in float32, and logits."""
+    """Return the bytes of the largest step's logits and of one layer's activations.
+
+    Activations are counted in the model's dtype and, while they are edited, in float32.
+    """
     config = model.config.get_text_config()
     width: int = config.hidden_size
     vocabulary: int = config.vocab_size

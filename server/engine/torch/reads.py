@@ -1,4 +1,4 @@
-"""Reading interventions' parameters, off the engine thread and off the event loop."""
+"""Reads interventions' parameters, off the engine thread and off the event loop."""
 
 import asyncio
 from collections import Counter
@@ -17,14 +17,14 @@ class SharedReads:
     """Reads each intervention once, however many requests wait for it. Used on the event loop."""
 
     def __init__(self, source: Callable[[str], Parameters]) -> None:
-        """`source` is called in a thread, with a digest."""
+        """`source` reads the parameters of a digest; it is called in a thread of its own."""
         self._source = source
         self._reads: dict[str, asyncio.Future[Parameters]] = {}
         self._wanted: Counter[str] = Counter()
 
     @contextmanager
     def kept(self, digests: Set[str]) -> Iterator[None]:
-        """Within the block, what has been read of these interventions is not read again."""
+        """Within the context, keep what is read of these interventions for all who want it."""
         self._wanted.update(digests)
         try:
             yield
@@ -36,7 +36,7 @@ class SharedReads:
                     self._reads.pop(digest, None)
 
     async def read(self, digest: str) -> Parameters:
-        """An intervention's parameters; within a block that keeps it.
+        """Return an intervention's parameters. Call it within a `kept` context with the digest.
 
         Raises:
             UnservableInterventionError: they cannot be read.
@@ -44,10 +44,10 @@ class SharedReads:
         if digest not in self._reads:
             self._reads[digest] = asyncio.wrap_future(in_own_thread(partial(self._source, digest)))
         try:
-            # Whoever stops waiting leaves the read to the others.
+            # A waiter that is cancelled must not cancel the read for the others.
             return await asyncio.shield(self._reads[digest])
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            self._reads.pop(digest, None)  # the next one may try again
+            self._reads.pop(digest, None)  # so that the next request tries again
             raise UnservableInterventionError(
                 f"The intervention cannot be read: {error}"
             ) from error

@@ -8,14 +8,14 @@ from server.engine.base import InvalidRequestError, Request
 
 @dataclass(frozen=True, slots=True)
 class RequestChecks:
-    """The limits of an engine, which hold for every request."""
+    """Checks requests against the limits of an engine."""
 
     max_model_len: int  # tokens of a prompt and its completion
     vocab_size: int
     slots: int  # interventions that can be loaded at once
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise InvalidRequestError unless requests can be served at the same time."""
+        """Raise InvalidRequestError unless all requests can be served, and at the same time."""
         for request in requests:
             self._check_length(request)
             self._check_tokens(request)
@@ -37,7 +37,7 @@ class RequestChecks:
                 f"This model's maximum context length is {limit} tokens. However, you requested "
                 f"{length + max_tokens} tokens ({length} in the prompt; {max_tokens} for the "
                 "completion). Please reduce your prompt; or completion length.",
-                # Where the prompt leaves no room for one token, fewer of them would not help.
+                # If the prompt alone fills the context, a smaller max_tokens would not help.
                 "prompt" if length >= limit else "max_tokens",
                 "context_length_exceeded",
             )

@@ -1,4 +1,4 @@
-"""Shows, on the loaded model, that the engine computes what it should before it serves.
+"""Tests on the loaded model, before anything is served, that the engine computes correctly.
 
 Two things are checked with the model itself: that the engine's attention gives what
 transformers' own gives, and that an edit at each hooked site, and before `lm_head`, reaches the
@@ -26,15 +26,20 @@ from steering.bank import Bank
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
-_PROBE_TOKENS = 2  # with one, attention has nothing to choose from, whatever its keys are
-_UNEDITED = 2  # sequences in each batch of edited ones
-_CHUNKS = (7, 1, 16)
-_RECORDED_TOKENS = 13  # a number that no model has for anything else
+_PROBE_TOKENS = 2  # one token attends to itself alone, so edits of queries and keys do nothing
+_UNEDITED = 2  # unedited sequences in each batch of probes
+_CHUNKS = (7, 1, 16)  # tokens of each prefill chunk in `check_forward`
+# Sizes equal to this are taken for the number of tokens, so no model may have it as another size.
+_RECORDED_TOKENS = 13
+# Relative difference of logits, in the norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 def reference_logits(model: PreTrainedModel) -> Tensor:
-    """What transformers computes of the probe's last token, before the engine changes anything."""
+    """Return transformers' logits after the probe prompt: (vocabulary,) float32.
+
+    Call it before the engine changes anything in the model.
+    """
     tokens = torch.tensor([_probe_prompt(model, sum(_CHUNKS))], device=model.device)
     with torch.inference_mode():
         logits: Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
@@ -80,9 +85,9 @@ def check_forward(
 def record_layers(
     model: PreTrainedModel, layers: DecoderLayers, runner: Runner, memory: KVMemory
 ) -> list[Probe]:
-    """What the layers do for several tokens of a sequence, and for the one after them.
+    """Record the layers' inputs and outputs in a prefill of several tokens, and in a decode step.
 
-    The probes go on using a lane of `memory`.
+    The probes keep a lane of `memory` in use.
     """
     sequence = _sequence(_probe_prompt(model, _RECORDED_TOKENS + 1), ())
     lane = memory.lane()
@@ -116,7 +121,7 @@ def check_lm_head(model: PreTrainedModel, runner: Runner, memory: KVMemory, widt
 
 
 def sites_a_batch(memory: KVMemory) -> int:
-    """How many sites one batch of `dead_sites` can have."""
+    """Return how many sites one batch of `dead_sites` can probe."""
     return memory.probe_lanes - _UNEDITED
 
 
@@ -127,9 +132,9 @@ def dead_sites(
     sites: frozenset[str],
     widths: Mapping[str, int],
 ) -> frozenset[str]:
-    """The hooked sites at which an edit does not reach the logits.
+    """Return the hooked sites at which an edit does not reach the logits.
 
-    Each batch has one sequence a site, edited at that site alone by a map of the bank.
+    A batch has one sequence for each of its sites, and a map edits that sequence at that site only.
     """
     ordered = sorted(sites)
     dead: set[str] = set()
@@ -152,10 +157,10 @@ def _reaches(
     bank: Bank,
     edits: Sequence[SlottedEdit],
 ) -> list[bool]:
-    """For each edit, whether a sequence edited by it has other logits than one that is not."""
+    """Return for each edit whether a sequence edited by it has other logits than an unedited one."""
     prompt = _probe_prompt(model, _PROBE_TOKENS)
-    # An unedited sequence at each end: how much these two differ is how much a row's place in the
-    # batch changes by itself.
+    # There is an unedited sequence at each end: their difference shows how much logits depend on a
+    # row's place in the batch.
     stacks: list[tuple[SlottedEdit, ...]] = [(), *((edit,) for edit in edits), ()]
     sequences = [_sequence(prompt, stack) for stack in stacks]
     chunks = [Chunk(sequence, 0, _PROBE_TOKENS) for sequence in sequences]
@@ -167,7 +172,7 @@ def _reaches(
 
 
 def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
-    """Distinct tokens, spread over the vocabulary."""
+    """Return distinct tokens, spread over the vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     return tuple((place + 1) * (vocabulary // (length + 2)) % vocabulary for place in range(length))
 
@@ -176,7 +181,7 @@ def _probe_prompt(model: PreTrainedModel, length: int) -> tuple[int, ...]:
 def _lanes(
     memory: KVMemory, sequences: Sequence[EngineSequence], tokens: int
 ) -> Iterator[Mapping[EngineSequence, Lane]]:
-    """A lane with room for so many tokens for each sequence, within the context."""
+    """Within the context, give each sequence a lane with room for `tokens` tokens."""
     lanes = {sequence: memory.lane() for sequence in sequences}
     try:
         for lane in lanes.values():
@@ -194,19 +199,19 @@ def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> Engine
 
 
 def probe_map(width: int) -> AffineMap:
-    """A map far from the identity: it negates and shifts."""
+    """Return a map far from the identity: it negates and shifts."""
     return AffineMap(weight=torch.full((width,), -1.0), bias=torch.linspace(-1.0, 1.0, width))
 
 
 def complete_map(width: int) -> AffineMap:
-    """A map like that of a probe, with all that a map may have: a support and a gate."""
+    """Return a probe's map with both optional parts that a map may have: a support and a gate."""
     bound = torch.full((width,), 1e4)
     gate = Gate(torch.linspace(-1.0, 1.0, width) / width, torch.zeros(()))
     return replace(probe_map(width), low=-bound, high=bound, gate=gate)
 
 
 def _probe_head(width: int) -> RewardHead:
-    """A head that leaves every row a gap: r(h) = 1, and r_plus is 11."""
+    """Return a head that gives every row a gap of 10: r(h) is 1, and r_plus is 11."""
     return RewardHead(
         w1=torch.zeros(1, width),
         b1=torch.ones(1),

@@ -1,7 +1,7 @@
-"""Which sites are hooked, and at which of them a probe has shown that an edit reaches the logits.
+"""Hooks sites, and probes whether an edit at each of them reaches the logits.
 
-A probe takes the engine thread, so the sites of an artifact are probed a few at a time, with steps
-in between: nobody else waits for more than one such piece.
+A probe occupies the engine thread, so the sites of an artifact are probed a few at a time, with
+steps in between: other requests wait for one such piece at most.
 """
 
 import time
@@ -10,13 +10,13 @@ from typing import Final
 
 from steering.hooks import SteeringHooks
 
-_FEW: Final = 0.8  # of the time that a piece may take: the next one may be larger
+_FEW: Final = 0.8  # share of a piece's allowed time; a piece that takes less lets the next grow
 
 
 class SiteProbes:
-    """Used on the engine thread only.
+    """Remembers which sites were probed, and what was found. Used on the engine thread only.
 
-    `probe` is given hooked sites and returns those at which an edit does not reach the logits.
+    `probe` takes hooked sites and returns those at which an edit does not reach the logits.
     """
 
     def __init__(
@@ -29,29 +29,29 @@ class SiteProbes:
         self._hooks = hooks
         self._probe = probe
         self._most_at_once = most_at_once
-        self._at_once = 1  # as many as took little enough time; the first piece is the smallest
+        self._at_once = 1  # sites in the next piece, adapted to how long earlier pieces took
         self._probed: set[str] = set()
         self._dead: set[str] = set()
 
     def left(self, sites: Collection[str]) -> list[str]:
-        """Those that no probe has tried yet."""
+        """Return the sites that have not been probed yet, sorted."""
         return sorted(set(sites) - self._probed)
 
     def dead(self, sites: Collection[str]) -> list[str]:
-        """Those at which a probe has shown that an edit does not reach the logits."""
+        """Return the sites at which a probe has shown that no edit reaches the logits, sorted."""
         return sorted(self._dead.intersection(sites))
 
     def probe_all(self, sites: Collection[str]) -> None:
-        """Probe all that are left, however long it takes."""
+        """Probe all sites that have not been probed yet, however long it takes."""
         self._try(self.left(sites))
 
     def probe_some(self, sites: Collection[str], seconds: float) -> list[str]:
-        """Probe at least one of those that are left, and as many as take about `seconds`.
+        """Probe at least one site that has not been probed, and as many as take about `seconds`.
 
-        How many these are is told by how long earlier pieces took.
+        The number is adapted to how long earlier pieces took.
 
         Returns:
-            Those that were probed; none if none was left.
+            The sites that were probed; empty if none was left.
         """
         some = self.left(sites)[: self._at_once]
         began = time.perf_counter()
@@ -66,7 +66,7 @@ class SiteProbes:
     def _try(self, sites: list[str]) -> None:
         for site in sites:
             self._hooks.install(site)
-        # A probe that fails has shown nothing, and must be made again.
+        # A probe that raises has shown nothing, so its sites still count as not probed.
         if sites:
             self._dead |= self._probe(frozenset(sites))
             self._probed.update(sites)

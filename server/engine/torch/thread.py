@@ -1,4 +1,4 @@
-"""The engine thread: steps while there is work, and runs what others ask of it in between.
+"""The engine thread: computes steps while there is work, and runs others' calls in between.
 
 Everything the core owns (scheduler, bank, hooks, slots) is touched on this thread only, so none
 of it needs a lock.
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class Steps(Protocol):
-    """What the thread needs of the core."""
+    """The part of the core that the thread calls."""
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute anything."""
+        """True if the next step has anything to compute."""
         ...
 
     def step(self) -> list[Delivery]:
@@ -31,7 +31,7 @@ class Steps(Protocol):
         ...
 
     def make_pending(self) -> bool:
-        """Do one piece of work that nobody waits for; False if there is none."""
+        """Do one piece of work that no request waits for. Return False if there is none."""
         ...
 
 
@@ -53,17 +53,17 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs and takes calls."""
+        """True while the thread runs and takes calls."""
         return self._thread.is_alive() and not self._stopping and not self._ended
 
     @property
     def died(self) -> bool:
-        """Whether an exception has ended the thread."""
+        """True once an exception has ended the thread."""
         return self._died
 
     @property
     def end(self) -> EngineError:
-        """Why the thread takes no more calls, once it takes none."""
+        """The error that says why the thread takes no more calls. Valid only once it takes none."""
         if self._stopping:
             return ShuttingDownError("the server is shutting down")
         return EngineDeadError("the engine has stopped")
@@ -76,8 +76,8 @@ class EngineThread:
         """Run a function between two steps.
 
         Returns:
-            Its result or exception; if the thread has ended, ShuttingDownError where it was told
-            to and EngineDeadError where it was not.
+            A future of its result or exception. If the thread has ended, the exception is
+            ShuttingDownError after `stop`, and EngineDeadError otherwise.
         """
         future, run = self._promised(function)
         self._inbox.put(run)
@@ -86,24 +86,24 @@ class EngineThread:
         return future
 
     def call_piece(self, function: Callable[[], T]) -> Future[T]:
-        """Run one piece of some longer work: between two steps there is only one such piece.
+        """Run one piece of some longer work. Only one such piece runs between two steps.
 
         Returns:
-            As `call`.
+            A future like that of `call`.
         """
         future, run = self._promised(function)
         self._pieces.put(run)
-        self._inbox.put(_nothing)  # wakes the thread where it has no work
+        self._inbox.put(_nothing)  # wakes the thread if it waits for work
         if self._ended:
             self._drain()
         return future
 
     def tell(self, function: Callable[[], object]) -> None:
-        """Run a function between two steps whose end nobody waits for; what it raises is logged."""
+        """Run a function between two steps without waiting for it. Unexpected errors are logged."""
         self.call(function).add_done_callback(log_unread)
 
     def _promised(self, function: Callable[[], T]) -> tuple[Future[T], Callable[[], None]]:
-        """A future, and what makes it the function's result, on the engine thread."""
+        """Return a future, and the call that runs `function` and settles the future."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -120,12 +120,12 @@ class EngineThread:
         return future, run
 
     def stop(self) -> None:
-        """Take no more calls, and end after the step that is computed now.
+        """Make the thread take no more calls, and end after the current step.
 
         Does not wait for that step: it may be long, or never end.
         """
         self._stopping = True
-        self._inbox.put(_nothing)  # wakes the thread where it has no work
+        self._inbox.put(_nothing)  # wakes the thread if it waits for work
 
     def _run(self) -> None:
         try:
@@ -144,7 +144,7 @@ class EngineThread:
             self._tell_end()
 
     def _receive(self) -> None:
-        """Run what waits in the inbox; if there is no work, do what is pending, or wait."""
+        """Run the calls in the inbox. While there is no work, run pieces or pending work, or wait."""
         self._drain()
         while not (self._core.has_work or self._stopping):
             if not (_run_next(self._pieces) or self._core.make_pending()):
@@ -154,12 +154,12 @@ class EngineThread:
     def _drain(self) -> None:
         while _run_next(self._inbox):
             pass
-        while self._ended and _run_next(self._pieces):  # which tell that it has ended
+        while self._ended and _run_next(self._pieces):  # their futures get `end` as an exception
             pass
 
 
 def log_unread(future: Future[Any]) -> None:
-    """Log the exception of a call that nobody waits for, unless it is one that clients are told."""
+    """Log the exception of a call that nobody waits for, unless it is meant for a client."""
     if future.cancelled() or (error := future.exception()) is None:
         return
     if not isinstance(error, EngineError):
@@ -167,11 +167,11 @@ def log_unread(future: Future[Any]) -> None:
 
 
 def _nothing() -> None:
-    """Wakes whoever waits for something to run."""
+    """Do nothing: as an entry in the inbox, this only wakes the thread."""
 
 
 def _run_next(waiting: "queue.SimpleQueue[Callable[[], None]]") -> bool:
-    """Run the next function; False if there is none."""
+    """Run the next function. Return False if there is none."""
     try:
         run = waiting.get_nowait()
     except queue.Empty:
