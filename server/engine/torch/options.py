@@ -14,7 +14,7 @@ class EngineOptions:
     max_batch_tokens: int = 512  # tokens in one step
     max_waiting: int = 256
     max_model_len: int | None = None  # None: the model's own
-    kv_cache_gb: float | None = None  # None: as much as there is, see `memory_plan` and `plan_kv`
+    kv_cache_gb: float | None = None  # None: chosen by `plan_memory` or `plan_kv`
     max_loaded_interventions: int = 64
     # On a CPU: compile layers in the background, and the refinement by reward heads at start.
     compile_layers: bool = False

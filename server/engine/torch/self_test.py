@@ -157,7 +157,7 @@ def _reaches(
     bank: Bank,
     edits: Sequence[SlottedEdit],
 ) -> list[bool]:
-    """Return for each edit whether a sequence edited by it has other logits than an unedited one."""
+    """Return for each edit whether it gives a sequence other logits than an unedited one has."""
     prompt = _probe_prompt(model, _PROBE_TOKENS)
     # There is an unedited sequence at each end: their difference shows how much logits depend on a
     # row's place in the batch.

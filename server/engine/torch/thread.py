@@ -144,7 +144,7 @@ class EngineThread:
             self._tell_end()
 
     def _receive(self) -> None:
-        """Run the calls in the inbox. While there is no work, run pieces or pending work, or wait."""
+        """Run the inbox's calls. While there is no work, run pieces or pending work, or wait."""
         self._drain()
         while not (self._core.has_work or self._stopping):
             if not (_run_next(self._pieces) or self._core.make_pending()):
