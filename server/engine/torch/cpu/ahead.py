@@ -1,6 +1,6 @@
-"""Functions that are compiled before anybody calls them, for processors; and how they are checked.
+"""Compiles functions for a CPU ahead of their first call, and compares results with the original's.
 
-torch's compiler makes loops for what a function says in tensors.
+torch's compiler turns a function's tensor operations into C++ loops.
 """
 
 import logging
@@ -17,20 +17,21 @@ from server.engine.torch.model.fallback import first_line
 logger = logging.getLogger(__name__)
 
 _OPTIONS: Final[Mapping[str, Any]] = {
-    # What a product of one row reads is computed once, and not again for each row of weights.
+    # The input of a one-row product is computed once, and not again for each row of weights.
     "realize_reads_threshold": 1,
-    "compile_threads": 1,  # no pool of processes
+    "compile_threads": 1,  # no pool of compiler processes
     "size_asserts": False,  # packed weights have no strides
     "post_grad_custom_pre_pass": OneProduct(),
-    # All that guards would check is constant here, but for the number of tokens.
+    # Guards are needless: all that they check is constant here, except the number of tokens, which
+    # is marked as dynamic.
     "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
 }
-# Of what a layer gives, compiled and not, in the norm.
+# Largest relative difference of compiled and uncompiled outputs, in the norm.
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 1e-2}
 
 
 class CompiledWronglyError(Exception):
-    """What a compiler made gives other results."""
+    """Compiled code gives other results than the code that it was made from."""
 
 
 def compile_ahead(
@@ -38,21 +39,21 @@ def compile_ahead(
     inputs: tuple[object, ...],
     threads: int,
 ) -> Callable[..., Any]:
-    """What a compiler makes of a function, for inputs like some.
+    """Compile a function for inputs like the given ones, and return the compiled function.
 
-    What it gives checks nothing: inputs must differ from these in nothing but their numbers, and
+    It does not check its inputs: they may differ from `inputs` only in the values of tensors, and
     in the sizes that were marked as dynamic.
 
     Args:
-        threads: that a loop over many numbers runs on.
+        threads: how many threads a compiled loop over many elements uses.
 
     Raises:
         Exception: any; a compiler may raise what it likes.
     """
-    # A copy: torch takes something out of it.
+    # A new dict, because torch removes entries from it.
     options = {**_OPTIONS, "cpp.threads": threads}
     compiled: Any = torch.compile(function, fullgraph=True, options=options)
-    # Numbers of the model's code are constants, as those of its configuration are.
+    # Python floats come from the model's code and configuration, so they are constants.
     with torch._dynamo.config.patch(specialize_float=True):
         ahead: Any = compiled.aot_compile((inputs, {}))
     ahead.disable_guard_check()
@@ -61,7 +62,7 @@ def compile_ahead(
 
 
 def compare(got: object, expected: object) -> None:
-    """Raise CompiledWronglyError unless the tensors of two nests are the same, nearly."""
+    """Raise CompiledWronglyError unless two trees hold nearly the same tensors."""
     for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         if isinstance(other, Tensor):
             difference, size = float((one - other).norm()), float(other.norm())
@@ -72,7 +73,7 @@ def compare(got: object, expected: object) -> None:
 
 
 def warn_uncompiled(who: str, part: object, error: Exception) -> None:
-    """Say that something runs as it is, which a compiler could not make faster."""
+    """Log a warning that something runs uncompiled, because compiling it failed."""
     logger.warning(
         "%s uncompiled, which is slower, as with --no-compile-layers: %s", who, first_line(error)
     )

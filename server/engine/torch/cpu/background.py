@@ -1,4 +1,4 @@
-"""Work for a thread of its own, one thing after the other; the thread ends when there is none."""
+"""Runs functions one after the other on a background thread, which ends when none is left."""
 
 import threading
 from collections import deque
@@ -6,27 +6,27 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs functions in the order in which they are given, beside everything else."""
+    """Runs functions on a thread of its own, in the order in which they are given."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._left: deque[Callable[[], None]] = deque()  # the first of them runs
+        self._left: deque[Callable[[], None]] = deque()  # the first one is running
         self._changed = threading.Condition()
 
     @property
     def pending(self) -> int:
-        """Functions that run or wait."""
+        """The number of functions that run or wait."""
         return len(self._left)
 
     def run(self, function: Callable[[], None]) -> None:
-        """Have a function run, which must not raise."""
+        """Queue a function, which must not raise."""
         with self._changed:
             self._left.append(function)
             if len(self._left) == 1:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is left to do; False if something is after `timeout` seconds."""
+        """Wait for all functions to run. Return False if some are left after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._left, timeout)
 

@@ -1,10 +1,10 @@
-"""Decoder layers, compiled: one graph for all layers of one structure.
+"""Runs decoder layers compiled, with one graph for all layers of one structure.
 
 A layer's weights, the maps of its sites and the step's route are inputs of the graph, so that it
-serves every layer and every mix of interventions. Graphs are made on a thread of their own: those
-without edits and for one edit at the default sites at start, others when steps go on wanting them.
-No step ever waits for one: until a graph is ready, and where none can be made, a layer runs as it
-is, with its hooks.
+serves every layer and every mix of interventions. Graphs are compiled on a background thread. The
+ones for no edits and for one edit at the default sites are compiled at start, others once enough
+steps have wanted them. No step waits for a graph: a layer without one runs uncompiled, with its
+hooks.
 """
 
 import logging
@@ -46,21 +46,24 @@ _MOST_PLANS: Final = 64
 class _Layer:
     """How one layer is computed in a step."""
 
-    variant: int  # which of the plan's
-    tensors: Tensors  # its own, and the maps of its sites
-    position: Tensor  # () int64, which layer it is
+    variant: int  # index into the plan's variants
+    tensors: Tensors  # the layer's own, and the maps of its sites
+    position: Tensor  # () int64, the layer's index
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerPlan:
-    """How the layers are computed while slots hold what they do, and the same are used."""
+    """How all layers are computed, for one content of the bank and one set of used slots."""
 
     variants: tuple[Variant, ...]
     layers: list[_Layer]
 
 
 class CompiledLayers:
-    """Used on the engine thread, but for what the background runs."""
+    """Runs layers by their graphs, as far as these are ready.
+
+    Used on the engine thread, except for the methods that the background thread runs.
+    """
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class CompiledLayers:
         lm_head: nn.Module,
         habit: Habit,
     ) -> None:
-        """`habit` says which mixes of edits are worth graphs beside those that `expect` names."""
+        """`habit` says when a mix of edits is worth graphs, unless `expect` has named it."""
         self._layers = layers
         self._probes = (one_token, more_tokens)
         self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _LayerPlan] = {}
@@ -82,15 +85,15 @@ class CompiledLayers:
 
     @property
     def pending(self) -> int:
-        """What is being compiled, or waits for that."""
+        """The number of compilations that run or wait."""
         return self._background.pending
 
     def expect(self, sites: Mapping[str, int], slots: int) -> None:
-        """Have graphs made for one affine edit at some sites, before anybody wants it.
+        """Have graphs compiled for one affine edit at some sites, before a request wants it.
 
         Args:
             sites: module path -> width.
-            slots: of the bank, the identity's among them.
+            slots: the number of the bank's slots, the identity's included.
         """
         edited: dict[int, list[Site]] = {}
         for site in sites:
@@ -104,14 +107,14 @@ class CompiledLayers:
             self._graphs.expect(Variant(structure, ordered, 1))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all that was asked for is made; False if it is not in `timeout` seconds."""
+        """Wait for all compilations. Return False if some are left after `timeout` seconds."""
         return self._background.wait(timeout)
 
     @contextmanager
     def step(
         self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
     ) -> Iterator[None]:
-        """Within the context, a step's layers run compiled, where they are."""
+        """Within the context, the layers whose graphs are ready run compiled."""
         plan = self._plan(bank, route.affine)
         steered = route.affine is not None and any(variant.sites for variant in plan.variants)
         edits = step_tensors(route.affine, tokens, meter) if route.affine and steered else {}
@@ -151,7 +154,10 @@ class CompiledLayers:
     def _calls(
         self, variant: Variant, edits: Tensors, tokens: int
     ) -> Callable[[_Layer], LayerCall | None]:
-        """What computes a layer of some variant in this step; None: the layer itself."""
+        """Return a function that makes the call which computes a layer of a variant in this step.
+
+        It returns None for a layer that runs uncompiled.
+        """
         graphs = self._graphs.find(variant)
         if graphs is None:
             return lambda _layer: None
@@ -171,9 +177,9 @@ class CompiledLayers:
         self._background.run(lambda: self._graphs.settle(variant, self._make(variant)))
 
     def _make(self, variant: Variant) -> Graphs | None:
-        """On the background's thread."""
+        """Compile a variant's graphs; None if that fails. Runs on the background thread."""
         if variant.sites and not self._graphs.has(Variant(variant.structure)):
-            return None  # its layers are not alike, or there is no compiler; that was said then
+            return None  # it failed to compile without edits, which was logged
         try:
             with torch.inference_mode():
                 graphs = make_graphs(self._layers, self._probes, variant)
@@ -184,9 +190,9 @@ class CompiledLayers:
         return graphs
 
     def _make_head(self, lm_head: nn.Module) -> None:
-        """On the background's thread."""
+        """Compile `lm_head`, if layers could be compiled. Runs on the background thread."""
         if not self._graphs.has(Variant(0)):
-            return  # there is no compiler, most likely; that was said when it was not found
+            return  # most likely there is no compiler, which was logged
         try:
             with torch.inference_mode():
                 compile_head(lm_head)

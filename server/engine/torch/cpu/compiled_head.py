@@ -1,4 +1,4 @@
-"""`lm_head`, compiled for steps that want the logits of a single row."""
+"""Compiles `lm_head` for steps that need the logits of a single row."""
 
 import torch
 from torch import nn
@@ -8,12 +8,13 @@ from server.engine.torch.cpu.packed import PackedLinear, multiply_one_row
 
 
 def compile_head(lm_head: nn.Module) -> None:
-    """Have a packed `lm_head` multiply single rows by a compiled loop over its weights.
+    """Have a packed `lm_head` multiply single rows by a compiled loop over its plain weights.
 
-    Any other stays as it is, and one that is short of memory for its plain weights.
+    An `lm_head` that is not packed, or has no plain weights, stays as it is.
 
     Raises:
-        CompiledWronglyError: the loop gives something else. A compiler may raise anything else.
+        CompiledWronglyError: the loop gives other results.
+        Exception: any; a compiler may raise what it likes.
     """
     if not isinstance(lm_head, PackedLinear) or lm_head.plain is None:
         return
@@ -21,6 +22,7 @@ def compile_head(lm_head: nn.Module) -> None:
     row = torch.randn(1, 1, lm_head.in_features, generator=random).to(lm_head.plain.dtype)
     inputs = row, lm_head.plain, lm_head.bias
     one_row = compile_ahead(multiply_one_row, inputs, threads=torch.get_num_threads())
-    # Not called as a module: its hook would edit the row as the step that runs meanwhile says.
+    # The module itself is not called, because its hook would edit the row by the route of the step
+    # that runs at the same time.
     compare(one_row(*inputs), lm_head.multiply(row))
     lm_head.one_row = one_row

@@ -1,8 +1,8 @@
-"""Which variants of layers have graphs: those that are always wanted, and a few of the others.
+"""Decides which variants of layers have graphs: the expected ones, and a few others.
 
-A graph takes a processor for about a minute and some megabytes, so it is made only for a variant
-that many steps have wanted over a while. There are so many of these at most; one that nobody uses
-any more gives way to the next.
+Compiling keeps a processor busy for about a minute, and a graph takes some megabytes. So a variant
+that was not expected gets graphs only when many steps have wanted it over a while. The number of
+these variants is limited; one that is no longer used gives way to the next.
 """
 
 import time
@@ -13,14 +13,16 @@ from typing import Final
 from server.engine.torch.cpu.layer_graphs import Graphs, Variant
 from server.engine.torch.cpu.recurring import Habit, Recurring
 
-MOST_GRAPHS: Final = 16  # of variants beside those that are always wanted
+MOST_GRAPHS: Final = 16  # variants with graphs, besides the expected ones
 # About as many steps as a dozen answers have, so that making a graph pays.
 HABIT: Final = Habit(times=1000, seconds=60.0, pause=600.0)
-_UNUSED_SECONDS: Final = 300.0  # after which a graph gives way; sooner, many would be made in turns
+# A variant that was unused for so long may give way. If the time were shorter, many variants could
+# be compiled in turns.
+_UNUSED_SECONDS: Final = 300.0
 
 
 class GraphStore:
-    """Used on the engine thread, but for `settle`."""
+    """Keeps graphs by variant. Used on the engine thread, except for `settle`."""
 
     def __init__(
         self,
@@ -29,32 +31,32 @@ class GraphStore:
         most: int = MOST_GRAPHS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`ask` has a variant's graphs made, and then calls `settle` from any thread."""
+        """`ask` starts to make a variant's graphs; `settle` is called later, from any thread."""
         self._ask = ask
         self._most = most
         self._clock = clock
         self._recurring = Recurring[Variant](habit, clock)
         self._lasting: set[Variant] = set()
         self._graphs: dict[Variant, Graphs | None] = {}  # None: they could not be made
-        # When each variant was last used that does not last; the least recently used first.
+        # The time when each variant that was not expected was last used, least recently used first.
         self._used: OrderedDict[Variant, float] = OrderedDict()
 
     def expect(self, variant: Variant) -> None:
-        """Have a variant's graphs made now; they stay."""
+        """Have a variant's graphs made now, and keep them for good."""
         if variant not in self._lasting:
             self._lasting.add(variant)
             self._ask(variant)
 
     def settle(self, variant: Variant, graphs: Graphs | None) -> None:
-        """Take what was made of a variant that was asked for; None where nothing could be."""
+        """Store the graphs that were made for a variant; None if they could not be made."""
         self._graphs[variant] = graphs
 
     def has(self, variant: Variant) -> bool:
-        """Whether a variant's graphs are ready."""
+        """Return whether a variant's graphs are ready."""
         return self._graphs.get(variant) is not None
 
     def find(self, variant: Variant) -> Graphs | None:
-        """A variant's graphs for a step, if they are ready; asks for them if they are worth it."""
+        """Return a variant's graphs if they are ready; have them made if they are worth it."""
         if variant in self._lasting:
             return self._graphs.get(variant)
         if variant in self._used:
@@ -68,11 +70,11 @@ class GraphStore:
         return None
 
     def _make_room(self) -> bool:
-        """Whether there is a place for one variant more, if need be that of an unused one."""
+        """Return whether one more variant may have graphs; drop an unused variant's if need be."""
         if len(self._used) < self._most:
             return True
         oldest, last = next(iter(self._used.items()))
-        # One that is not settled is being made.
+        # A variant that is not settled is still being compiled.
         if oldest not in self._graphs or self._clock() - last < _UNUSED_SECONDS:
             return False
         del self._used[oldest], self._graphs[oldest]

@@ -1,4 +1,4 @@
-"""Graphs of decoder layers: compiled ahead of their use, and compared with the layers."""
+"""Compiles graphs of decoder layers ahead of their use, and compares them with the layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from steering.site_maps import Part, SiteMaps
 from steering.sites import Place
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-# A layer's tensors, what its edits take of the step, and the layer's own arguments.
+# A layer's tensors, the step's inputs of its edits, and the layer's own arguments.
 _Inputs: TypeAlias = tuple[Tensors, Tensors, Sequence[object], Mapping[str, object]]
 Graph: TypeAlias = Callable[[Tensors, Tensors, Sequence[object], Mapping[str, object]], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What a graph is made for."""
+    """The kind of layer, and of its edits, that a graph computes."""
 
-    structure: int  # of the layer, see `DecoderLayers.structures`
-    sites: tuple["Site", ...] = ()  # that are edited
-    depth: int = 0  # places in the stacks of affine edits
+    structure: int  # index into `DecoderLayers.structures`
+    sites: tuple["Site", ...] = ()  # the edited sites
+    depth: int = 0  # number of places in the stacks of affine edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +38,26 @@ class Site:
     place: Place  # in the layer
     slots: int
     width: int
-    parts: frozenset[Part]  # that maps have there
+    parts: frozenset[Part]  # the parts that the maps have there
 
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """Of one variant, two: a compiler takes the number 1 for a constant."""
+    """The two graphs of one variant: the compiler would treat a size of 1 as a constant."""
 
     one_token: Graph
     more_tokens: Graph
 
 
 def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant) -> Graphs:
-    """Compile a variant for one token and for more, and compare with what is not compiled.
+    """Compile a variant for one token and for several, and compare with the uncompiled layers.
 
     Args:
-        probes: of a forward pass of one token, and of one of several.
+        probes: of a forward pass of one token, and of one of several tokens.
 
     Raises:
-        CompiledWronglyError: they differ. A compiler may raise anything else.
+        CompiledWronglyError: a graph gives other results.
+        Exception: any; a compiler may raise what it likes.
     """
     template = _template(layers.structures[variant.structure], variant)
 
@@ -89,7 +90,7 @@ def _graph(layers: DecoderLayers, variant: Variant, run: Graph, probe: Probe) ->
 
 
 def _template(structure: nn.Module, variant: Variant) -> nn.Module:
-    """A layer that edits its sites, all of whose tensors are given with each call."""
+    """Return a layer that edits the variant's sites, and gets all its tensors with each call."""
     template = template_of(structure)
     for site in variant.sites:
         SiteEdit.install(template.get_submodule(site.place.module), site.place, site.parts)
@@ -97,7 +98,7 @@ def _template(structure: nn.Module, variant: Variant) -> nn.Module:
 
 
 def _example_maps(variant: Variant) -> dict[str, Tensor]:
-    """Of a bank whose first slot is filled."""
+    """Return the maps of a bank whose slot 1 is filled, named as the graph's inputs."""
     random = torch.Generator().manual_seed(0)
     inputs: dict[str, Tensor] = {}
     for site in variant.sites:
@@ -108,7 +109,7 @@ def _example_maps(variant: Variant) -> dict[str, Tensor]:
 
 
 def _example_map(site: Site, random: torch.Generator) -> AffineMap:
-    """A map that has all that maps may have at a site."""
+    """Return a map with all the parts that maps have at a site."""
     low, high = (torch.full((site.width,), bound) for bound in (-1.0, 1.0))
     supported = Part.SUPPORT in site.parts
     gate = Gate(
@@ -124,7 +125,7 @@ def _example_map(site: Site, random: torch.Generator) -> AffineMap:
 
 
 def _example_step(variant: Variant, tokens: int) -> Tensors:
-    """A step that edits every second token or so."""
+    """Return the edits' inputs for a step in which about every second token is edited."""
     if not variant.sites:
         return {}
     slots = torch.arange(tokens * variant.depth).remainder(2).view(variant.depth, tokens)
@@ -137,11 +138,12 @@ def _example_step(variant: Variant, tokens: int) -> Tensors:
 
 def _compiled_ahead(run: Graph, inputs: _Inputs, tokens: int) -> Graph:
     if tokens > 1:
-        # Not of weights and maps, whose sizes may be the same number by chance.
+        # Weights and maps (inputs[0]) are left out: their sizes may equal `tokens` by chance.
         for tensor in tree_leaves(inputs[1:]):
             for dim, size in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
                 if size == tokens:
                     torch._dynamo.mark_dynamic(tensor, dim)
-    # A single token's products are loops that the compiler makes. All that it makes for more is
-    # small beside their products, with whose threads its own would fight for the processors.
+    # For a single token, the compiler's loops compute the matrix products, so they use all threads.
+    # For more tokens a library computes these; the loops are small, and more threads would only
+    # compete with the library's for the processors.
     return compile_ahead(run, inputs, torch.get_num_threads() if tokens == 1 else 1)

@@ -1,4 +1,4 @@
-"""What refines rows by reward heads on a CPU, made at start and held against the equations."""
+"""Builds the C++ code that refines rows by reward heads on a CPU, and checks it, at start."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from steering.reward import RewardHead, apply_reward
 
 
 def make_native_refinement() -> NativeRefinement | None:
-    """None, with a warning, where it cannot be made or does not compute rightly."""
+    """Build and check the native refinement. Return None, with a warning, if either fails."""
     try:
-        native = build_native(Path(cache_dir()))  # where what torch compiles is loaded from as well
+        native = build_native(Path(cache_dir()))  # torch loads its own compiled code from there too
         for width, units, rows in ((96, 64, 1), (100, 200, 40)):
             _check(native, width, units, rows)
     except Exception as error:
@@ -25,7 +25,7 @@ def make_native_refinement() -> NativeRefinement | None:
 
 @torch.inference_mode()
 def _check(native: NativeRefinement, width: int, units: int, rows: int) -> None:
-    """Raise CompiledWronglyError unless rows of a head get what the equations give."""
+    """Raise CompiledWronglyError unless a head's rows become what `apply_reward` makes of them."""
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:

@@ -1,12 +1,13 @@
-"""Linear layers whose weights are laid out as oneDNN reads them, once instead of in every call.
+"""Linear layers whose weights are packed into oneDNN's layout once, instead of in every call.
 
-Those that read the same input (queries, keys and values; gate and up) become one product, as small
-ones are far from the memory's speed. On a CPU with bfloat16 instructions both together are worth
-1.5 to 2 times the speed of a decode step's products (SmolLM2-135M, batch 1 to 32).
+Layers that read the same input (queries, keys and values; gate and up) are joined into one product,
+because small products are far from using the memory's bandwidth. On a CPU with bfloat16
+instructions, packing and joining together make a decode step's products 1.5 to 2 times as fast
+(SmolLM2-135M, batch 1 to 32).
 
-A single row is another matter: oneDNN reads its layout at half of the memory's speed or less, and a
-loop over rows of weights as they were, which torch's compiler makes, nearly at all of it. So they
-are kept beside the packed ones, where there is room for both.
+A single row is different: oneDNN reads the packed layout at half of the memory's bandwidth or less,
+while a loop over the plain weights, made by torch's compiler, uses nearly all of it. So the plain
+weights are kept beside the packed ones if there is room for both.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,20 +22,20 @@ from transformers import PreTrainedModel
 from server.engine.torch.model.devices import free_memory
 from steering.kernels.operators import define_operator
 
-# Of rows: oneDNN chooses a layout by it, which serves any other number as well.
+# The number of rows for which oneDNN chooses the layout; any other number can use the layout too.
 _ROWS: Final = 32
-# Of the memory that is free, for weights that are kept beside the packed ones.
+# Largest share of the free memory that plain weights may take beside the packed ones.
 _PLAIN_SHARE: Final = 0.25
 
 OneRow: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`multiply_one_row`, compiled."""
+"""The type of `multiply_one_row`, compiled."""
 
 
 class PackedLinear(nn.Module):
-    """What an `nn.Linear` of a CPU computes, faster: (..., in) -> (..., out)."""
+    """Computes what an `nn.Linear` computes, faster on a CPU: (..., in) -> (..., out)."""
 
-    packed: Tensor  # (out of all joined layers, in), the same in each of them
-    plain: Tensor | None  # the same numbers, row by row; None where there is no room for both
+    packed: Tensor  # (out of all joined layers, in) in oneDNN's layout, shared by joined layers
+    plain: Tensor | None  # the same weights, row by row; None if they are not kept
     bias: Tensor | None  # (out of all joined layers,)
 
     def __init__(
@@ -45,11 +46,11 @@ class PackedLinear(nn.Module):
         outputs: range,
         kept: "_LastProduct",
     ) -> None:
-        """Its own `outputs` are some of the product's."""
+        """`outputs` is this layer's range of the joined outputs; the joined layers share `kept`."""
         super().__init__()
         self.in_features = packed.shape[1]
         self.out_features = len(outputs)
-        self.one_row: OneRow | None = None  # for who calls it uncompiled
+        self.one_row: OneRow | None = None  # multiplies single rows outside of compiled graphs
         self._first = outputs.start
         self._kept = kept
         self.register_buffer("packed", packed, persistent=False)
@@ -57,9 +58,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), bfloat16."""
+        """Return this layer's outputs: (..., in_features) -> (..., out_features), bfloat16."""
         plain = self.plain if rows.numel() == self.in_features else None
-        if torch.compiler.is_dynamo_compiling():  # equal calls of joined layers become one
+        if torch.compiler.is_dynamo_compiling():  # `OneProduct` merges joined layers' equal calls
             if plain is None:
                 product = self.multiply(rows)
             else:
@@ -71,22 +72,23 @@ class PackedLinear(nn.Module):
         return product.narrow(-1, self._first, self.out_features)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """By all joined layers' packed weights: (..., in_features) -> (..., out of all)."""
+        """Multiply by the joined packed weights: (..., in_features) -> (..., out of all layers)."""
         product: Tensor = torch.ops.steerserve.packed_linear(rows, self.packed, self.bias)
         return product
 
 
 def multiply_one_row(row: Tensor, plain: Tensor, bias: Tensor | None) -> Tensor:
-    """A product that a compiler makes one loop of: (..., in) of one row -> (..., out).
+    """Multiply a single row by plain weights: (..., in) of one row -> (..., out).
 
-    Not to be called uncompiled: it would fill memory with as many numbers as the weights have.
+    Only call it compiled, as one loop: uncompiled, it would store as many float32 products as there
+    are weights.
     """
     product = (plain.float() * row.float()[..., None, :]).sum(-1)
     return (product if bias is None else product + bias.float()).to(row.dtype)
 
 
 class _LastProduct:
-    """Of joined layers: what the first has computed, until the last has taken its part."""
+    """Caches the joined layers' product until each of them has taken its slice."""
 
     def __init__(self, takers: int) -> None:
         self._takers = takers
@@ -95,7 +97,7 @@ class _LastProduct:
         self._product: Tensor | None = None
 
     def of(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-        """The product of these rows, multiplied if they are not those of the last call."""
+        """Return the product of `rows`; it is computed unless it is cached for this very tensor."""
         product = self._product
         if product is None or self._rows is not rows:
             product = multiply(rows)
@@ -107,7 +109,7 @@ class _LastProduct:
 
 
 class OneProduct(CustomGraphPass):
-    """In a compiled graph, makes one call of equal calls of `packed_linear`."""
+    """Merges equal calls of `packed_linear` in a graph that is being compiled."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
@@ -120,15 +122,15 @@ class OneProduct(CustomGraphPass):
                 graph.erase_node(node)
 
     def uuid(self) -> bytes:
-        """What torch's cache of compiled graphs knows it by."""
+        """Return what identifies this pass in torch's cache of compiled graphs."""
         return get_hash_for_files((__file__,))
 
 
 def pack_linear_layers(model: PreTrainedModel, will_compile: bool = False) -> None:
-    """Replace the linear layers of a model, where its processor gains by it.
+    """Replace a model's linear layers by packed ones, if that makes its CPU faster.
 
-    The weights themselves go, but for those that something else uses (tied embeddings), or that a
-    compiler can make use of.
+    The original weights are freed, except where something else uses them (tied embeddings) or where
+    they are kept for compiled one-row products.
     """
     if not _is_worth_it(model):
         return
@@ -141,7 +143,8 @@ def pack_linear_layers(model: PreTrainedModel, will_compile: bool = False) -> No
 
 def _join(model: PreTrainedModel, group: Sequence[tuple[str, nn.Linear]], keep_plain: bool) -> None:
     weights = [linear.weight.detach() for _, linear in group]
-    plain = torch.cat(weights) if len(weights) > 1 else weights[0]  # which may be tied
+    # A single weight is not copied: it may be tied to the embeddings.
+    plain = torch.cat(weights) if len(weights) > 1 else weights[0]
     packed = torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
     biases = [linear.bias.detach() for _, linear in group if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
@@ -156,7 +159,7 @@ def _join(model: PreTrainedModel, group: Sequence[tuple[str, nn.Linear]], keep_p
 
 @torch.inference_mode()
 def _with_equal_inputs(model: PreTrainedModel) -> list[list[tuple[str, nn.Linear]]]:
-    """All linear layers, those side by side that a forward pass gives the same tensor."""
+    """Return all linear layers, grouped by the input tensor that a forward pass gives them."""
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     inputs: dict[str, list[Tensor]] = {path: [] for path in linears}
 
@@ -170,7 +173,7 @@ def _with_equal_inputs(model: PreTrainedModel) -> list[list[tuple[str, nn.Linear
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     groups: dict[object, list[tuple[str, nn.Linear]]] = {}
     for path, linear in linears.items():
-        # What does not run once in each pass stays alone.
+        # A layer that does not run exactly once in a forward pass stays alone.
         alone = len(inputs[path]) != 1
         key = path if alone else (id(inputs[path][0]), linear.weight.dtype, linear.bias is None)
         groups.setdefault(key, []).append((path, linear))
@@ -193,12 +196,12 @@ def _packed_linear(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _packed_linear_fake(rows: Tensor, packed: Tensor, _bias: Tensor | None) -> Tensor:
-    """The shape of the output, for the compiler."""
+    """Return an empty tensor of the output's shape, for the compiler."""
     return rows.new_empty((*rows.shape[:-1], packed.shape[0]))
 
 
-# The compiler refuses `_linear_pointwise` with weights that are not constants, and one compiled
-# layer serves all.
+# This operator hides `_linear_pointwise` from the compiler, which accepts it only with constant
+# weights: in a graph that serves all layers, weights are inputs.
 define_operator(
     "packed_linear(Tensor rows, Tensor packed, Tensor? bias) -> Tensor",
     _packed_linear,

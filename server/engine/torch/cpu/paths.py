@@ -1,4 +1,4 @@
-"""What makes the engine fast on a CPU: packed weights, compiled layers, rewards in C++."""
+"""Makes the engine fast on a CPU: packed weights, compiled layers, rewards in C++."""
 
 from contextlib import suppress
 
@@ -20,12 +20,12 @@ from steering.sites import SiteError, default_sites, match_sites
 
 
 def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
-    """Lay the weights of linear layers out as the CPU reads them best."""
+    """Pack the weights of linear layers into the layout that the CPU reads fastest."""
     pack_linear_layers(model, will_compile=options.compile_layers)
 
 
 def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
-    """A runner whose layers are compiled in the background, if that is wanted."""
+    """Return a runner whose layers are compiled in the background, if the options ask for it."""
     if not options.compile_layers:
         return parts.eager
     compiled = _compiled_layers(parts, options)
@@ -36,7 +36,7 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
 def _compiled_layers(parts: Parts, options: EngineOptions) -> CompiledLayers:
     loaded = parts.loaded
     model, widths = loaded.model, loaded.description.site_widths
-    # Of its own, as the probes keep theirs: they are computed again with each graph.
+    # A separate memory, because the probes keep their lane: each new graph is checked with them.
     memory = SlabMemory(SlabShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, parts.eager, memory)

@@ -1,4 +1,4 @@
-"""What comes again and again, and so is worth work ahead of its next use."""
+"""Tells which keys are wanted again and again, and so are worth work ahead of their next use."""
 
 import time
 from collections import OrderedDict
@@ -8,20 +8,20 @@ from typing import Final, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-_MOST_KEYS: Final = 256  # that are counted at once; the least recently wanted are forgotten
+_MOST_KEYS: Final = 256  # keys that are counted; beyond, the least recently wanted is forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class Habit:
-    """When something counts as recurring."""
+    """The conditions under which a key counts as recurring."""
 
-    times: int  # it was wanted so often
-    seconds: float  # over at least so long
-    pause: float  # without a pause of so many seconds
+    times: int  # it was wanted at least so many times,
+    seconds: float  # over at least so many seconds,
+    pause: float  # without a longer pause than this, in seconds
 
     @classmethod
     def at_once(cls) -> "Habit":
-        """Everything recurs from its first time on."""
+        """Return a habit by which every key recurs from its first time on."""
         return cls(times=1, seconds=0.0, pause=float("inf"))
 
 
@@ -41,7 +41,7 @@ class Recurring(Generic[Key]):
         self._counts: OrderedDict[Key, _Count] = OrderedDict()
 
     def wanted(self, key: Key) -> bool:
-        """Count one time that a key is wanted; whether it recurs by now."""
+        """Count one time that a key is wanted, and return whether it recurs by now."""
         now, habit = self._clock(), self._habit
         count = self._counts.pop(key, None)
         if count is None or now - count.last > habit.pause:
@@ -54,5 +54,5 @@ class Recurring(Generic[Key]):
         return count.times >= habit.times and now - count.first >= habit.seconds
 
     def forget(self, key: Key) -> None:
-        """Count a key from nothing again."""
+        """Reset a key's count."""
         self._counts.pop(key, None)
