@@ -154,9 +154,9 @@ class CompiledLayers:
     def _calls(
         self, variant: Variant, edits: Tensors, tokens: int
     ) -> Callable[[_Layer], LayerCall | None]:
-        """Return a function that makes the call which computes a layer of a variant in this step.
+        """Return a function that gives each layer of a variant its call of a graph in this step.
 
-        It returns None for a layer that runs uncompiled.
+        It gives None to layers that run uncompiled.
         """
         graphs = self._graphs.find(variant)
         if graphs is None:

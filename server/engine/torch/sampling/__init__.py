@@ -1,5 +1,5 @@
-"""Turns a step's logits into the next tokens, and into what each client gets.
+"""Turns a step's logits into the next tokens, and into each client's outputs.
 
-The sampler, penalties, log-probabilities, and the answers that they become. This room imports
+It holds the sampler, the penalties, the log-probabilities and the answers. This room imports
 `step`, `text`, `scheduling` and `model`.
 """

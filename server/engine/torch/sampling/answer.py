@@ -1,4 +1,4 @@
-"""What a sequence's client gets: draws, text and log-probabilities, from admission to its end."""
+"""Makes a sequence's outputs: its draws, text and log-probabilities, from admission to its end."""
 
 import random
 import time
@@ -12,24 +12,27 @@ from server.engine.torch.text.detokenizer import Detokenizer
 
 
 class Answer:
-    """What belongs to a sequence beside its tokens. A preemption leaves it as it is."""
+    """Keeps a sequence's state beside its tokens: random numbers, penalties, text and scores.
+
+    A preemption does not change it.
+    """
 
     def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
         self._sequence = sequence
         self._detokenizer = detokenizer
         request = sequence.request
-        # None where the request changes no logits.
+        # None if the request changes no logits.
         self.penalties = Penalties(request) if changes_logits(request.sampling) else None
         self._random = random.Random(sequence.request.sampling.seed)
         self._prompt_logprobs: list[TokenLogprobs] = []
-        self._submitted: float | None = time.monotonic()  # until it is first scheduled
-        self._queue_seconds: float | None = None  # told once
-        self._cached_tokens = 0  # told once
+        self._submitted: float | None = time.monotonic()  # None once it was scheduled
+        self._queue_seconds: float | None = None  # reported in the first output only
+        self._cached_tokens = 0  # reported in the first output only
 
     def start(self) -> None:
-        """Note that the sequence begins, or begins again after a preemption.
+        """Record that the sequence starts to run, or starts again after a preemption.
 
-        What counts as computed by then was found in the prefix cache.
+        The tokens that count as computed at this point were found in the prefix cache.
         """
         if self._submitted is not None:
             self._queue_seconds = time.monotonic() - self._submitted
@@ -37,18 +40,18 @@ class Answer:
             self._submitted = None
 
     def draw(self) -> Draw:
-        """How to draw the next token. Every draw takes one number of the request's own."""
+        """Return how to draw the next token, with the request's next random number."""
         return Draw(self._sequence.request.sampling, self._random.random(), self.penalties)
 
     def score(self, logprobs: TokenLogprobs) -> None:
-        """Keep the log-probabilities of the prompt's next token."""
+        """Store the log-probabilities of the prompt's next token."""
         self._prompt_logprobs.append(logprobs)
         self._sequence.scored += 1
 
     def append(
         self, token: int, logprobs: TokenLogprobs | None, eos_tokens: frozenset[int]
     ) -> StepOutput:
-        """Append a drawn token to the sequence; the last output has a finish reason."""
+        """Append a drawn token to the sequence. The last output returned has a finish reason."""
         sequence, sampling = self._sequence, self._sequence.request.sampling
         sequence.tokens.append(token)
         if self.penalties is not None:
@@ -65,7 +68,7 @@ class Answer:
         return self._output((token,), text, logprobs, None)
 
     def read(self) -> StepOutput:
-        """The prompt is computed, and no completion was asked for."""
+        """Return the only output of a request without a completion, whose prompt is computed."""
         return self._output((), "", None, "length")
 
     def _output(

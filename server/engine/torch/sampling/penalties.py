@@ -1,4 +1,4 @@
-"""What a request changes in its logits before it draws: logit bias and penalties; no torch."""
+"""Tracks how a request changes its logits: logit bias and penalties. Imports no torch."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from server.engine.base import Request, SamplingSettings
 
 
 def changes_logits(settings: SamplingSettings) -> bool:
-    """Whether a request has a bias or a penalty that is not neutral."""
+    """Return whether a request has a logit bias or a penalty that is not neutral."""
     return bool(
         settings.logit_bias
         or settings.repetition_penalty != 1
@@ -22,11 +22,11 @@ class Entry(NamedTuple):
     token: int
     bias: float  # added
     repetition: float  # divides positive logits, multiplies negative ones
-    subtracted: float
+    subtracted: float  # presence and frequency penalties together
 
 
 class Penalties:
-    """Counts what one request has drawn, and gives each token that it changes a place.
+    """Counts the tokens that one request has drawn, and numbers those whose logits it changes.
 
     Presence and frequency penalties are OpenAI's, over the completion; the repetition penalty is
     that of CTRL (Keskar et al. 2019, section 4.1), over prompt and completion.
@@ -37,24 +37,24 @@ class Penalties:
         self._bias: dict[int, float] = {}
         self._counts: Counter[int] = Counter()  # in the completion
         self._places: dict[int, int] = {}
-        # By place, what has changed since the entries were last sent to the device. An entry says
-        # all of its token, so it does no harm if one is sent twice.
+        # The entries, by place, that changed since they were last sent to the device. An entry is
+        # complete by itself, so sending one twice does no harm.
         self.unsent: dict[int, Entry] = {}
         for token, bias in settings.logit_bias:
             self._bias[token] = self._bias.get(token, 0.0) + bias
         for token in self._bias:
             self._change(token, repetition=1.0, subtracted=0.0)
-        if settings.repetition_penalty != 1:  # prompts can be long
+        if settings.repetition_penalty != 1:  # without it, a long prompt needs no entries
             for token in dict.fromkeys(request.prompt):
                 self._change(token, settings.repetition_penalty, subtracted=0.0)
 
     @property
     def places(self) -> int:
-        """How many tokens have a place; these are numbered from 0, and none is given up."""
+        """The number of tokens that have a place. Places count from 0 and are never given up."""
         return len(self._places)
 
     def push(self, token: int) -> None:
-        """The completion has one more token."""
+        """Count one more token of the completion."""
         settings = self._settings
         self._counts[token] += 1
         subtracted = settings.presence_penalty + settings.frequency_penalty * self._counts[token]

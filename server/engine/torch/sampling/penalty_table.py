@@ -1,4 +1,4 @@
-"""The penalties of all sequences on the device, where a step changes its logits by them."""
+"""Keeps the penalties of all sequences on the device, and applies them to a step's logits."""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -10,11 +10,11 @@ from torch import Tensor
 from server.engine.torch.model.transfer import stage
 from server.engine.torch.sampling.penalties import Entry, Penalties
 
-_LEAST: Final = 64  # places
+_LEAST: Final = 64  # places of the first table, and of the smallest segment
 
 
 class _Segment(NamedTuple):
-    """Where in the table a sequence's places are."""
+    """A sequence's consecutive rows in the table."""
 
     start: int
     size: int
@@ -29,32 +29,32 @@ class PenaltyTable:
 
     A sequence has a segment of one long table, so that a long prompt takes memory for itself and
     not for its neighbours too. A segment that has become too small is copied to the end; when the
-    table is full, those in use are packed into a new one.
+    table is full, the segments in use are packed into a new one.
 
-    Nothing waits for the device, and the host's work in a step is in proportion to the sequences
-    and to what has changed of them, not to the tokens that they have seen.
+    Nothing waits for the device. The host's work in a step is in proportion to the number of
+    sequences and of their changed entries, not to the number of tokens that they have seen.
 
     Used from one thread, on one stream.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # A row a place: the token, and float32s by their bits, in the order of `Entry`.
+        # One row for each place: the token, then the bits of three float32s, in `Entry`'s order.
         self._entries = torch.zeros(_LEAST, 4, dtype=torch.int32, device=device)
-        self._end = 0  # of what was given out
+        self._end = 0  # the first row that was not given to a segment yet
         self._segments: dict[Penalties, _Segment] = {}
 
     def penalize(self, logits: Tensor, rows: Sequence[Penalties | None]) -> Tensor:
-        """The logits to draw from, each row with its own changes, in float32's range.
+        """Return the logits to draw from: each row with its own changes, within float32's range.
 
-        What is unsent of the rows' penalties is sent. A call that fails has lost none of it.
+        The rows' unsent entries are sent to the device. If the call fails, none of them is lost.
 
         Args:
             logits: (rows, vocabulary) float32, on the table's device.
-            rows: None where a row's logits stay as they are; otherwise no two are the same.
+            rows: each row's penalties, all different; None for a row that stays as it is.
 
         Returns:
-            (rows, vocabulary) float32: a copy, or `logits` where no row changes anything.
+            (rows, vocabulary) float32: a copy, or `logits` itself if no row changes.
         """
         changed = {
             row: penalties
@@ -67,18 +67,18 @@ class PenaltyTable:
             self._make_room(penalties)
         spans, counts = self._send(changed)
         total = sum(penalties.places for penalties in changed.values())
-        # Given the size, torch does not wait for the device to tell it.
+        # Without `output_size`, torch would wait for the device to compute it.
         row, shift = spans.repeat_interleave(counts, dim=0, output_size=total).unbind(dim=1)
         entries = self._entries[torch.arange(total, device=self._device) + shift]
         place = (row, entries[:, 0].long())
         return logits.index_put(place, _changed(logits[place], entries[:, 1:].view(torch.float32)))
 
     def free(self, penalties: Penalties) -> None:
-        """Give up a sequence's segment. Harmless where it has none."""
+        """Free a sequence's segment. Harmless if it has none."""
         self._segments.pop(penalties, None)
 
     def check(self, living: Collection[Penalties]) -> None:
-        """Assert that segments are of living sequences, and that nothing of these is lost."""
+        """Assert that all segments belong to living sequences, and that no entry is lost."""
         assert self._segments.keys() <= set(living), "penalties of a sequence that has ended"
         bounds = [*sorted(self._segments.values()), _Segment(self._end, 0)]
         apart = all(one.end <= other.start for one, other in pairwise(bounds))
@@ -90,11 +90,11 @@ class PenaltyTable:
             assert sent <= room, "penalties that are neither sent nor to be sent"
 
     def _send(self, changed: Mapping[int, Penalties]) -> tuple[Tensor, Tensor]:
-        """Bring the table up to date, and where the rows' entries are to the device: one copy.
+        """Send the unsent entries, and the rows' segments, to the device in one copy.
 
         Returns:
-            (n, 2) int64, of each row that changes: its number, and the start of its segment less
-            the places of the rows before it. (n,) int64: its places.
+            (n, 2) int64, for each row that changes: its index, and the start of its segment minus
+            the number of places of the rows before it. (n,) int64: the number of its places.
         """
         owners = list(changed.values())
         starts = [self._segments[penalties].start for penalties in owners]
@@ -122,7 +122,7 @@ class PenaltyTable:
         return spans, lengths
 
     def _make_room(self, penalties: Penalties) -> None:
-        """See to it that a sequence's segment has all of its places."""
+        """Make sure that a sequence's segment holds all its places."""
         if penalties in self._segments and penalties.places <= self._segments[penalties].size:
             return
         size = max(_LEAST, _with_spare(penalties.places))
@@ -135,7 +135,7 @@ class PenaltyTable:
         self._segments[penalties] = new
 
     def _pack(self, more: int) -> None:
-        """Copy the segments in use, one after the other, into a table with room for more."""
+        """Copy the segments in use into a new table, with room for `more` places after them."""
         sizes = [segment.size for segment in self._segments.values()]
         used = sum(sizes)
         kept = [self._entries[segment.start : segment.end] for segment in self._segments.values()]
@@ -148,23 +148,23 @@ class PenaltyTable:
 
 
 def _with_spare(places: int) -> int:
-    """Half as much again, so that what grows place by place is copied seldom."""
+    """Return half as many places again, so that segments that grow are rarely copied."""
     return places + places // 2
 
 
 def _packed(entries: Collection[Entry]) -> Tensor:
-    """The table's form of entries: (n, 4) int32, on the CPU."""
+    """Return entries as rows of the table: (n, 4) int32, on the CPU."""
     tokens = torch.tensor([entry.token for entry in entries], dtype=torch.int32)
     numbers = torch.tensor([entry[1:] for entry in entries], dtype=torch.float32).view(-1, 3)
     return torch.cat((tokens[:, None], numbers.view(torch.int32)), dim=1)
 
 
 def _changed(values: Tensor, numbers: Tensor) -> Tensor:
-    """Logits with their bias and penalties.
+    """Return logits with their bias and penalties.
 
     Args:
         values: (n,) float32.
-        numbers: (n, 3) float32, of each: bias, repetition and what is subtracted, as in `Entry`.
+        numbers: (n, 3) float32, for each logit: bias, repetition and subtracted, as in `Entry`.
     """
     bias, repetition, subtracted = numbers.unbind(dim=1)
     values = values + bias

@@ -1,4 +1,4 @@
-"""From a step's logits to the next tokens, and to what each of its sequences puts out."""
+"""Turns a step's logits into the next tokens, and into the outputs of its sequences."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ Delivery: TypeAlias = tuple[EngineSequence, StepOutput | EngineError]
 
 
 class Postprocessor:
-    """Advances the sequences of a step. It frees nothing: whoever calls it does."""
+    """Advances the sequences of a step. The caller frees what ended sequences hold."""
 
     def __init__(
         self, vocabulary: Vocabulary, eos_tokens: frozenset[int], penalties: PenaltyTable
@@ -44,13 +44,13 @@ class Postprocessor:
         logits: Tensor,
         answers: Mapping[EngineSequence, Answer],
     ) -> list[Delivery]:
-        """Score prompts, draw tokens, make text. Waits for the device once, or twice if it must.
+        """Score prompts, draw tokens, make text. Waits for the device as `read_out` does.
 
         Args:
             logits: (rows, vocabulary) float32, in the order of `rows`.
 
         Returns:
-            The outputs of the sequences that have any; at most one each.
+            The sequences that have an output or an error, each with one.
         """
         read = [chunk.sequence for chunk in chunks if chunk.completes and not chunk.samples]
         for chunk in chunks:
@@ -75,7 +75,7 @@ class Postprocessor:
         lost: Collection[EngineSequence],
         answers: Mapping[EngineSequence, Answer],
     ) -> dict[EngineSequence, EngineError]:
-        """Give the prompts' next tokens their log-probabilities; the sequences that failed."""
+        """Store the prompts' log-probabilities. Return the sequences for which that failed."""
         failed: dict[EngineSequence, EngineError] = {}
         for row, value in scored:
             if row.sequence in lost:
@@ -100,13 +100,13 @@ class Postprocessor:
 
 
 def _text_failed() -> EngineError:
-    """What fails in one sequence's text, while it is handled, is not its neighbours' fault."""
+    """Log the exception that is being handled, and return an error for its sequence alone."""
     logger.exception("the text of a sequence failed")
     return StepFailedError("the engine failed while computing this request")
 
 
 def _not_a_number(row: Row) -> EngineError:
-    """Another model than the one asked for would answer; nobody gets that without being told."""
+    """Return the error for a row whose logits are not finite, from which nothing is drawn."""
     if not row.sequence.edits:
         return StepFailedError("the model's output is not a number")
     return InvalidRequestError(

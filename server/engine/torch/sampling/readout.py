@@ -1,6 +1,7 @@
-"""What a step's logits say: the tokens that are drawn, and log-probabilities.
+"""Reads a step's logits: draws tokens, and computes log-probabilities.
 
-All is computed on the device and read together: a step waits for the device only here.
+Everything is computed on the device and copied to the host together. A step waits for the device
+only here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from server.engine.torch.step.batch import Row
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The next token of a sequence, and what its request wants to know about it."""
+    """The next token of a sequence, and its log-probabilities if the request asked for them."""
 
     sequence: EngineSequence
     token: int
@@ -28,19 +29,22 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """Of all rows of a step. What is said of a sequence that has one in `not_numbers` is void."""
+    """The results of all rows of a step.
 
-    not_numbers: list[Row]  # whose best logit is not a finite number
-    scored: list[tuple[Row, RowLogprobs]]  # of the prompts' next tokens
+    All results of a sequence that has a row in `not_numbers` are invalid.
+    """
+
+    not_numbers: list[Row]  # rows whose largest logit is not finite
+    scored: list[tuple[Row, RowLogprobs]]  # with the log-probabilities of prompts' next tokens
     drawn: list[Drawn]
 
 
 class _Computed(NamedTuple):
-    """Tensors, on the device and then on the host."""
+    """What is computed on the device, and then copied to the host."""
 
     finite: Tensor  # (rows,) bool
     sample: Sample
-    # None where nobody wants any, which is most often.
+    # None if no request asks for log-probabilities, as is usual.
     prompts: Scores | None
     scores: Scores | None  # of the drawn tokens
 
@@ -48,16 +52,18 @@ class _Computed(NamedTuple):
 def read_out(
     rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw], penalties: PenaltyTable
 ) -> Readout:
-    """Score and draw. Waits for the device once, or twice where filters keep unusually much.
+    """Draw tokens, and compute log-probabilities.
+
+    Waits for the device once, or twice if a row's filters keep unusually many tokens.
 
     Args:
         logits: (rows, vocabulary) float32, in the order of `rows`.
-        draws: of the rows that draw, in that order.
-        penalties: holds what the draws change in their logits.
+        draws: one for each row that draws, in the order of `rows`.
+        penalties: the table that holds the draws' penalties.
     """
     scored = [i for i, row in enumerate(rows) if row.scores]
     drawn = [i for i, row in enumerate(rows) if row.draws]
-    finite = logits.amax(dim=-1).isfinite()  # NaN counts as the largest
+    finite = logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
     prompts = _score_prompts(rows, logits, scored) if scored else None
     wanted = {
         i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
@@ -84,7 +90,7 @@ def read_out(
 
 
 def _score_prompts(rows: Sequence[Row], logits: Tensor, scored: Sequence[int]) -> Scores:
-    """How likely the prompts' next tokens are."""
+    """Score the prompts' next tokens."""
     prompts = [rows[i] for i in scored]
     tokens = [row.sequence.tokens[row.place + 1] for row in prompts]
     most = max(row.sequence.request.sampling.prompt_logprobs or 0 for row in prompts)
@@ -94,19 +100,19 @@ def _score_prompts(rows: Sequence[Row], logits: Tensor, scored: Sequence[int]) -
 def _score_drawn(
     logits: Tensor, drawn: Sequence[int], sampled: Sample, wanted: Mapping[int, int]
 ) -> Scores:
-    """How likely the drawn tokens are whose requests want to know it."""
+    """Score the drawn tokens of the rows in `wanted`."""
     tokens = _select(sampled.tokens, [place for place, i in enumerate(drawn) if i in wanted])
     return score(_select(logits, list(wanted)), tokens, max(wanted.values()))
 
 
 def _by_row(scores: Scores | None, counts: Mapping[int, int]) -> dict[int, RowLogprobs]:
-    """Of each row, with as many alternatives as it wants."""
+    """Return each row's log-probabilities, with as many alternatives as `counts` says."""
     read = [] if scores is None else scores.read(list(counts.values()))
     return dict(zip(counts, read, strict=True))
 
 
 def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows, in order; without a copy where they are all or none."""
+    """Return some rows of a tensor, in order; without a copy if they are all or none."""
     if len(rows) == len(tensor):
         return tensor
     return tensor[send(rows, tensor.device)] if rows else tensor[:0]

@@ -1,8 +1,8 @@
 """Draws the next token of every row, vectorised over rows with per-row settings.
 
 A row draws by inverting its own cumulative distribution at its own uniform number, so the same
-seed gives the same draw whatever else is in the batch. Weights are added up as integers: torch's
-cumulative sums of floats on a GPU need not be the same in every run, those of integers are.
+seed gives the same draw whatever else is in the batch. Weights are summed as integers: on a
+GPU, torch's cumulative sums of floats may differ from run to run, and those of integers do not.
 """
 
 import math
@@ -17,20 +17,21 @@ from server.engine.base import SamplingSettings
 from server.engine.torch.model.transfer import send
 from server.engine.torch.sampling.penalties import Penalties
 
-# Rows whose log-probabilities are computed at once: prompts can have many, vocabularies are wide.
+# Rows whose log-probabilities are computed at once. It bounds the memory: prompts can have many
+# rows, and vocabularies are large.
 _SCORED_ROWS = 64
-# Tokens among which top-k, top-p and min-p are tried first. The same for all rows: how equal
-# logits are ordered may depend on it.
+# The number of a row's best tokens to which top-k, top-p and min-p are applied first. It is the
+# same for all rows, because the order of equal logits may depend on it.
 _BEST = 1024
 _ALL = torch.iinfo(torch.int64).max
 # The weight 1 in fixed point. A row's weights sum to about 1, and any sum up to 2 is exact in
-# float64 too. A token that weighs less than a unit is never drawn.
+# float64 too. A token that weighs less than one unit is never drawn.
 _ONE: Final = 2**52
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One row's settings, its uniform number in [0, 1), and what it changes in its logits."""
+    """One row's settings, its uniform random number in [0, 1), and its penalties."""
 
     settings: SamplingSettings
     uniform: float
@@ -38,12 +39,12 @@ class Draw:
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken."""
+        """True if the best token is taken."""
         return self.settings.temperature == 0
 
     @property
     def filtered(self) -> bool:
-        """Whether top-k, top-p or min-p removes tokens."""
+        """True if top-k, top-p or min-p may remove tokens."""
         settings = self.settings
         return settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0
 
@@ -52,18 +53,18 @@ class Sample(NamedTuple):
     """The next token of each row, on the device of its logits."""
 
     tokens: Tensor  # (rows,) int64
-    # (rows,) bool; false where the filters may keep more tokens than those among which it was
-    # drawn: such a row must be sorted.
+    # (rows,) bool; false if the filters may keep tokens beyond the `_BEST` that were drawn from.
+    # Such a row must be drawn again, with its whole vocabulary sorted.
     sure: Tensor
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] = ()) -> Sample:
-    """Draw the next token of each row; nothing waits for the device.
+    """Draw the next token of each row, without waiting for the device.
 
     Args:
-        logits: (rows, vocabulary) float32, with what the draws' penalties change. What is drawn
-            from a row whose best is not a finite number is any token.
-        sorted_rows: whose whole vocabulary is sorted; they are always sure.
+        logits: (rows, vocabulary) float32, with the draws' penalties applied. A row whose largest
+            logit is not finite gives an arbitrary token.
+        sorted_rows: rows whose whole vocabulary is sorted; these are always sure.
     """
     tokens = logits.argmax(dim=-1)
     sure = torch.ones_like(tokens, dtype=torch.bool)
@@ -92,9 +93,9 @@ def _draw_of_all(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]
 
 
 def _draw_of_best(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """Draw from the best tokens only, and say where they hold all that the filters keep.
+    """Draw from the best tokens only; tell for which rows these include all that filters keep.
 
-    Sorting a whole vocabulary costs several times what finding its best tokens does.
+    Sorting a whole vocabulary costs several times as much as finding its best tokens.
     """
     scaled = _scaled(logits, draws)
     vocabulary = scaled.shape[-1]
@@ -112,15 +113,15 @@ def _draw_of_sorted(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tens
 
 
 def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """The weights that min-p, then top-k, then top-p leave of each row's best tokens.
+    """Return the weights of each row's best tokens after min-p, then top-k, then top-p.
 
     Args:
-        ordered: (rows, k) float32, the k largest of each row's logits by temperature, best first.
-        total: (rows, 1) float32, the logarithm of the summed exponentials of the whole row.
+        ordered: (rows, k) float32, each row's k largest logits over temperature, best first.
+        total: (rows, 1) float32, the logsumexp of the whole row.
 
     Returns:
-        (rows, k) int64 weights in units of 1 / _ONE, 0 where dropped; (rows,) bool, whether the
-        filters drop all that is not among the k.
+        (rows, k) int64: weights in units of 1 / _ONE, 0 for dropped tokens. (rows,) bool: whether
+        the filters drop every token that is not among the k.
     """
 
     def column(values: Sequence[float]) -> Tensor:
@@ -132,9 +133,9 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     nucleus_ends = column([_nucleus_end(draw.settings.top_p) for draw in draws])
     kept = ordered >= ordered[:, :1] + min_p.log()
     kept &= torch.arange(size, device=ordered.device) < top_k
-    kept[:, 0] = True  # also by a min_p of 1
-    # What is kept is a beginning of the row: if it ends within the k, its sum is top-p's whole;
-    # if nothing but top-p drops any, the row's is.
+    kept[:, 0] = True  # the best token is never dropped, even by a min_p of 1
+    # Min-p and top-k keep a prefix of the sorted row, and top-p is a share of that prefix's weight.
+    # If the prefix ends within the k, its weight is known; if only top-p filters, it is the row's.
     ends = ~kept[:, -1:]
     only_top_p = (min_p == 0) & (top_k == _ALL)
     whole = torch.where(
@@ -147,37 +148,40 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
 
 
 def _nucleus_end(top_p: float) -> int:
-    """What the weights before a token of the nucleus sum to less than; at least 1, for the best."""
-    # Where all is to be kept, a sum that rounding has made larger than 1 must not drop any.
+    """Return the sum that the weights before a token must stay below for top-p to keep the token.
+
+    It is at least 1 unit, so that the best token is kept.
+    """
+    # With a top_p of 1, a sum that rounding has made larger than 1 must not drop any token.
     return _ALL if top_p >= 1 else max(1, math.ceil(top_p * _ONE))
 
 
 def _fixed(weights: Tensor) -> Tensor:
-    """Weights in units of 1 / _ONE, rounded down: int64 of float32. NaN weighs nothing."""
+    """Convert float32 weights to int64, in units of 1 / _ONE, rounded down. NaN becomes 0."""
     return (weights * _ONE).nan_to_num(nan=0.0).long()
 
 
 def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The first index of each row up to which its weights sum to more than uniform * total.
+    """Return each row's first index up to which its weights sum to more than uniform * total.
 
     Args:
-        weights: (rows, k) int64, of what `_fixed` gives.
+        weights: (rows, k) int64, in the units of `_fixed`.
 
     Returns:
-        (rows,) int64: of a token that weighs something, where the row has any.
+        (rows,) int64: the index of a token with a positive weight, if the row has any.
     """
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     uniform = send([draw.uniform for draw in draws], weights.device, torch.float64)[:, None]
-    # The product may be rounded up to the total itself, which nothing exceeds. What is less than
-    # the last of a row is found in the row, even if its total is 0.
+    # The product may be rounded up to the total itself, which no cumulative sum exceeds. A target
+    # of total - 1 is always exceeded within the row, even if the total is 0.
     target = torch.minimum((uniform * total).long(), total - 1)
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Logits by temperature, the best of each row at 0 so that nothing overflows."""
-    # Below float32's normal range a division overflows; such a temperature is greedy in effect.
+    """Return logits over temperature, with each row's best at 0 so that nothing overflows."""
+    # Division by a number below float32's normal range overflows; 1e-5 is greedy in effect.
     temperatures = [max(draw.settings.temperature, 1e-5) for draw in draws]
     column = send(temperatures, logits.device, torch.float32)[:, None]
     return (logits - logits.amax(dim=-1, keepdim=True)) / column
@@ -185,21 +189,21 @@ def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """Log-probabilities of one row, before temperature and filters."""
+    """Log-probabilities of one row, before penalties, temperature and filters."""
 
     sampled: float
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
 class Scores(NamedTuple):
-    """The same of n rows, in tensors; of k alternatives, as many as the row that wants most."""
+    """Log-probabilities of n rows; k is the largest number of alternatives that a row wants."""
 
     sampled: Tensor  # (n,) float32
     values: Tensor  # (n, k) float32
     tokens: Tensor  # (n, k) int64
 
     def read(self, counts: Sequence[int]) -> list[RowLogprobs]:
-        """Each row's, with as many alternatives as it wants. Waits for the device."""
+        """Return each row's log-probabilities, with `counts` alternatives. Waits for the device."""
         return [
             RowLogprobs(sampled, tuple(zip(tokens[:count], values[:count], strict=True)))
             for sampled, values, tokens, count in zip(
@@ -213,14 +217,14 @@ class Scores(NamedTuple):
 
 
 def score(logits: Tensor, tokens: Tensor, alternatives: int) -> Scores:
-    """Score each row's token and its best alternatives by their log-probabilities.
+    """Return the log-probabilities of each row's token and of its best alternatives.
 
-    They are logits less the row's `logsumexp`, in float32. torch's `log_softmax` adds up a wide
-    row otherwise: each of its values is off by up to 5e-5 to the same side, so that a text's sum
-    drifts with its length.
+    They are the logits minus the row's `logsumexp`, in float32. torch's `log_softmax` sums a wide
+    row differently: its values are off by up to 5e-5, all in one direction, so that a text's sum
+    would drift with its length.
 
     Args:
-        logits: (rows, vocabulary) float32, of one row or more.
+        logits: (rows, vocabulary) float32, with at least one row.
         tokens: (rows,) int64.
     """
     parts = []
