@@ -1,4 +1,4 @@
-"""Incremental text of one sequence, and where it stops."""
+"""Turns one sequence's tokens into text incrementally, and finds where the text stops."""
 
 from collections.abc import Sequence
 
@@ -19,13 +19,13 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._running = RunningText.after(vocabulary, prompt)
         self._stops = StopStrings(stop)
-        # The character of the text in which the last token begins; the text's length or more
-        # where nothing of the token is in the text.
+        # The index of the text's character in which the last token begins. It is at least the
+        # text's length if nothing of the token is in the text.
         self.offset = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found: nothing more will come."""
+        """True once a stop string was found; no more text will come."""
         return self._stops.found
 
     def push(self, token: int, *, ends: bool = False) -> str:
@@ -33,7 +33,7 @@ class Detokenizer:
 
         Args:
             token: its id.
-            ends: whether it is the model's sign that the text has ended, and no text itself.
+            ends: whether it is an end-of-sequence token, which ends the text and adds nothing.
         """
         if ends or token in self._vocabulary.special:
             self.offset = self._running.length

@@ -1,4 +1,4 @@
-"""From texts and conversations to token ids, and back. Used from any thread."""
+"""Turns texts and conversations into token ids, and back. Used from any thread."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,34 +11,34 @@ from server.engine.torch.text.vocabulary import Vocabulary
 
 
 class Prompts:
-    """A tokenizer and its chat template, for a context of `max_tokens`."""
+    """Applies a tokenizer and its chat template, for a context of `max_tokens`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
         self._chat = tokenizer
         self._tokenizer = tokenizer.backend_tokenizer
-        # Either may come with a tokenizer's file, and would change prompts in silence.
+        # A tokenizer's file may turn on truncation or padding, which would silently change prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._vocabulary = Vocabulary(self._tokenizer)
         self._max_tokens = max_tokens
-        # A token stands for no more characters than its name has.
+        # The text of a token has at most as many characters as the token's name.
         self.max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
 
     def tokenize(self, text: str) -> list[int]:
-        """The token ids of a text, with the special tokens that the tokenizer adds.
+        """Return the token ids of a text, with the special tokens that the tokenizer adds.
 
         Raises:
-            InvalidRequestError: the text is much too long.
+            InvalidRequestError: the text has more than `max_characters`.
         """
         return self._encode(text, "prompt", add_special_tokens=True).ids
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """The tokens' text, special tokens included."""
+        """Return the tokens' text, special tokens included."""
         (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)
         return str(text)
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """Tell a prompt's tokens and text; see server.engine.base.Engine.spell."""
+        """Return a prompt's tokens and text; see server.engine.base.Engine.spell."""
         if isinstance(prompt, str):
             encoding = self._encode(prompt, "prompt", add_special_tokens=True)
             return self._spelled(encoding.ids, prompt, _begins(encoding.offsets))
@@ -60,7 +60,7 @@ class Prompts:
         return SpelledPrompt(tuple(tokens), text, tuple(offsets), first)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
+        """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
         if self._chat.chat_template is None:
             raise InvalidRequestError(
                 "This model has no chat template; use /v1/completions.",
@@ -73,15 +73,15 @@ class Prompts:
                 conversation, tokenize=False, add_generation_prompt=True
             )
             str(text).encode()
-        except Exception as error:  # a template is a program of the model's authors
+        except Exception as error:  # the template is the model authors' code, and may raise any
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
             ) from error
-        # The template has written the special tokens that the model wants.
+        # The template has already written the special tokens that the model expects.
         return self._encode(str(text), "messages", add_special_tokens=False).ids
 
     def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> Encoding:
-        # What cannot fit is not worth the seconds that tokenizing it takes.
+        # A text that cannot fit is refused first, because tokenizing it can take seconds.
         if len(text) > self.max_characters:
             raise InvalidRequestError(
                 f"This model's maximum context length is {self._max_tokens} tokens. However, your "
@@ -90,13 +90,13 @@ class Prompts:
                 param,
                 "context_length_exceeded",
             )
-        # Unlike `encode`, it lets other threads run while it works.
+        # Unlike `encode`, `encode_batch` lets other threads run while it works.
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding
 
 
 def _begins(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Tell where tokens begin in a text, from the spans that a tokenizer gives them.
+    """Return where each token begins in a text, given the spans that a tokenizer reports.
 
     A tokenizer may leave the blank before a word out of the word's span, and gives (0, 0) to the
     special tokens that it adds.

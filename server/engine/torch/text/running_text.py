@@ -1,4 +1,4 @@
-"""The text of tokens that come one after the other, and where in it each of them begins."""
+"""Turns a stream of tokens into text, and tells where in the text each token begins."""
 
 from codecs import getincrementaldecoder, utf_8_decode
 from collections.abc import Sequence
@@ -7,32 +7,32 @@ from typing import Final
 
 from server.engine.torch.text.vocabulary import Vocabulary
 
-# Tokens of a prompt that what follows may depend on: those that hold the bytes of an unfinished
-# character, at most three, and one that is text by itself.
+# How many of a prompt's last tokens are read, because the text that follows may depend on them: at
+# most three hold the bytes of an unfinished character, and one before these is text by itself.
 _CONTEXT: Final = 6
 
 
 class RunningText:
-    """Turns tokens into text, and keeps the bytes of a character until it is whole.
+    """Turns tokens into text, and holds back the bytes of a character until it is complete.
 
-    Bytes that turn out to be no character become U+FFFD, as everywhere; those of a character that
-    is unfinished at the end become nothing.
+    Bytes that turn out to be no character become U+FFFD. The bytes of a character that is
+    unfinished at the end are dropped.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._before: int | None = None  # the last token that is text by itself
-        self._only_prompts = False  # whether an unfinished character has no bytes but the prompt's
+        self._before: int | None = None  # the last token whose bytes are text by themselves
+        self._only_prompts = False  # whether an unfinished character has bytes of the prompt only
         self.length = 0  # characters so far, an unfinished one not counted
-        self.begin = 0  # the character in which the last token begins
+        self.begin = 0  # the index of the character in which the last token begins
 
     @classmethod
     def after(cls, vocabulary: Vocabulary, prompt: Sequence[int]) -> "RunningText":
-        """Begin an empty text that goes on from a prompt, whose special tokens are left out.
+        """Return an empty text that continues a prompt. The prompt's special tokens are ignored.
 
-        A character that the prompt begins and the text ends is the text's. If the text does not
-        end it, its bytes are nobody's.
+        A character that the prompt begins and the text completes belongs to the text. If the text
+        does not complete it, its bytes are dropped.
         """
         running = cls(vocabulary)
         last = islice(
@@ -45,14 +45,14 @@ class RunningText:
         return running
 
     def push(self, token: int) -> str:
-        """Return what one more token adds: characters that are whole now, perhaps none."""
+        """Add a token, and return the characters that are complete now, perhaps none."""
         data = self._vocabulary.added(token, self._before)
         broken = bool(data) and not _goes_on(self._unfinished, data)
         if broken and self._only_prompts:
             self._decoder.reset()
             broken = False
         text = self._decoder.decode(data)
-        # Of what was broken off, a U+FFFD comes before the token.
+        # If the token breaks off an unfinished character, a U+FFFD for it precedes the token.
         self.begin = self.length + broken
         self.length += len(text)
         self._only_prompts = self._only_prompts and not data
@@ -66,7 +66,7 @@ class RunningText:
 
 
 def _goes_on(unfinished: bytes, data: bytes) -> bool:
-    """Tell whether data may be the next bytes of a character whose first ones are given."""
+    """Return whether `data` can continue the character whose first bytes are `unfinished`."""
     if not unfinished:
         return True
     try:

@@ -1,25 +1,25 @@
-"""Strings that end a completion."""
+"""Finds the strings that end a completion."""
 
 from collections.abc import Sequence
 from itertools import compress
 
 
 class StopStrings:
-    """Finds the first stop string in what a model emits, and holds back what may become one.
+    """Finds the first stop string in a model's text, and holds back text that may become one.
 
-    Some of what is emitted is hidden: the names of special tokens. A stop string may have them in
-    it, or stand in the text that is left when they are taken out.
+    The text includes the names of special tokens, which are not shown. A stop string may contain
+    them, or match the text without them.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
-        self._shown: list[bool] = []  # for each character of it
-        self.found = False  # nothing more will come
+        self._shown: list[bool] = []  # for each character of `_held`, whether it may be shown
+        self.found = False  # once true, no more text will come
 
     def push(self, text: str, *, shown: bool) -> str:
-        """Take what was emitted next, and return the text to be shown that is certain now."""
+        """Add text, and return the text to be shown that no stop string can include any more."""
         if not self._stop:
             return text if shown else ""
         self._held += text
@@ -37,17 +37,18 @@ class StopStrings:
         return self._release(min(kept, default=len(self._held)))
 
     def finish(self) -> str:
-        """Return the text to be shown that was held back, when nothing more comes."""
+        """Return the text to be shown that was held back. Call it when no more text comes."""
         return "" if self.found else self._release(len(self._held))
 
     def _find(self, text: str) -> int | None:
-        """Find where the first stop string begins, if there is one."""
+        """Return where the first stop string begins; None if there is none."""
         return min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
 
     def _overlap(self, text: str) -> int:
-        """Measure the longest end of the text that is the beginning of a stop string."""
-        # Of all stop strings at once: it ends at the longest, and all that is longer is released,
-        # so that each character is looked at about once, however long the text is held back.
+        """Return the length of the longest end of the text that begins a stop string."""
+        # Each length is tried for all stop strings at once, longest first. The caller releases the
+        # text before the end that matches, so that each character is examined about once, however
+        # long text is held back.
         for length in range(min(len(text), self._longest - 1), 0, -1):
             end = text[-length:]
             if any(len(stop) > length and stop.startswith(end) for stop in self._stop):

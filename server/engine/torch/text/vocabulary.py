@@ -1,4 +1,4 @@
-"""What each token is by itself: its text and its bytes."""
+"""Gives the text and the bytes of single tokens."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece names s
 
 
 class Vocabulary:
-    """A tokenizer's tokens, one at a time. Used from any thread."""
+    """Gives the text and the bytes of a tokenizer's tokens. Used from any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -36,11 +36,11 @@ class Vocabulary:
         try:
             return ScoredToken(data.decode(), data, logprob)
         except UnicodeDecodeError:
-            # Part of a character: by its name, so that tokens stay distinct.
+            # The token is part of a character; its name keeps it distinct from other parts.
             return ScoredToken(self._tokenizer.id_to_token(token) or "", data, logprob)
 
     def text(self, token: int) -> str:
-        """Return a token's text in the middle of others; U+FFFD for a part of a character."""
+        """Return the text that a token adds inside a text; U+FFFD for a part of a character."""
         return self.added(token, token).decode(errors="replace")
 
     def added(self, token: int, before: int | None) -> bytes:
@@ -56,8 +56,8 @@ class Vocabulary:
         if "\ufffd" not in text:
             return text.encode()
         name = self._tokenizer.id_to_token(token) or ""
-        # U+FFFD is what a decoder writes for bytes that are no character. A token may have it in
-        # its name, too, and then means it.
+        # A decoder writes U+FFFD for bytes that are no character. A token whose name contains
+        # U+FFFD stands for that character itself, though.
         return text.encode() if "\ufffd" in name else _bytes(name)
 
     def _decode(self, tokens: list[int]) -> str:
@@ -66,7 +66,7 @@ class Vocabulary:
 
 
 def _bytes(name: str) -> bytes:
-    """The bytes of a token whose name stands for bytes, by either of the usual spellings."""
+    """Return the bytes that a token's name spells, as SentencePiece or as GPT-2 spells bytes."""
     if spelled := _BYTE_TOKEN.fullmatch(name):
         return bytes.fromhex(spelled[1])
     if all(letter in _BYTE_OF for letter in name):
