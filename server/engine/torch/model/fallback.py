@@ -1,4 +1,4 @@
-"""Says that a part of the engine runs more slowly, as what makes it fast on a device has failed."""
+"""Warns that a part of the engine runs more slowly, because its faster path has failed."""
 
 import logging
 
@@ -19,7 +19,7 @@ def fall_back(error: Exception, device: torch.device, failed: str, instead: str)
         instead: what is slower from now on, and how an operator asks for that without a warning.
 
     Raises:
-        ModelLoadError: the device has failed as well, so that no path computes anything.
+        ModelLoadError: the device itself has failed, so that no path computes anything.
     """
     if is_dead(device):
         raise ModelLoadError(f"the GPU failed in {failed}: {error}") from error
@@ -28,5 +28,5 @@ def fall_back(error: Exception, device: torch.device, failed: str, instead: str)
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error, and the first line of its message: compilers' messages have many."""
+    """Return an error's type and the first line of its message: compilers write many lines."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Identifies a model: by its weights, and by what its configuration makes of them."""
+"""Identifies a model by its weights and its configuration."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from typing import Final
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_SAMPLES: Final = 64  # values of each weight
+_SAMPLES: Final = 64  # values hashed of each weight
 _SIGNIFICANT_DIGITS: Final = 7  # as many as a float32 has: a GGUF's 1e-5 is 9.999999747e-06
 
-# Fields that change nothing of what is computed from a prompt: names and places, how the model was
-# stored, what holds in training only, the tokens at which a text begins or ends, and what the
-# weights' names tell.
+# Fields that do not affect what is computed from a prompt: names and paths, how the model was
+# stored, options for training only, the tokens at which a text begins or ends, and what the
+# weights' names tell already.
 _WITHOUT_EFFECT: Final = re.compile(
     r"\w*name_or_path|auto_map|quantization_config|torch_dtype|use_cache|gradient_checkpointing|"
     r"\w*(dropout|pdrop|layerdrop)|initializer_\w+|init_std|\w+_token_id|"
@@ -24,7 +24,7 @@ _WITHOUT_EFFECT: Final = re.compile(
 def fingerprint_of(model: PreTrainedModel) -> str:
     """Return the sha256 of the weights and that of the configuration, as `<hex>-<hex>`.
 
-    Neither depends on the dtype that the model is loaded in, nor on where it lies.
+    Neither depends on the dtype that the model is loaded in, nor on its device.
     """
     return f"{_of_weights(model)}-{_of_configuration(model.config.get_text_config())}"
 
@@ -43,10 +43,10 @@ def _of_weights(model: PreTrainedModel) -> str:
 def _of_configuration(config: PreTrainedConfig) -> str:
     """Hash the fields in which a configuration differs from the defaults of its class.
 
-    A default says the same whether a file spells it out or not, and whether this version of
+    A default value counts the same whether a file spells it out or not, and whether this version of
     transformers knows the field or not.
     """
-    common = PreTrainedConfig().to_dict()  # dtype, version, labels, what a call puts out
+    common = PreTrainedConfig().to_dict()  # fields of all models: dtype, version, labels, outputs
     defaults = {} if config.has_no_defaults_at_init else type(config)().to_dict()
     chosen = {
         name: _plain(value)
@@ -60,7 +60,7 @@ def _of_configuration(config: PreTrainedConfig) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return a value as JSON has it, in which equal numbers are written alike."""
+    """Return a value for JSON, in which equal numbers are written alike."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -36,7 +36,7 @@ class ModelLoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal language model in evaluation mode, its tokenizer, and what it is in numbers."""
+    """A causal language model in evaluation mode, its tokenizer, and its description."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -63,7 +63,7 @@ def load_model(
     Args:
         dtype: auto, float32, bfloat16 or float16.
         device: where the whole model goes, unless `device_map` is "auto".
-        say: is told, in a sentence, about each step that takes time.
+        say: called with a sentence about each step that takes time.
         device_map: "auto" has accelerate spread the layers over all GPUs.
 
     Raises:
@@ -99,7 +99,11 @@ def load_model(
 def _load_weights(
     source: str, config: PreTrainedConfig, dtype: torch.dtype, device_map: str
 ) -> PreTrainedModel:
-    """Raises ModelLoadError where weights are missing: transformers makes them up at random."""
+    """Load the weights.
+
+    Raises:
+        ModelLoadError: some are missing; transformers would make them up at random.
+    """
     loaded: PreTrainedModel
     found: dict[str, Collection[str]]
     loaded, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -117,13 +121,13 @@ def _load_weights(
 
 
 def reference_attention(config: PreTrainedConfig) -> str:
-    """transformers' own attention that computes what the model's authors meant."""
+    """Return which of transformers' own attentions computes what the model's authors meant."""
     soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if soft_capped else "sdpa"  # sdpa would leave the cap out, in silence
+    return "eager" if soft_capped else "sdpa"  # sdpa would silently leave the cap out
 
 
 def resolve_dtype(dtype: str, device: str, config: PreTrainedConfig) -> torch.dtype:
-    """The dtype to load in; "auto" is bfloat16 on a CPU only where the CPU accelerates it."""
+    """Return the dtype to load in; on a CPU, "auto" is bfloat16 only if the CPU accelerates it."""
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise ModelLoadError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
@@ -136,7 +140,7 @@ def resolve_dtype(dtype: str, device: str, config: PreTrainedConfig) -> torch.dt
 
 
 def refuse_unservable(config: PreTrainedConfig) -> None:
-    """Raise ModelLoadError where the configuration tells that the engine would compute wrongly."""
+    """Raise ModelLoadError if the configuration shows that the engine would compute wrongly."""
     name = (config.architectures or [config.model_type])[0]
     if config.is_encoder_decoder:
         raise ModelLoadError(f"{name} is an encoder-decoder; steerserve serves decoders only")
@@ -146,7 +150,7 @@ def refuse_unservable(config: PreTrainedConfig) -> None:
 
 
 def refuse_unservable_class(model: PreTrainedModel) -> None:
-    """Raise ModelLoadError where the model's code leaves the engine no place to act."""
+    """Raise ModelLoadError if the model's code lacks an interface that the engine needs."""
     name = type(model).__name__
     if not model._supports_attention_backend:
         raise ModelLoadError(
@@ -160,7 +164,7 @@ def refuse_unservable_class(model: PreTrainedModel) -> None:
 
 
 def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
-    """What has to be known of a model to check artifacts against it."""
+    """Return what must be known of a model to check artifacts against it."""
     refuse_unservable_class(model)
     config = model.config.get_text_config()
     return ModelDescription(

@@ -1,4 +1,4 @@
-"""Tensors between host and device: to it in copies that nobody waits for, from it in one wait."""
+"""Copies tensors between host and device: to the device without a wait, and back with one wait."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Layout":
-        """Room for tensors like these."""
+        """Return a layout with room for tensors like these."""
         starts, size = [], 0
         for tensor in tensors:
             starts.append(size)
@@ -32,14 +32,14 @@ class Layout:
         return cls(shapes, tuple(tensor.dtype for tensor in tensors), tuple(starts), size)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors in a buffer: (size,) uint8."""
+        """Return views of the tensors in a buffer, which is (size,) uint8."""
         return [
             buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for shape, dtype, start in zip(self.shapes, self.dtypes, self.starts, strict=True)
         ]
 
     def host_buffer(self, device: torch.device) -> Tensor:
-        """A buffer on the host from which a device copies by itself: (size,) uint8.
+        """Return a buffer on the host, (size,) uint8, pinned so that a GPU can copy from it.
 
         torch keeps its memory until the copies from it are done.
         """
@@ -47,7 +47,7 @@ class Layout:
 
 
 def stage(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU, on a device; one copy brings them all."""
+    """Return tensors of the CPU on a device. They are all brought there in one copy."""
     layout = Layout.of(tensors)
     host = layout.host_buffer(device)
     for view, tensor in zip(layout.views(host), tensors, strict=True):
@@ -56,7 +56,7 @@ def stage(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def send(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers, on a device: (n,) of a dtype, which is torch's choice where it is None."""
+    """Return numbers as a tensor on a device: (n,) of `dtype`, or of torch's choice for None."""
     tensor = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return tensor.to(device)
@@ -64,9 +64,9 @@ def send(values: Sequence[float], device: torch.device, dtype: torch.dtype | Non
 
 
 def fetch(tree: T) -> T:
-    """The same nest of named tuples, with copies of its tensors on the host; waits for the devices.
+    """Return a tree of named tuples with its tensors copied to the host. Waits for the devices.
 
-    What is neither a tensor nor a named tuple stays as it is.
+    Values that are neither tensors nor named tuples stay as they are.
     """
     devices: set[torch.device] = set()
     fetched: T = _fetched(tree, devices)
@@ -76,7 +76,7 @@ def fetch(tree: T) -> T:
 
 
 def _fetched(tree: Any, devices: set[torch.device]) -> Any:
-    """The nest with copies on the host, which have arrived once the devices were waited for."""
+    """Start the copies to the host, and add the devices that must be waited for to `devices`."""
     if isinstance(tree, Tensor):
         if tree.is_cuda:
             devices.add(tree.device)
@@ -87,7 +87,7 @@ def _fetched(tree: Any, devices: set[torch.device]) -> Any:
 
 
 def start_copy(tensor: Tensor) -> Tensor:
-    """On the host, where it has arrived once anybody has waited for its device."""
+    """Start to copy a tensor to the host. The copy is complete once its device was waited for."""
     if not tensor.is_cuda:
         return tensor
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
