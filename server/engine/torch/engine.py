@@ -144,7 +144,8 @@ class TorchEngine:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
         # Requests whose interventions are being read are not in the scheduler's queue yet, so they
-        # are bounded here. The scheduler checks its own queue when they arrive there.
+        # are bounded here, by the number that may run or wait. The scheduler decides which of them
+        # run at once.
         places = sum(request.places for request in requests)
         if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
@@ -268,7 +269,7 @@ class TorchEngine:
 
 
 async def _outcome(future: Future[T]) -> T:
-    """Wait for a call on the engine thread. If the waiter is cancelled, an error is logged."""
+    """Wait for a call on the engine thread. If the wait is cancelled, the call's error is logged."""
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:

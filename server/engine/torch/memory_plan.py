@@ -80,8 +80,8 @@ def plan_memory(
 def _bank_bytes(model: PreTrainedModel, widths: Mapping[str, int], slots: int) -> int:
     """Return the bytes of a full bank.
 
-    Every slot is counted with a map with a support and a gate at each default site, and with a
-    reward head.
+    Every slot is assumed to hold a reward head and, at each default site, a map with a support and
+    a gate.
     """
     try:
         sites = match_sites(default_sites(type(model).__name__), widths)

@@ -25,4 +25,4 @@ class EngineOptions:
     prefix_cache: bool = True  # keep computed blocks for prompts that begin with the same tokens
     prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None: see `build`
     check_invariants: bool = False  # after every step; a debugging aid
-    dose_interval: int = 16  # edits are measured in every such steered step; 0: never
+    dose_interval: int = 16  # edits are measured in one of so many steered steps; 0: never

@@ -127,7 +127,7 @@ class OneProduct(CustomGraphPass):
 
 
 def pack_linear_layers(model: PreTrainedModel, will_compile: bool = False) -> None:
-    """Replace a model's linear layers by packed ones, if that makes its CPU faster.
+    """Replace a model's linear layers by packed ones, if its processor is faster with them.
 
     The original weights are freed, except where something else uses them (tied embeddings) or where
     they are kept for compiled one-row products.

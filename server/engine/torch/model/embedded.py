@@ -24,7 +24,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class EmbeddedModelError(Exception):
-    """The embedded model is not installed, or is not the file it should be."""
+    """The embedded model is not installed, or its file has another checksum than expected."""
 
 
 def cache_folder() -> Path:

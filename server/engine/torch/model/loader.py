@@ -31,7 +31,7 @@ _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class ModelLoadError(Exception):
-    """The model cannot be loaded or served, with a sentence that says why."""
+    """The model cannot be loaded or served; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Layout:
         ]
 
     def host_buffer(self, device: torch.device) -> Tensor:
-        """Return a buffer on the host, (size,) uint8, pinned so that a GPU can copy from it.
+        """Return a buffer on the host, (size,) uint8; it is pinned if the device is a GPU.
 
         torch keeps its memory until the copies from it are done.
         """

@@ -106,7 +106,7 @@ def _text_failed() -> EngineError:
 
 
 def _not_a_number(row: Row) -> EngineError:
-    """Return the error for a row whose logits are not finite, from which nothing is drawn."""
+    """Return the error for a row whose logits are not finite: its drawn token is meaningless."""
     if not row.sequence.edits:
         return StepFailedError("the model's output is not a number")
     return InvalidRequestError(

@@ -35,7 +35,7 @@ class Readout:
     """
 
     not_numbers: list[Row]  # rows whose largest logit is not finite
-    scored: list[tuple[Row, RowLogprobs]]  # with the log-probabilities of prompts' next tokens
+    scored: list[tuple[Row, RowLogprobs]]  # with the log-probabilities of the prompts' next tokens
     drawn: list[Drawn]
 
 

@@ -73,7 +73,7 @@ class Prompts:
                 conversation, tokenize=False, add_generation_prompt=True
             )
             str(text).encode()
-        except Exception as error:  # the template is the model authors' code, and may raise any
+        except Exception as error:  # a template is the model authors' own program
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
             ) from error
