@@ -152,7 +152,7 @@ class SpelledPrompt:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step added to one request's answer. The last output carries `finish_reason`.
+    """One step's addition to one request's answer. The last output carries `finish_reason`.
 
     `text` may lag behind `token_ids` while a character or a possible stop string is incomplete.
     """

@@ -269,7 +269,7 @@ class TorchEngine:
 
 
 async def _outcome(future: Future[T]) -> T:
-    """Wait for a call on the engine thread. If the wait is cancelled, the call's error is logged."""
+    """Wait for a call on the engine thread. If cancelled, leave the call's errors to the log."""
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:

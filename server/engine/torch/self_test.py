@@ -29,8 +29,8 @@ from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 _PROBE_TOKENS = 2  # one token attends to itself alone, so edits of queries and keys do nothing
 _UNEDITED = 2  # unedited sequences in each batch of probes
 _CHUNKS = (7, 1, 16)  # tokens of each prefill chunk in `check_forward`
-# When layers are compiled, an input's size that equals this is taken for the number of tokens, so it
-# must be unlike any size of a model.
+# When layers are compiled, any size of an input that equals this is taken for the number of tokens.
+# So it must differ from every size in a model.
 _RECORDED_TOKENS = 13
 # Relative difference of logits, in the norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}

@@ -40,7 +40,7 @@ class Readout:
 
 
 class _Computed(NamedTuple):
-    """What is computed on the device, and then copied to the host."""
+    """The tensors that are computed on the device, and then copied to the host."""
 
     finite: Tensor  # (rows,) bool
     sample: Sample
