@@ -109,10 +109,7 @@ class Request:
 
     @property
     def places(self) -> int:
-        """How many places in the waiting queue this request takes.
-
-        It takes one, unless it is background work, and another one for its follower.
-        """
+        """Queue places that it takes: one (background work: none), and one more for a follower."""
         return (not self.background) + self.followed
 
 
@@ -131,10 +128,9 @@ class TokenLogprobs:
 
     chosen: ScoredToken
     top: tuple[ScoredToken, ...]  # best first; as many as were asked for
-    # For a completion's token: the index of the character of the completion's text in which the
-    # token begins. A token that completes no character begins in the character that its bytes
-    # belong to; a special token begins where the next token does. The offset is at least the
-    # text's length if nothing of the token is in the text.
+    # For a completion's token: the index of the text's character in which it begins. A token that
+    # completes no character begins in the one that its bytes belong to, a special token where the
+    # next token does. It is at least the text's length if nothing of the token is in the text.
     offset: int = 0
 
 
@@ -201,8 +197,7 @@ class Generation(Protocol):
     async def follow(self, request: Request) -> "Generation":
         """Admit one more request into the queue place that is reserved for it.
 
-        Call this at most once, on the generation of a request with `followed` that is not
-        cancelled.
+        Call this at most once, for a request with `followed` that is not cancelled.
 
         Raises:
             EngineError: for the reasons that `Engine.submit` names, but never QueueFullError.
@@ -298,9 +293,7 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> bool:
-        """Stop the engine; running requests fail with ShuttingDownError at once.
-
-        May be called again.
+        """Stop the engine; running requests fail with ShuttingDownError at once. Idempotent.
 
         Returns:
             True if the engine has ended. False if it is stuck in a step, which only the end of

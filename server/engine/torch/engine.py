@@ -143,9 +143,8 @@ class TorchEngine:
     async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
-        # Requests whose interventions are being read are not in the scheduler's queue yet, so they
-        # are bounded here, by the number that may run or wait. The scheduler decides which of them
-        # run at once.
+        # Requests whose interventions are being read are not in the scheduler's queue yet. They are
+        # bounded here, by the number that may run or wait; which of them start is decided there.
         places = sum(request.places for request in requests)
         if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
