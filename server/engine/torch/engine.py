@@ -144,7 +144,7 @@ class TorchEngine:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
         # Requests whose interventions are being read are not in the scheduler's queue yet. They are
-        # bounded here, by the number that may run or wait; which of them start is decided there.
+        # bounded here, by the number that may run or wait; the scheduler chooses which start.
         places = sum(request.places for request in requests)
         if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
