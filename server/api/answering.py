@@ -1,4 +1,4 @@
-"""From a checked request to its answer, whole or streamed: the same for every endpoint."""
+"""Turns a checked request into its answer, whole or streamed, alike for every endpoint."""
 
 import asyncio
 import random
@@ -27,12 +27,12 @@ from server.engine.base import Request as EngineRequest
 from server.records import GenerationRecord, MessageRecord
 
 T = TypeVar("T")
-LONG_TEXT: Final = 10_000  # characters from which tokenizing is worth a thread
+LONG_TEXT: Final = 10_000  # characters; a prompt of this length or more is tokenized in a thread
 
 
 @dataclass(frozen=True, slots=True)
 class ChoicePlan:
-    """One choice: what it goes on from, how it is drawn, and how it is told."""
+    """The plan of one choice: its prompt, its sampling, and the object that formats the answer."""
 
     prompt: tuple[int, ...]
     sampling: SamplingSettings
@@ -53,22 +53,24 @@ class Exchange:
     _record: GenerationRecord
 
     async def read_prompt(self, characters: int, read: Callable[[], T]) -> T:
-        """Have token ids made; in a thread where that takes so long that others would wait.
+        """Call `read`, which makes token ids; in a thread if the prompt is long.
+
+        The event loop, and with it all other requests, would wait for a long prompt.
 
         Raises:
             InvalidRequestError: the engine cannot take the prompt.
             ApiError: the deadline has passed.
-            ClientGoneError: nobody waits for the answer any more.
+            ClientGoneError: the client has closed the connection.
         """
         if characters < LONG_TEXT:
             return read()
-        # Cancelled in the queue it is never begun; once begun it keeps its thread to its end.
+        # Cancelling stops a call that still waits for a thread; one that runs keeps its thread.
         loop = asyncio.get_running_loop()
         reading = loop.run_in_executor(self._context.prompt_threads, read)
         return await unless_client_leaves(self._http.receive, self._group.in_time(reading))
 
     def note_prompts(self, messages: Iterable[tuple[str, str]]) -> None:
-        """Keep what was asked, roles and texts, for the log; only where the operator wants it."""
+        """Keep the prompts' roles and texts for the log, if `log_content` is set."""
         if self._context.settings.log_content:
             self._record.prompts = [MessageRecord(role, text) for role, text in messages]
 
@@ -76,9 +78,9 @@ class Exchange:
         """Generate every choice; `prompt_tokens` counts each prompt once.
 
         Raises:
-            EngineError: the engine refuses one, or lost one before the answer began.
-            ApiError: the deadline has passed, or a score that was asked for cannot be had.
-            ClientGoneError: nobody waits for the answer any more.
+            EngineError: the engine refuses a choice, or loses one before the answer begins.
+            ApiError: the deadline has passed, or a score that was asked for is unavailable.
+            ClientGoneError: the client has closed the connection.
         """
         self._record.choices = len(plans)
         self._record.sampling = plans[0].sampling
@@ -129,7 +131,7 @@ class Exchange:
 
 
 def _seeded(sampling: SamplingSettings) -> SamplingSettings:
-    """With a seed in any case: where the base model is asked too, it is to draw the same."""
+    """Add a seed if there is none, so that the base model, if asked too, draws with the same."""
     return sampling if sampling.seed is not None else replace(sampling, seed=random.getrandbits(63))
 
 
@@ -141,10 +143,10 @@ async def answering(
     wording: Wording,
     arrived: float,
 ) -> AsyncIterator[Exchange]:
-    """Apply a request's steering; should the block fail, everything is released.
+    """Apply a request's steering; release everything if the block raises.
 
     Args:
-        arrived: when the request came, by time.perf_counter().
+        arrived: when the request arrived, by time.perf_counter().
 
     Raises:
         ApiError: the model is not served, or the steering cannot be applied.
@@ -178,12 +180,12 @@ async def answering(
 
 
 def check_request(wanted: GenerationFields, prompts: int, context: ServerContext) -> None:
-    """What the fields say together, and what the server allows now.
+    """Check the combination of the fields, and that the server takes such a request now.
 
     Raises:
-        ApiError: the first thing that is wrong.
+        ApiError: the first fault that is found.
     """
-    if context.lifecycle.stopping:  # since the request's first bytes came
+    if context.lifecycle.stopping:  # it may have begun to stop while the body came
         raise shutting_down()
     if not context.engine.ready:
         raise ApiError(503, "The model is not ready to serve.", code="not_ready")
@@ -192,7 +194,7 @@ def check_request(wanted: GenerationFields, prompts: int, context: ServerContext
     check_wanted(wanted, context)
     limit = context.settings.max_completions_per_request
     if prompts * wanted.n * (3 if wanted.compare else 1) > limit:
-        # The base model's answer to each, and its reading of the steered one.
+        # Per choice, a comparison adds the base model's answer and its scoring of the steered one.
         more = ", and twice as many to compare with," if wanted.compare else ""
         raise invalid(
             f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n}{more} are more than the "

@@ -1,4 +1,4 @@
-"""What a request is steered by, once that is resolved: applied, told, pinned and released."""
+"""The resolved steering of one request: what is applied, reported, pinned and released."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ Source: TypeAlias = Literal["request", "model", "default"]
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One intervention of a request: what is stored, and the settings in full."""
+    """One intervention of a request: its registry entry, and its edit with all settings."""
 
     entry: Entry
     edit: Edit
@@ -27,22 +27,22 @@ class Resolved:
 
 @dataclass(slots=True)
 class AppliedSteering:
-    """What a request is steered by. Holds pins in the registry until `release`."""
+    """The steering of one request. It holds pins in the registry from `pin` to `release`."""
 
     edits: tuple[Edit, ...]
-    echo: tuple[JsonValue, ...]  # for the client
+    echo: tuple[JsonValue, ...]  # the answer's field `steering`
     kind: str | None  # for the metrics; None where nothing is edited
-    labels: tuple[str, ...]  # for the metrics, of each effective edit
+    labels: tuple[str, ...]  # for the metrics, one for each effective edit
     interventions: tuple[InterventionRecord, ...]  # for the log
     source: Source
     _registry: Registry
     _pinned: list[str] = field(default_factory=list)
 
     def pin(self) -> None:
-        """Keep the artifacts' bytes, whatever is deleted meanwhile.
+        """Pin the artifacts, so that their bytes stay even if their names are deleted.
 
         Raises:
-            UnknownInterventionError: one has just been deleted; nothing stays pinned.
+            UnknownInterventionError: an artifact has just been deleted; nothing stays pinned.
         """
         try:
             for edit in self.edits:
@@ -54,9 +54,9 @@ class AppliedSteering:
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Tells a failure in the block to load or apply the server's own default as a 503.
+        """Turn a failure in the block to load or apply the default steering into a 503.
 
-        The request, which did not choose it, is not at fault.
+        The request did not choose the default steering, so it is not at fault.
         """
         try:
             yield
@@ -67,7 +67,7 @@ class AppliedSteering:
 
     @property
     def label(self) -> str:
-        """All effective edits, for the metrics."""
+        """The labels of all effective edits, joined to one label of the metrics."""
         return SEPARATOR.join(self.labels) or NONE
 
     def release(self) -> None:
@@ -77,7 +77,7 @@ class AppliedSteering:
 
 
 def applied(resolved: Sequence[Resolved], source: Source, registry: Registry) -> AppliedSteering:
-    """What these interventions do to a request that `source` chose them for; not pinned yet."""
+    """Build a request's steering from its resolved interventions, without pinning them."""
     effective = [item.entry for item in resolved if not item.edit.settings.does_nothing]
     kinds = sorted({entry.manifest.kind for entry in effective})
     return AppliedSteering(
@@ -104,14 +104,14 @@ def applied(resolved: Sequence[Resolved], source: Source, registry: Registry) ->
 
 
 def sentence_of(error: EngineError | UnknownInterventionError) -> str:
-    """What a client may know; a damaged artifact's path goes to the log only."""
+    """Return the error as a sentence for the client; a damaged artifact's path is only logged."""
     return (
         from_registry(error).message if isinstance(error, UnknownInterventionError) else str(error)
     )
 
 
 def _label(entry: Entry) -> str:
-    # A digest that no name points to any more is no name: it must not become a label. And two
-    # names mean something else there.
+    # Labels are registry names, so a digest that no name points to must not become one. The names
+    # NONE and OTHER have meanings of their own among the labels.
     nameless = entry.name.startswith(DIGEST_PREFIX) or entry.name in (NONE, OTHER)
     return OTHER if nameless else entry.name

@@ -1,4 +1,4 @@
-"""What is told of finished completions beside their text: toxicity, and the base model's answer."""
+"""Assesses finished completions: their toxicity, and how they compare with the base model's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from server.toxicity.scorer import ScoringError
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """Of one request's completions."""
+    """Assesses the completions of one request."""
 
     _context: ServerContext
     _wanted: GenerationFields
@@ -29,13 +29,17 @@ class Assessment:
     async def conclude(
         self, group: GenerationGroup, base_choices: Sequence[Choice]
     ) -> Mapping[str, JsonValue]:
-        """The answer's further fields; what was not asked for is measured without waiting.
+        """Return the answer's further fields: `toxicity` and `comparison`, if asked for.
+
+        Completions whose score was not asked for are scored in the background.
 
         Raises:
-            ApiError: a score that was asked for cannot be had. (A comparison goes without.)
+            ApiError: `toxicity` was asked for and no score can be had. (A comparison alone gets
+                null scores then.)
         """
         wanted, scoring = self._wanted, self._context.scoring
-        completed = [progress for progress in group.served if progress.tokens]  # or only read
+        # With `max_tokens` 0 a prompt is only read, and nothing is completed.
+        completed = [progress for progress in group.served if progress.tokens]
         if self._steering.labels and not wanted.compare and not self._context.lifecycle.stopping:
             for progress in completed:
                 self._context.baselines.offer(progress.request, self._steering.label)
@@ -65,14 +69,14 @@ class Assessment:
     async def _score(
         self, scoring: ScoringQueue, completions: Sequence[Progress], arm: Arm
     ) -> list[JsonValue]:
-        """Of each completion; null where it was only a prompt that was read."""
+        """Return each completion's toxicity score, null for a completion without tokens."""
         texts = [progress.text for progress in completions if progress.tokens]
         try:
             scores = iter(await scoring.score(texts, self._steering.label, arm))
         except ScoringError as error:
             if not self._wanted.toxicity:
                 return [None] * len(completions)
-            # Why is the operator's business: it is in the log.
+            # The reason is for the operator, and in the log.
             raise ApiError(
                 503,
                 "The toxicity of the answer cannot be told now; try again later.",
@@ -84,10 +88,10 @@ class Assessment:
 
 
 def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:
-    """Whether this server tells what is asked for beside the answer.
+    """Check that this server gives the score and the comparison that a request asks for.
 
     Raises:
-        ApiError: it does not.
+        ApiError: it does not give one of them.
     """
     if wanted.toxicity and context.scoring is None:
         raise invalid(
@@ -96,7 +100,7 @@ def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:
             "unsupported_parameter",
         )
     if wanted.compare and context.settings.steering_policy != "optional":
-        # The comparison has the bare model's answer in it.
+        # A comparison contains the unsteered answer.
         raise ApiError(
             403,
             "This server's steering policy gives nobody the base model's answer.",
@@ -106,10 +110,10 @@ def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:
 
 
 def check_compared(wanted: GenerationFields, steering: AppliedSteering) -> None:
-    """Whether there is something to compare.
+    """Check that a request for a comparison is steered.
 
     Raises:
-        ApiError: the request names no intervention.
+        ApiError: no intervention steers the request.
     """
     if wanted.compare and not steering.edits:
         raise invalid(

@@ -1,4 +1,4 @@
-"""Who may do what: the API key for `/v1`, the admin key to change the registry, one for metrics."""
+"""Checks the keys: the API key for `/v1`, the admin key for the registry, the metrics key."""
 
 import re
 import secrets
@@ -14,8 +14,8 @@ from server.api.errors import ApiError
 from server.config import Settings
 from server.hosts import is_loopback, named_host
 
-# Headers that a proxy adds, under any of the names in use for whom it speaks. Who is taken for a
-# proxy by mistake has to give the admin key: so rather one name too many than one too few.
+# Headers in which proxies name the client that they speak for. The pattern is broad on purpose: a
+# client that is taken for a proxy by mistake only has to give the admin key.
 _FORWARDING: Final = re.compile(
     r"forwarded|via|cdn-loop|x-forwarded.*|x-original-.*|x-envoy-.*|x-proxyuser-.*|cf-.*"
     r"|(?:.*-)?(?:client|connecting|real|user|remote)-?ip"
@@ -23,7 +23,7 @@ _FORWARDING: Final = re.compile(
 
 
 async def require_api_key(request: Request, context: Context) -> None:
-    """Refuse a request without the API key, where one is set. The admin key does as well.
+    """Refuse a request without the API key or the admin key, if an API key is set.
 
     Raises:
         ApiError: 401.
@@ -32,7 +32,7 @@ async def require_api_key(request: Request, context: Context) -> None:
     if settings.api_key is None:
         return
     presented = _presented_key(request)
-    # Both are compared, whatever the first says.
+    # Both keys are compared in any case, so that the time does not tell which of them matched.
     if not (_equal(presented, settings.api_key) | _equal(presented, settings.admin_key)):
         raise _unauthorized(presented)
 
@@ -40,9 +40,9 @@ async def require_api_key(request: Request, context: Context) -> None:
 async def require_admin(request: Request, context: Context) -> None:
     """Refuse a change of the registry by anybody but its admin.
 
-    Without an admin key, the admin is whoever sends requests from this machine itself to a server
-    that is bound to loopback and has no other key. No sign may speak for anybody else: neither a
-    proxy's headers, nor a host name that a proxy would pass on, nor a web page of another origin.
+    If there is no admin key, the user of this machine is the admin. A request counts as that user's
+    if the server is bound to loopback and has no API key, and if the request has no header of a
+    proxy, names a loopback host, and does not come from another site's page.
 
     Raises:
         ApiError: 401 or 403.
@@ -64,7 +64,7 @@ async def require_admin(request: Request, context: Context) -> None:
 
 
 def _why_not_local(headers: Headers, settings: Settings) -> str | None:
-    """Says why a request may come from somebody else than this machine's user; None if not."""
+    """Say why a request may not be from this machine's user; None if it counts as that user's."""
     if not settings.binds_loopback:
         return "this server is not bound to a loopback address"
     if settings.api_key is not None:
@@ -85,7 +85,7 @@ def _is_forwarding(header: str) -> bool:
 
 
 async def require_metrics_key(request: Request, context: AnyTimeContext) -> None:
-    """Refuse a request without the metrics key, where one is set. The admin key does as well.
+    """Refuse a request without the metrics key or the admin key, if a metrics key is set.
 
     Raises:
         ApiError: 401.
@@ -110,7 +110,7 @@ def _equal(presented: bytes | None, key: SecretStr | None) -> bool:
 
 
 def _is_of_own_page(headers: Headers) -> bool:
-    """Whether the request is not a browser's, or is one of a page that this server sent."""
+    """Tell whether the request has no Origin header, or one that names its own Host."""
     try:
         pages = {urlsplit(origin).netloc for origin in headers.getlist("origin")}
     except ValueError:

@@ -19,7 +19,7 @@ from server.api.parsing import UNSUPPORTED, read_request
 from server.engine.base import Engine, InvalidRequestError
 
 WORDING: Final = Wording("chat", "chatcmpl", "chat.completion", "chat.completion.chunk")
-TEMPLATE_LENGTH: Final = 20  # characters that a template puts around a message, about
+TEMPLATE_LENGTH: Final = 20  # characters that a chat template adds to a message, roughly
 
 router = APIRouter()
 
@@ -62,7 +62,7 @@ async def create_chat_completion(request: Request, context: Context) -> Response
 
 
 def _check(chat: ChatRequest) -> None:
-    """What this endpoint's own fields say together."""
+    """Check the combinations of this endpoint's own fields."""
     if (field := chat.unsupported) is not None:
         message = f"This server does not support '{field}', unless they must not be called."
         raise invalid(message, field, UNSUPPORTED)
@@ -85,6 +85,6 @@ async def _read_messages(
 
 
 def _in_chats_words(error: InvalidRequestError, chat: ChatRequest) -> InvalidRequestError:
-    """The engine's refusal, naming the field that a chat has instead."""
+    """Rename the field in the engine's refusal to the one that a chat request has instead."""
     names = {"prompt": "messages", "max_tokens": chat.limit_field}
     return InvalidRequestError(str(error), names.get(error.param, error.param), error.code)

@@ -20,20 +20,20 @@ class ChatChoice:
     _tokens: list[TokenLogprobs] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _listed: ListedTokens = field(default_factory=ListedTokens)
-    _opened: bool = False  # a chunk has said who speaks
+    _opened: bool = False  # True once a chunk has given the role
 
     def anew(self) -> "ChatChoice":
-        """An empty one, told in the same way."""
+        """Return an empty choice of the same index and format."""
         return ChatChoice(self.index, self.with_logprobs)
 
     def add(self, output: StepOutput) -> None:
-        """Append what one step gave."""
+        """Append the output of one step."""
         self._texts.append(output.text)
         self._tokens.extend(self._listed.take(output))
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
-        """The choice of a whole answer."""
+        """Return the choice as it stands in an answer that is not streamed."""
         message: JsonValue = {
             "role": "assistant",
             "content": "".join(self._texts),
@@ -47,7 +47,7 @@ class ChatChoice:
         }
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """The choice in a stream's next chunks: who speaks, the text, and why it ends."""
+        """Return the choice's parts for a stream's next chunks: role, text and finish reason."""
         deltas: list[dict[str, JsonValue]] = []
         if not self._opened:
             self._opened = True

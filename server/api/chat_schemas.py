@@ -1,4 +1,4 @@
-"""The fields of `POST /v1/chat/completions`, checked, and what they mean to the engine."""
+"""The fields of `POST /v1/chat/completions`: their checks, and the sampling settings they give."""
 
 from typing import Annotated, Literal, TypeAlias
 
@@ -9,15 +9,15 @@ from server.api.messages import Message, parse_messages
 from server.api.request_shapes import MessageShape
 from server.engine.base import SamplingSettings
 
-# Of a list with thousands of faults, only the first is told: collecting them takes long.
+# A list's check stops at the first fault: to collect thousands of faults takes long.
 Tools: TypeAlias = Annotated[list[dict[str, object]], FailFast()]
 
 
 class ChatRequest(GenerationFields):
     """The body of `POST /v1/chat/completions`.
 
-    What OpenAI knows and we do not honour is accepted at the values that ask for nothing, or
-    where it cannot change the answer.
+    OpenAI's fields that this server does not implement are accepted if they cannot change the
+    answer, and otherwise only with values that ask for nothing.
     """
 
     messages: Annotated[
@@ -25,11 +25,11 @@ class ChatRequest(GenerationFields):
         PlainValidator(parse_messages, json_schema_input_type=list[MessageShape]),
     ]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None  # its older name
+    max_tokens: Annotated[int, Field(ge=1, lt=TOKENS)] | None = None  # the older name
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    # Tools that must not be called change nothing: see `unsupported`.
+    # Tools that must not be called change nothing; `unsupported` names the others.
     tools: Tools = Field(default_factory=list)
     tool_choice: Annotated[object, only("tool_choice", "none")] = None
     functions: Tools = Field(default_factory=list)
@@ -43,9 +43,9 @@ class ChatRequest(GenerationFields):
     verbosity: Annotated[object, only("verbosity", "medium")] = None
     web_search_options: Annotated[object, only("web_search_options")] = None
 
-    # How OpenAI runs, bills and files a request: the answer is the same.
+    # OpenAI runs, bills and files a request by these fields; they do not change the answer.
     metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool | None = None  # there are no tools
+    parallel_tool_calls: bool | None = None
     prediction: dict[str, object] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, object] | None = None
@@ -55,7 +55,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def unsupported(self) -> str | None:
-        """The field that asks for what the server cannot do, as the others are; None if none."""
+        """The field that asks for tool calls, given the other fields; None if none does."""
         if self.tools and self.tool_choice is None:
             return "tools"
         return "functions" if self.functions and self.function_call is None else None
@@ -66,11 +66,11 @@ class ChatRequest(GenerationFields):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def sampling(self, choice: int, room: int, default: int | None) -> SamplingSettings:
-        """How to sample one choice.
+        """Return the sampling settings of one choice.
 
         Args:
-            room: tokens of the context that its prompt leaves.
-            default: the most tokens where the request sets no limit; None for all that is left.
+            room: tokens that the prompt leaves of the context.
+            default: the limit of a request that sets none, in tokens; None for all of `room`.
         """
         limits = (self.max_completion_tokens, self.max_tokens)
         unlimited = max(room if default is None else min(room, default), 1)

@@ -26,37 +26,37 @@ class CompletionChoice:
 
     index: int
     with_logprobs: bool
-    echo: SpelledPrompt | None = None  # until it was said
+    echo: SpelledPrompt | None = None  # the prompt to repeat; None once it is repeated
     _texts: list[str] = field(default_factory=list)
     _tokens: list[_Scored] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _listed: ListedTokens = field(default_factory=ListedTokens)
-    _echoed: int = 0  # characters before the completion
+    _echoed: int = 0  # characters of the repeated prompt, before the completion
 
     def anew(self) -> "CompletionChoice":
-        """An empty one, told in the same way."""
+        """Return an empty choice of the same index and format."""
         return CompletionChoice(self.index, self.with_logprobs, self.echo)
 
     def add(self, output: StepOutput) -> None:
-        """Append what one step gave."""
+        """Append the output of one step."""
         text, tokens = self._take(output)
         self._texts.append(text)
         self._tokens.extend(tokens)
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
-        """The choice of a whole answer."""
+        """Return the choice as it stands in an answer that is not streamed."""
         return self._choice("".join(self._texts), self._tokens, self._finish_reason)
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """The choice in a stream's next chunk, if the step has anything for the client."""
+        """Return the choice's part for a stream's next chunk, if the step has any."""
         text, tokens = self._take(output)
         if not (text or tokens or output.finish_reason):
             return ()
         return (self._choice(text, tokens, output.finish_reason),)
 
     def _take(self, output: StepOutput) -> tuple[str, list[_Scored]]:
-        """An output's text and tokens, those of the prompt before the first one's."""
+        """Return an output's text and tokens, after those of an echoed prompt in the first one."""
         text, tokens = output.text, []
         echo, self.echo = self.echo, None
         if echo is not None:
@@ -89,7 +89,7 @@ class CompletionChoice:
 def _prompt_tokens(echo: SpelledPrompt, logprobs: Sequence[TokenLogprobs]) -> list[_Scored]:
     first, *others = echo.offsets
     return [
-        # It follows nothing, so that it has no probability.
+        # The first token follows nothing, so it has no probability.
         _Scored(echo.first_token, None, None, first),
         *(_scored(token, offset) for token, offset in zip(logprobs, others, strict=True)),
     ]
@@ -101,9 +101,9 @@ def _scored(token: TokenLogprobs, offset: int) -> _Scored:
 
 
 def _alternatives(logprobs: TokenLogprobs) -> dict[str, JsonValue]:
-    """The best tokens, and the chosen one even where it is not among them, as OpenAI does."""
+    """Return the best tokens and the chosen token with their log-probabilities, as OpenAI does."""
     alternatives: dict[str, JsonValue] = {}
-    # Two ids may have equal text (incomplete bytes): the better one stands for it.
+    # Two ids may have equal text (incomplete bytes); the better one is kept.
     for token in (*logprobs.top, logprobs.chosen):
         alternatives.setdefault(token.text, finite(token.logprob))
     return alternatives

@@ -1,7 +1,8 @@
-"""How much likelier an answer is to the steered model than to the base model, in any engine.
+"""Measures how much likelier an answer is to the steered model than to the base model.
 
-The engine tells of each token that it draws how likely the steered model found it. Afterwards the
-base model reads the prompt and the answer, as token ids, and tells the same of the answer's.
+The steered model's log-probabilities come with the tokens that the engine draws. Afterwards the
+base model reads the prompt and the answer as token ids, and gives its log-probabilities of the
+answer's tokens. Any engine can do both.
 """
 
 import math
@@ -13,13 +14,13 @@ from server.engine.base import Generation, Request, SamplingSettings
 
 
 def to_be_scored(request: Request) -> Request:
-    """The same request, told how likely its tokens are, and with a place for the base model's."""
+    """Ask for the log-probabilities of a request, and for a queue place for its scoring."""
     sampling = replace(request.sampling, logprobs=request.sampling.logprobs or 0)
     return replace(request, sampling=sampling, followed=True)
 
 
 async def begin_scoring(generation: Generation, progress: Progress) -> Generation:
-    """Have the base model read what a finished generation has given, in the place held for it."""
+    """Have the base model score a finished generation, in the queue place that is held for that."""
     request = progress.request
     sampling = SamplingSettings(
         max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(request.prompt)
@@ -29,9 +30,9 @@ async def begin_scoring(generation: Generation, progress: Progress) -> Generatio
 
 
 def mean_log_ratio(progress: Progress) -> float | None:
-    """The mean of log p_steered - log p_base over an answer's tokens, in nats; None without any.
+    """Return the mean of log p_steered - log p_base over an answer's tokens, in nats.
 
-    Both are before penalties and filters.
+    Both log-probabilities are before penalties and filters. An answer without tokens has None.
     """
     if not progress.tokens:
         return None

@@ -18,7 +18,7 @@ from server.api.schemas import CompletionRequest, Prompt
 from server.engine.base import Engine, SpelledPrompt
 
 WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
-TOKEN_WORK: Final = 20  # characters that take as long to tokenize as a token takes to spell
+TOKEN_WORK: Final = 20  # to spell one token takes as long as to tokenize this many characters
 
 router = APIRouter()
 
@@ -58,7 +58,7 @@ async def create_completion(request: Request, context: Context) -> Response:
 
 
 def _check(completion: CompletionRequest) -> None:
-    """What this endpoint's own fields say together."""
+    """Check the combinations of this endpoint's own fields."""
     if completion.best_of not in (None, completion.n):
         raise invalid(
             f"'best_of' is {completion.best_of}: this server supports only as many as 'n' "
@@ -89,7 +89,7 @@ async def _read_prompts(
 
 
 def _work(prompt: Prompt, *, as_text: bool) -> int:
-    """Estimate the work of reading a prompt, in characters of text that are as much to tokenize."""
+    """Estimate the work of reading a prompt, in characters of text to tokenize."""
     if isinstance(prompt, str):
         return len(prompt)
     return TOKEN_WORK * len(prompt) if as_text else 0

@@ -1,4 +1,4 @@
-"""What the routes work with: one typed object on the application's state."""
+"""The context of the routes: one typed object on the application's state."""
 
 import asyncio
 import time
@@ -22,14 +22,14 @@ PROMPT_THREADS: Final = 4
 
 
 class Lifecycle:
-    """How far the server's life has come. What runs it stops it; the routes look at it."""
+    """Tells the routes when the server stops. The code that runs the server calls `stop`."""
 
     def __init__(self) -> None:
         self._stopped = asyncio.Event()
 
     @property
     def stopping(self) -> bool:
-        """Whether no new request is taken."""
+        """True once no new request is taken."""
         return self._stopped.is_set()
 
     def stop(self) -> None:
@@ -51,29 +51,29 @@ def _body_thread() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """The parts that the application was made of."""
+    """The parts that the application is made of."""
 
     engine: Engine
     registry: Registry
     metrics: Metrics
     settings: Settings
     steering: SteeringResolver
-    scoring: ScoringQueue | None  # None: the operator wants no scores
+    scoring: ScoringQueue | None  # None with --toxicity-scorer none
     baselines: BaselineSampler
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
-    # Long prompts are read here: in the pool that all share, they would keep everything waiting.
+    # Long prompts are tokenized in these threads: in the shared pool they would block other work.
     prompt_threads: ThreadPoolExecutor = field(default_factory=_prompt_threads)
     disk: RegistryDisk = field(default_factory=RegistryDisk)
-    # Of its own, so that whoever asks for the state waits for no upload to a slow disk.
+    # Has a thread of its own, so that requests for the state do not wait for slow uploads.
     state_disk: RegistryDisk = field(default_factory=lambda: RegistryDisk(threads=1))
-    # Large bodies are parsed here, one at a time: parsing holds the interpreter's lock, and several
-    # threads would keep everything else from it in turn.
+    # Large bodies are parsed one at a time: parsing holds the interpreter's lock, and several such
+    # threads would pass the lock among themselves while everything else waits.
     body_thread: ThreadPoolExecutor = field(default_factory=_body_thread)
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
 
 async def get_context(request: Request) -> ServerContext:
-    """The application's context, whatever the server's state."""
+    """Return the application's context, also while the server stops."""
     context = request.app.state.context
     assert isinstance(context, ServerContext)
     return context
@@ -83,7 +83,7 @@ AnyTimeContext: TypeAlias = Annotated[ServerContext, Depends(get_context)]
 
 
 async def get_serving_context(context: AnyTimeContext) -> ServerContext:
-    """The application's context, for a request that is new work.
+    """Return the application's context for a request that is new work.
 
     Raises:
         ApiError: 503, the server is stopping.

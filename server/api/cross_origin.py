@@ -1,4 +1,4 @@
-"""What a browser is told of pages from other origins: CORS, for the origins that are allowed."""
+"""Tells browsers which other origins' pages may use the server (CORS)."""
 
 from collections.abc import Collection
 from typing import Final
@@ -12,15 +12,15 @@ from server.api.errors import ApiError
 from server.api.host_check import HostCheck
 
 METHODS: Final = ("DELETE", "GET", "HEAD", "POST")
-# What a page may read of an answer beside its body.
+# The headers of an answer that a page may read.
 EXPOSED: Final = ("Location", "Retry-After", "X-Request-Id", "X-Should-Retry")
 
 
 class CrossOriginMiddleware(CORSMiddleware):
     """Lets pages of the allowed origins use the server, with the keys that they send.
 
-    Answers carry the headers whatever they are, also those of the layers inside. Cookies play no
-    part here, so no credentials are allowed: a page has to know a key to send it.
+    Every answer carries the CORS headers, also an error of an inner layer. The server uses no
+    cookies, so browsers are not allowed to send credentials: a page has to know a key to send it.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str], check: HostCheck | None) -> None:
@@ -29,14 +29,14 @@ class CrossOriginMiddleware(CORSMiddleware):
             allow_origins=origins,
             allow_methods=METHODS,
             allow_headers=("*",),
-            # Pages of public sites ask in addition to reach a private address, as this one may be.
+            # Browsers ask this in addition if a public site's page calls a private address.
             allow_private_network=True,
             expose_headers=EXPOSED,
         )
         self._check = check
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Answers whether a page may send its request, in the envelope if it may not."""
+        """Answer a preflight request; a refusal has OpenAI's error envelope."""
         refusal = self._check(request_headers.getlist("host")) if self._check else None
         if refusal is not None:
             return refusal.response

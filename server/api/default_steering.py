@@ -1,4 +1,4 @@
-"""The artifacts of the server's default steering: held as they are until the server stops."""
+"""Keeps the artifacts of the server's default steering unchanged until the server stops."""
 
 import logging
 import threading
@@ -18,13 +18,15 @@ class DefaultArtifacts:
     """Keeps the default steering's artifacts stored and named, and tells when one is damaged."""
 
     def __init__(self, registry: Registry, resolved: Mapping[str, Entry]) -> None:
-        """Pin every artifact, and keep its names at every server, as long as the registry is open.
+        """Pin every artifact and protect its names until this server closes the registry.
+
+        The protection holds for all servers that share the registry.
 
         Args:
-            resolved: what the names and digests that the operator gave refer to at start.
+            resolved: the entry of each name and digest that the operator gave, at the start.
 
         Raises:
-            RegistryError: one is not stored any more, or the registry cannot note it.
+            RegistryError: an artifact is not stored any more, or the registry cannot record this.
         """
         self._registry = registry
         self._entries = {entry.digest: entry for entry in resolved.values()}
@@ -35,14 +37,14 @@ class DefaultArtifacts:
 
     @property
     def exist(self) -> bool:
-        """Whether the default steering has any artifact."""
+        """True if the default steering has any artifact."""
         return bool(self._entries)
 
     def problem(self) -> str | None:
-        """Says in a sentence why an artifact cannot be loaded; None if all can.
+        """Say in a sentence why an artifact cannot be loaded; None if all can.
 
-        Reads the files whose state on the disk has changed since they were read last, so not for
-        the event loop. Safe to call from several threads.
+        Reads every file that has changed since it was last read, so it must not be called on the
+        event loop. Safe to call from several threads.
         """
         with self._checking:
             for digest, entry in self._entries.items():
@@ -58,13 +60,14 @@ class DefaultArtifacts:
         try:
             self._registry.load(entry.digest)
         except RegistryError as error:
-            logger.error("The default steering cannot be loaded: %s", error)  # may name a path
+            # The client is not told the reason, which may name a path.
+            logger.error("The default steering cannot be loaded: %s", error)
             return f"The intervention '{entry.name}' is stored but damaged."
         return None
 
 
 def default_unavailable(reason: str) -> ApiError:
-    """A 503: the server's own steering fails, and the request is not served without."""
+    """Return the 503 for a request that is not served because the default steering fails."""
     return ApiError(
         503,
         f"The server's default steering cannot be applied: {reason}",
@@ -73,7 +76,7 @@ def default_unavailable(reason: str) -> ApiError:
 
 
 def _state(path: Path) -> _FileState:
-    """What of a file on the disk changes with every change of its bytes or its permissions."""
+    """Return a value that changes whenever the file's bytes or permissions change."""
     try:
         found = path.stat()
     except OSError:

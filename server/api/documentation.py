@@ -1,6 +1,6 @@
 """The API's own documentation: the schema at /openapi.json, and a page that shows it at /docs.
 
-The page's files come from a package: nothing of it is loaded from the internet.
+The page's files come from a Python package; a browser loads nothing from the internet.
 """
 
 from copy import deepcopy
@@ -26,13 +26,13 @@ _ASSETS: Final = {
     "favicon.png": "image/png",
 }
 _REFERENCE: Final = "#/components/schemas/{model}"
-_KEYED: Final = ("/v1", "/metrics")  # paths that ask for a key where one is set
+_KEYED: Final = ("/v1", "/metrics")  # beginnings of paths that ask for a key if one is set
 
 router = APIRouter(include_in_schema=False)
 
 
 class ErrorBody(BaseModel):
-    """What went wrong: a sentence, and for programs the field and a code."""
+    """An error: a sentence for people, and the field and a code for programs."""
 
     message: str
     type: str
@@ -41,20 +41,20 @@ class ErrorBody(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
-    """Every answer that is an error."""
+    """The body of every answer that is an error."""
 
     error: ErrorBody
 
 
 def json_body(model: type[BaseModel], example: Json) -> dict[str, Json]:
-    """Describe a route that reads its body by itself, as `openapi_extra`, and may stream.
+    """Return the `openapi_extra` of a route that parses its body itself and may stream.
 
     Args:
         example: a body that works on the embedded model.
     """
     schema = model.model_json_schema(ref_template=_REFERENCE)
     for field in schema["properties"].values():
-        if field.get("default") == []:  # stands for nothing given, and may be of another type
+        if field.get("default") == []:  # means "not given", and may contradict the field's schema
             del field["default"]
     body: Json = {"schema": schema, "example": example}
     stream: Json = {"schema": {"type": "string", "description": "With `stream`: events."}}
@@ -65,7 +65,7 @@ def json_body(model: type[BaseModel], example: Json) -> dict[str, Json]:
 
 
 def upload_body() -> dict[str, Json]:
-    """Describe a form with an artifact and its name, as `openapi_extra`."""
+    """Return the `openapi_extra` of a route that takes a form with an artifact and its name."""
     properties: Json = {
         "file": {
             "type": "string",
@@ -81,7 +81,7 @@ def upload_body() -> dict[str, Json]:
 
 
 async def _refuse_with_key(context: AnyTimeContext) -> None:
-    """Refuse the page where an API key is set: a browser that opens an address sends no key.
+    """Refuse the page if an API key is set: a browser that opens an address sends no key.
 
     Raises:
         ApiError: 404.
@@ -109,7 +109,7 @@ async def show_schema(request: Request) -> Response:
 async def show_page() -> Response:
     """Show the schema in a browser."""
     return get_swagger_ui_html(
-        # Relative to this page: a proxy may have put a path before all of them.
+        # These addresses are relative to the page, because a proxy may put a path before them.
         openapi_url="openapi.json",
         title="steerserve",
         swagger_js_url="docs/swagger-ui-bundle.js",
@@ -131,7 +131,7 @@ async def show_asset(asset: str) -> Response:
 
 
 def _schema(app: FastAPI) -> dict[str, object]:
-    """Build the schema from the routes; what bodies define becomes one of its components."""
+    """Build the schema from the routes, and move the bodies' definitions to its components."""
     schema = deepcopy(
         get_openapi(
             title=app.title,
@@ -147,7 +147,7 @@ def _schema(app: FastAPI) -> dict[str, object]:
         for operation in operations.values():
             if path.startswith(_KEYED):
                 operation["security"] = [{}, {"key": []}]
-            # FastAPI has it in the media type of the route's other answers.
+            # FastAPI gives errors the media type of the route's other answers.
             operation["responses"]["default"]["content"] = {"application/json": {"schema": error}}
             content = operation.get("requestBody", {}).get("content", {})
             for media_type in content.values():

@@ -9,14 +9,14 @@ from interventions.errors import disk_errors
 from interventions.registry import DIGEST_PREFIX, DamagedInterventionError, Entry, Registry
 from server.api.disk import RegistryDisk
 
-_PIECE: Final = 1 << 18
+_PIECE: Final = 1 << 18  # bytes
 
 
 async def open_download(registry: Registry, disk: RegistryDisk, entry: Entry) -> "ArtifactDownload":
-    """Pin an artifact and open its file; the response lets go of both.
+    """Pin an artifact and open its file; the response unpins and closes them.
 
     Raises:
-        UnknownInterventionError: it has just been deleted, or its file cannot be opened.
+        UnknownInterventionError: the artifact has just been deleted, or its file cannot be opened.
         RegistryUnreadableError: the registry's folder cannot be read now.
     """
     registry.pin(entry.digest)  # a deletion must not take the file away while it is sent
@@ -29,7 +29,7 @@ async def open_download(registry: Registry, disk: RegistryDisk, entry: Entry) ->
 
 
 class ArtifactDownload(Response):
-    """An artifact's bytes, pinned until they are sent or their reader is gone."""
+    """Sends an artifact's bytes; the artifact is pinned until all are sent or the client leaves."""
 
     def __init__(
         self, registry: Registry, disk: RegistryDisk, entry: Entry, file: BinaryIO
@@ -50,7 +50,7 @@ class ArtifactDownload(Response):
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the bytes; a client that is left with too few knows it by their promised number."""
+        """Send the bytes; a client that gets too few of them notices by the Content-Length."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             await send(start)

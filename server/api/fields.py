@@ -1,4 +1,4 @@
-"""The fields that all completions share, strictly checked, and what they mean to the engine."""
+"""The fields that all completion requests share: their checks, and the sampling settings."""
 
 import re
 from typing import Annotated, Final
@@ -22,15 +22,16 @@ MAX_STOPS: Final = 32  # OpenAI takes 4; lm-evaluation-harness sends as many as 
 MAX_STOP_LENGTH: Final = 1000
 MAX_BIASES: Final = 300
 LARGEST_BIAS: Final = 100
-SHOWN: Final = 100  # characters of a key, in messages
+SHOWN: Final = 100  # characters of a key that an error message shows
 SEEDS: Final = 2**63
-TOKENS: Final = 2**31  # more than any context, and what a tokenizer's ids fit in
+TOKENS: Final = 2**31  # above the length of any context and the ids of any tokenizer
 
-TOKEN_ID: Final = re.compile("0|[1-9][0-9]{0,9}")  # one spelling each, so that none comes twice
+# Each id has one spelling, so that no id comes twice.
+TOKEN_ID: Final = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def only(name: str, *neutral: object) -> AfterValidator:
-    """Accept a field that we do not implement only at the values that mean nothing."""
+    """Make a validator of an unimplemented field, which takes only values that ask for nothing."""
 
     def check(value: object) -> object:
         if value not in neutral:
@@ -78,7 +79,7 @@ def _is_bias(value: object) -> bool:
 
 
 def _none_for_minus_one(value: object) -> object:
-    """Clients whose settings always hold a seed mean none by -1, as llama.cpp and vLLM do."""
+    """Read the seed -1 as no seed, as llama.cpp and vLLM do: some clients always send a seed."""
     return None if type(value) is int and value == -1 else value
 
 
@@ -87,7 +88,7 @@ def _as_it_is(value: object) -> object:
 
 
 class Strict(BaseModel):
-    """An object of a request's body. As with OpenAI, null means that a field is not given."""
+    """An object in a request's body. As with OpenAI, null means that a field is not given."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -102,13 +103,13 @@ class Strict(BaseModel):
 
     @classmethod
     def _keeps(cls, name: str) -> bool:
-        """Whether null is a value of the field, or wrong."""
+        """Tell whether to keep the field's null: it is a value of the field, or to be refused."""
         field = cls.model_fields.get(name)
         return field is None or field.is_required() or name == "steering"
 
 
 class StreamOptions(Strict):
-    """What a stream carries beside the text."""
+    """Options that say what a stream carries beside the text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: usage in every chunk
@@ -116,10 +117,10 @@ class StreamOptions(Strict):
 
 
 class GenerationFields(Strict):
-    """What a completion and a chat completion are asked for in the same words.
+    """The fields that requests for completions and for chat completions have in common.
 
-    `steering` is checked with the interventions at hand, in `server.api.steering`. There, null
-    asks for none, even where the server has a default.
+    `steering` is checked in `server.api.steering`, which knows the stored interventions. There,
+    null asks for no steering, even if the server has a default.
     """
 
     model: str
@@ -128,7 +129,7 @@ class GenerationFields(Strict):
     )
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0  # 0: the best token
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0  # 0 takes the best token
     top_k: Annotated[int, Field(ge=-1, lt=TOKENS)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -148,14 +149,14 @@ class GenerationFields(Strict):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # Ours: the answer's toxicity, and the base model's answer beside it.
+    # This server's own fields: they ask for the answer's toxicity, and for the base model's answer.
     toxicity: bool = False
     compare: bool = False
-    user: str | None = None  # OpenAI's abuse tracking: nothing that we could honour or break
+    user: str | None = None  # for OpenAI's abuse tracking; has no effect here
 
     @property
     def steering_given(self) -> bool:
-        """Whether the request has the field `steering`; null is one."""
+        """True if the request has the field `steering`, even with the value null."""
         return "steering" in self.model_fields_set
 
     def settings(
@@ -166,7 +167,7 @@ class GenerationFields(Strict):
         logprobs: int | None,
         prompt_logprobs: int | None = None,
     ) -> SamplingSettings:
-        """How to sample one choice. Choice i draws by `seed + i`, so that choices differ."""
+        """Return one choice's sampling settings; choice i has `seed + i`, so choices differ."""
         return SamplingSettings(
             max_tokens=max_tokens,
             temperature=self.temperature,

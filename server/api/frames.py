@@ -1,4 +1,4 @@
-"""What the answers of every endpoint that generates have in common: the object around choices."""
+"""The objects around an answer's choices, which all endpoints that generate have in common."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,33 +13,33 @@ from server.records import Operation
 
 
 class Choice(Protocol):
-    """One choice of an answer, in an endpoint's own shape."""
+    """One choice of an answer, in an endpoint's own format."""
 
     def anew(self) -> "Choice":
-        """An empty one, told in the same way."""
+        """Return an empty choice of the same index and format."""
         ...
 
     def add(self, output: StepOutput) -> None:
-        """Append what one step gave."""
+        """Append the output of one step."""
         ...
 
     def body(self) -> dict[str, JsonValue]:
-        """The choice of a whole answer, from all that was added."""
+        """Return the choice of a whole answer, from all outputs that were added."""
         ...
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """The choice in a stream's next chunks; none where the step has nothing for the client.
+        """Return the choice's parts for a stream's next chunks; none if the step has no news.
 
-        The last of them, and no other, has a `finish_reason` that is not null.
+        Only the last part of a choice has a `finish_reason` that is not null.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """What an endpoint calls its objects."""
+    """The names that an endpoint gives its objects."""
 
-    operation: Operation  # as OpenTelemetry calls it
+    operation: Operation  # OpenTelemetry's name of the operation
     id_prefix: str
     answer: str
     chunk: str
@@ -47,26 +47,26 @@ class Wording:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What the answer and every chunk of one request have in common."""
+    """The fields that the answer and every chunk of one request have in common."""
 
     id: str
     created: int  # Unix seconds
     model: str
-    fingerprint: str  # of the loaded model, in short
+    fingerprint: str  # the loaded model's, shortened
     steering: Sequence[JsonValue]
     wording: Wording
 
     def answer(
         self, choices: Iterable[JsonValue], usage: Usage, further: Mapping[str, JsonValue]
     ) -> dict[str, JsonValue]:
-        """The whole answer; `further` fields are what is told beside its choices."""
+        """Return the whole answer; `further` holds fields beside its choices."""
         body = self._body(self.wording.answer, choices)
         return body | {"usage": usage.body} | self._ending(further)
 
     def chunk(
         self, choice: dict[str, JsonValue], usage: Usage, options: StreamOptions
     ) -> dict[str, JsonValue]:
-        """A stream's chunk, `usage` being what there is so far.
+        """Return a stream's chunk with one choice's part; `usage` counts the tokens so far.
 
         The chunk that ends a choice says what steered it.
         """
@@ -82,7 +82,7 @@ class Frame:
     def closing_chunk(
         self, usage: Usage | None, further: Mapping[str, JsonValue]
     ) -> dict[str, JsonValue]:
-        """The chunk after the last choice, with the tokens' count if it is asked for."""
+        """Return the chunk after the last choice, with `usage` if it is not None."""
         body = self._body(self.wording.chunk, [])
         if usage is not None:
             body["usage"] = usage.body

@@ -24,15 +24,15 @@ Deliver: TypeAlias = Callable[[int, StepOutput], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request: each prompt once, every choice's completion."""
+    """The token counts of a request: each prompt is counted once, and every choice's completion."""
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int  # those of the prompts that were computed for none of its choices
+    cached_tokens: int  # prompt tokens that were in the cache for every choice of their prompt
 
     @property
     def body(self) -> dict[str, JsonValue]:
-        """OpenAI's object."""
+        """The counts as OpenAI's `usage` object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -42,12 +42,12 @@ class Usage:
 
 
 class GenerationGroup:
-    """What one HTTP request generates; `close` frees all of it, however far it came.
+    """Runs all generations of one HTTP request; `close` cancels and frees them at any time.
 
     Args:
-        arrived: when the request did, by time.perf_counter().
-        timeout: seconds from then to the end of the answer.
-        record: is told how far the generations came, at their end.
+        arrived: when the request arrived, by time.perf_counter().
+        timeout: seconds from the arrival to the deadline.
+        record: is filled in with token counts, times and finish reasons when generations end.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class GenerationGroup:
         self._n = 1
         self._record = record
         self._prompt_tokens = 0
-        self._seconds = 0.0  # from the arrival to the last token, once that has come
+        self._seconds = 0.0  # from the arrival to the last token of the generation that ended last
         self._generations: list[Generation] = []
         self.served: list[Progress] = []
-        self.compared: list[Progress] = []  # the base model's, where they are asked for
+        self.compared: list[Progress] = []  # the base model's answers, if asked for
 
     @property
     def usage(self) -> Usage:
-        """The tokens so far of what is served."""
+        """The token counts so far of the served answers."""
         return self._usage(self.served)
 
     @property
     def compared_usage(self) -> Usage:
-        """The tokens so far of the base model's answers."""
+        """The token counts so far of the base model's answers."""
         return self._usage(self.compared)
 
     async def in_time(self, work: Awaitable[T]) -> T:
-        """Do what comes before or after the generations, while the deadline has not passed.
+        """Await work before or after the generations, up to the request's deadline.
 
         Raises:
             ApiError: the deadline has passed.
@@ -104,12 +104,13 @@ class GenerationGroup:
         """Admit all requests, or none.
 
         Args:
-            prompt_tokens: counts each prompt once, however many choices it has.
-            compared: what the base model is asked beside them; it scores their answers too.
-            n: how many choices of each prompt follow each other.
+            prompt_tokens: the tokens of all prompts, each prompt counted once for all its choices.
+            compared: the same requests to the base model; if given, it also scores the steered
+                answers.
+            n: the number of choices of each prompt; they follow each other in `requests`.
 
         Raises:
-            EngineError: the engine refuses one.
+            EngineError: the engine refuses a request.
             ApiError: the deadline has passed.
         """
         scored = [bool(compared and request.effective_edits) for request in requests]
@@ -124,13 +125,13 @@ class GenerationGroup:
         self._metrics.admitted(prompt_tokens * (2 if compared else 1))
 
     async def run(self, deliver: Deliver) -> None:
-        """Hand over every output with its place, until all generations have finished.
+        """Pass every output and its index to `deliver`, until all generations have finished.
 
-        Places are those of the requests, then of what they are compared with. An answer that is
-        compared is scored as soon as it has finished.
+        Indices count `served`, and go on through `compared`. The base model scores a compared
+        answer as soon as the answer has finished.
 
         Raises:
-            EngineError: one was lost; the others are not waited for.
+            EngineError: a generation was lost; the others are cancelled.
             ApiError: the deadline has passed.
         """
         pumps = [
@@ -146,17 +147,17 @@ class GenerationGroup:
             if not all(progress.complete for progress in self._progress):
                 raise timed_out(self._timeout) from None
         finally:
-            # Now: a reader may take long over what is still to be said.
+            # The engine is freed now, because a slow client may take long to read the rest.
             self.close()
             self._tell()
 
     def finished(self) -> None:
-        """Count the request as one that ended well, in the time that its generations took."""
+        """Count the request as a success in the metrics, with the time of its generations."""
         usage = self.usage
         self._metrics.finished(self._seconds, usage.prompt_tokens, usage.completion_tokens)
 
     def close(self) -> None:
-        """Cancel what has not finished and release the interventions. May be called again."""
+        """Cancel unfinished generations and unpin the interventions. May be called again."""
         for generation in self._generations:
             generation.cancel()
         self._steering.release()
@@ -172,7 +173,7 @@ class GenerationGroup:
         return Usage(self._prompt_tokens, tokens, cached)
 
     def _deadline(self) -> asyncio.Timeout:
-        """Raises TimeoutError out of its block when the request's time is over."""
+        """Return a timeout that raises TimeoutError out of its block at the deadline."""
         return asyncio.timeout(self._arrived + self._timeout - time.perf_counter())
 
     async def _pump(
@@ -195,7 +196,7 @@ class GenerationGroup:
         progress.to_score = False
 
     def _measure(self, output: StepOutput, progress: Progress) -> None:
-        """Count an output's tokens, and the time since the one before."""
+        """Update the metrics by an output: its tokens, doses, and the time since the last one."""
         metrics, steering = self._metrics, self._steering
         if output.queue_seconds is not None:
             metrics.queued(output.queue_seconds)
@@ -230,7 +231,7 @@ class GenerationGroup:
 
 
 def _as_asked(output: StepOutput, request: Request) -> StepOutput:
-    """An output without log-probabilities that are there for the comparison only."""
+    """Remove log-probabilities that only the comparison needs from an output."""
     if output.logprobs and request.sampling.logprobs is None:
         return replace(output, logprobs=())
     return output
@@ -242,7 +243,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 @asynccontextmanager
 async def closing_on_error(group: GenerationGroup) -> AsyncIterator[GenerationGroup]:
-    """Close the group if the block does not end well; if it does, the caller has to."""
+    """Close the group if the block raises; otherwise the caller has to close it."""
     try:
         yield group
     except BaseException:

@@ -1,7 +1,8 @@
-"""Refuses requests for hosts that this server is not, in plain ASGI, before anything is read.
+"""Refuses requests whose Host header names another host, in plain ASGI, before a body is read.
 
-A browser lets a page read what its own host answers. Whoever owns a page's name can have it resolve
-to 127.0.0.1 while the page is open (DNS rebinding); then only the Host header still tells.
+This stops DNS rebinding. A browser lets a page read the answers of the page's own host, and the
+owner of that host's name can have it resolve to 127.0.0.1 while the page is open. The page's
+requests then reach this server, and only their Host header differs from a local client's.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,12 @@ HostCheck: TypeAlias = Callable[[list[str]], ApiError | None]
 
 
 def host_check(settings: Settings) -> HostCheck | None:
-    """Makes what judges the values of a request's Host headers; None where any host will do.
+    """Make the check of a request's Host headers; None if the server answers for any host.
 
-    Hosts are checked where the server is bound to loopback, and wherever the operator has named
-    some. Loopback's own names always pass: no page can have them. So does a request without the
-    header, which HTTP/1.0 allows (health checks of load balancers): no browser sends one.
+    Hosts are checked if the server is bound to loopback, or if the operator has named allowed
+    hosts. Loopback's own names always pass, because no page can have them. A request without the
+    header passes too: HTTP/1.0 allows it (health checks of load balancers), and no browser sends
+    one.
     """
     if not settings.binds_loopback and not settings.allowed_hosts:
         return None
@@ -47,7 +49,7 @@ def _passes(name: str | None, allowed: tuple[str, ...]) -> bool:
 
 
 class HostMiddleware:
-    """Answers for the server's own hosts only."""
+    """Passes on only requests for the server's own hosts."""
 
     def __init__(self, app: ASGIApp, check: HostCheck) -> None:
         self._app = app

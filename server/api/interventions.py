@@ -47,8 +47,8 @@ router = APIRouter(prefix="/interventions")
 async def upload(request: Request, context: Context) -> Response:
     """Store an artifact under a name: the form's `name`, or else the one in its manifest.
 
-    201, or 200 where the name points to the same bytes already. Nothing is stored unless the
-    artifact passes every check and the loaded model can take it.
+    The status is 201, or 200 if the name already points to the same bytes. Nothing is stored
+    unless the artifact passes every check and the loaded model can take it.
     """
     settings = context.settings
     disk = context.disk
@@ -69,14 +69,14 @@ async def upload(request: Request, context: Context) -> Response:
 
 @router.get("", summary="List the interventions")
 async def list_interventions(context: Context) -> Response:
-    """All interventions, also those that the loaded model cannot take."""
+    """List all interventions, also those that the loaded model cannot take."""
     data: list[JsonValue] = [_describe(entry, context) for entry in context.registry.entries()]
     return JSONResponse({"object": "list", "data": data})
 
 
 @router.get("/{reference}", summary="Show an intervention")
 async def show(reference: str, context: Context) -> Response:
-    """One intervention, by its name or as `sha256:<digest>`, with its history."""
+    """Show one intervention, by its name or as `sha256:<digest>`, with its history."""
     entry = _resolve(context.registry, reference)
     history: list[JsonValue] = [
         {"event": version.event, "digest": version.digest or None, "at": version.at.isoformat()}
@@ -93,14 +93,14 @@ async def show(reference: str, context: Context) -> Response:
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
 async def download(reference: str, context: Context) -> Response:
-    """The artifact's bytes, as they were uploaded."""
+    """Send the artifact's bytes, as they were uploaded."""
     entry = _resolve(context.registry, reference)
     return await open_download(context.registry, context.disk, entry)
 
 
 @router.delete("/{name}", summary="Delete a name", dependencies=[Depends(require_admin)])
 async def delete(name: str, context: Context) -> Response:
-    """Delete a name. Requests that run keep what they pinned."""
+    """Delete a name. Running requests keep the artifacts that they pinned."""
     if name.startswith(DIGEST_PREFIX):
         raise invalid("Only a name can be deleted, not a digest.", "name", "invalid_name")
     digest = await context.disk.call(_delete, context.registry, name)
@@ -108,7 +108,7 @@ async def delete(name: str, context: Context) -> Response:
 
 
 def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple[str, ...]]:
-    """Check an upload by itself and against the model; returns warnings beside it."""
+    """Check an upload by itself and against the model; return the artifact and warnings."""
     limits = ArtifactLimits(max_bytes=context.settings.max_artifact_bytes)
     try:
         artifact = read_artifact(staged.path, limits)
@@ -165,9 +165,10 @@ def _summary(entry: Entry, warnings: tuple[str, ...], reason: str | None) -> Jso
 
 
 def _training(entry: Entry) -> Json:
-    """Tell how an artifact was made, but for the command line that older ones have.
+    """Return how an artifact was made, without the command line that older artifacts record.
 
-    It may name folders of the machine that fitted it, and other fields say the same of the fit.
+    The command line may name folders of the machine that fitted the artifact, and the other fields
+    say the same about the fit.
     """
     return {name: value for name, value in entry.manifest.training.items() if name != "command"}
 

@@ -1,6 +1,6 @@
-"""Limits on a request's body, its bytes and its time, in plain ASGI, before anything is parsed.
+"""Limits the size and the time of a request's body, in plain ASGI, before anything is parsed.
 
-A body that is still coming when the server stops is not waited for.
+A request whose body is incomplete when the server stops is refused.
 """
 
 import asyncio
@@ -19,29 +19,29 @@ from server.config import Settings
 
 UPLOAD_PATH: Final = "/v1/interventions"
 MULTIPART_OVERHEAD: Final = 64 * 1024  # boundaries, part headers and the name beside the file
-DRAIN_SECONDS: Final = 2.0
-LAST_DRAIN_SECONDS: Final = 0.2  # the same when the server stops
+DRAIN_SECONDS: Final = 2.0  # time to read and drop the rest of a refused body
+LAST_DRAIN_SECONDS: Final = 0.2  # DRAIN_SECONDS while the server stops
 
 
 @dataclass(frozen=True, slots=True)
 class _Allowance:
-    """What a body may take."""
+    """The limits of one body."""
 
     size: int  # bytes
-    pause: float  # seconds without a byte of it
-    seconds: float  # for all of it, from the request's arrival
-    rate: float  # bytes that each lengthen that by a second's share; infinite where none does
+    pause: float  # seconds without a byte
+    seconds: float  # for the whole body, from the request's arrival
+    rate: float  # bytes that extend `seconds` by one second; infinite if no byte extends it
 
     def time_left(self, arrived: float, received: int) -> float:
-        """Seconds that its next bytes may take; negative where its time is over."""
+        """Return the seconds that the next bytes may take; negative if the time is over."""
         end = arrived + self.seconds + received / self.rate
         return min(self.pause, end - time.monotonic())
 
 
 class BodyLimitMiddleware:
-    """Refuses a body that is too large by its Content-Length or by its bytes, or too slow.
+    """Refuses a body that is too large, too slow, or incomplete when the server stops.
 
-    Also one that is incomplete when the server stops.
+    The size is judged by the Content-Length, and by the bytes that come.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle) -> None:
@@ -58,7 +58,7 @@ class BodyLimitMiddleware:
             _check_length(scope, allowance.size)
         except ApiError as error:
             scope["state"]["error_code"] = error.code  # for the request's record
-            # To read a body that its client asks for before it sends it would be to ask for it.
+            # If the client waits for `100 Continue`, to read the body would be to ask for it.
             if not _waits_to_send(scope):
                 await _drain(receive, DRAIN_SECONDS)
             await error.response(scope, receive, send)
@@ -70,7 +70,7 @@ class BodyLimitMiddleware:
         settings = self._settings
         pause = settings.body_timeout
         if scope["method"] == "POST" and scope["path"] == UPLOAD_PATH:
-            # An artifact may take long on a slow line, so that what counts is its pace.
+            # An artifact may take long on a slow line, so its rate is limited from below instead.
             size = settings.max_artifact_bytes + MULTIPART_OVERHEAD
             return _Allowance(size, pause, pause, settings.min_upload_rate)
         return _Allowance(settings.max_body_bytes, pause, settings.request_timeout, math.inf)
@@ -89,7 +89,7 @@ class _LimitedBody:
         self._complete = False
 
     async def receive(self) -> Message:
-        """The next message.
+        """Return the next message.
 
         Raises:
             ApiError: the body is too large (413) or too slow (408), or the server stops (503).
@@ -109,7 +109,7 @@ class _LimitedBody:
 
     async def _next(self) -> Message:
         timeout = self._allowance.time_left(self._arrived, self._received)
-        if timeout <= 0:  # even if something has come: it is how a body trickles in
+        if timeout <= 0:  # even if a message has come: a body may trickle in for ever
             raise _too_slow(self._allowance)
         receiving = asyncio.ensure_future(self._receive())
         stopping = asyncio.ensure_future(self._lifecycle.until_stopping())
@@ -117,7 +117,7 @@ class _LimitedBody:
             await asyncio.wait(
                 (receiving, stopping), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
-            # A body that comes fast must not hold the server either, once part of it is here.
+            # Once the first part is here, even a body that comes fast must not delay the stop.
             if receiving.done() and not (self._begun and self._lifecycle.stopping):
                 return receiving.result()
         finally:
@@ -129,7 +129,7 @@ class _LimitedBody:
 
 
 def _waits_to_send(scope: Scope) -> bool:
-    """Whether the client sends its body only once it is told to."""
+    """Tell whether the client sends its body only after `100 Continue`."""
     return any(
         name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"]
     )
@@ -169,7 +169,7 @@ def _too_slow(allowance: _Allowance) -> ApiError:
 
 
 async def _drain(receive: Receive, seconds: float) -> None:
-    """Drop what is still being sent, for a moment.
+    """Read and drop the rest of a body, for at most `seconds`.
 
     A client that writes its whole body before it reads would otherwise meet a closed connection
     instead of the answer.

@@ -1,4 +1,4 @@
-"""Which tokens of a completion are listed with their log-probabilities, and when."""
+"""Chooses which tokens of a completion are listed with their log-probabilities, and when."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ from server.engine.base import StepOutput, TokenLogprobs
 class ListedTokens:
     """Lists a completion's tokens as their text is returned.
 
-    Tokens whose text is held back wait with it. When a completion stops, those after its text are
-    left out: the end token, and a stop string's. One that has reached its limit leaves out none,
-    not even tokens at its end that are no text.
+    A token whose text is held back is listed when its text is returned. If a completion stops, the
+    tokens after its text are left out: the end token, and the tokens of a stop string. If it
+    reaches its length limit, all tokens are listed, also those at the end that add no text.
     """
 
     _waiting: list[TokenLogprobs] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Log-probabilities as the API tells them."""
+"""Log-probabilities as the API returns them."""
 
 from typing import Final
 
@@ -6,5 +6,5 @@ LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
+    """Return the log-probability, raised to LOWEST_LOGPROB if it is lower."""
     return max(logprob, LOWEST_LOGPROB)

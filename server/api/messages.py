@@ -1,4 +1,4 @@
-"""The messages of a conversation: from what a request says to what a chat template takes."""
+"""Parses the messages of a conversation into the form that a chat template takes."""
 
 from collections.abc import Mapping
 from typing import Final, TypeAlias
@@ -8,7 +8,7 @@ from server.api.parsing import UNSUPPORTED
 
 MAX_MESSAGES: Final = 2048  # as many as OpenAI takes
 
-# What OpenAI now calls developer, templates call system.
+# OpenAI's role `developer` is `system` to chat templates.
 ROLES: Final[Mapping[str, str]] = {
     "system": "system",
     "developer": "system",
@@ -16,12 +16,12 @@ ROLES: Final[Mapping[str, str]] = {
     "assistant": "assistant",
 }
 ASSISTANT: Final = "assistant"
-# What a message says beside its text, and a template has no place for: it must be empty, as in an
-# answer that a client sends back. The last two ask for the message to be continued.
+# Fields beside a message's text for which templates have no place. They must be empty, as they are
+# in an answer that a client sends back. The last two ask for the message to be continued.
 EMPTY_FIELDS: Final = frozenset(
     {"refusal", "audio", "images", "function_call", "tool_calls", "prefix", "partial"}
 )
-HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})  # where others cache
+HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})  # where other servers cache
 MESSAGE_FIELDS: Final = EMPTY_FIELDS | HINTS | {"role", "content", "name", "type", "annotations"}
 PART_FIELDS: Final = HINTS | {"type", "text"}
 
@@ -29,10 +29,10 @@ Message: TypeAlias = Mapping[str, str]
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:
-    """Each message's `role` and `content`, the content as one string; its `name`, if it has one.
+    """Return each message's `role`, `content` as one string, and `name` if it has one.
 
     Raises:
-        ApiError: a 400 that names the place.
+        ApiError: a 400 that names the field at fault.
     """
     if not isinstance(value, list):
         raise invalid("'messages' must be a list of messages.", "messages", "invalid_type")
@@ -45,19 +45,19 @@ def parse_messages(value: object) -> tuple[Message, ...]:
 def _parse_message(value: object, param: str) -> Message:
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
-    # Its role first: that a tool's answer has other fields is not what is wrong with it.
+    # The role comes first: a tool's message is wrong for its role, not for its other fields.
     role = _parse_role(_required(value, "role", param), f"{param}.role")
     if role != ASSISTANT:
-        # An answer that comes back has whatever some server has told of it: reasoning, sources.
+        # The assistant's messages may have unknown fields: other servers add reasoning or sources.
         _check_known(value, MESSAGE_FIELDS, param)
-    if value.get("type") not in (None, "text", "message"):  # lm-evaluation-harness marks each
+    if value.get("type") not in (None, "text", "message"):  # lm-evaluation-harness sends a type
         raise _no_text_part(value["type"], f"{param}.type")
     for name in sorted(EMPTY_FIELDS & value.keys()):
         _check_empty(value[name], f"{param}.{name}")
     content = _required(value, "content", param)
     message = {"role": role, "content": _parse_content(content, f"{param}.content")}
     if speaker := _parse_name(value.get("name"), f"{param}.name"):
-        message["name"] = speaker  # for templates that have a place for it
+        message["name"] = speaker  # some templates use it
     return message
 
 
@@ -90,7 +90,7 @@ def _check_empty(value: object, param: str) -> None:
 
 
 def _parse_content(value: object, param: str) -> str:
-    """A string, or the texts of its parts with nothing put between them."""
+    """Return the string, or the parts' texts joined without a separator."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:

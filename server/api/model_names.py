@@ -9,7 +9,7 @@ SEPARATOR: Final = "+"
 
 
 def split_model(model: str, served: Sequence[str]) -> tuple[str, str | None]:
-    """The served name, and the intervention that was named with it.
+    """Split a model id into the served name and the intervention's name, None if it has none.
 
     Raises:
         ApiError: 404, the model is not served.
@@ -21,7 +21,7 @@ def split_model(model: str, served: Sequence[str]) -> tuple[str, str | None]:
 
 
 def model_not_found(model: str, served: Sequence[str]) -> ApiError:
-    """The error for a model that is not served."""
+    """Return the error for a model that is not served."""
     return ApiError(
         404,
         f"The model '{model[:200]}' does not exist; this server has {', '.join(served)}.",

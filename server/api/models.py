@@ -1,4 +1,4 @@
-"""`/v1/models`: the served names, and each with every intervention that the model can take."""
+"""`/v1/models` lists the served names, alone and with each intervention that the model can take."""
 
 from fastapi import APIRouter
 from pydantic import JsonValue
@@ -12,13 +12,13 @@ router = APIRouter(prefix="/models")
 
 @router.get("", summary="List the models")
 async def list_models(context: Context) -> Response:
-    """The served names first, then `<served name>+<intervention>`."""
+    """List the served names first, then `<served name>+<intervention>`."""
     return JSONResponse({"object": "list", "data": list(_models(context).values())})
 
 
 @router.get("/{model_id:path}", summary="Show a model")
 async def show_model(model_id: str, context: Context) -> Response:
-    """One of the list."""
+    """Show one model of the list."""
     model = _models(context).get(model_id)
     if model is None:
         raise model_not_found(model_id, context.settings.served_names)

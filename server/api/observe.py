@@ -1,4 +1,4 @@
-"""Sees every HTTP request: numbers it, counts it and tells of it at its end, in plain ASGI."""
+"""Gives every HTTP request an id, counts it, and records it at its end, in plain ASGI."""
 
 import logging
 import time
@@ -21,8 +21,8 @@ GENERATING_ENDPOINTS: Final = ("/v1/completions", "/v1/chat/completions")
 _METHODS: Final = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 )
-_OTHER_METHOD: Final = "_OTHER"  # as OpenTelemetry calls what a client has made up
-_LONGEST_TRACE_HEADER: Final = 512  # what W3C asks that at least be passed on
+_OTHER_METHOD: Final = "_OTHER"  # OpenTelemetry's name for a method that a client has made up
+_LONGEST_TRACE_HEADER: Final = 512  # characters; W3C asks to pass on at least so many
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class RequestObserver:
     def _end(self, scope: Scope, record: RequestRecord, *, complete: bool) -> None:
         state = scope["state"]
         record.endpoint = _endpoint(scope)
-        # An answer that began well and was never completed lost its reader on the way.
+        # An answer that began well but was never completed has lost its client.
         whole = complete or record.status >= 500
         record.outcome = state.get("outcome", outcome_of(record.status) if whole else "cancelled")
-        record.error_code = state.get("error_code")  # left there by what makes envelopes
+        record.error_code = state.get("error_code")  # set by the code that makes error envelopes
         self._metrics.answered(record.endpoint, record.outcome)
         for sink in self._sinks:
             try:
@@ -68,7 +68,7 @@ class RequestObserver:
 
 @dataclass(slots=True)
 class _Answer:
-    """An answer on its way to the client, and how far it has come."""
+    """Sends an answer on to the client, and notes its status and whether it is complete."""
 
     _send: Send
     _record: RequestRecord
@@ -85,19 +85,19 @@ class _Answer:
 
 
 def record_of(request: HTTPConnection) -> RequestRecord:
-    """The request's record, for its route to fill in."""
+    """Return the request's record, for its route to fill in."""
     record = request.state.record
     assert isinstance(record, RequestRecord)
     return record
 
 
 def set_outcome(request: Request, outcome: Outcome) -> None:
-    """State the outcome of an answer whose status, already sent, cannot tell it."""
+    """Set the outcome of an answer that fails after its status was sent."""
     request.state.outcome = outcome
 
 
 def outcome_of(status: int) -> Outcome:
-    """The outcome that an answer's status tells."""
+    """Return the outcome that an answer's status stands for."""
     if status < 400:
         return "success"
     if status == CLIENT_CLOSED_REQUEST:
@@ -127,6 +127,6 @@ def _trace_header(headers: Headers, name: str) -> str | None:
 
 
 def _endpoint(scope: Scope) -> str:
-    """The matched route's template: a path of the client's choosing must not become a label."""
+    """Return the matched route's template: a path that a client chooses must not become a label."""
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else UNMATCHED

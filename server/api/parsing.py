@@ -1,4 +1,4 @@
-"""From a request's bytes to a checked object; whatever is wrong becomes one short 400."""
+"""Parses a request's bytes into a checked object; any fault in them becomes one short 400."""
 
 import asyncio
 from collections.abc import Collection
@@ -15,15 +15,15 @@ from server.api.errors import ApiError, invalid
 
 T = TypeVar("T", bound=BaseModel)
 UNSUPPORTED = "unsupported_parameter"
-LARGE_BODY = 64 * 1024  # bytes from which parsing is worth a thread: others' streams go on
+LARGE_BODY = 64 * 1024  # bytes; a body of this size or more is parsed in a thread
 
 
 async def read_request(schema: type[T], request: Request) -> T:
-    """The request's body as an object of the schema.
+    """Read the request's body as an object of the schema.
 
     Raises:
-        ApiError: the body is not one JSON object, or a field is at fault and named (400); or it
-            is declared as something else (415).
+        ApiError: the body is not one JSON object, or has a wrong field, which is named (400); or
+            its Content-Type is not JSON (415).
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -45,7 +45,7 @@ async def read_request(schema: type[T], request: Request) -> T:
 
 def _parse_object(body: bytes, known: Collection[str]) -> dict[str, object]:
     try:
-        # Some clients put a byte order mark before it.
+        # Some clients put a byte order mark before the JSON.
         value = parse_json(body.decode("utf-8-sig"), known=known)
     except UnknownKeyError as error:
         raise _unknown(error.key, known) from None

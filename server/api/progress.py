@@ -1,4 +1,4 @@
-"""One generation of a request: what it has given so far."""
+"""The progress of one generation of a request."""
 
 from dataclasses import dataclass, field
 
@@ -9,26 +9,26 @@ from server.engine.base import FinishReason, Request, StepOutput
 class Progress:
     """A generation's tokens, text and times, up to now."""
 
-    request: Request  # as its client means it
+    request: Request  # as the client asked for it, without additions for a comparison
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each token, if the engine tells them
-    base_logprobs: list[float] = field(default_factory=list)  # the same by the base model
-    to_score: bool = False  # the base model has still to do so
-    cached_tokens: int = 0  # of the prompt
+    logprobs: list[float] = field(default_factory=list)  # of each token, if the engine was asked
+    base_logprobs: list[float] = field(default_factory=list)  # by the base model
+    to_score: bool = False  # True while the base model has still to score the answer
+    cached_tokens: int = 0  # prompt tokens that were in the cache
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None  # from submission to the first step
     first_token_seconds: float | None = None  # from the HTTP request's arrival
-    last_token: float | None = None  # by time.perf_counter()
+    last_token: float | None = None  # when it came, by time.perf_counter()
     _texts: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are."""
+        """The number of the completion's tokens so far."""
         return len(self.token_ids)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more is to come."""
+        """True once the answer, and its scoring if any, has ended."""
         return self.finish_reason is not None and not self.to_score
 
     @property
@@ -37,7 +37,7 @@ class Progress:
         return "".join(self._texts)
 
     def add(self, output: StepOutput) -> None:
-        """Append what one step gave."""
+        """Append the output of one step."""
         self.token_ids += output.token_ids
         self.logprobs += [token.chosen.logprob for token in output.logprobs]
         self.cached_tokens += output.cached_tokens

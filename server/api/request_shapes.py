@@ -1,4 +1,4 @@
-"""How fields look in a request that are read by hand, for the API's own documentation."""
+"""The types of the request fields that are parsed by hand, for the API's documentation only."""
 
 from typing import Annotated, Literal, NotRequired, TypeAlias
 
@@ -15,7 +15,7 @@ LogitBiasShape: TypeAlias = dict[str, float]
 
 @with_config(ConfigDict(extra="ignore"))
 class TextPart(TypedDict):
-    """One part of a message's content; there are parts of text only."""
+    """One part of a message's content; text is the only kind of part."""
 
     type: Literal["text"]
     text: str
@@ -31,7 +31,7 @@ class MessageShape(TypedDict):
 
 @with_config(ConfigDict(extra="forbid"))
 class SteeringItem(TypedDict):
-    """One intervention, and what is chosen of its settings; the rest is the artifact's own."""
+    """One intervention and its settings; the artifact has defaults for settings left out."""
 
     intervention: str
     strength: NotRequired[float]

@@ -1,4 +1,4 @@
-"""The fields of `POST /v1/completions` that a chat does not have, or has in other words."""
+"""The fields of `POST /v1/completions` that a chat request lacks, or has in another form."""
 
 from typing import Annotated, Final, TypeAlias
 
@@ -15,7 +15,7 @@ Prompt: TypeAlias = str | tuple[int, ...]
 
 
 def _parse_prompts(value: object) -> tuple[Prompt, ...]:
-    """A string, token ids, or a list of either, as a tuple of prompts."""
+    """Parse a string, token ids, or a list of either, to a tuple of prompts."""
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list) or not value:
@@ -41,7 +41,7 @@ def _parse_token_ids(value: list[object]) -> tuple[int, ...]:
 
 
 def _none_for_false(value: object) -> object:
-    """Chat's `logprobs` is a boolean; false means the same here."""
+    """Read false as None: in a chat request `logprobs` is a boolean, and false asks for none."""
     return None if value is False else value
 
 
@@ -60,7 +60,7 @@ class CompletionRequest(GenerationFields):
     suffix: Annotated[str, only("suffix", "")] = ""
 
     def sampling(self, choice: int) -> SamplingSettings:
-        """How to sample one choice; with `echo`, log-probabilities are of the prompt too."""
+        """Return one choice's sampling settings; `echo` asks for the prompt's logprobs too."""
         return self.settings(
             choice,
             max_tokens=self.max_tokens,

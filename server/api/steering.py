@@ -1,4 +1,4 @@
-"""From what a request says of steering to what is applied: one place, so that none slips by."""
+"""Resolves every request's steering in this one place, so that no request avoids the policy."""
 
 from collections.abc import Sequence
 
@@ -25,11 +25,11 @@ class SteeringResolver:
         policy: SteeringPolicy,
         caps: Caps,
     ) -> None:
-        """Resolve the default steering, once: it stays that, whatever its names point to later.
+        """Resolve the default steering once; it stays the same if its names change their targets.
 
         Raises:
             ApiError: the default is not a `steering` value, cannot be applied, or does nothing
-                where the policy wants every request steered.
+                although the policy wants every request steered.
         """
         self._registry = registry
         self._model = model
@@ -50,15 +50,15 @@ class SteeringResolver:
             raise default_unavailable(problem)
 
     def apply(self, suffix: str | None, value: object, *, given: bool) -> AppliedSteering:
-        """What to apply to a request, its artifacts pinned.
+        """Resolve the steering of a request, and pin its artifacts.
 
         Args:
-            suffix: the intervention that the request's model named after a `+`.
-            value: the request's `steering`.
-            given: whether it has one; null is one.
+            suffix: the intervention that the request's model names after a `+`.
+            value: the request's field `steering`.
+            given: whether the request has that field; null is a value too.
 
         Raises:
-            ApiError: it cannot be applied, or the policy does not allow it.
+            ApiError: the steering cannot be applied, or the policy does not allow it.
         """
         source: Source = "request" if given else "model" if suffix is not None else "default"
         if given and suffix is not None:
@@ -83,10 +83,10 @@ class SteeringResolver:
         return steering
 
     async def prove_default(self, engine: Engine) -> None:
-        """Have the engine draw one token under the default steering.
+        """Have the engine generate one token with the default steering.
 
         Raises:
-            ApiError: it cannot, so that every request would fail.
+            ApiError: the engine cannot, so that every request with the default would fail.
         """
         edits = tuple(item.edit for item in self._default)
         if not edits:
@@ -100,7 +100,7 @@ class SteeringResolver:
             raise default_unavailable(sentence_of(error)) from error
 
     def servable(self, entry: Entry) -> tuple[tuple[str, ...], str | None]:
-        """Warnings for an entry, and the reason why the model cannot take it (None if it can)."""
+        """Return an entry's warnings, and why the model cannot take it (None if it can)."""
         try:
             shapes = self._registry.shapes(entry.digest)
             return check_shapes(entry.manifest, shapes, self._model), None
@@ -108,7 +108,7 @@ class SteeringResolver:
             return (), str(error)
 
     def _chosen(self, wanted: Sequence[Wanted]) -> tuple[Resolved, ...]:
-        """What the request itself chose, where the policy lets it choose."""
+        """Resolve a request's own choice; a locked policy allows only that of the default."""
         if self._policy != "locked":
             return self._resolve(wanted)
         try:

@@ -1,4 +1,4 @@
-"""A completion as server-sent events, and everything that may end it early."""
+"""Streams a completion as server-sent events, and handles everything that may end it early."""
 
 import json
 import logging
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class CompletionStream(Response):
-    """Streams a group's choices as they are generated, and closes the group whatever happens.
+    """Streams a group's choices as they are generated, and closes the group in any case.
 
     An error after the first byte is an event of its own, after which the stream ends without
-    `[DONE]`. A client that goes away ends it too; one that reads nothing is made to go away by
-    whatever runs the server, which sees how much it reads.
+    `[DONE]`. The stream also ends if the client closes the connection. The connection of a client
+    that stops reading is closed from outside, by `server.stalled`.
     """
 
     media_type = "text/event-stream"
@@ -44,9 +44,9 @@ class CompletionStream(Response):
         options: StreamOptions,
         conclude: Callable[[], Awaitable[Mapping[str, JsonValue]]],
     ) -> None:
-        """Stream `choices`, while those that they are compared with are only gathered.
+        """Stream `choices`; `compared`, the base model's, are only collected.
 
-        `conclude` gives what is told beside the choices, once all have finished.
+        `conclude` returns the answer's further fields, once all choices have finished.
         """
         # A proxy that buffers or caches would hold the tokens back.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -63,7 +63,7 @@ class CompletionStream(Response):
         try:
             await unless_client_leaves(receive, self._stream(send))
         except (ClientGoneError, OSError):
-            return  # nobody reads any more; the answer stays incomplete
+            return  # the client is gone, and the answer stays incomplete
         except ApiError as error:
             await self._fail(error, scope, send)
         except EngineError as error:
@@ -108,6 +108,6 @@ async def _send(body: bytes, send: Send, *, last: bool = False) -> None:
 
 
 def _event(body: Mapping[str, JsonValue]) -> bytes:
-    # Escaped, as some clients take U+2028, U+2029 and U+0085 for ends of lines.
+    # ASCII, because some clients take U+2028, U+2029 and U+0085 for ends of lines.
     text = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"

@@ -1,4 +1,4 @@
-"""Reading an uploaded artifact: the multipart form, chunk by chunk, straight to its staged file."""
+"""Reads an uploaded artifact from its multipart form, chunk by chunk, to its staged file."""
 
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -13,15 +13,15 @@ from server.api.errors import ApiError, invalid
 
 FILE: Final = "file"
 NAME: Final = "name"
-MAX_NAME_BYTES: Final = 1000  # far beyond any valid name, whose length the registry judges
+MAX_NAME_BYTES: Final = 1000  # above any valid name; the registry checks the exact length
 MAX_HEADER_BYTES: Final = 8 * 1024  # of all headers of one part
 
 
 class UploadForm:
-    """Takes the form apart as its bytes come."""
+    """Parses the form as its bytes come."""
 
     def __init__(self, boundary: bytes) -> None:
-        """Raises FormParserError if no parser takes the boundary."""
+        """Set up the parser; raises FormParserError if the boundary is not valid."""
         self._parser = MultipartParser(
             boundary,
             {
@@ -36,7 +36,7 @@ class UploadForm:
         )
         self._header_name = b""
         self._header_value = b""
-        self._header_bytes = 0  # of the part so far
+        self._header_bytes = 0  # of the current part
         self._disposition = b""
         self._field = ""
         self._seen: set[str] = set()
@@ -45,20 +45,20 @@ class UploadForm:
         self._complete = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes of the body; returns those of the file among them.
+        """Parse the next bytes of the body; return those of them that belong to the file.
 
         Raises:
-            ApiError, FormParserError: the body is not the form that it should be.
+            ApiError, FormParserError: the body is not a valid form with the right fields.
         """
         self._file.clear()
         self._parser.write(data)
         return b"".join(self._file)
 
     def finish(self) -> str | None:
-        """The `name` field, once the whole body was fed.
+        """Return the field `name`, None if there is none, after the whole body was fed.
 
         Raises:
-            ApiError: the form is incomplete, has no file, or a name that is no text.
+            ApiError: the form is incomplete, has no file, or has a name that is not UTF-8.
         """
         if not self._complete:
             raise invalid("The form ends before its last boundary.", FILE, "invalid_form")
@@ -120,7 +120,7 @@ class UploadForm:
 async def receive_upload(
     request: Request, write: Callable[[bytes], Awaitable[None]], max_bytes: int
 ) -> str | None:
-    """Hand over the form's file as it comes; returns the form's `name`, None if it has none.
+    """Pass the form's file to `write` as it comes; return the form's `name`, None if it has none.
 
     Raises:
         ApiError: the body is not a form (400, 415), or the file is too large (413).
@@ -137,7 +137,7 @@ async def receive_upload(
         form = UploadForm(options[b"boundary"])
         size = 0
         async for chunk in request.stream():
-            # In a thread: what a form is made of may take its parser a while.
+            # In a thread, because a form of many small pieces takes the parser long.
             data = await to_thread.run_sync(form.feed, chunk) if chunk else b""
             size += len(data)
             if size > max_bytes:

@@ -1,4 +1,4 @@
-"""Work that somebody waits for: done together, and cancelled when nobody waits any more."""
+"""Runs work that somebody waits for, and cancels it when nobody waits any more."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def gather_or_cancel(work: Sequence[Coroutine[object, object, None]]) -> None:
-    """Run all at once. The first exception cancels the others and is raised, as itself."""
+    """Run coroutines concurrently. The first exception cancels the others and is raised as is."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
         await asyncio.gather(*tasks)
@@ -21,7 +21,7 @@ async def gather_or_cancel(work: Sequence[Coroutine[object, object, None]]) -> N
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[object, object, T]) -> T:
-    """Do the work while the client waits for it; the request's body must have been read.
+    """Await the work unless the client leaves; the request's body must have been read before.
 
     Raises:
         ClientGoneError: the client closed the connection first; the work was cancelled.
@@ -38,7 +38,7 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[object, object,
 
 
 async def cancel(*tasks: asyncio.Future[T] | asyncio.Future[None]) -> None:
-    """Cancel what has not finished, and wait for its end; results and exceptions are dropped."""
+    """Cancel unfinished tasks and wait for their end; results and exceptions are dropped."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

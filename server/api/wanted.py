@@ -1,4 +1,4 @@
-"""The field `steering` as it is written, before anything is looked up."""
+"""Parses the field `steering`, before anything is looked up in the registry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MAX_STACK: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One intervention as somebody wrote it; `param` is where, for messages."""
+    """One intervention as a request or the operator wrote it; error messages name the params."""
 
     reference: str
     settings: Mapping[str, object]
@@ -20,7 +20,7 @@ class Wanted:
 
 
 def parse_steering(value: object, param: str = "steering") -> tuple[Wanted, ...]:
-    """The interventions that a `steering` value names, in order; none for null.
+    """Return the interventions that a `steering` value names, in order; none for null.
 
     Raises:
         ApiError: it is not null, an object with an `intervention`, or a list of at most 4 such.
