@@ -1,4 +1,4 @@
-"""`steerserve bench`: what steering costs on a running server, as ratios."""
+"""`steerserve bench` measures what steering costs on a running server, as ratios."""
 
 import json
 import sys
@@ -43,10 +43,11 @@ def bench(
 ) -> None:
     """Measure what steering costs on a running server, side by side.
 
-    Steered and unsteered requests alternate, so that a machine that drifts favours neither, and
-    medians are compared, with their quartiles. steering: throughput of each steering against none.
-    distinct: requests that all have other settings against equal ones. latency: how long clients
-    wait for tokens while others send long prompts. Nothing else should use the server meanwhile.
+    Steered and unsteered requests alternate, so that a change in the machine's speed favours
+    neither; medians are compared, and quartiles are shown. steering: the throughput of each
+    steering against none. distinct: the throughput of requests with distinct settings against equal
+    ones. latency: how long clients wait for tokens while others send long prompts. Nothing else
+    should use the server meanwhile.
     """
     plan = BenchPlan(
         _sections(only), _batches(batches), tokens, rounds, long_prompt_tokens=long_prompt
@@ -96,7 +97,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def _without_key(words: Sequence[str]) -> list[str]:
-    """A command line that may be shown to others."""
+    """Return the command line with the API key replaced by dots."""
     shown: list[str] = []
     for word in words:
         if shown and shown[-1] == "--api-key":

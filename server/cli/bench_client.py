@@ -1,4 +1,4 @@
-"""What `steerserve bench` asks of a server, and how long the answers take."""
+"""The HTTP client of `steerserve bench`, which also notes when the pieces of a stream arrive."""
 
 import json
 import random
@@ -22,7 +22,7 @@ _DATA: Final = "data: "
 
 
 class BenchError(Exception):
-    """The server cannot be measured, with one sentence that says why."""
+    """The server cannot be measured; the message is one sentence that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """When a streamed completion was sent, and when each piece of it came; on one clock."""
+    """The times when a streamed completion was requested and when its pieces came, in seconds."""
 
     sent: float
     arrivals: tuple[float, ...]  # at least one
 
     @property
     def first_token_seconds(self) -> float:
-        """From the request to the first piece of the answer."""
+        """Seconds from the request to the first piece of the answer."""
         return self.arrivals[0] - self.sent
 
     @property
@@ -56,10 +56,10 @@ class Stream:
 
 
 class BenchClient:
-    """Completions from one server. Every prompt is another one, so that no cache knows it."""
+    """Asks one server for completions. Every prompt is random, so that no prefix cache holds it."""
 
     def __init__(self, url: str, api_key: str | None, model: str = "") -> None:
-        """`model` is what to ask for, known from `find_model` where it is empty."""
+        """`model` is the model to ask for; if it is empty, `find_model` chooses one."""
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._url = url
         self._random = random.Random(time.time_ns())
@@ -84,10 +84,10 @@ class BenchClient:
         await self._http.__aexit__(kind, error, trace)
 
     async def find_model(self) -> int:
-        """Take the first model that is served, unless one was given; its context in tokens.
+        """Take the first served model, unless one was given; return its context in tokens.
 
         Raises:
-            BenchError: the server serves no such model.
+            BenchError: the server serves no such model, or does not state its context.
         """
         served = await self._list("/v1/models")
         wanted = [item for item in served if self.model in ("", item.get("id"))]
@@ -100,7 +100,7 @@ class BenchClient:
         return context
 
     async def interventions(self) -> list[Listed]:
-        """The interventions that the server can apply, in its order."""
+        """Return the interventions that the server can apply, in the server's order."""
         found = []
         for item in await self._list("/v1/interventions"):
             defaults, limits = item.get("defaults"), item.get("limits")
@@ -109,14 +109,14 @@ class BenchClient:
         return found
 
     def prompt(self, words: int) -> str:
-        """English sentences in an order that was never sent before."""
+        """Make a prompt of `words` words from English sentences in a random order."""
         text: list[str] = []
         while len(text) < words:
             text += self._random.choice(SENTENCES).split()
         return " ".join(text[:words])
 
     async def count_tokens(self, prompt: str) -> int:
-        """How many tokens the server takes a prompt for."""
+        """Return the number of tokens that the server counts in a prompt."""
         _, usage = await self._complete(prompt, 1, None)
         return usage["prompt_tokens"]
 
@@ -124,7 +124,7 @@ class BenchClient:
         """Have exactly `tokens` tokens generated, in one answer.
 
         Raises:
-            BenchError: the server refuses, or does less than what it was asked for.
+            BenchError: the server refuses, generates fewer tokens, or does not steer.
         """
         answer, usage = await self._complete(prompt, tokens, steering)
         if usage["completion_tokens"] != tokens:
@@ -163,7 +163,7 @@ class BenchClient:
         return Stream(sent, tuple(arrivals))
 
     async def _events(self, body: dict[str, JsonValue]) -> AsyncIterator[dict[str, JsonValue]]:
-        """The events of a stream, which must end as it should."""
+        """Yield the events of a stream; raise BenchError if it ends without `[DONE]`."""
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as response:
                 if response.is_error:

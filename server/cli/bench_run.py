@@ -1,4 +1,4 @@
-"""Runs what `steerserve bench` measures, and holds what came out."""
+"""Runs the measurements of `steerserve bench`, and holds their results."""
 
 import asyncio
 import json
@@ -25,14 +25,14 @@ from server.cli.bench_tables import Rows, as_json, latency_rows, throughput_rows
 
 SECTIONS: Final = ("steering", "distinct", "latency")
 LONG_PROMPT_TOKENS: Final = 1000
-_MAX_CLIENTS: Final = 8  # that decode while long prompts come
+_MAX_CLIENTS: Final = 8  # most clients that decode while long prompts come
 _PROMPT_TOKENS: Final = 32
-_SAMPLE_WORDS: Final = 40  # by which a prompt's tokens are estimated
+_SAMPLE_WORDS: Final = 40  # words of the prompt from which words per token are estimated
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What to measure, and how long."""
+    """The sections to measure, and the amount of work in them."""
 
     sections: tuple[str, ...]
     batches: tuple[int, ...]
@@ -43,13 +43,13 @@ class BenchPlan:
 
     @property
     def clients(self) -> int:
-        """How many decode while long prompts come; one steered and one not at least."""
+        """The number of clients that decode while long prompts come: at least one steered, one not."""
         return max(2, min(_MAX_CLIENTS, max(self.batches)))
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured. A section that was not asked for is empty."""
+    """The results. A section that was not asked for is empty."""
 
     model: str
     plan: BenchPlan
@@ -59,7 +59,7 @@ class Report:
     latency: Sequence[Waits] = ()
 
     def tables(self) -> list[Rows]:
-        """The sections that are not empty."""
+        """Return a table for each section that is not empty."""
         tables = []
         if self.steering:
             title = "Steered ÷ unsteered throughput"
@@ -73,7 +73,7 @@ class Report:
         return tables
 
     def json(self) -> dict[str, JsonValue]:
-        """For machines."""
+        """Return the results as JSON, for machines."""
         return {
             "model": self.model,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,10 +85,10 @@ class Report:
 
 
 def run(client: BenchClient, wanted: Sequence[JsonValue] | None, plan: BenchPlan) -> Report:
-    """Measure everything that is planned, with a progress bar on stderr.
+    """Run all planned measurements, with a progress bar on stderr.
 
     Args:
-        wanted: what to steer by; None takes what the server lists.
+        wanted: the steerings to measure; None takes the interventions that the server lists.
 
     Raises:
         BenchError: the server cannot be reached, or refuses a request.
@@ -130,7 +130,7 @@ async def _run(
                 report, distinct=await _throughput(client, arms, load, bar, "distinct")
             )
         if "latency" in plan.sections:
-            # The estimate must not lead beyond the model's context.
+            # The number of tokens is estimated, and must not exceed the model's context.
             long_tokens = min(plan.long_prompt_tokens, int(0.8 * context))
             mixed = MixedLoad(
                 clients=plan.clients,
@@ -155,7 +155,7 @@ async def _throughput(
 
 
 def label(steering: JsonValue) -> str:
-    """A steering in few words: names, each with the settings that were given."""
+    """Describe a steering in few words: the names, each with the settings that were given."""
     if isinstance(steering, list):
         return " + ".join(label(item) for item in steering)
     if not isinstance(steering, dict):
@@ -165,7 +165,7 @@ def label(steering: JsonValue) -> str:
 
 
 def _default_steerings(listed: Sequence[Listed]) -> list[JsonValue]:
-    """Each by itself, and the first of each kind stacked, affine first."""
+    """Return each intervention alone, and a stack of the first of each kind, affine first."""
     if not listed:
         raise BenchError(
             "The server lists no intervention that it can apply: push one, or give --steering"

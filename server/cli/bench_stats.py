@@ -1,4 +1,4 @@
-"""Medians and how far measurements spread, so that a reader can tell a cost from noise."""
+"""Medians and spreads of measurements, by which a reader can tell a cost from noise."""
 
 import statistics
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """Compute the spread of at least one value."""
         low, median, high = _quantiles(values, (25, 50, 75))
         return cls(median, low, high, len(values))
 
     def times(self, factor: float) -> "Spread":
-        """In another unit; `factor` is positive."""
+        """Return the spread in another unit; `factor` is positive."""
         return Spread(self.median * factor, self.low * factor, self.high * factor, self.count)
 
     def shown(self, digits: int) -> str:
-        """The median and, in brackets, the quartiles."""
+        """Format the median and, in brackets, the quartiles."""
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """How long something takes mostly, and at worst."""
+    """The 50th, 90th and 99th percentiles of some values, and the number of values."""
 
     p50: float
     p90: float
@@ -44,17 +44,17 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Percentiles":
-        """Of at least one value."""
+        """Compute the percentiles of at least one value."""
         p50, p90, p99 = _quantiles(values, (50, 90, 99))
         return cls(p50, p90, p99, len(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One arm beside its base, by equal work that was measured in pairs.
+    """Compares one arm with its base, by equal work that was measured in pairs.
 
-    Ratios are of speeds, other ÷ base: 0.98 is two percent slower. `paired` is the ratio within
-    each pair, which a machine that drifts disturbs least.
+    Ratios are of speeds, other ÷ base: 0.98 is two percent slower. `paired` is the spread of the
+    ratios within the pairs, which a change in the machine's speed disturbs least.
     """
 
     base_seconds: Spread
@@ -64,7 +64,7 @@ class Comparison:
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Comparison":
-        """Of at least one pair; no seconds are zero."""
+        """Compare the arms by at least one pair; no time may be zero."""
         base = Spread.of([before for before, _ in pairs])
         other = Spread.of([after for _, after in pairs])
         ratios = Spread.of([before / after for before, after in pairs])

@@ -1,4 +1,4 @@
-"""What was measured, as tables for a terminal, as rows of text, and as JSON."""
+"""Shows measurements as tables for a terminal, as Markdown, and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,14 +15,14 @@ MILLI = 1000
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A table's cells."""
+    """A table: its title, its column heads and its cells."""
 
     title: str
     columns: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
 
     def table(self) -> Table:
-        """For a terminal; the first column is words, the others are numbers."""
+        """Return the table for a terminal; the first column has words, the others have numbers."""
         table = Table(title=self.title, title_justify="left", box=None)
         for place, column in enumerate(self.columns):
             table.add_column(column, justify="right" if place else "left", overflow="fold")
@@ -31,7 +31,7 @@ class Rows:
         return table
 
     def markdown(self) -> list[str]:
-        """Lines of Markdown, the title left out."""
+        """Return the table as lines of Markdown, without the title."""
         return [
             f"| {' | '.join(self.columns)} |",
             "|---|" + "---:|" * (len(self.columns) - 1),
@@ -40,7 +40,7 @@ class Rows:
 
 
 def throughput_rows(title: str, base: str, measured: Sequence[Measured]) -> Rows:
-    """Throughput of each arm beside its base, called `base`."""
+    """Return each arm's throughput beside that of its base, which the column head calls `base`."""
     return Rows(
         title,
         ("arm", "batch", f"{base}, tok/s", "tok/s", "ratio of medians", "paired ratio [quartiles]"),
@@ -59,7 +59,7 @@ def throughput_rows(title: str, base: str, measured: Sequence[Measured]) -> Rows
 
 
 def latency_rows(title: str, waits: Sequence[Waits]) -> Rows:
-    """Milliseconds to the first token and between tokens."""
+    """Return each group's milliseconds to the first token and between tokens."""
     return Rows(
         title,
         (
@@ -80,7 +80,7 @@ def latency_rows(title: str, waits: Sequence[Waits]) -> Rows:
 
 
 def as_json(measured: Sequence[Measured] | Sequence[Waits]) -> list[JsonValue]:
-    """Everything that was measured, in seconds and tokens/s."""
+    """Return everything that was measured, in seconds and tokens/s."""
     return [asdict(each) for each in measured]
 
 

@@ -1,4 +1,4 @@
-"""Plain English, of which `steerserve bench` makes prompts of any length."""
+"""English sentences from which `steerserve bench` makes prompts of any length."""
 
 from typing import Final
 

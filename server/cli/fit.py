@@ -1,4 +1,4 @@
-"""`steerserve fit lineas` and `steerserve fit argre`: from text files to an artifact."""
+"""`steerserve fit lineas` and `steerserve fit argre` make an artifact from text files."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from steering.fit.argre import ArgreSettings, fit_argre
 from steering.fit.lineas import LineasSettings, OptimizerName, fit_lineas
 from steering.sites import default_sites, match_sites, place_of
 
-_FORWARD_BATCH = 32  # sequences at once where nothing is learnt
+_FORWARD_BATCH = 32  # sequences in one forward pass that only collects hidden states
 _AFFINE: Final = AffineLimits()
 _REWARD: Final = RewardLimits()
 
@@ -81,7 +81,7 @@ def lineas(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit LinEAS maps: activations on SOURCE come to be distributed as those on TARGET."""
+    """Fit LinEAS maps, which give activations on SOURCE the distribution of those on TARGET."""
     with fit_output.explained():
         to = fit_output.destination(out, name, description, license_)
         settings = LineasSettings(
@@ -225,13 +225,13 @@ def _hidden_states(
     side: Literal["positive", "negative"],
     max_tokens: int,
 ) -> list[Tensor]:
-    """One side's hidden states before the head, those of the continuation's tokens only."""
+    """Collect one side's hidden states before `lm_head`, for the continuation's tokens only."""
     sequences, starts = [], []
     for number, pair in enumerate(pairs, start=1):
         prompt = fit_output.tokenize(loaded, pair.prompt, max_tokens) if pair.prompt else []
         text = pair.positive if side == "positive" else pair.negative
         sequence = fit_output.tokenize(loaded, pair.prompt + text, max_tokens)
-        # Not the prompt's length: its last token may merge with the continuation's first.
+        # Not the prompt's length, because its last token may merge with the continuation's first.
         start = _common_length(prompt, sequence)
         if start == len(sequence):
             raise fit_output.FitCommandError(

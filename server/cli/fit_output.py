@@ -1,4 +1,4 @@
-"""What the fit commands share: where the artifact goes, progress, provenance, what is printed."""
+"""The shared parts of the fit commands: the artifact's path, progress, provenance and output."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class Advance(Protocol):
 
 
 class FitCommandError(ValueError):
-    """Options that make no sense together, with a sentence that says why."""
+    """The options are wrong or contradict each other; the message is a sentence that says why."""
 
 
 _USER_ERRORS = (
@@ -55,7 +55,7 @@ _USER_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """The artifact to be, checked before hours are spent on it."""
+    """The path and the description of the artifact, checked before hours are spent on the fit."""
 
     path: Path
     name: str
@@ -67,10 +67,11 @@ class Destination:
 def destination(out: Path, name: str | None, description: str, license_: str) -> Destination:
     """Check where the artifact goes and what it is called.
 
-    `created` is the present, or SOURCE_DATE_EPOCH where a reproducible file is wanted.
+    `created` is the present time, or SOURCE_DATE_EPOCH if set, which makes the file reproducible.
 
     Raises:
-        FitCommandError: the name is not one, the folder does not exist, the licence is empty.
+        FitCommandError: the name or the suffix is not valid, the folder does not exist, or the
+            licence is empty.
     """
     name = out.stem if name is None else name
     if not NAME_PATTERN.fullmatch(name):
@@ -88,7 +89,7 @@ def destination(out: Path, name: str | None, description: str, license_: str) ->
 
 
 def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedModel:
-    """Load the model, saying on stderr what takes time."""
+    """Load the model, and report slow steps on stderr."""
     if device == "cuda" and not torch.cuda.is_available():
         raise FitCommandError("--device cuda: torch finds no CUDA device")
     if threads is not None:
@@ -103,13 +104,13 @@ def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedMode
 
 
 def tokenize(loaded: LoadedModel, text: str, max_tokens: int) -> list[int]:
-    """A text's token ids as the server would see them, cut to the first `max_tokens`."""
+    """Return a text's token ids, as the server would make them, cut to the first `max_tokens`."""
     token_ids: list[int] = loaded.tokenizer(text)["input_ids"][:max_tokens]
     return token_ids
 
 
 def base_model(description: ModelDescription) -> BaseModelReference:
-    """The manifest's words for the model that was fitted on."""
+    """Return the manifest's description of the model on which the artifact was fitted."""
     return BaseModelReference(
         id=description.id,
         architecture=description.architecture,
@@ -121,10 +122,10 @@ def base_model(description: ModelDescription) -> BaseModelReference:
 
 
 def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
-    """Tell what made the artifact, beside the method's settings and the data.
+    """Return the device and the versions that made the artifact, for the manifest.
 
-    The command line is not told: it names folders of this machine, and whoever may list
-    interventions reads the manifest.
+    The command line is left out: it names folders of this machine, and everybody who may list
+    interventions can read the manifest.
     """
     return {
         "device": loaded.model.device.type,
@@ -144,7 +145,7 @@ def write(
     figures: Mapping[str, float],
     as_json: bool,
 ) -> None:
-    """Write the artifact and print what it is: a line, or JSON for machines."""
+    """Write the artifact and print a summary, as text or as JSON for machines."""
     digest = write_artifact(to.path, manifest, parameters)
     if as_json:
         summary = {
@@ -164,7 +165,7 @@ def write(
 
 @contextmanager
 def progress(task: str) -> Iterator[Advance]:
-    """A bar on stderr, for as long as the context lasts."""
+    """Show a progress bar on stderr during the block."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -184,7 +185,7 @@ def progress(task: str) -> Iterator[Advance]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turns an error that the user can mend into one sentence on stderr and exit status 2."""
+    """Turn an error that the user can mend into one sentence on stderr and exit status 2."""
     try:
         yield
     except _USER_ERRORS as error:

@@ -49,7 +49,7 @@ STARTUP_ERRORS: Final = (
 
 
 def launch(settings: Settings, console: Console) -> bool:
-    """Serve until a signal, and say what happens: on the console, or as JSON where that is wanted.
+    """Serve until a signal; say what happens on the console, or in the log if that is JSON.
 
     Returns:
         False if the server could not be started, or the engine has died.
@@ -59,7 +59,7 @@ def launch(settings: Settings, console: Console) -> bool:
     if json:
         disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more a metric
 
     def say(sentence: str) -> None:
         if json:
@@ -83,7 +83,7 @@ def announce_failure(error: Exception, console: Console) -> None:
 
 
 def _run(settings: Settings, say: Callable[[str], None]) -> bool:
-    """Serve until a signal; whether the engine has lived so long."""
+    """Serve until a signal; return whether the server had started and its engine is alive."""
     with ExitStack() as stack:
         sinks = _sinks(settings, stack)
         scorer = None
@@ -112,11 +112,11 @@ def _run(settings: Settings, say: Callable[[str], None]) -> bool:
 
 
 def _freeze_heap() -> None:
-    """Take the objects that are there now out of the garbage collector's rounds.
+    """Exclude the objects that exist now from garbage collection.
 
-    They are hundreds of thousands, and live as long as the process. A round keeps every thread
-    waiting while it looks at each object that is not left out, and a request whose body holds many
-    lists brings about as many rounds as it likes.
+    They are hundreds of thousands, and live as long as the process. A collection stops every thread
+    while it visits each object that is not excluded, and a client can cause any number of
+    collections by a request whose body holds many lists.
     """
     gc.collect()
     gc.freeze()
@@ -143,7 +143,7 @@ def _load_engine(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
     if scorer is not None:
-        # A classifier may lie on the same GPU, of whose memory the engine takes what is free.
+        # A classifier on the same GPU needs its memory first: the engine takes all that is free.
         scorer.wait_ready()
     say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
     options = EngineOptions(
@@ -164,28 +164,28 @@ def _load_engine(
 
 
 def _pace(settings: Settings, engine: TorchEngine) -> Pace | None:
-    """None where another machine scores, which takes nothing from the engine."""
+    """Return the pace of scoring; None if another machine scores, at no cost to the engine."""
     if parse_spec(settings.toxicity_scorer).kind == "http":
         return None
     return Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
 
 
 def _keep_compiled() -> None:
-    """Have torch keep what it compiles where the next start finds it, and not in /tmp."""
+    """Have torch cache compiled code in the user's cache, for the next start, not in /tmp."""
     folder = cache_folder() / "compiled"
-    with suppress(OSError):  # a read-only home: then it is in /tmp
+    with suppress(OSError):  # with a read-only home, the cache stays in /tmp
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _add_bundled(registry: Registry) -> None:
-    """Store the bundled interventions, but for those that were ever stored, or deleted, before."""
+    """Store the bundled interventions, except those that were stored or deleted before."""
     for path in bundled_artifacts():
         name = read_manifest(path).name
         if not registry.known(name):
             try:
                 registry.add(path, name)
-            except RegistryDiskError as error:  # what is stored can be served all the same
+            except RegistryDiskError as error:  # stored interventions can be served all the same
                 logger.warning("The bundled intervention %s is not stored. %s", name, error)
 
 

@@ -39,7 +39,7 @@ From the table in [server/variables.py](../server/variables.py).
 
 
 def options_page() -> str:
-    """The page, with a row for each setting and for each other variable."""
+    """Return the page, with a row for each setting and for each other variable."""
     settings = (" | ".join(_cells(option)) for option in setting_options())
     others = (f"{_code(variable.name)} | {variable.description}" for variable in OTHER_VARIABLES)
     return _HEAD + _rows(settings) + _OTHERS + _rows(others)

@@ -1,4 +1,4 @@
-"""`steerserve push`, `list`, `show`, `delete`: the registry of a running server."""
+"""`steerserve push`, `list`, `show` and `delete` work on the registry of a running server."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -136,7 +136,7 @@ def delete(
 
 
 def _path(name: str) -> str:
-    # Not even a slash may lead to another route.
+    # A slash is escaped too, so that no name leads to another route.
     return f"/v1/interventions/{quote(name, safe='')}"
 
 
@@ -148,7 +148,7 @@ def _call(
     files: Mapping[str, tuple[str, IO[bytes]]] | None = None,
     fields: Mapping[str, str] | None = None,
 ) -> tuple[Json, int]:
-    """The server's answer and its status; ends the command with one line where it is an error."""
+    """Return the server's answer and its status; an error ends the command with one line."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT) as client:
@@ -187,7 +187,7 @@ def _shown(value: JsonValue) -> str:
 
 
 def _print(table: Table) -> None:
-    # What somebody wrote into a manifest is text, not markup.
+    # A manifest's text must not be taken for markup.
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 

@@ -1,4 +1,4 @@
-"""`steerserve serve`: load the model, open the registry, answer requests."""
+"""`steerserve serve` loads the model, opens the registry and answers requests."""
 
 from typing import Annotated, Any
 
@@ -22,8 +22,8 @@ def serve(
 ) -> None:
     """Serve a model with the registry's interventions.
 
-    Every option can be set by a variable too: STEERSERVE_PORT for --port, and so on. A variable
-    that begins like these and is none of them ends the start.
+    Every option can be set by an environment variable too: STEERSERVE_PORT for --port, and so on.
+    An unknown variable that begins with STEERSERVE_ keeps the server from starting.
     """
     console = Console(stderr=True, highlight=False)
     if more_names and not options["served_model_names"]:

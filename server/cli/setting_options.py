@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from server.config import Settings
 from server.environment import option_name, takes_several, variable_name
 
-# Names a value of each type for the operator; a value of any other type is given as JSON.
+# The operator's words for types of values; a value of any other type is given as JSON.
 _WORDS: Final = {int: "integer", float: "number", str: "text", Path: "path", SecretStr: "key"}
 _LIMITS: Final = ("ge", "gt", "le", "lt")
 
@@ -23,45 +23,45 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 @dataclass(frozen=True, slots=True)
 class SettingOption:
-    """A setting as an operator meets it: on the command line, in the environment, in the docs."""
+    """A setting as operators see it: on the command line, in the environment, and in the docs."""
 
     name: str  # of the field
     field: FieldInfo
 
     @property
     def type(self) -> Any:
-        """The type of a value that is given."""
+        """The type of a given value; None is left out of an optional type."""
         annotation = self.field.annotation
         given = [part for part in get_args(annotation) if part is not NoneType]
-        # Of several types, such as those of JSON, there is none to name.
+        # A union of several types, such as JSON's, stays as it is.
         return given[0] if NoneType in get_args(annotation) and len(given) == 1 else annotation
 
     @property
     def takes_several(self) -> bool:
-        """Whether it holds several values, of which the option gives one at a time."""
+        """True if the setting holds several values, of which the option gives one at a time."""
         return takes_several(self.field)
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The option; of a switch, the one that turns it on and the one that turns it off."""
+        """The option; a switch has one option that turns it on and one that turns it off."""
         word = option_name(self.name, self.field)
         return (f"--{word}", f"--no-{word}") if self.type is bool else (f"--{word}",)
 
     @property
     def variable(self) -> str:
-        """The variable that is read where the option is not given."""
+        """The environment variable that is read if the option is not given."""
         return variable_name(self.name, self.field)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it takes and no other; none where it takes more than words."""
+        """The only words that the setting takes; empty if it takes other values."""
         if self.type is bool:
             return ("on", "off")
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
     def kind(self) -> str:
-        """What a value is called that is not one of a few words."""
+        """The name of the setting's values, if they are not a few fixed words."""
         several = self.name.rpartition("_")[2]  # "names", "hosts" and the like
         return several if self.takes_several else _WORDS.get(self.type, "JSON")
 
@@ -77,7 +77,7 @@ class SettingOption:
 
     @property
     def default(self) -> str:
-        """The value where none is given, in the words of an operator; empty for none."""
+        """The default as an operator writes it; empty if there is none."""
         value = self.field.default
         if isinstance(value, bool):
             return "on" if value else "off"
@@ -87,19 +87,19 @@ class SettingOption:
 
     @property
     def description(self) -> str:
-        """The sentence that says what it is for."""
+        """The sentence that says what the setting is for."""
         return " ".join((self.field.description or "").split())
 
 
 def setting_options() -> tuple[SettingOption, ...]:
-    """An option for each field of `Settings`, in their order."""
+    """Return an option for each field of `Settings`, in the order of the fields."""
     return tuple(SettingOption(name, field) for name, field in Settings.model_fields.items())
 
 
 def with_setting_options(command: Command) -> Command:
     """Show typer a parameter for each setting in place of a command's `**options`.
 
-    A parameter is None where its option is not given: then the variable holds, or the default.
+    A parameter is None if its option is not given; then the variable or the default counts.
     """
     signature = inspect.signature(command)
     own = [part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD]
@@ -115,10 +115,10 @@ def _parameter(option: SettingOption) -> inspect.Parameter:
         "/".join(option.flags),
         help=option.description + default,
         metavar=None if option.choices else option.kind.upper(),
-        # typer knows no limit that the value must not reach; pydantic has the last word anyway.
+        # typer has no exclusive limits; pydantic checks all limits anyway.
         min=option.limits.get("ge"),
         max=option.limits.get("le"),
-        # Both flags of a switch take columns of their own: beside others they leave no room.
+        # The two flags of a switch are so wide that the other options' texts would have no room.
         rich_help_panel="Switches" if option.type is bool else None,
     )
     return inspect.Parameter(
@@ -130,7 +130,7 @@ def _parameter(option: SettingOption) -> inspect.Parameter:
 
 
 def _command_line_type(option: SettingOption) -> Any:
-    """The type that typer turns a word into; what is text to it, pydantic reads."""
+    """Return the type that typer turns a word into; pydantic parses the words that stay text."""
     if option.takes_several:
         return list[str] | None
     if option.choices or option.type in (int, float, Path):

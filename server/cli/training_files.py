@@ -1,4 +1,4 @@
-"""Reads what `steerserve fit` learns from: sentences, one a line, and pairs in JSON lines."""
+"""Reads the training files of `steerserve fit`: sentences, one a line, and pairs in JSON lines."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class TrainingFileError(ValueError):
-    """A file that cannot be read or means nothing to a fit, with its name and the line."""
+    """A training file cannot be read or is not valid; the message names the file and the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class TextPair:
 
 @dataclass(frozen=True, slots=True)
 class TrainingFile:
-    """A text file's lines and what identifies it in a manifest."""
+    """A text file's lines, and the name and hash that identify it in a manifest."""
 
     name: str
     sha256: str  # hexadecimal, of the file's bytes
-    lines: tuple[str, ...]  # without their ends; at least one, none blank
+    lines: tuple[str, ...]  # without line ends; at least one line, none blank
 
 
 def read_lines(path: Path) -> TrainingFile:
@@ -41,7 +41,7 @@ def read_lines(path: Path) -> TrainingFile:
         raise TrainingFileError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise TrainingFileError(f"{path}: byte {error.start} is not UTF-8") from error
-    # Not splitlines(): a sentence may hold a form feed or another of Unicode's line ends.
+    # splitlines() would split a sentence at a form feed or another of Unicode's line ends.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not text.strip():
         raise TrainingFileError(f"{path}: the file is empty")
@@ -55,7 +55,7 @@ def read_pairs(path: Path) -> tuple[TrainingFile, list[TextPair]]:
     """Read JSON lines of `{"prompt"?, "positive", "negative"}`.
 
     Raises:
-        TrainingFileError: what `read_lines` raises, or a line is not such an object.
+        TrainingFileError: `read_lines` refuses the file, or a line is not such an object.
     """
     file = read_lines(path)
     pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(file.lines, start=1)]
