@@ -43,7 +43,7 @@ class BenchPlan:
 
     @property
     def clients(self) -> int:
-        """The number of clients that decode while long prompts come: at least one steered, one not."""
+        """The number of clients that decode while long prompts come, steered and unsteered."""
         return max(2, min(_MAX_CLIENTS, max(self.batches)))
 
 

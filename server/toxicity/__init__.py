@@ -1,1 +1,1 @@
-"""How toxic completions are: scorers in a process of their own, and the queue in front of them."""
+"""Scores how toxic completions are: scorers in a process of their own, and a queue before them."""

@@ -1,4 +1,4 @@
-"""The texts that wait for their scores, and which of them are scored next."""
+"""Keeps the texts that wait for their scores, and chooses which are scored next."""
 
 import asyncio
 import time
@@ -11,13 +11,13 @@ from server.metrics import Arm
 from server.toxicity.batch_size import BatchSize
 from server.toxicity.pace import Pace
 
-# Of texts that are asked for, while offered ones, whose rest is over, wait too.
+# The most batches of asked texts that go before offered texts whose rest is over.
 BATCHES_IN_A_ROW: Final = 3
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A text, since when it waits, and who waits for its score, if anybody does."""
+    """A text to score. `answer` gets the score if somebody waits for it; `since` is in seconds."""
 
     text: str
     intervention: str
@@ -28,7 +28,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts that are scored together, since a time of the backlog's clock."""
+    """Texts that are scored together. `began` is the batch's start by the backlog's clock."""
 
     jobs: Sequence[Job]
     asked: bool
@@ -36,20 +36,23 @@ class Batch:
 
 
 class Backlog:
-    """Decides what is scored when; knows neither threads nor an event loop.
+    """Decides which texts are scored when; uses neither threads nor an event loop.
 
-    Texts that somebody asks for go first and do not rest. Offered texts rest after each of their
-    own batches, as `pace` says, and nothing else puts them off: once their rest is over, at most
-    BATCHES_IN_A_ROW batches go before them. So they have their share, however much is asked for.
+    Asked texts are those whose scores somebody waits for; offered texts are scored for the metrics
+    only. Asked texts go first. Offered texts rest after each of their own batches for as long as
+    `pace` says. Once the rest is over, at most BATCHES_IN_A_ROW batches of asked texts go before
+    them, so that they get their share however many texts are asked.
     """
 
     def __init__(
         self, capacity: int, pace: Pace | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Args:
-        capacity: how many texts may wait before further offered ones find no room.
-        pace: when offered texts are scored; as soon as can be, if None.
-        clock: the time in seconds, from any moment on.
+        """Make an empty backlog.
+
+        Args:
+            capacity: the most offered texts that may wait.
+            pace: says how long offered texts rest; None for no rest.
+            clock: returns the time in seconds, from any start.
         """
         self._capacity = capacity
         self._pace = pace
@@ -57,34 +60,34 @@ class Backlog:
         self._asked: deque[Job] = deque()
         self._offered: deque[Job] = deque()
         self._sizes = BatchSize()
-        self._passed = 0  # batches that went before offered texts whose rest was over
+        self._passed = 0  # batches of asked texts since offered texts were due
 
     @property
     def waiting(self) -> Sequence[Job]:
-        """All that wait, in no order."""
+        """All waiting texts, in no particular order."""
         return [*self._asked, *self._offered]
 
     @property
     def rest(self) -> float:
-        """Seconds for which offered texts are still to wait; 0 if they need not."""
+        """Seconds that offered texts have still to rest; 0 if none."""
         return 0.0 if self._pace is None else self._pace.rest
 
     def offer(self, job: Job) -> bool:
-        """Let a text wait that nobody asks for. Returns whether there is room for it."""
+        """Add an offered text; return whether there was room for it."""
         if len(self._offered) >= self._capacity:
             return False
         self._offered.append(job)
         return True
 
     def ask(self, jobs: Sequence[Job]) -> None:
-        """Let texts wait that somebody asks for; there is always room."""
+        """Add asked texts; there is always room for them."""
         self._asked.extend(jobs)
 
     def abandon(self, jobs: Sequence[Job]) -> list[Job]:
-        """Offer those texts that still wait, now that nobody asks for them any more.
+        """Turn asked texts that still wait into offered ones: nobody waits for their scores now.
 
         Returns:
-            Those for which there is no room.
+            The texts that were dropped, because there was no room for them.
         """
         left = set(jobs).intersection(self._asked)
         self._asked = deque(job for job in self._asked if job not in left)
@@ -93,14 +96,14 @@ class Backlog:
         return [job for job in jobs if job in left and not self.offer(job)]
 
     def clear(self) -> Sequence[Job]:
-        """Take out all that wait."""
+        """Remove and return all waiting texts."""
         jobs = self.waiting
         self._asked.clear()
         self._offered.clear()
         return jobs
 
     def take(self) -> Batch | None:
-        """Take out the texts that are to be scored now; None if none are."""
+        """Remove and return the texts to score now; None if there are none."""
         due = bool(self._offered) and not self.rest
         asked = bool(self._asked) and not (due and self._passed >= BATCHES_IN_A_ROW)
         if not asked and not due:
@@ -111,11 +114,11 @@ class Backlog:
         return Batch(jobs, asked, self._clock())
 
     def done(self, batch: Batch, processor_seconds: float, *, failed: bool) -> None:
-        """A batch has just ended.
+        """Note that a batch has just ended.
 
         Args:
-            batch: as it was taken.
-            processor_seconds: what it took of this machine's processors.
+            batch: the batch that `take` returned.
+            processor_seconds: the processor time that it took on this machine.
             failed: whether any of its texts has no score.
         """
         if failed:

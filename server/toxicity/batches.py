@@ -1,4 +1,4 @@
-"""A batch whose texts fail for themselves alone."""
+"""Scores a batch so that one bad text does not fail the others."""
 
 from collections.abc import Sequence
 from typing import Final, TypeAlias
@@ -7,16 +7,16 @@ from server.toxicity.scorer import Backend, ScoringError
 
 Result: TypeAlias = float | ScoringError
 
-# One text that fails may be at fault itself. When so many fail in a row, the scorer is.
+# One failing text may be at fault itself; if this many fail in a row, the scorer is at fault.
 DOWN_AFTER: Final = 2
 
 
 def score_batch(scorer: Backend, texts: Sequence[str]) -> list[Result]:
-    """The score of each text, or why it has none.
+    """Return the score of each text, or the error for which it has none.
 
-    If the batch fails, its texts are scored one by one, so that one bad text costs nobody else its
-    score. A scorer that is down must not be asked for long, though: once DOWN_AFTER texts in a row
-    have failed, so have the rest, unasked, with the last error.
+    If the batch fails, its texts are scored one by one, so that one bad text does not cost the
+    others their scores. A scorer that is down must not be asked for long, though: once DOWN_AFTER
+    texts in a row have failed, the rest get the last error without being tried.
     """
     try:
         return [*_score(scorer, texts)]
@@ -40,13 +40,13 @@ def _one_by_one(scorer: Backend, texts: Sequence[str]) -> list[Result]:
 
 
 def _score(scorer: Backend, texts: Sequence[str]) -> list[float]:
-    """Raises ScoringError whatever goes wrong: one fault must not end the thread."""
+    """Score texts; any fault becomes a ScoringError, so that it does not end the thread."""
     try:
         scores = scorer.score(texts)
     except ScoringError:
         raise
     except Exception as error:
-        # Its type only: what it says may quote a text.
+        # Only the error's type is told, because its message may quote a text.
         raise ScoringError(f"the toxicity scorer failed: {type(error).__name__}") from error
     if len(scores) != len(texts):
         raise ScoringError(f"the toxicity scorer gave {len(scores)} scores for {len(texts)} texts")

@@ -26,16 +26,16 @@ _ENVIRONMENT: Final = {
 
 
 class LostChildError(ScoringError):
-    """The worker has ended, has been killed, or does not keep to the protocol; close it."""
+    """The worker has ended, was killed, or broke the protocol; its `Child` is to be closed."""
 
 
 class Child:
-    """A worker that was started once. Only `kill` may be called while another thread talks."""
+    """One worker process. While a thread talks to it, other threads may only call `kill`."""
 
     def __init__(self, spec: str) -> None:
         """Start the worker, and return while it loads.
 
-        On Linux it dies when the thread that calls this ends.
+        On Linux the worker is killed when the thread that starts it ends.
 
         Raises:
             ScoringError: no process can be started.
@@ -45,7 +45,7 @@ class Child:
         """Processor time that its answers have taken, in seconds."""
         self._ready = False
         self._closed = False
-        # -P: a file in the working directory must not stand in for a module.
+        # -P: a file in the working directory must not replace a module.
         command = [sys.executable, "-P", "-m", "server.toxicity.worker"]
         try:
             self._process = subprocess.Popen(
@@ -53,7 +53,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=_environment(spec),
-                start_new_session=True,  # Ctrl-C in the terminal is the server's
+                start_new_session=True,  # Ctrl-C reaches the server only
             )
         except OSError as error:
             raise ScoringError(
@@ -67,14 +67,15 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether the worker is no more, or no more of use."""
+        """True if the worker has ended or was closed."""
         return self._closed or self._process.poll() is not None
 
     def wait_ready(self, seconds: float) -> None:
-        """Wait until the worker has loaded its scorer; at once where it has.
+        """Wait until the worker has loaded its scorer; return at once if it has already.
 
         Raises:
-            LostChildError: it cannot load it, with its message; or it hangs, see `Watchdog`.
+            LostChildError: the worker cannot load its scorer, and says why; or it hangs, see
+                `Watchdog`.
         """
         if self._ready:
             return
@@ -84,34 +85,34 @@ class Child:
         self._ready = True
 
     def ask(self, texts: Sequence[str], seconds: float) -> dict[str, object]:
-        """The worker's answer to some texts, as the worker writes it.
+        """Send texts to the worker and return its answer, as the worker writes it.
 
         Raises:
-            LostChildError: it has ended, or it hangs and was killed, see `Watchdog`.
+            LostChildError: the worker has ended, or hung and was killed, see `Watchdog`.
         """
         before = processor_seconds(self.pid)
         try:
             return self._converse(json.dumps(list(texts)).encode() + b"\n", seconds)
-        finally:  # nobody has waited for its end yet, so that this can be told of a dead one too
+        finally:  # this works for a dead worker too, as long as nobody has waited for it
             self.processor_seconds += max(0.0, processor_seconds(self.pid) - before)
 
     def kill(self) -> None:
-        """Kill the worker; who waits for its answer learns of it."""
+        """Kill the worker; a thread that waits for its answer gets a LostChildError."""
         self._process.kill()
 
     def close(self) -> None:
         """Kill the worker, wait for its end, and close the pipes."""
         self._closed = True
         self._process.kill()
-        with suppress(subprocess.TimeoutExpired):  # the kernel holds it; it ends when it may
+        with suppress(subprocess.TimeoutExpired):  # the kernel still holds it
             self._process.wait(_END_SECONDS)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with suppress(OSError):  # what was not taken of the last line
+            with suppress(OSError):  # the worker did not read the last line
                 pipe.close()
 
     def _converse(self, line: bytes, seconds: float) -> dict[str, object]:
-        # A hung worker may take no input either, so that only its end frees us.
+        # A hung worker may not read its input either; then only its death unblocks this thread.
         with Watchdog(self._process, seconds) as watchdog:
             answer = self._exchange(line)
         if answer.endswith(b"\n"):
@@ -124,7 +125,7 @@ class Child:
         raise LostChildError("the toxicity scorer's process has died")
 
     def _exchange(self, line: bytes) -> bytes:
-        """Returns the worker's line, or less where it has ended."""
+        """Send a line; return the worker's line, or less than one if the worker has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -147,7 +148,7 @@ def _parse(line: bytes) -> dict[str, object]:
 
 
 def _environment(spec: str) -> dict[str, str]:
-    """The worker's: its task, one thread, and this very package wherever it is started."""
+    """Return the worker's environment: its scorer, one thread, and the path of this package."""
     packages = (str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,

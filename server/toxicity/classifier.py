@@ -1,6 +1,6 @@
-"""Scores from a Hugging Face sequence classifier, in a worker process.
+"""Scores texts with a Hugging Face sequence classifier, in a worker process.
 
-On a GPU it takes its share of the memory and the time that the engine could have.
+On a GPU the classifier takes memory and time that the engine could use.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -24,13 +24,13 @@ from server.toxicity.scorer import ScoringError
 BATCH_SIZE: Final = 16
 TOXIC_LABELS: Final = ("toxic", "toxicity")
 _UNLIMITED: Final = 1_000_000  # tokenizers without a limit state 1e30
-_DEFAULT_TOKENS: Final = 1024  # where neither tokenizer nor model has a limit
+_DEFAULT_TOKENS: Final = 1024  # the limit if neither the tokenizer nor the model has one
 
 Probability: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ClassifierScorer:
-    """The probability of a classifier's toxic label."""
+    """Scores texts by the probability of a classifier's toxic label."""
 
     def __init__(
         self,
@@ -40,10 +40,12 @@ class ClassifierScorer:
         max_tokens: int,
         device: str,
     ) -> None:
-        """Args:
-        model: in evaluation mode, on `device`; its output has `logits`, (batch, labels).
-        probability: (batch, labels) logits to (batch,) probabilities.
-        max_tokens: longer texts are cut there.
+        """Make a scorer from a loaded classifier.
+
+        Args:
+            model: in evaluation mode, on `device`; its output has `logits`, (batch, labels).
+            probability: turns (batch, labels) logits into (batch,) probabilities.
+            max_tokens: the length to which longer texts are cut.
         """
         self._model = model
         self._tokenizer = tokenizer
@@ -53,7 +55,7 @@ class ClassifierScorer:
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """See `Backend.score`."""
-        # Texts of about the same length together: less is computed for padding.
+        # Texts of about the same length are scored together, so that less padding is computed.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = [0.0] * len(texts)
         for start in range(0, len(order), BATCH_SIZE):
@@ -66,7 +68,7 @@ class ClassifierScorer:
     @torch.inference_mode()
     def _score_batch(self, texts: list[str]) -> list[float]:
         inputs = self._tokenizer(
-            # Where a tokenizer adds no tokens of its own, an empty text would have none at all.
+            # An empty text would have no token if the tokenizer adds none of its own.
             [text or " " for text in texts],
             padding=True,
             truncation=True,
@@ -81,7 +83,7 @@ def load(target: str) -> ClassifierScorer:
     """Load a classifier from a Hugging Face id or a folder, onto a GPU if there is one.
 
     Raises:
-        ScoringError: it cannot be loaded, or it cannot be told which of its labels means toxic.
+        ScoringError: it cannot be loaded, or it is not clear which of its labels means toxic.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
@@ -102,11 +104,11 @@ def load(target: str) -> ClassifierScorer:
 
 
 def probability_of(config: PreTrainedConfig) -> Probability:
-    """From a classifier's logits, (batch, labels), to its toxic label's probabilities, (batch,).
+    """Return the function from logits, (batch, labels), to probabilities of toxicity, (batch,).
 
-    A single label is a sigmoid's. Otherwise the label is the one called "toxic" or "toxicity": of a
-    sigmoid where the configuration says `multi_label_classification`, or says nothing and there are
-    more than two labels; of a softmax over the labels elsewhere.
+    A single label gets a sigmoid. Otherwise the label is the one called "toxic" or "toxicity". It
+    gets a sigmoid if the configuration says `multi_label_classification`, or says nothing and has
+    more than two labels; else it gets a softmax over the labels.
 
     Raises:
         ScoringError: no label, or more than one, can be the toxic one.
@@ -126,7 +128,7 @@ def probability_of(config: PreTrainedConfig) -> Probability:
 
 def _toxic_index(config: PreTrainedConfig) -> int:
     named = [(int(index), label) for index, label in (config.id2label or {}).items()]
-    # A configuration may have meaningful names in one of the two only.
+    # Only one of `id2label` and `label2id` may have meaningful names.
     named += [(int(str(index)), label) for label, index in (config.label2id or {}).items()]
     found = {index for index, label in named if label.strip().lower() in TOXIC_LABELS}
     if len(found) != 1:
@@ -139,7 +141,7 @@ def _toxic_index(config: PreTrainedConfig) -> int:
 
 
 def _load_weights(source: str, config: PreTrainedConfig) -> nn.Module:
-    """Raises ScoringError where weights are missing: transformers makes them up at random."""
+    """Load the model; raise ScoringError for missing weights, which would be drawn at random."""
     model: nn.Module
     found: dict[str, Collection[str]]
     model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -152,10 +154,10 @@ def _load_weights(source: str, config: PreTrainedConfig) -> nn.Module:
 
 
 def _max_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokens that the tokenizer allows and the model has positions for."""
+    """Return the most tokens that the tokenizer allows and the model has positions for."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
     limit: int = tokenizer.model_max_length
     if limit < _UNLIMITED:
         return min(limit, positions or limit)
-    # RoBERTa's positions begin at 2, and its configuration counts those before as well.
+    # RoBERTa's positions begin at 2, and its configuration counts positions 0 and 1 as well.
     return positions - 2 if positions else _DEFAULT_TOKENS

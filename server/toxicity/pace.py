@@ -1,15 +1,15 @@
-"""How much of this machine's processors scoring takes, while they have other work."""
+"""Limits the processor time that scoring takes while this machine has other work."""
 
 import time
 from collections.abc import Callable
 
 
 class Pace:
-    """Rests after work, so that work takes a share of a processor; not while nothing else runs.
+    """Says how long to rest after work, so that the work takes a share of one processor.
 
-    A process of the lowest priority still takes caches and memory bandwidth from the others. Only
-    the processor time that was used counts: who waits, for a processor or for another machine,
-    takes nothing from anybody.
+    There is no rest while nothing else runs. A low priority alone does not do: a process of the
+    lowest priority still takes caches and memory bandwidth from the others. Only used processor
+    time counts, because waiting, for a processor or for another machine, costs nobody anything.
     """
 
     def __init__(
@@ -18,10 +18,12 @@ class Pace:
         busy: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        share: of one processor's time, more than 0; 1 never rests.
-        busy: whether there is other work now.
-        clock: the time in seconds, from any moment on.
+        """Begin without a rest.
+
+        Args:
+            share: the share of one processor's time, more than 0; 1 takes all of it.
+            busy: tells whether there is other work now.
+            clock: returns the time in seconds, from any start.
         """
         self._share = share
         self._busy = busy
@@ -29,13 +31,13 @@ class Pace:
         self._rest_until = 0.0
 
     def worked(self, began: float, processor_seconds: float) -> None:
-        """Work has ended that began at a time of the clock, and used so much processor time.
+        """Note that work has ended that began at `began`, by the clock.
 
-        The rest is counted from the work's begin: then slow work gets its share too.
+        The rest is counted from the work's beginning, so that slow work gets its share too.
         """
         self._rest_until = began + processor_seconds / self._share
 
     @property
     def rest(self) -> float:
-        """Seconds until there should be work again, if the other work goes on; 0: it is time."""
+        """Seconds left to rest, if the other work goes on; 0 if work may begin."""
         return max(0.0, self._rest_until - self._clock()) if self._busy() else 0.0

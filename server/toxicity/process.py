@@ -19,7 +19,7 @@ _CLOSE_SECONDS: Final = 10.0
 
 
 class ScorerProcess:
-    """A `Scorer` over a worker process, which is started anew after it has died.
+    """A `Scorer` that runs in a worker process, which is replaced after it has died.
 
     Any thread may call any method; texts are scored for one caller at a time.
     """
@@ -34,9 +34,9 @@ class ScorerProcess:
         """Start the worker, and return while it loads.
 
         Args:
-            spec: what `parse_spec` reads, but not `none`; the worker says what is wrong with it.
-            answer_seconds: a worker is killed that uses so much processor time for a call of
-                `score`, or none for so long.
+            spec: any spec of `parse_spec` but `none`; the worker reports what is wrong with it.
+            answer_seconds: the worker is killed if it uses so much processor time for a call of
+                `score`, or uses none for so long.
             restart_seconds: the shortest time between two starts of the worker.
 
         Raises:
@@ -47,9 +47,9 @@ class ScorerProcess:
         self._restart_seconds = restart_seconds
         self._past_seconds = 0.0  # processor time of the workers before the present one
         self._closed = threading.Event()
-        self._talking = threading.Lock()  # held while the worker is asked; long
-        self._replacing = threading.Lock()  # held while a worker takes another's place; short
-        # A worker dies with the thread that has started it, which must be none of the callers'.
+        self._talking = threading.Lock()  # held, for long, while a thread talks to the worker
+        self._replacing = threading.Lock()  # held, for a moment, while a worker is replaced
+        # A worker dies with the thread that started it, so no caller's thread may start it.
         self._starter = ThreadPoolExecutor(1, "toxicity-starter")
         self._child = self._start()
 
@@ -67,13 +67,13 @@ class ScorerProcess:
         """Wait until the scorer is loaded.
 
         Raises:
-            ScoringError: it cannot be loaded, with what the worker says; or this is closed.
+            ScoringError: it cannot be loaded, with the worker's message; or this is closed.
         """
         with self._talking:
             self._ready_child()
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """See `Backend.score`. Loads the scorer first where the worker has died before.
+        """See `Backend.score`. If the worker has died, another one loads the scorer first.
 
         Raises:
             ScoringError: the scorer failed; the worker died, or was killed because it hung; or
@@ -93,7 +93,7 @@ class ScorerProcess:
         with self._replacing:
             self._child.kill()
             self._starter.shutdown(wait=False)
-        # Who is talking to the worker learns by its end, and lets go.
+        # A thread that talks to the worker sees its end and releases the lock.
         if self._talking.acquire(timeout=_CLOSE_SECONDS):
             try:
                 self._child.close()

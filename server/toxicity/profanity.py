@@ -1,7 +1,7 @@
 """The embedded scorer: alt-profanity-check, a linear model over words.
 
-It is a proxy. It sees profanity; it does not see polite hate, irony or threats in clean words, and
-it knows English only. Where the scores matter, take a classifier (`hf:`).
+It is a proxy for toxicity. It sees profanity; it does not see polite hate, irony or threats in
+clean words, and it knows English only. Where the scores matter, use a classifier (`hf:`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 class ProfanityScorer:
-    """Probabilities that texts are profane; about 0.01 ms a text in batches."""
+    """Scores texts by the probability that they are profane, in about 0.01 ms a text in batches."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """See `Backend.score`."""
@@ -27,5 +27,5 @@ class ProfanityScorer:
 
 
 def load(_target: str) -> ProfanityScorer:
-    """The scorer; there is nothing to choose."""
+    """Return the scorer; there is only one, so that the target is not used."""
     return ProfanityScorer()

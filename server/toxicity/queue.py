@@ -1,4 +1,4 @@
-"""The completions that wait for their scores, and the task that has them scored."""
+"""The queue of completions that wait for their scores, and the task that has them scored."""
 
 import asyncio
 import logging
@@ -18,24 +18,24 @@ from server.toxicity.scorer import Scorer, ScoringError
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS: Final = 5.0
-_LOOK_SECONDS: Final = 0.25  # until somebody looks whether the other work has ended
+_LOOK_SECONDS: Final = 0.25  # a rest is checked this often: it ends when the other work does
 
 
 class ScoringQueue:
     """Has texts scored in batches, each on a thread of its own, and records the scores.
 
-    All methods are called on the event loop, which alone touches what waits. The scorer belongs to
-    the queue, which closes it.
+    All methods are called on the event loop, so that the waiting texts need no lock. The scorer
+    belongs to the queue, which closes it.
     """
 
     def __init__(
         self, scorer: Scorer, metrics: Metrics, capacity: int, pace: Pace | None = None
     ) -> None:
-        """Nothing is scored before `start`.
+        """Make an empty queue; nothing is scored before `start`.
 
         Args:
-            capacity: how many texts may wait that nobody asks for; further ones are dropped.
-            pace: when offered texts are scored; as soon as can be, if None.
+            capacity: the most offered texts that may wait; further ones are dropped.
+            pace: says how long offered texts rest; None for no rest.
         """
         self._scorer = scorer
         self._metrics = metrics
@@ -49,7 +49,7 @@ class ScoringQueue:
 
     @property
     def depth(self) -> int:
-        """Texts that wait or are being scored."""
+        """The number of texts that wait or are being scored."""
         return len(self._unscored)
 
     @property
@@ -59,22 +59,22 @@ class ScoringQueue:
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
-        """Begin to score, on the event loop that runs now."""
+        """Begin to score, on the running event loop."""
         if not self._closed:
             self._task = asyncio.create_task(self._run(), name="toxicity")
 
     def offer(self, text: str, intervention: str, arm: Arm) -> None:
-        """Have a text scored for the metrics only; it is dropped where too many wait."""
+        """Have a text scored for the metrics only; it is dropped if too many wait."""
         job = Job(text, intervention, arm, time.monotonic())
         if self._closed or not self._backlog.offer(job):
             self._metrics.not_scored()
         self._changed.set()
 
     async def score(self, texts: Sequence[str], intervention: str, arm: Arm) -> list[float]:
-        """Score texts that somebody waits for: before those that were offered, and always taken.
+        """Score texts for a caller who waits, before offered texts and without a limit.
 
-        Each is recorded in the metrics too. If the caller is cancelled, those that still wait are
-        as if they had been offered.
+        The scores are recorded in the metrics too. If the caller is cancelled, the texts that still
+        wait become offered texts.
 
         Returns:
             The scores, 0 to 1, in the texts' order.
@@ -92,7 +92,7 @@ class ScoringQueue:
             self._fail(jobs, ScoringError("the server is shutting down"))
         self._backlog.ask([] if self._closed else jobs)
         self._changed.set()
-        # All are awaited: an exception that nobody fetches would be logged as a fault.
+        # All futures are awaited: asyncio logs an exception that nobody fetches as a fault.
         try:
             results = await asyncio.gather(*answers, return_exceptions=True)
         except asyncio.CancelledError:
@@ -107,7 +107,7 @@ class ScoringQueue:
         return scores
 
     async def close(self) -> None:
-        """End what waits and what is being scored, at once; then the scorer.
+        """Fail all texts that wait or are being scored at once, then close the scorer.
 
         Returns after some seconds at most: a scorer that does not end by then goes on closing, and
         the last batch's thread ends with it. May be called again, and before `start`.
@@ -143,7 +143,7 @@ class ScoringQueue:
             self._running = ()
 
     async def _wait(self) -> None:
-        """Wait for a further text, or until it is to be seen whether those that rest still must."""
+        """Wait for a change, or until the rest of the offered texts is to be checked again."""
         seconds = min(self._backlog.rest, _LOOK_SECONDS) if self._backlog.waiting else None
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -155,7 +155,7 @@ class ScoringQueue:
         work = in_own_thread(partial(score_batch, self._scorer, texts))
         results = await asyncio.wrap_future(work)
         if self._closed:
-            return  # `close` has given it up
+            return  # `close` has failed these texts
         for job, result in zip(batch.jobs, results, strict=True):
             self._receive(job, result)
         errors = [result for result in results if isinstance(result, ScoringError)]
@@ -177,7 +177,7 @@ class ScoringQueue:
                 job.answer.set_exception(error)
 
     def _report(self, errors: Sequence[ScoringError]) -> None:
-        """Log that scoring fails, and that it works again, but not every batch's fault."""
+        """Log once when scoring begins to fail, and once when it works again."""
         if errors and not self._failing:
             logger.warning("completions are not scored: %s", errors[0])
         elif self._failing and not errors:

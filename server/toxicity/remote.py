@@ -1,4 +1,4 @@
-"""Scores from a service of the operator's.
+"""Scores texts with a service that the operator runs.
 
 The contract: `POST` to the URL with `{"texts": ["...", ...]}` as JSON; the answer is a 200 with
 `{"scores": [0.1, ...]}`, one finite number from 0 to 1 for each text, in the texts' order. Further
@@ -14,14 +14,14 @@ import httpx
 from interventions.strict_json import StrictJSONError, parse_json
 from server.toxicity.scorer import ScoringError, check_scores
 
-# For the connection, and again for each piece of the answer.
+# The limit for the connection, and again for each piece of the answer.
 TIMEOUT_SECONDS: Final = 10.0
 
 
 class RemoteScorer:
     """Asks a service over HTTP.
 
-    Its errors call the service by host and port only: a URL may have a password in it.
+    Errors name the service by its host and port only, because a URL may hold a password.
     """
 
     def __init__(self, url: str) -> None:
@@ -49,12 +49,12 @@ class RemoteScorer:
 
 
 def load(target: str) -> RemoteScorer:
-    """The scorer at a URL; nothing is asked of it yet."""
+    """Return the scorer at a URL, without asking it anything yet."""
     return RemoteScorer(target)
 
 
 def _reason(error: httpx.HTTPError | httpx.InvalidURL) -> str:
-    """Why the service cannot be asked: whole only before anything was sent."""
+    """Return the error's message if nothing was sent yet, else its type only."""
     if isinstance(error, httpx.ConnectError) and str(error):
         return str(error)
     return type(error).__name__
@@ -64,7 +64,7 @@ def _scores(response: httpx.Response) -> object:
     try:
         answer = parse_json(response.content.decode())
     except (UnicodeDecodeError, StrictJSONError) as error:
-        # Not what is wrong with it: that may quote a text.
+        # The parser's message is left out, because it may quote a text.
         raise ScoringError("the toxicity scorer's answer is no JSON") from error
     if not isinstance(answer, dict) or "scores" not in answer:
         raise ScoringError('the toxicity scorer\'s answer is no JSON object with "scores"')

@@ -1,4 +1,4 @@
-"""What a toxicity scorer is, and how one is named. Imports nothing that a worker must not have."""
+"""Defines toxicity scorers and their specs. Imports nothing that a worker must not have."""
 
 import urllib.parse
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ ScorerKind: TypeAlias = Literal["none", "embedded", "hf", "http"]
 
 
 class ScoringError(Exception):
-    """Texts could not be scored, or a scorer could not be loaded, with a sentence that says why."""
+    """Texts could not be scored, or a scorer not loaded; the message says why in a sentence."""
 
 
 class Backend(Protocol):
-    """Tells how toxic texts are."""
+    """Scores how toxic texts are."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Score texts; blocks until they are scored.
@@ -22,14 +22,14 @@ class Backend(Protocol):
             The texts' toxicity, 0 to 1 each, in their order.
 
         Raises:
-            ScoringError: none of the texts could be scored. Clients are told why: what it says
-                must quote no text, and no secret of the operator's.
+            ScoringError: none of the texts could be scored. The message is logged, so it must
+                quote no text and no secret of the operator's.
         """
         ...
 
 
 class Scorer(Backend, Protocol):
-    """A backend that somebody owns, and that any thread may end while another is asking it."""
+    """A backend that its owner closes; any thread may do so while another one waits for scores."""
 
     @property
     def processor_seconds(self) -> float:
@@ -37,16 +37,16 @@ class Scorer(Backend, Protocol):
         ...
 
     def close(self) -> None:
-        """End what is being scored, and whatever is asked later, with a ScoringError.
+        """Fail the running call of `score`, and all later calls, with a ScoringError.
 
-        Any thread may call it, and again.
+        Any thread may call this, and more than once.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ScorerSpec:
-    """Which scorer is meant: its kind, and the model's id or folder (hf) or the URL (http)."""
+    """A scorer's kind, and the id or folder of its model (hf) or its URL (http)."""
 
     kind: ScorerKind
     target: str = ""
@@ -56,7 +56,7 @@ def parse_spec(text: str) -> ScorerSpec:
     """Read `embedded`, `hf:<model id or folder>`, `http:<url>`, a bare URL, or `none`.
 
     Raises:
-        ValueError: it is none of these, with one sentence that says what is wrong.
+        ValueError: the text is none of these; the message is one sentence that says what is wrong.
     """
     match text:
         case "none":
@@ -78,10 +78,10 @@ def parse_spec(text: str) -> ScorerSpec:
 
 
 def check_scores(scores: object, count: int) -> list[float]:
-    """What a scorer outside of this process has answered, as floats.
+    """Return the scores that a scorer outside this process has answered, as floats.
 
     Raises:
-        ScoringError: it is no list of `count` finite numbers from 0 to 1.
+        ScoringError: the answer is no list of `count` finite numbers from 0 to 1.
     """
     if not isinstance(scores, list):
         raise ScoringError("the toxicity scorer has not answered with a list of scores")
@@ -91,10 +91,10 @@ def check_scores(scores: object, count: int) -> list[float]:
 
 
 def _checked_score(score: object) -> float:
-    # NaN is in no range; True is a number to Python only.
+    # NaN is in no range, so it is refused too; True is an int in Python, but no score.
     if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1:
         return float(score)
-    # Not what it gave: that may be a text.
+    # The value is left out of the message, because it may be a text.
     kind = type(score).__name__
     raise ScoringError(f"the toxicity scorer gave a {kind} that is no number from 0 to 1")
 

@@ -1,4 +1,4 @@
-"""Ends a worker that does not come to its answer."""
+"""Kills a worker that does not answer."""
 
 import subprocess
 import threading
@@ -9,14 +9,14 @@ from typing import Final
 
 import psutil
 
-_LONGEST: Final = 10  # times the limit: by then, whoever asked has left
+_LONGEST: Final = 10  # times the limit; by then, the client has left
 
 
 class Watchdog:
-    """Kills a process that hangs or computes without end, while it is entered.
+    """Kills a process that hangs or computes without end, during a `with` block.
 
-    A process of the lowest priority may wait long for a processor that others have: by itself, the
-    time that has passed says nothing. So the process is killed when it has used no processor time
+    A process of the lowest priority may wait long for a processor that others use, so the time that
+    has passed does not show that it hangs. The process is killed when it has used no processor time
     for `seconds`, or has used `seconds` of it, and in any case after ten times `seconds`.
     """
 
@@ -55,7 +55,7 @@ class Watchdog:
 
 
 def processor_seconds(pid: int) -> float:
-    """The processor time, in seconds, that a process has used; 0 if there is none."""
+    """Return the processor time, in seconds, that a process has used; 0 if it does not exist."""
     with suppress(psutil.Error):
         times = psutil.Process(pid).cpu_times()
         return times.user + times.system

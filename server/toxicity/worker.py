@@ -1,11 +1,12 @@
 """The worker process: `python -m server.toxicity.worker`.
 
-Its environment says which scorer (SPEC_VARIABLE; a command line is everybody's to read) and which
-process has started it (PARENT_VARIABLE). On Linux it dies with the thread that has started it.
+The environment says which scorer to load (SPEC_VARIABLE; everybody could read a command line) and
+which process has started the worker (PARENT_VARIABLE). On Linux the worker dies with the thread
+that has started it.
 
-First it says on stdout, in a line of JSON, `{"ready": true}`, or `{"error": "..."}` and ends. Then,
-for each line of stdin, a JSON list of texts, it writes a line with `{"scores": [...]}` or
-`{"error": "..."}`. It ends with stdin. stderr is for people.
+First the worker writes a line of JSON to stdout: `{"ready": true}`, or `{"error": "..."}` before it
+exits. Then it reads lines from stdin, each a JSON list of texts, and answers each with a line:
+`{"scores": [...]}` or `{"error": "..."}`. It exits at the end of stdin. stderr is for people.
 """
 
 import ctypes
@@ -33,11 +34,11 @@ _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 
 
 def load_scorer(spec: str) -> Backend:
-    """Load the scorer that a spec names, and no library that another one needs.
+    """Load the scorer that a spec names, without the libraries that only other scorers need.
 
     Raises:
         ValueError: the spec is wrong, or `none`.
-        Exception: whatever loading raises.
+        Exception: any error of the loading.
     """
     parsed = parse_spec(spec)
     if parsed.kind == "none":
@@ -47,19 +48,19 @@ def load_scorer(spec: str) -> Backend:
 
 
 def answer(scorer: Backend, line: bytes) -> dict[str, object]:
-    """The answer to one line: the scores, or why there are none."""
+    """Return the answer to one line: the scores, or the error."""
     try:
         texts = [_as_unicode(text) for text in json.loads(line)]
         return {"scores": scorer.score(texts)}
     except ScoringError as error:
         return {"error": _one_line(str(error))}
     except Exception as error:
-        # Its type only: what it says may quote a text.
+        # Only the error's type is told, because its message may quote a text.
         return {"error": f"the toxicity scorer failed: {type(error).__name__}"}
 
 
 def main() -> int:
-    """Serve until stdin ends. Returns the exit status."""
+    """Serve until stdin ends; return the exit status."""
     _die_with(int(os.environ.pop(PARENT_VARIABLE)))
     _yield_to_others()
     with _take_stdout() as protocol:
@@ -75,9 +76,9 @@ def main() -> int:
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the parent ends, even if stopped or hung by then; or end now if it has ended.
+    """Have Linux kill this process when its parent ends, even a hung one; exit if it has ended.
 
-    Elsewhere, and where a sandbox forbids it, the end of stdin has to do.
+    On other systems, or if a sandbox forbids this, the worker ends at the end of stdin.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
@@ -94,7 +95,7 @@ def _yield_to_others() -> None:
 
 
 def _take_stdout() -> TextIO:
-    """Keep stdout for the protocol; what a library prints goes to stderr."""
+    """Keep stdout for the protocol; redirect what libraries print to stderr."""
     protocol = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return protocol
@@ -106,12 +107,12 @@ def _say(protocol: TextIO, message: dict[str, object]) -> None:
 
 
 def _as_unicode(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which no encoding and no tokenizer takes."""
+    """Replace lone surrogates, which no encoding and no tokenizer takes, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _load_message(error: Exception) -> str:
-    """All that there is to say, for the operator: no text was asked about so far."""
+    """Return the full message for the operator; no text has come yet that it could quote."""
     message = str(error) or repr(error)
     if not isinstance(error, ScoringError | ValueError | OSError):
         message = f"{type(error).__name__}: {message}"
