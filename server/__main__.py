@@ -20,7 +20,7 @@ app.command()(bench)
 
 
 def main() -> None:
-    """The console script's entry."""
+    """Run the command line; the console script's entry point."""
     app()
 
 

@@ -1,4 +1,4 @@
-"""The application: its parts put together."""
+"""Builds the FastAPI application from its parts."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -35,17 +35,17 @@ def create_app(
     settings: Settings,
     sinks: Sequence[RecordSink] = (),
 ) -> FastAPI:
-    """The HTTP service on an engine and a registry.
+    """Build the HTTP service on an engine and a registry.
 
-    The application starts the engine if it is not started, and closes it if it started it; it
-    starts and closes the queue, and with it the scorer. Registry and sinks stay the caller's.
+    The application starts an engine that is not started yet, and then closes it as well. It starts
+    and closes the scoring queue, which closes its scorer. The caller closes registry and sinks.
 
     Args:
-        scoring: scores what is generated; None where no scores are wanted.
-        sinks: are told of every request at its end.
+        scoring: scores completions; None if no scores are wanted.
+        sinks: get the record of every request at its end.
 
     Raises:
-        ConfigurationError: the default steering is not one, or cannot be applied; or the default
+        ConfigurationError: the default steering is not valid or cannot be applied, or the default
             length of an answer is longer than the context.
     """
     if (tokens := settings.default_max_tokens or 0) >= engine.max_model_len:
@@ -68,13 +68,13 @@ def create_app(
         description="An OpenAI-compatible server that steers a language model, per request.",
         version=installed_version(),
         lifespan=_lifespan,
-        # Their pages come from elsewhere: see `server.api.documentation`.
+        # `server.api.documentation` serves these pages.
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        # In place of FastAPI's own 422, which no answer has.
+        # This replaces FastAPI's 422 in the schema, which the server never sends.
         responses={"default": {"model": ErrorEnvelope, "description": "Any error"}},
-        # A redirect would drop the body of some clients, and is answered before the keys are asked.
+        # Some clients drop the body at a redirect, and redirects are sent before keys are checked.
         redirect_slashes=False,
     )
     app.state.context = context
@@ -93,7 +93,7 @@ def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[Record
     check = host_check(settings)
     if check is not None:
         app.add_middleware(HostMiddleware, check=check)
-    # Inside of what adds headers to every answer: the application's own is outside of it.
+    # This one is inside the layers that add headers to every answer; FastAPI's own is outside.
     app.add_middleware(ServerErrorMiddleware, handler=handle_unexpected)
     if settings.cors_origins:
         app.add_middleware(CrossOriginMiddleware, origins=settings.cors_origins, check=check)

@@ -1,4 +1,4 @@
-"""The unsteered answers beside a sample of the steered ones: what an intervention takes away."""
+"""Generates unsteered answers to a sample of the steered requests, to measure the difference."""
 
 import asyncio
 import random
@@ -14,9 +14,9 @@ MAX_WAITING: Final = 64
 
 
 class BaselineSampler:
-    """Has the base model answer some steered requests too, where the engine has room for it.
+    """Has the base model answer some steered requests too, if the engine has room for it.
 
-    The answers are scored and told to nobody. Used on the event loop.
+    The answers are scored for the metrics and shown to nobody. To be used on the event loop.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class BaselineSampler:
         rate: float,
         timeout: float,
     ) -> None:
-        """`rate`: the share of steered requests, 0 to 1; `timeout`: seconds that each may take."""
+        """`rate` is the share of steered requests, 0 to 1; `timeout` is in seconds, for each."""
         self._engine = engine
         self._scoring = scoring
         self._metrics = metrics
@@ -38,7 +38,7 @@ class BaselineSampler:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def offer(self, request: Request, intervention: str) -> None:
-        """Perhaps answer a request, whose steered answer is finished, without its edits."""
+        """Answer a finished request again without its edits, if it is drawn for the sample."""
         if self._scoring is None or self._random.random() >= self._rate:
             return
         if len(self._tasks) >= MAX_AT_ONCE + MAX_WAITING:
@@ -49,7 +49,7 @@ class BaselineSampler:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End what runs or waits, and wait for its end."""
+        """Cancel the answers that run or wait, and wait for their end."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -58,14 +58,14 @@ class BaselineSampler:
         try:
             async with self._turn, asyncio.timeout(self._timeout):
                 text = await self._generate(request)
-        except (EngineError, TimeoutError):  # requests come first, always
+        except (EngineError, TimeoutError):  # clients' requests come first
             self._metrics.baseline("dropped")
             return
         self._metrics.baseline("completed")
         scoring.offer(text, intervention, "baseline")
 
     async def _generate(self, request: Request) -> str:
-        # Equal to the steered one but for its edits: prompt, seed and settings.
+        # Prompt, seed and sampling are those of the steered request; only its edits are left out.
         sampling = replace(request.sampling, logprobs=None, prompt_logprobs=None)
         base = Request(f"{request.request_id}-base", request.prompt, sampling, background=True)
         (generation,) = await self._engine.submit([base])

@@ -1,4 +1,4 @@
-"""What the server is told at start, resolved once: flags, then the environment, then defaults."""
+"""The server's settings, resolved once at start: flags, then the environment, then defaults."""
 
 import os
 import re
@@ -37,38 +37,38 @@ _steering_json: TypeAdapter[SteeringJson | None] = TypeAdapter(SteeringJson | No
 
 
 class ConfigurationError(Exception):
-    """The server cannot start as it was told to, with one sentence that says why."""
+    """The server cannot start with these settings; the message is one sentence that says why."""
 
 
 class Settings(BaseSettings):
-    """The server's settings. One that is not given is read from the variable named as its option.
+    """The server's settings. A setting that is not given is read from its environment variable.
 
     Raises:
         pydantic.ValidationError: a value is of the wrong kind, or two contradict each other.
-        pydantic_settings.SettingsError: a variable begins as steerserve's do and is none of them.
+        pydantic_settings.SettingsError: an unknown variable begins with `STEERSERVE_`.
     """
 
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        # A message must be able to show the wrong value of any field but a key's.
+        # Pydantic would show every wrong value, keys too; the messages below show others' values.
         hide_input_in_errors=True,
-        # The string below a field describes it, on the command line and in docs/options.md.
+        # The string below a field describes it on the command line and in docs/options.md.
         use_attribute_docstrings=True,
     )
 
     model: str = Field(default="embedded", min_length=1)
-    """Model to serve: embedded (a small one that comes along), a Hugging Face id, or a folder."""
+    """Model to serve: embedded (a small one that is included), a Hugging Face id, or a folder."""
     engine: Literal["torch"] = "torch"
     """Engine that runs the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto takes what suits the model and the device."""
+    """Number format of the weights; auto chooses one that suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"
     """How to place the model: none for one device, auto to spread it over all GPUs."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads that the model runs on; if unset, torch decides."""
     served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
-    """Names that clients may call the model by, the main one first; if unset, its own."""
+    """Names that clients may call the model by, the main one first; if unset, the model's own."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address to listen on."""
@@ -77,107 +77,112 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = None
     """Key that clients of /v1 must send; if unset, they need none."""
     api_key_file: Path | None = None
-    """File that holds the API key, which nobody sees in the list of processes then; if unset, there
-    is only --api-key."""
+    """File that holds the API key, so that the list of processes does not show the key;
+    if unset, the key is that of --api-key."""
     admin_key: SecretStr | None = None
-    """Key for upload and delete; if unset, both are allowed from this machine only, on a loopback
-    address, without a proxy and without an API key."""
+    """Key for upload and delete; if unset, both are allowed only from this machine, and only if the
+    server listens on a loopback address, is not behind a proxy, and has no API key."""
     admin_key_file: Path | None = None
-    """File that holds the admin key; if unset, there is only --admin-key."""
+    """File that holds the admin key; if unset, the key is that of --admin-key."""
     metrics_key: SecretStr | None = None
     """Key that readers of /metrics must send; if unset, they need none."""
     metrics_key_file: Path | None = None
-    """File that holds the key for /metrics; if unset, there is only --metrics-key."""
+    """File that holds the key for /metrics; if unset, the key is that of --metrics-key."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Names that a request's Host header may give, beside localhost and loopback addresses;
-    if unset, no others where the server listens on a loopback address, and any elsewhere."""
+    """Hosts that a request's Host header may name beside localhost and loopback addresses;
+    if unset, none if the server listens on a loopback address, and any host otherwise."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
-    """Origins, as https://chat.example.org, whose web pages may use the server from a browser; *
-    for all, which needs an API key; if unset, none."""
+    """Origins, such as https://chat.example.org, whose web pages may use the server from a browser;
+    * allows all origins and needs an API key; if unset, no other origin may."""
 
     registry: Path | None = None
-    """Folder of the stored interventions; if unset, steerserve/registry in the user's data."""
+    """Folder of the stored interventions; if unset, steerserve/registry in the user's data
+    folder."""
     max_loaded_interventions: int = Field(default=64, ge=1)
-    """Interventions on the device at once, at most."""
+    """Most interventions that are loaded on the device at once."""
     default_steering: Annotated[SteeringJson | None, NoDecode] = None
-    """Steering, as JSON, of requests that ask for none; if unset, they are not steered."""
+    """Steering, as JSON, of requests that do not choose any; if unset, they are not steered."""
     steering_policy: SteeringPolicy = "optional"
-    """What requests may choose: any steering or none (optional), any that has an effect (required),
-    or nothing, as all get the default steering (locked)."""
+    """Steering that requests may choose: any or none (optional), any that has an effect (required),
+    or only the default steering (locked)."""
 
     max_body_bytes: int = Field(default=4 * MIB, ge=1024)
     """Largest JSON body of a request, in bytes."""
     max_artifact_bytes: int = Field(default=256 * MIB, ge=1024)
     """Largest artifact, in bytes."""
     max_completions_per_request: int = Field(default=128, ge=1)
-    """Completions of one request at most: prompts times n, three times that with compare."""
+    """Most completions of one request, which are prompts times n, and three times that with
+    compare."""
     body_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
-    """Seconds that a client may send nothing of a request's body, or no request at all."""
+    """Seconds that a client may pause within a request's body, or leave a new connection without a
+    request."""
     min_upload_rate: int = Field(default=16 * 1024, ge=1)
-    """Bytes a second at which an artifact must come, after as many seconds as the body timeout."""
+    """Lowest average rate of an upload, in bytes a second, after a grace time of --body-timeout
+    seconds."""
     keep_alive: float = Field(default=65.0, gt=0, allow_inf_nan=False)
-    """Seconds that a connection stays open after an answer without a further request."""
+    """Seconds that a connection stays open after an answer if no further request comes."""
     write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """Seconds that a client may read nothing of its answer."""
+    """Seconds after which a client is cut off that reads nothing of its answer."""
     default_max_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a chat's answer, at most, where the request sets no limit; if unset, what is left
-    of the context, as with OpenAI."""
+    """Most tokens of a chat's answer if the request sets no limit; if unset, as many as the context
+    has left, as with OpenAI."""
     request_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    """Seconds from the arrival of a request to the end of its body, and to its last token."""
+    """Seconds from a request's arrival within which its body must be complete and its last token
+    generated."""
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running and waiting requests may go on after SIGTERM."""
 
     toxicity_scorer: str = Field(default="embedded", min_length=1)
-    """What tells how toxic completions are: embedded, hf:MODEL, http:URL, or none."""
+    """Scorer of the completions' toxicity: embedded, hf:MODEL, http:URL, or none."""
     toxicity_queue_size: int = Field(default=1024, ge=1)
-    """Completions that may wait for a score that nobody asks for; further ones are dropped."""
+    """Most completions that may wait for a score that no client asks for; further ones get none."""
     toxicity_share: float = Field(default=0.03, gt=0, le=1)
-    """Share of a processor that scoring unasked may take, and is let have, while anything is
+    """Share of one processor's time for scores that no client asks for, while completions are
     generated."""
     baseline_sample_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of steered requests whose unsteered answer is generated and scored too."""
     dose_interval: int = Field(default=16, ge=0)
-    """Edits are measured in one of so many steered steps; 0 for never."""
+    """The size of edits is measured in one of this many steered steps; 0 measures it never."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log."""
     log_content: bool = False
-    """Log prompts and completions too."""
+    """Write prompts and completions to the log and to traces."""
     otlp_endpoint: str | None = Field(default=None, min_length=1)
     """OpenTelemetry collector to send traces to, over HTTP; if unset, there are no traces."""
 
     max_model_len: int | None = Field(default=None, ge=2)
-    """Longest prompt with its completion, in tokens; if unset, the model's own limit."""
+    """Most tokens of a prompt and its completion together; if unset, the model's own limit."""
     max_waiting: int = Field(default=256, ge=1)
-    """Completions that may wait beside those that run; further ones are refused."""
+    """Most completions that may wait while others run; further ones are refused."""
     max_batch_size: int = Field(default=64, ge=1)
-    """Completions running at once, at most."""
+    """Most completions that run at once."""
     max_batch_tokens: int = Field(default=512, ge=1)
-    """Tokens of one step, at most; no fewer than completions run at once."""
+    """Most tokens that one step computes; at least as many as --max-batch-size."""
     kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Gigabytes for keys and values, the prefix cache's among them; if unset, 25 % of a CPU's free
-    memory, or what is left of a GPU's beside interventions, the largest step and CUDA graphs."""
+    """Gigabytes of the KV cache, the prefix cache included; if unset, 25 % of a CPU's free memory,
+    or the memory of a GPU that interventions, the largest step and CUDA graphs leave free."""
     attention: Literal["automatic", "pages", "slabs"] = "automatic"
-    """Where keys and values are kept: in pages of one GPU's memory, read by a Triton kernel, or in
-    slabs, one a sequence, on any device; automatic takes pages where GPU and model suit them."""
+    """Layout of the KV cache: pages, on one GPU, read by a Triton kernel; or slabs, one for each
+    sequence, on any device; automatic takes pages if the GPU and the model are suited to them."""
     cuda_graphs: bool = True
-    """On a GPU with pages, replay steps that only decode as CUDA graphs."""
+    """Replay steps that only decode as CUDA graphs, on a GPU whose KV cache is in pages."""
     compile_layers: bool = True
-    """On a CPU, compile layers in the background, and what refines rewards at start."""
+    """On a CPU, compile the layers in the background, and the reward refinement at start."""
     prefix_cache: bool = True
-    """Keep what was computed of prompts, for requests that begin alike."""
+    """Keep the keys and values of prompts for later requests that begin with the same tokens."""
     check_invariants: bool = False
     """Check the engine's bookkeeping after every step; slow."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_keys(cls, given: object) -> object:
-        """A key in a file is a key: who asks for keys need not know where one came from."""
+        """Read the keys that are given in files, so that other code only sees the key fields."""
         return with_keys_read(given) if isinstance(given, dict) else given
 
     @field_validator("served_model_names", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
-        """A variable holds several names separated by commas or blanks."""
+        """Split the text of a variable at commas and blanks into names."""
         return tuple(re.split(r"[\s,]+", value.strip())) if isinstance(value, str) else value
 
     @field_validator("allowed_hosts")
@@ -193,7 +198,7 @@ class Settings(BaseSettings):
     @field_validator("default_steering", mode="before")
     @classmethod
     def _parse_steering(cls, value: object) -> object:
-        """A flag or a variable holds JSON."""
+        """Parse the JSON text of a flag or a variable."""
         if not isinstance(value, str | bytes):
             return value
         try:
@@ -259,7 +264,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what is given, then the environment, and read no files."""
+        """Take the given values, then the environment; read no files."""
         return init_settings, Environment(settings_cls)
 
     @cached_property
@@ -274,15 +279,15 @@ class Settings(BaseSettings):
 
     @cached_property
     def registry_path(self) -> Path:
-        """The registry's folder: the given one, or `steerserve/registry` in the user's data."""
+        """The registry's folder: the given one, or one in the user's data folder."""
         if self.registry is not None:
             return self.registry.expanduser()
         data_home = os.environ.get("XDG_DATA_HOME", "")
-        # The XDG specification: a relative path there is to be ignored.
+        # The XDG specification says that a relative path is to be ignored.
         base = Path(data_home) if Path(data_home).is_absolute() else Path.home() / ".local/share"
         return base / "steerserve" / "registry"
 
     @property
     def binds_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True if the server listens on a loopback address, which only this machine reaches."""
         return is_loopback(self.host.strip("[]"))

@@ -1,4 +1,4 @@
-"""Reads settings from the environment: each from the variable that is named as its option is."""
+"""Reads settings from the environment, each from a variable that is named after its option."""
 
 import os
 from typing import Any, get_args, get_origin
@@ -16,7 +16,7 @@ def takes_several(field: FieldInfo) -> bool:
 
 
 def option_name(name: str, field: FieldInfo) -> str:
-    """Return what a setting's option is called, such as `served-model-name`."""
+    """Return the name of a setting's option, such as `served-model-name`."""
     return (name.removesuffix("s") if takes_several(field) else name).replace("_", "-")
 
 
@@ -29,14 +29,14 @@ class Environment(PydanticBaseSettingsSource):
     """Gives each setting the text of its variable, and refuses variables that nobody reads."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Return the variable's text (None where it is not set), and the setting's name."""
+        """Return the variable's text (None if it is not set), and the setting's name."""
         return read_variable(variable_name(field_name, field)), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        """Return what the environment says of all settings.
+        """Return the values of all settings that the environment sets.
 
         Raises:
-            SettingsError: a variable begins as steerserve's do and is none of them.
+            SettingsError: an unknown variable begins with `STEERSERVE_`.
         """
         fields = self.settings_cls.model_fields
         try:

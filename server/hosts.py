@@ -1,4 +1,4 @@
-"""Names of hosts and origins, as requests and operators write them."""
+"""Parses the names of hosts and origins, as requests and operators write them."""
 
 import ipaddress
 import re
@@ -21,7 +21,7 @@ def named_host(host: str) -> str | None:
     """Takes the name out of a Host header: lower case, without port, brackets or a last dot.
 
     Returns:
-        None where the header is not `name`, `name:port`, `[IPv6 address]` or
+        The name, or None if the header is not `name`, `name:port`, `[IPv6 address]` or
         `[IPv6 address]:port`.
     """
     match = _HOST_PATTERN.fullmatch(host)
@@ -44,7 +44,7 @@ def check_host(value: str) -> str:
     """Checks a host that an operator allows; returns it as `named_host` does.
 
     Raises:
-        ValueError: it is no name and no address, or has a port.
+        ValueError: the host is neither a name nor an address, or has a port.
     """
     match = _HOST_PATTERN.fullmatch(f"[{value}]" if _is_ipv6(value) else value)
     name = None if match is None or match["port"] is not None else _canonical(match["name"])
@@ -60,7 +60,7 @@ def check_origin(value: str) -> str:
     """Checks an origin that an operator allows; returns it as browsers write it, or `*`.
 
     Raises:
-        ValueError: it is not `*` and not `scheme://host[:port]`.
+        ValueError: the origin is neither `*` nor `scheme://host[:port]`.
     """
     if value == ANY_ORIGIN:
         return value
@@ -74,13 +74,13 @@ def check_origin(value: str) -> str:
         )
     scheme = match["scheme"].lower()
     host = f"[{name}]" if ":" in name else name
-    # Browsers leave out the port that the scheme has anyway.
+    # Browsers leave out the default port of the scheme.
     shown = "" if port in (None, _DEFAULT_PORTS.get(scheme)) else f":{int(port)}"
     return f"{scheme}://{host}{shown}"
 
 
 def _canonical(name: str) -> str | None:
-    """The name in lower case; None where brackets hold no IPv6 address."""
+    """Return the name in lower case, without brackets; None if these hold no IPv6 address."""
     name = name.lower()
     if not name.startswith("["):
         return name.removesuffix(".")

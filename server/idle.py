@@ -1,4 +1,4 @@
-"""Connections that ask for nothing: closed, so that they cannot pile up."""
+"""Closes connections that send no request, so that they cannot pile up."""
 
 import asyncio
 from collections.abc import Iterable, Mapping
@@ -7,30 +7,30 @@ from typing import Protocol
 
 
 class Cycle(Protocol):
-    """A request and its answer, as uvicorn's protocol for h11 keeps them."""
+    """A request and its answer, as uvicorn's h11 protocol keeps them."""
 
     @property
     def response_complete(self) -> bool:
-        """Whether all of the answer was written."""
+        """True once the whole answer was written."""
         ...
 
 
 class Connection(Protocol):
-    """What is needed of that protocol; it has no cycle before the first request's head is read."""
+    """The part of uvicorn's h11 protocol that is used here."""
 
     @property
     def transport(self) -> asyncio.Transport:
-        """The socket's other side."""
+        """The connection's transport."""
         ...
 
     @property
     def cycle(self) -> Cycle | None:
-        """The request that is answered, or else the last one."""
+        """The current request, or else the last one; None until a request's head was read."""
         ...
 
     @property
     def between_requests(self) -> bool:
-        """Whether a request was answered, and not a byte of a further one has come."""
+        """True if a request was answered and no byte of a further one has come."""
         ...
 
 
@@ -44,8 +44,8 @@ class _Idle:
 class IdleConnections:
     """Closes connections that for `timeout` seconds have sent no request, or only part of one.
 
-    After an answer, until the next request's first byte comes, it is `keep_alive` seconds; uvicorn
-    itself closes only then.
+    Between an answer and the first byte of the next request, the limit is `keep_alive` seconds.
+    Uvicorn itself closes idle connections only in that state.
     """
 
     def __init__(self, timeout: float, keep_alive: float) -> None:
@@ -67,7 +67,7 @@ class IdleConnections:
                 continue
             resting = connection.between_requests
             before = self._idle.get(connection)
-            # One whole request may have come and gone in between.
+            # A whole request may have come and been answered since the last look.
             if before is None or before.after is not cycle or before.between_requests != resting:
                 before = _Idle(cycle, resting, now)
             idle[connection] = before

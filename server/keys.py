@@ -1,15 +1,15 @@
-"""Keys that are given in files, where the list of processes does not show them."""
+"""Reads keys from files, which the list of processes does not show."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 FILE_SUFFIX: Final = "_file"
-MAX_KEY_BYTES: Final = 4096  # more than a header's line should hold; a device file has no end
+MAX_KEY_BYTES: Final = 4096  # more than a header should hold; a device file has no end
 
 
 def with_keys_read(given: Mapping[str, object]) -> dict[str, object]:
-    """Adds to an operator's settings the keys that they give by file.
+    """Return an operator's settings with the keys that are given in files.
 
     Args:
         given: settings by name; the file of the key `x_key` is `x_key_file`, a path.
@@ -21,7 +21,7 @@ def with_keys_read(given: Mapping[str, object]) -> dict[str, object]:
     for file_name in [name for name in given if name.endswith(f"_key{FILE_SUFFIX}")]:
         path = given[file_name]
         if not isinstance(path, str | Path):
-            continue  # absent; or of a type that is refused by itself
+            continue  # absent, or of a type that pydantic refuses
         name = file_name.removesuffix(FILE_SUFFIX)
         if read.get(name) is not None:
             raise ValueError(f"{name} and {file_name} are both given: give the key once")
@@ -33,7 +33,7 @@ def _read_key(path: Path, setting: str) -> str:
     try:
         with path.expanduser().open("rb") as file:
             data = file.read(MAX_KEY_BYTES + 1)
-    except (OSError, RuntimeError) as error:  # the latter where ~user is nobody
+    except (OSError, RuntimeError) as error:  # the latter for an unknown ~user
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"the file of {setting}, {path}, cannot be read: {reason}") from None
     key = data.decode("latin-1").strip()
@@ -48,5 +48,5 @@ def _read_key(path: Path, setting: str) -> str:
 
 
 def is_key(text: str) -> bool:
-    """Whether a request's header can carry the text as a key."""
+    """Tell whether a request's header can carry the text as a key."""
     return bool(text) and all("!" <= character <= "~" for character in text)

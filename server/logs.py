@@ -1,4 +1,4 @@
-"""Logs on standard error, as text or as one JSON object a line; one line a request."""
+"""Writes logs to standard error, as text or as one JSON object a line; one line a request."""
 
 import json
 import logging
@@ -14,14 +14,14 @@ from server.records import GenerationRecord, RequestRecord
 
 LogFormat: TypeAlias = Literal["text", "json"]
 
-# What operators' tools ask for all day long.
+# The endpoints that operators' tools request all the time.
 QUIET_ENDPOINTS: Final = frozenset({"/health", "/ready", "/metrics", "/version"})
 
-# Loggers that speak at INFO; everybody else's begin at WARNING.
+# Loggers that log from INFO on; all others log from WARNING on.
 _OWN_LOGGERS: Final = ("interventions", "server", "steering", "steerserve", "uvicorn")
 # Libraries that write to standard error by themselves, in a format of their own.
 _LOGGERS_WITH_HANDLERS: Final = ("huggingface_hub", "transformers")
-# Attributes of a log record that carry a request, for the one format and for the other.
+# The attributes of a log record that carry a request's values, for JSON and for text.
 _FIELDS: Final = "steerserve_fields"
 _DETAILS: Final = "steerserve_details"
 _SHORT_DIGEST: Final = 12
@@ -33,7 +33,7 @@ logger = logging.getLogger("steerserve.requests")
 def configure_logging(style: LogFormat) -> None:
     """Send every logger's lines to standard error in one format, Python's warnings too.
 
-    For the process that serves, once: it replaces whatever handlers the root logger has.
+    To be called once, by the process that serves: it replaces the root logger's handlers.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if style == "json" else TextLines())
@@ -47,10 +47,10 @@ def configure_logging(style: LogFormat) -> None:
 
 
 class LogSink:
-    """Logs each request at its end, at INFO; what is asked for all the time, at DEBUG."""
+    """Logs each request at its end, at INFO, or at DEBUG for the quiet endpoints."""
 
     def __init__(self, *, with_content: bool) -> None:
-        """`with_content`: log prompts and completions too."""
+        """Log prompts and completions too if `with_content` is true."""
         self._with_content = with_content
 
     def record(self, record: RequestRecord) -> None:
@@ -65,10 +65,10 @@ class LogSink:
 
 
 class TextLines(logging.Formatter):
-    """Lines for people. What a client wrote cannot begin a line of its own."""
+    """Formats lines for people. Text from a client cannot begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback's follow, indented."""
+        """Return the line, followed by a traceback's lines, indented."""
         head = f"{_time_of(record)} {record.levelname} {record.name}: "
         lines = [head + _on_one_line(record.getMessage().rstrip())]
         lines[0] += getattr(record, _DETAILS, "")
@@ -80,31 +80,31 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(JsonFormatter):
-    """One JSON object a line: `time`, `level`, `logger`, `message`, and a request's own keys."""
+    """Formats JSON objects with `time`, `level`, `logger`, `message`, and a request's own keys."""
 
     def __init__(self) -> None:
         names = {"asctime": "time", "levelname": "level", "name": "logger", "exc_info": "exception"}
         super().__init__(
             ("asctime", "levelname", "name", "message"),
             rename_fields=names,
-            # Uvicorn's messages a second time, in colours.
+            # `color_message` is uvicorn's message a second time, in colours.
             reserved_attrs=[*RESERVED_ATTRS, "color_message", _DETAILS],
         )
 
     def formatTime(  # noqa: N802 - logging's name
         self, record: logging.LogRecord, datefmt: str | None = None
     ) -> str:
-        """RFC 3339, in UTC."""
+        """Return the time in RFC 3339, in UTC."""
         return _time_of(record)
 
     def process_log_record(self, log_data: LogData) -> LogData:
-        """The object to write."""
+        """Return the object to write."""
         fields: LogData = log_data.pop(_FIELDS, {})
         return log_data | {"message": str(log_data["message"]).rstrip()} | fields
 
 
 def fields_of(record: RequestRecord, *, with_content: bool) -> dict[str, JsonValue]:
-    """A request's keys in a JSON line. Times are in seconds; what is not known is null."""
+    """Return a request's keys for a JSON line. Times are in seconds; unknown values are null."""
     fields: dict[str, JsonValue] = {
         "request_id": record.request_id,
         "method": record.method,
@@ -144,7 +144,7 @@ def _content_of(generation: GenerationRecord) -> dict[str, JsonValue]:
 
 
 def _details_of(record: RequestRecord, *, with_content: bool) -> str:
-    """The same for people: ` key=value` of what is known."""
+    """Return a request's known values for a text line, each as ` key=value`."""
     details: dict[str, JsonValue] = {
         "seconds": _rounded(record.seconds),
         "request_id": record.request_id,
@@ -185,7 +185,7 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    """The text, with its control characters, and whatever else cannot be seen, escaped."""
+    """Escape the text's control characters and all others that are not printable."""
     if text.isprintable():
         return text
     return "".join(

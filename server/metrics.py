@@ -1,4 +1,4 @@
-"""Every Prometheus metric of the server, in one registry of its own."""
+"""Holds every Prometheus metric of the server, in one registry of its own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal, TypeAlias, get_args
@@ -17,13 +17,13 @@ PREFIX: Final = "steerserve_"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 MAX_INTERVENTION_LABELS: Final = 100
-MAX_STACK_LABELS: Final = 50  # further ones: clients choose what they stack
+MAX_STACK_LABELS: Final = 50  # beside the others, because clients choose what they stack
 OTHER: Final = "other"
 SEPARATOR: Final = "+"  # between the names of a stack
-NONE: Final = "none"  # what the base model wrote by itself
+NONE: Final = "none"  # the label of unsteered completions
 TOXIC_FROM: Final = (0.5, 0.8)  # scores from which a completion counts as toxic
 
-# From a GPU's sub-millisecond decode step to a CPU's second under load.
+# Bucket bounds, from a GPU's decode step below 1 ms to a CPU's of seconds under load.
 TOKEN_SECONDS: Final = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
     *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0),
@@ -44,16 +44,16 @@ DOSES: Final = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0,
 
 
 class Metrics:
-    """The server's metrics. Counters and histograms are fed as things happen; gauges at a scrape.
+    """The server's metrics. Events update counters and histograms; a scrape updates gauges.
 
-    All but `render` is called on the event loop.
+    All methods but `render` are called on the event loop.
     """
 
     def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
-        """The engine and the registry are only read, when the page is rendered.
+        """Make the metrics. The engine and the registry are only read, at each scrape.
 
         Args:
-            model: what clients call the model.
+            model: the name by which clients call the model.
         """
         registry = CollectorRegistry()
         self._registry = registry
@@ -146,53 +146,53 @@ class Metrics:
     def watch_toxicity_queue(
         self, depth: Callable[[], int], longest_wait: Callable[[], float]
     ) -> None:
-        """Ask for the queue's depth, and its longest wait in seconds, at every scrape."""
+        """Read the queue's depth, and its longest wait in seconds, at every scrape."""
         self._depth.set_function(depth)
         self._longest_wait.set_function(longest_wait)
 
     def expect(self, endpoint: str, outcomes: Sequence[str]) -> None:
-        """Show a route's counters from the start: a rate cannot see a series' first value."""
+        """Create a route's counters at 0, because a rate cannot see a series' first value."""
         for outcome in outcomes:
             self._requests.labels(endpoint, outcome)
 
     def first_token(self, seconds: float) -> None:
-        """A completion's first token came, `seconds` after the request."""
+        """Record that a completion's first token came `seconds` after the request."""
         self._first_token.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        """A further token of a completion came, `seconds` after the one before."""
+        """Record that a further token of a completion came `seconds` after the one before."""
         self._inter_token.observe(seconds)
 
     def queued(self, seconds: float) -> None:
-        """A completion's first step began, `seconds` after its submission."""
+        """Record that a completion's first step began `seconds` after its submission."""
         self._queue.observe(seconds)
 
     def admitted(self, prompt_tokens: int) -> None:
-        """All completions of a request were admitted."""
+        """Count the prompt tokens of a request whose completions were all admitted."""
         self._prompt.inc(prompt_tokens)
 
     def generated(self, tokens: int, kind: str | None, intervention: str) -> None:
-        """Tokens were generated; `kind` is None where nothing was edited."""
+        """Count generated tokens; `kind` is None if nothing was edited."""
         self._generation.inc(tokens)
         if kind is not None:
             self._steered.labels(kind, self._bounded(intervention)).inc(tokens)
 
     def dosed(self, intervention: str, ratio: float) -> None:
-        """One intervention's edits in a sampled step: ‖edit‖ / ‖activation‖, a mean."""
+        """Record the mean ‖edit‖ / ‖activation‖ of one intervention in a sampled step."""
         self._dose.labels(self._bounded(intervention)).observe(ratio)
 
     def finished(self, seconds: float, prompt_tokens: int, generated_tokens: int) -> None:
-        """A generating request ended well, `seconds` after it came."""
+        """Record that a generating request ended well, `seconds` after it came."""
         self._duration.observe(seconds)
         self._request_prompt.observe(prompt_tokens)
         self._request_generation.observe(generated_tokens)
 
     def answered(self, endpoint: str, outcome: str) -> None:
-        """An HTTP request ended. `endpoint` is a route's template, never the client's path."""
+        """Count an ended HTTP request. `endpoint` is a route's template, not the client's path."""
         self._requests.labels(endpoint, outcome).inc()
 
     def scored(self, intervention: str, arm: Arm, score: float, seconds: float) -> None:
-        """A completion has its toxicity score, 0 to 1, `seconds` after its end."""
+        """Record a completion's toxicity score, 0 to 1, which came `seconds` after its end."""
         label = self._bounded(intervention)
         self._toxicity.labels(label, arm).observe(score)
         for threshold in TOXIC_FROM:
@@ -201,24 +201,24 @@ class Metrics:
         self._scoring.observe(seconds)
 
     def not_scored(self) -> None:
-        """A completion was not scored: the queue was full, or the scorer failed."""
+        """Count a completion that was not scored: the queue was full, or the scorer failed."""
         self._dropped.inc()
 
     def baseline(self, outcome: BaselineOutcome) -> None:
-        """The unsteered answer beside a steered one was generated, or given up."""
+        """Count an unsteered answer beside a steered one, which was generated or given up."""
         self._baselines.labels(outcome).inc()
 
     def render(self) -> bytes:
-        """The metrics page, with the gauges as they are now."""
+        """Return the metrics page, with the gauges as they are now."""
         self._show(NONE, None)
         for entry in self._interventions.entries():
-            # Half of the labels are for what is asked for, whatever is stored.
+            # Half of the labels are kept for what requests use, however much is stored.
             if entry.name in self._labels or len(self._labels) < MAX_INTERVENTION_LABELS // 2:
                 self._show(entry.name, entry.manifest.kind)
         return generate_latest(self._registry)
 
     def _show(self, intervention: str, kind: str | None) -> None:
-        """Show an intervention's series from the first scrape on; see `expect`."""
+        """Create an intervention's series at 0, as `expect` does."""
         label = self._bounded(intervention)
         arms: Sequence[Arm] = ("served",) if kind is None else ("served", "baseline")
         if kind is not None:
@@ -230,7 +230,7 @@ class Metrics:
                 self._toxic.labels(label, arm, threshold)
 
     def _bounded(self, intervention: str) -> str:
-        """The label, or `other` once there are too many: each costs memory for good."""
+        """Return the label, or `other` if there are too many: each costs memory for good."""
         stack = SEPARATOR in intervention
         labels, most = (
             (self._stack_labels, MAX_STACK_LABELS)
@@ -244,7 +244,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """What the engine and the registry say of themselves, asked at every scrape."""
+    """Collects the present values of the engine and the registry, at every scrape."""
 
     def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
         self._engine = engine
@@ -252,7 +252,7 @@ class _State(Collector):
         self._model = model
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: without it, the engine would be asked when this is registered."""
+        """Describe nothing; without this method, registering would call `collect`."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:

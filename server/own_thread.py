@@ -1,9 +1,9 @@
-"""Work that computes with torch, on a thread that ends with it.
+"""Runs work that computes with torch on a thread that ends with the work.
 
-Each thread that computes keeps helpers of its own for as long as it lives (OpenMP's pools). Where
-there are more of them than processors, those of the engine no longer wait awake for their next
-operation, and a decode step on two cores takes twice as long. So only the engine's thread computes
-and stays.
+Each thread that computes keeps an OpenMP pool of helper threads for as long as it lives. If there
+are more helpers than processors, the engine's helpers no longer spin until their next operation,
+and a decode step on two cores takes twice as long. So no computing thread but the engine's may stay
+alive.
 """
 
 import threading
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def in_own_thread(function: Callable[[], T]) -> Future[T]:
-    """Start a function; its result or exception comes by the future."""
+    """Run a function on a new thread; the future gets its result or exception."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What is known of one HTTP request at its end, and who is told of it."""
+"""The record of one HTTP request, and the sinks that get it at the request's end."""
 
 import importlib
 from collections.abc import Sequence
@@ -41,34 +41,34 @@ class MessageRecord:
 
 @dataclass(slots=True)
 class GenerationRecord:
-    """What is known of a request that generates, as far as it came.
+    """The record of a request that generates, as far as the request came.
 
-    Its text is here only where the operator asked for it to be logged.
+    It has prompts and completions only if the operator wants them logged.
     """
 
     operation: Operation
     response_id: str
-    model: str  # as the request names it; known to be served
-    served_model: str  # what is loaded
+    model: str  # the name that the request gives, which is served
+    served_model: str  # the main name of the loaded model
     stream: bool = False
     choices: int = 1
     interventions: Sequence[InterventionRecord] = ()
     sampling: SamplingSettings | None = None  # of the first choice
     prompt_tokens: int = 0  # each prompt once
     completion_tokens: int = 0  # of all choices
-    finish_reasons: Sequence[str | None] = ()  # of each choice; None where it has not finished
+    finish_reasons: Sequence[str | None] = ()  # of each choice; None if it has not finished
     queue_seconds: float | None = None  # of the first choice to be scheduled
     first_token_seconds: float | None = None  # from the request's arrival
-    prompts: Sequence[MessageRecord] = ()  # content
-    completions: Sequence[str] = ()  # content, of each choice in their order
+    prompts: Sequence[MessageRecord] = ()  # empty unless content is logged
+    completions: Sequence[str] = ()  # the same; one text for each choice
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One HTTP request. Complete, but for what never came to be, when a sink is given it."""
+    """The record of one HTTP request. A sink gets it when the request has ended."""
 
     request_id: str
-    method: str  # `_OTHER` where it is none of HTTP's own
+    method: str  # `_OTHER` if it is none of HTTP's own
     started_ns: int  # Unix time
     traceparent: str | None = None  # W3C's headers, as they came
     tracestate: str | None = None
@@ -81,23 +81,23 @@ class RequestRecord:
 
 
 class RecordSink(Protocol):
-    """Is told of every request at its end, on the event loop: it must be quick."""
+    """Gets the record of every request at its end, on the event loop, so it must be quick."""
 
     def record(self, record: RequestRecord) -> None:
-        """Take note of a request. What it raises is logged, and fails no request."""
+        """Take a request's record. An exception is logged, and does not fail the request."""
         ...
 
 
 class ClosableSink(RecordSink, Protocol):
-    """A sink that delivers later."""
+    """A sink that delivers records later."""
 
     def close(self) -> None:
-        """Deliver what waits, in a few seconds or not at all. The last call."""
+        """Deliver waiting records, or drop them after a few seconds. No other call may follow."""
         ...
 
 
 def load_trace_sink(endpoint: str, *, with_content: bool) -> ClosableSink:
-    """A sink that sends spans to a collector. OpenTelemetry is imported here, and only here.
+    """Make a sink that sends spans to a collector. OpenTelemetry is imported only by this call.
 
     Args:
         endpoint: the collector's base URL, for OTLP over HTTP.

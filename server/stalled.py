@@ -1,4 +1,4 @@
-"""Connections whose reader takes nothing: cut off, whatever was being sent."""
+"""Cuts off connections whose client reads nothing of what is sent."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ logger = logging.getLogger("uvicorn.error")
 
 
 class Connection(Protocol):
-    """What is needed of uvicorn's protocols, of which there are several."""
+    """The part of uvicorn's protocol classes that is used here."""
 
     transport: asyncio.Transport
 
@@ -22,10 +22,11 @@ class _Unsent:
 
 
 class StalledConnections:
-    """Aborts connections that have had something to send, and could not, for `timeout` seconds.
+    """Aborts connections that have had bytes to send, and could send none, for `timeout` seconds.
 
-    A stream waits for its reader, however slow, and closing a connection waits for what was written
-    before: a reader that takes nothing would keep it, and all it holds, for ever.
+    A stream waits for its client, however slow, and closing a connection waits until all written
+    bytes are sent. A client that reads nothing would hold the connection, and all that the stream
+    holds, for ever.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -44,7 +45,7 @@ class StalledConnections:
             size = transport.get_write_buffer_size()
             if size == 0:
                 continue
-            # Whatever is written makes it larger, whatever the reader takes makes it smaller.
+            # The size grows by what is written and shrinks by what the client reads.
             before = self._unsent.get(transport)
             if before is None or before.size != size:
                 before = _Unsent(size, now)

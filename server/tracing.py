@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span a generating request, sent to a collector. Needs the extra `otel`."""
+"""Sends an OpenTelemetry span for each generating request. Needs the extra `otel`."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ Attribute: TypeAlias = str | bool | int | float | Sequence[str]
 
 PROVIDER: Final = "steerserve"
 FIRST_EVENT: Final = "steerserve.first_token"
-LONGEST_CONTENT: Final = 16_000  # characters a span, of prompts and of completions each
-MESSAGE_COST: Final = 64  # of those, what a message takes beside its text
+LONGEST_CONTENT: Final = 16_000  # characters of prompts, and as many of completions, in a span
+MESSAGE_COST: Final = 64  # characters that a message counts for beside its text
 
 _TRACES_PATH: Final = "/v1/traces"
 _EXPORT_SECONDS: Final = 5.0
@@ -35,16 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 class TraceSink:
-    """Makes a span of each request that generates, when it has ended.
+    """Makes a span of each request that generates, when the request has ended.
 
-    The names of its attributes are those of OpenTelemetry's GenAI conventions, written out: the
-    package that has them calls them deprecated since they moved to a repository of their own.
+    The attributes have the names of OpenTelemetry's GenAI conventions. They are written out here,
+    because the package that defines them marks them as deprecated since they moved to another
+    repository.
     """
 
     def __init__(self, processor: SpanProcessor, *, with_content: bool) -> None:
         """Spans go to `processor`; with prompts and completions only if `with_content`."""
         own = {"service.name": PROVIDER, "service.version": installed_version()}
-        # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say goes before.
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence.
         resource = Resource.create(own).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
@@ -53,7 +54,7 @@ class TraceSink:
         self._with_content = with_content
 
     def record(self, record: RequestRecord) -> None:
-        """Make the span, whose parent is the caller's, if it named one."""
+        """Make the span, as a child of the caller's span if the request names one."""
         generation = record.generation
         if generation is None:
             return
@@ -74,15 +75,15 @@ class TraceSink:
         span.end(_after(record, record.seconds))
 
     def close(self) -> None:
-        """Send what waits, for a few seconds at most."""
-        # The SDK's own limit is 30 s, and not ours to set.
+        """Send the waiting spans, for a few seconds at most."""
+        # The SDK's own limit is 30 s and cannot be set.
         closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
 
 
 def open_trace_sink(endpoint: str, *, with_content: bool) -> TraceSink:
-    """A sink that sends its spans in batches, from a thread, to a collector.
+    """Make a sink that sends its spans in batches, from a thread, to a collector.
 
     Args:
         endpoint: the collector's base URL, for OTLP over HTTP, such as http://localhost:4318.
@@ -92,17 +93,17 @@ def open_trace_sink(endpoint: str, *, with_content: bool) -> TraceSink:
         ConfigurationError: the endpoint is no such URL.
     """
     url, host = _traces_url(endpoint)
-    # Its complaints about every batch, and every try of it; ours come once.
+    # OpenTelemetry logs every try of every failed batch; `SteadyExporter` logs a failure once.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     exporter = SteadyExporter(OTLPSpanExporter(url, timeout=_EXPORT_SECONDS), host)
     return TraceSink(BatchSpanProcessor(exporter), with_content=with_content)
 
 
 class SteadyExporter(SpanExporter):
-    """Exports with another, and says once when that begins to fail and once when it works again."""
+    """Wraps an exporter; logs once when exports begin to fail, and once when they work again."""
 
     def __init__(self, exporter: SpanExporter, collector: str) -> None:
-        """`collector` is what the log calls the other side."""
+        """`collector` is the collector's name in the log."""
         self._exporter = exporter
         self._collector = collector
         self._failing = False
@@ -112,7 +113,7 @@ class SteadyExporter(SpanExporter):
         try:
             result = self._exporter.export(spans)
         except Exception as error:
-            # What it says may quote the spans.
+            # Only the error's type is logged, because its message may quote the spans.
             logger.debug("An export failed: %s", type(error).__name__)
             result = SpanExportResult.FAILURE
         failing = result is not SpanExportResult.SUCCESS
@@ -128,12 +129,12 @@ class SteadyExporter(SpanExporter):
         self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Whether everything is sent: nothing waits here."""
+        """Flush the wrapped exporter, as nothing waits here; return whether all was sent."""
         return self._exporter.force_flush(timeout_millis)
 
 
 def _traces_url(endpoint: str) -> tuple[str, str]:
-    """Where spans are sent to, and what to call it in the log, without a password."""
+    """Return the URL to send spans to, and its name in the log, without a password."""
     wrong = ConfigurationError(
         "the OTLP endpoint must be a collector's base URL for OTLP over HTTP, such as "
         "http://localhost:4318"
@@ -190,7 +191,7 @@ def _generation_attributes(generation: GenerationRecord) -> dict[str, Attribute]
 
 
 def _sampling_attributes(generation: GenerationRecord) -> dict[str, Attribute]:
-    """How tokens were drawn. Stop sequences are the client's text, and left out."""
+    """Return the sampling settings. Stop strings are left out: they are the client's text."""
     sampling = generation.sampling
     if sampling is None:
         return {}
@@ -208,7 +209,7 @@ def _sampling_attributes(generation: GenerationRecord) -> dict[str, Attribute]:
 
 
 def _content_attributes(generation: GenerationRecord) -> dict[str, Attribute]:
-    """The text, in the conventions' JSON, and of a bounded size: spans wait in memory."""
+    """Return the texts in the conventions' JSON, cut to size because spans wait in memory."""
     answers = [MessageRecord("assistant", text) for text in generation.completions]
     answered = _messages(answers)
     for message, reason in zip(answered, generation.finish_reasons, strict=False):

@@ -1,4 +1,4 @@
-"""Variables of the environment: the table of those that are no settings, and which are not ours.
+"""Environment variables: the table of those that are no settings, and the refusal of unknown ones.
 
 This module imports little but the standard library, so that a scoring worker can use it too.
 """
@@ -12,7 +12,7 @@ from typing import Final
 from interventions.spelling import LONGEST_NAME, nearest_name
 
 PREFIX: Final = "STEERSERVE_"
-_LEAST_LIKENESS: Final = 0.5  # of a name to what was given, 1 being equal
+_LEAST_LIKENESS: Final = 0.5  # of a suggested name to the given one; 1 means equal
 
 # Kubernetes sets these in every container beside a service named "steerserve" or "steerserve-…".
 _KUBERNETES_NAME: Final = re.compile(
@@ -24,7 +24,7 @@ _KUBERNETES_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 class UnknownVariableError(ValueError):
-    """A variable begins as steerserve's do and is none of them; the sentence names the nearest."""
+    """An unknown variable begins with `STEERSERVE_`; the message names the nearest known one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Variable:
     description: str
 
     def read(self) -> str | None:
-        """Return the variable's value, or None where it is missing or empty."""
+        """Return the variable's value, or None if it is missing or empty."""
         return read_variable(self.name)
 
 
@@ -73,13 +73,13 @@ OTHER_VARIABLES: Final = (
 
 
 def read_variable(name: str) -> str | None:
-    """Return a variable's value, or None where it is missing, empty, or set by Kubernetes."""
+    """Return a variable's value, or None if it is missing, empty, or set by Kubernetes."""
     value = os.environ.get(name)
     return None if not value or is_of_kubernetes(name, value) else value
 
 
 def is_of_kubernetes(name: str, value: str) -> bool:
-    """Tell whether a variable is one that Kubernetes sets for a service named as steerserve is."""
+    """Tell whether Kubernetes has set a variable for a service named steerserve."""
     if _KUBERNETES_NAME.fullmatch(name):
         return True
     # `STEERSERVE_PORT=9000` is a setting; Kubernetes sets the same name to an address.
@@ -87,10 +87,9 @@ def is_of_kubernetes(name: str, value: str) -> bool:
 
 
 def refuse_unknown(environment: Mapping[str, str], settings: Collection[str]) -> None:
-    """Refuse an environment with a variable that begins as steerserve's do and that nobody reads.
+    """Refuse an environment with an unknown variable that begins with `STEERSERVE_`.
 
-    A variable that is empty counts as not set. Names are in capitals: others are refused too, as
-    nobody reads them.
+    An empty variable counts as not set. Names are in capitals; a name in other letters is unknown.
 
     Args:
         environment: the variables by their names.
@@ -114,7 +113,7 @@ def refuse_unknown(environment: Mapping[str, str], settings: Collection[str]) ->
 
 def _explain(name: str, known: Collection[str]) -> str:
     sentence = f"the environment variable {name[:LONGEST_NAME]} is none of steerserve's"
-    # Compared without what all have in common, which would make any two names alike.
+    # Names are compared without the common prefix, which would make any two of them alike.
     words = {candidate.removeprefix(PREFIX): candidate for candidate in known}
     given = name.upper().removeprefix(PREFIX)
     nearest = nearest_name(given, words, _LEAST_LIKENESS)

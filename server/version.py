@@ -1,10 +1,10 @@
-"""Which steerserve this is."""
+"""The installed version of steerserve."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version() -> str:
-    """The distribution's version; `unknown` where the sources run without being installed."""
+    """Return the distribution's version, `unknown` if the sources run without being installed."""
     try:
         return version("steerserve")
     except PackageNotFoundError:
