@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        # Pydantic would show every wrong value, keys too; the messages below show others' values.
+        # Pydantic would show every wrong value, keys too. The validators below show other values.
         hide_input_in_errors=True,
         # The string below a field describes it on the command line and in docs/options.md.
         use_attribute_docstrings=True,

@@ -38,7 +38,7 @@ class Connection(Protocol):
 class _Idle:
     after: Cycle | None  # the last request
     between_requests: bool
-    since: float
+    since: float  # seconds, by the clock of `close`
 
 
 class IdleConnections:
@@ -57,7 +57,7 @@ class IdleConnections:
         """Look at all connections, and close those that were idle too long; to be called often.
 
         Args:
-            now: in seconds, by any clock that only goes forward.
+            now: the time in seconds, by any monotonic clock.
         """
         idle: dict[Connection, _Idle] = {}
         for connection in connections:

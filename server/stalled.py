@@ -18,7 +18,7 @@ class Connection(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Unsent:
     size: int  # bytes waiting in the process
-    since: float
+    since: float  # when the size last changed, in seconds, by the clock of `cut`
 
 
 class StalledConnections:
@@ -37,7 +37,7 @@ class StalledConnections:
         """Look at all connections, and abort those that have stalled; to be called often.
 
         Args:
-            now: in seconds, by any clock that only goes forward.
+            now: the time in seconds, by any monotonic clock.
         """
         unsent: dict[asyncio.Transport, _Unsent] = {}
         for connection in connections:
@@ -45,7 +45,7 @@ class StalledConnections:
             size = transport.get_write_buffer_size()
             if size == 0:
                 continue
-            # The size grows by what is written and shrinks by what the client reads.
+            # A write makes the buffer larger, and a reading client makes it smaller.
             before = self._unsent.get(transport)
             if before is None or before.size != size:
                 before = _Unsent(size, now)

@@ -1,1 +1,1 @@
-"""HTTP: routes, schemas, errors, and what guards them."""
+"""The HTTP interface: routes, schemas, errors, and the checks in front of them."""

@@ -41,7 +41,7 @@ class ChoicePlan:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A request whose steering is applied, on its way to its answer."""
+    """Produces the answer to a request whose steering is resolved."""
 
     _http: Request
     _context: ServerContext
@@ -55,7 +55,7 @@ class Exchange:
     async def read_prompt(self, characters: int, read: Callable[[], T]) -> T:
         """Call `read`, which makes token ids; in a thread if the prompt is long.
 
-        The event loop, and with it all other requests, would wait for a long prompt.
+        On the event loop, a long prompt would keep all other requests waiting.
 
         Raises:
             InvalidRequestError: the engine cannot take the prompt.
@@ -131,7 +131,7 @@ class Exchange:
 
 
 def _seeded(sampling: SamplingSettings) -> SamplingSettings:
-    """Add a seed if there is none, so that the base model, if asked too, draws with the same."""
+    """Add a seed if there is none, so that the base model can draw with the same seed."""
     return sampling if sampling.seed is not None else replace(sampling, seed=random.getrandbits(63))
 
 

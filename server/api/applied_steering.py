@@ -31,7 +31,7 @@ class AppliedSteering:
 
     edits: tuple[Edit, ...]
     echo: tuple[JsonValue, ...]  # the answer's field `steering`
-    kind: str | None  # for the metrics; None where nothing is edited
+    kind: str | None  # for the metrics; None if nothing is edited
     labels: tuple[str, ...]  # for the metrics, one for each effective edit
     interventions: tuple[InterventionRecord, ...]  # for the log
     source: Source

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: the assistant's next turn, steered as the request asks."""
+"""`POST /v1/chat/completions` generates the assistant's next turn, steered as the request asks."""
 
 import time
 from functools import partial

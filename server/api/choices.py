@@ -56,7 +56,7 @@ class CompletionChoice:
         return (self._choice(text, tokens, output.finish_reason),)
 
     def _take(self, output: StepOutput) -> tuple[str, list[_Scored]]:
-        """Return an output's text and tokens, after those of an echoed prompt in the first one."""
+        """Return an output's text and tokens; an echoed prompt comes before the first output."""
         text, tokens = output.text, []
         echo, self.echo = self.echo, None
         if echo is not None:

@@ -14,7 +14,7 @@ from server.engine.base import Generation, Request, SamplingSettings
 
 
 def to_be_scored(request: Request) -> Request:
-    """Ask for the log-probabilities of a request, and for a queue place for its scoring."""
+    """Return the request with log-probabilities, and with a queue place for its scoring."""
     sampling = replace(request.sampling, logprobs=request.sampling.logprobs or 0)
     return replace(request, sampling=sampling, followed=True)
 
@@ -32,7 +32,7 @@ async def begin_scoring(generation: Generation, progress: Progress) -> Generatio
 def mean_log_ratio(progress: Progress) -> float | None:
     """Return the mean of log p_steered - log p_base over an answer's tokens, in nats.
 
-    Both log-probabilities are before penalties and filters. An answer without tokens has None.
+    Both log-probabilities are before penalties and filters. The result is None without tokens.
     """
     if not progress.tokens:
         return None

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: text from a prompt, steered as the request asks."""
+"""`POST /v1/completions` generates text from a prompt, steered as the request asks."""
 
 import time
 from dataclasses import dataclass

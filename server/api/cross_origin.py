@@ -29,7 +29,7 @@ class CrossOriginMiddleware(CORSMiddleware):
             allow_origins=origins,
             allow_methods=METHODS,
             allow_headers=("*",),
-            # Browsers ask this in addition if a public site's page calls a private address.
+            # Browsers ask for this permission if a public site's page calls a private address.
             allow_private_network=True,
             expose_headers=EXPOSED,
         )

@@ -1,4 +1,4 @@
-"""Sending a stored artifact, piece by piece."""
+"""Sends a stored artifact, piece by piece."""
 
 from typing import BinaryIO, Final
 

@@ -103,7 +103,7 @@ class Strict(BaseModel):
 
     @classmethod
     def _keeps(cls, name: str) -> bool:
-        """Tell whether to keep the field's null: it is a value of the field, or to be refused."""
+        """Tell whether a null stays in place, as a value of the field or to be refused later."""
         field = cls.model_fields.get(name)
         return field is None or field.is_required() or name == "steering"
 

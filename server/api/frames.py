@@ -28,7 +28,7 @@ class Choice(Protocol):
         ...
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """Return the choice's parts for a stream's next chunks; none if the step has no news.
+        """Return the choice's parts for a stream's next chunks; none if the step adds nothing.
 
         Only the last part of a choice has a `finish_reason` that is not null.
         """

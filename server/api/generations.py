@@ -47,7 +47,7 @@ class GenerationGroup:
     Args:
         arrived: when the request arrived, by time.perf_counter().
         timeout: seconds from the arrival to the deadline.
-        record: is filled in with token counts, times and finish reasons when generations end.
+        record: gets the token counts, times and finish reasons when the generations end.
     """
 
     def __init__(

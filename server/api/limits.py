@@ -20,7 +20,7 @@ from server.config import Settings
 UPLOAD_PATH: Final = "/v1/interventions"
 MULTIPART_OVERHEAD: Final = 64 * 1024  # boundaries, part headers and the name beside the file
 DRAIN_SECONDS: Final = 2.0  # time to read and drop the rest of a refused body
-LAST_DRAIN_SECONDS: Final = 0.2  # DRAIN_SECONDS while the server stops
+LAST_DRAIN_SECONDS: Final = 0.2  # the same while the server stops
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from server.api.errors import ApiError, invalid
 
 T = TypeVar("T", bound=BaseModel)
 UNSUPPORTED = "unsupported_parameter"
-LARGE_BODY = 64 * 1024  # bytes; a body of this size or more is parsed in a thread
+LARGE_BODY = 64 * 1024  # bytes; from this size on, parsing on the event loop would delay streams
 
 
 async def read_request(schema: type[T], request: Request) -> T:

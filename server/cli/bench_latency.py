@@ -41,7 +41,7 @@ class Waits:
     prompt: Prompt
     steered: bool
     first_token: Percentiles
-    inter_token: Percentiles | None  # None where every answer came in one piece
+    inter_token: Percentiles | None  # None if every answer came in one piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 class SettingOption:
     """A setting as operators see it: on the command line, in the environment, and in the docs."""
 
-    name: str  # of the field
+    name: str  # the field's name
     field: FieldInfo
 
     @property

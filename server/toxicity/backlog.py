@@ -40,8 +40,8 @@ class Backlog:
 
     Asked texts are those whose scores somebody waits for; offered texts are scored for the metrics
     only. Asked texts go first. Offered texts rest after each of their own batches for as long as
-    `pace` says. Once the rest is over, at most BATCHES_IN_A_ROW batches of asked texts go before
-    them, so that they get their share however many texts are asked.
+    `pace` says. Once that rest is over, at most BATCHES_IN_A_ROW batches of asked texts go before
+    the next batch of offered texts, which get their share however many texts are asked.
     """
 
     def __init__(

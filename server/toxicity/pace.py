@@ -7,7 +7,7 @@ from collections.abc import Callable
 class Pace:
     """Says how long to rest after work, so that the work takes a share of one processor.
 
-    There is no rest while nothing else runs. A low priority alone does not do: a process of the
+    There is no rest while nothing else runs. A low priority alone is not enough: a process of the
     lowest priority still takes caches and memory bandwidth from the others. Only used processor
     time counts, because waiting, for a processor or for another machine, costs nobody anything.
     """

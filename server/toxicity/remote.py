@@ -54,7 +54,7 @@ def load(target: str) -> RemoteScorer:
 
 
 def _reason(error: httpx.HTTPError | httpx.InvalidURL) -> str:
-    """Return the error's message if nothing was sent yet, else its type only."""
+    """Return the error's message if nothing was sent yet, else only its type, to quote no text."""
     if isinstance(error, httpx.ConnectError) and str(error):
         return str(error)
     return type(error).__name__
