@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto chooses one that suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"
-    """How to place the model: none for one device, auto to spread it over all GPUs."""
+    """Placement of the model: none for one device, auto to spread it over all GPUs."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads that the model runs on; if unset, torch decides."""
     served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
