@@ -27,19 +27,27 @@ _FORWARD_BATCH = 32  # sequences in one forward pass that only collects hidden s
 _AFFINE: Final = AffineLimits()
 _REWARD: Final = RewardLimits()
 
-Model: TypeAlias = Annotated[str, typer.Option(help="embedded, a Hugging Face id or a folder.")]
+Model: TypeAlias = Annotated[
+    str, typer.Option(help="Model to fit on: embedded, a Hugging Face id or a folder.")
+]
 Out: TypeAlias = Annotated[Path, typer.Option(help="The artifact to write, X.safetensors.")]
 Name: TypeAlias = Annotated[
     str | None, typer.Option(help="The intervention's name; the file's stem if unset.")
 ]
-Description: TypeAlias = Annotated[str, typer.Option(help="What it is for, in the manifest.")]
-License: TypeAlias = Annotated[str, typer.Option("--license", help="Of the artifact, by SPDX.")]
-Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Of the draws and initial values.")]
-MaxTokens: TypeAlias = Annotated[int, typer.Option(min=1, help="Longer texts are cut.")]
-Dtype: TypeAlias = Annotated[
-    str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")
+Description: TypeAlias = Annotated[str, typer.Option(help="Description for the manifest.")]
+License: TypeAlias = Annotated[
+    str, typer.Option("--license", help="The artifact's licence, as an SPDX identifier.")
 ]
-Device: TypeAlias = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to fit.")]
+Seed: TypeAlias = Annotated[
+    int, typer.Option(min=0, help="Seed of random draws and initial values.")
+]
+MaxTokens: TypeAlias = Annotated[
+    int, typer.Option(min=1, help="Tokens to which longer texts are cut.")
+]
+Dtype: TypeAlias = Annotated[
+    str, typer.Option(help="Number format of the model: auto, float32, bfloat16 or float16.")
+]
+Device: TypeAlias = Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to fit on.")]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; torch decides if unset.")
 ]
@@ -56,19 +64,26 @@ def lineas(
     out: Out,
     samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from each file.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
-    optimizer: Annotated[OptimizerName, typer.Option(help="How to descend.")] = "sgd",
-    learning_rate: Annotated[float, typer.Option(help="At the first step; ends at 0.")] = 0.1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences of a side, each step.")] = 32,
+    optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = "sgd",
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of the first step; it falls to 0.")
+    ] = 0.1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sentences of each file in one step.")
+    ] = 32,
     sites: Annotated[
         str | None,
-        typer.Option(metavar="REGEX", help="Module paths to map; the family's own if unset."),
+        typer.Option(
+            metavar="REGEX",
+            help="Regular expression of module paths; the family's default sites if unset.",
+        ),
     ] = None,
     strength: Annotated[
         float,
         typer.Option(
             min=_AFFINE.strength[0],
             max=_AFFINE.strength[1],
-            help="Default of requests that state none.",
+            help="Default strength of requests that state none.",
         ),
     ] = 1.0,
     name: Name = None,
@@ -136,33 +151,44 @@ def argre(
     model: Model,
     pairs: Annotated[
         Path,
-        typer.Option(help='JSON lines of {"prompt"?, "positive", "negative"}.'),
+        typer.Option(help='File of JSON lines {"prompt"?, "positive", "negative"}.'),
     ],
     out: Out,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many pairs; all if unset.")
+        int | None,
+        typer.Option(min=1, help="Number of pairs to use, from the first on; all if unset."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
-    hidden_units: Annotated[int, typer.Option(min=1, max=8192, help="Of the head.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in one step.")] = 4,
+    hidden_units: Annotated[
+        int, typer.Option(min=1, max=8192, help="Hidden units of the head.")
+    ] = 1024,
     interpolations: Annotated[
         int, typer.Option(min=0, help="Points between negative and positive.")
     ] = 7,
     eta: Annotated[
         float,
         typer.Option(
-            min=_REWARD.eta[0], max=_REWARD.eta[1], help="Default of requests that state none."
+            min=_REWARD.eta[0],
+            max=_REWARD.eta[1],
+            help="Default step size of requests that state none.",
         ),
     ] = 0.5,
     iterations: Annotated[
         int,
-        typer.Option(min=_REWARD.iterations[0], max=_REWARD.iterations[1], help="Likewise."),
+        typer.Option(
+            min=_REWARD.iterations[0],
+            max=_REWARD.iterations[1],
+            help="Default number of iterations of requests that state none.",
+        ),
     ] = 5,
     direction_scale: Annotated[
         float,
         typer.Option(
-            min=_REWARD.direction_scale[0], max=_REWARD.direction_scale[1], help="Likewise."
+            min=_REWARD.direction_scale[0],
+            max=_REWARD.direction_scale[1],
+            help="Default scale of requests that state none.",
         ),
     ] = 1.0,
     name: Name = None,
