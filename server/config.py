@@ -131,6 +131,9 @@ class Settings(BaseSettings):
     generated."""
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running and waiting requests may go on after SIGTERM."""
+    shutdown_keep_alive: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Seconds that a connection without a request stays open after SIGTERM; a request that comes on
+    it is served. Behind a proxy: longer than it keeps idle connections."""
 
     toxicity_scorer: str = Field(default="embedded", min_length=1)
     """Scorer of the completions' toxicity: embedded, hf:MODEL, http:URL, or none."""
@@ -238,6 +241,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 "the baseline sample rate needs a toxicity scorer: unsteered answers are generated "
                 "to be scored"
+            )
+        if self.shutdown_keep_alive and self.shutdown_keep_alive >= self.shutdown_timeout:
+            raise ValueError(
+                f"shutdown_keep_alive ({self.shutdown_keep_alive:g} s) must be less than "
+                f"shutdown_timeout ({self.shutdown_timeout:g} s), as a request that comes on an "
+                "idle connection has to end by then"
             )
         if self.max_batch_tokens < self.max_batch_size:
             raise ValueError(

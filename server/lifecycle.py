@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Final, TypeGuard
 
@@ -13,7 +14,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.context import ServerContext
+from server.framing import ServerState
 from server.idle import IdleConnections
+from server.listening import stop_listening
 from server.protocol import HttpProtocol
 from server.stalled import StalledConnections
 
@@ -28,10 +31,13 @@ class Server(uvicorn.Server):
     """Uvicorn's server, which drains in the time that it is given, and outlives no engine.
 
     The first SIGTERM or SIGINT lets running and waiting requests go on for `shutdown_timeout`
-    seconds, then closes the engine, which ends them with an error. A second signal ends the process
-    at once. When the engine has died, the server stops by itself; when it is stuck in a step, the
-    process ends as soon as everybody has been told.
+    seconds, then closes the engine, which ends them with an error. Connections that are open may
+    bring a further request until they have been idle for `shutdown_keep_alive` seconds. A second
+    signal ends the process at once. When the engine has died, the server stops by itself; when it
+    is stuck in a step, the process ends as soon as everybody has been told.
     """
+
+    server_state: ServerState
 
     def __init__(self, app: FastAPI) -> None:
         context = app.state.context
@@ -53,11 +59,13 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _LAST_WORDS_SECONDS,
         )
         super().__init__(config)
+        self.server_state = ServerState()
         self.engine_died = False
         self._engine = context.engine
         self._scoring = context.scoring
         self._lifecycle = context.lifecycle
         self._drain_seconds = settings.shutdown_timeout
+        self._last_idle_seconds = settings.shutdown_keep_alive
         self._stalled = StalledConnections(settings.write_timeout)
         self._idle = IdleConnections(settings.body_timeout, settings.keep_alive)
 
@@ -89,9 +97,11 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new work, let the old come to its end, and end it when its time is over."""
-        self._lifecycle.stop()
         drained = asyncio.Event()
         closing = asyncio.create_task(self._close_engine(drained))
+        await stop_listening(self.servers, self._protocol)
+        await self._take_last_requests()
+        self._lifecycle.stop()
         await super().shutdown(sockets)
         drained.set()
         ended = await closing
@@ -101,6 +111,32 @@ class Server(uvicorn.Server):
         if not ended:
             logger.critical("The engine is stuck: the process ends without it.")
             os._exit(1)
+
+    def _protocol(self) -> HttpProtocol:
+        return HttpProtocol(self.config, self.server_state, self.lifespan.state)
+
+    async def _take_last_requests(self) -> None:
+        """Serve what comes on open connections, until there are none, or the time is over.
+
+        A proxy may be sending a request on a connection at the moment that it is closed. It could
+        not know then whether the request was begun, and so could not send it to another server.
+        """
+        if not self._last_idle_seconds:
+            return
+        self.server_state.leaving = True
+        self._idle = IdleConnections(self._last_idle_seconds, self._last_idle_seconds)
+        began = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                await self._until_all_have_left()
+        assert self.config.timeout_graceful_shutdown is not None
+        self.config.timeout_graceful_shutdown -= math.floor(time.monotonic() - began)
+
+    async def _until_all_have_left(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)  # first: what was just accepted is not there yet
+            if not (self.server_state.connections and self._engine.ready):
+                return
 
     async def _close_engine(self, drained: asyncio.Event) -> bool:
         try:

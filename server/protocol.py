@@ -11,69 +11,24 @@ from typing import Any, Final
 import h11
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from server.api.errors import ApiError
 from server.api.observe import REQUEST_ID_HEADER
+from server.framing import HttpConnection, ServerState
 
 # How long what a refused client still sends is read and dropped: closed at once, it might meet a
 # reset connection in place of its answer.
 _LINGER_SECONDS: Final = 2.0
-_LONGEST_HEAD: Final = 16 * 1024  # bytes of a request's first line and headers
 # What is read before others have their turn: each chunk of a body is an event, and one packet may
 # have tens of thousands of them.
 _PIECE: Final = 4 * 1024  # bytes
 _EVENTS_AT_ONCE: Final = 128
 _LONGEST_PROBLEM: Final = 200  # characters; h11 quotes what it could not read
-_EVENT_STREAM: Final = b"text/event-stream"
 _COMMENT: Final = b":\n\n"  # an event stream's readers pass over it
 
 # A reader that is gone is noticed after 40 s at most where its machine is silent. Not every system
 # lets the times be set.
 _KEEP_ALIVE_PROBES: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-
-
-class _Connection(h11.Connection):
-    """h11's connection, which refuses ambiguous bodies, and remembers what it could not read."""
-
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER, _LONGEST_HEAD)
-        self.problem = h11.RemoteProtocolError("the request is not HTTP")
-        self.method: bytes | None = None
-        self.streams_events = False  # whether the answer, if begun, is an event stream
-        self.events = 0  # read so far
-
-    def start_next_cycle(self) -> None:
-        """Get ready for the connection's next request."""
-        super().start_next_cycle()
-        self.method = None
-
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Return what came next.
-
-        Raises:
-            h11.RemoteProtocolError: the client has sent no HTTP, or two lengths of one body.
-        """
-        try:
-            event = super().next_event()
-            self.events += event is not h11.NEED_DATA
-            if isinstance(event, h11.Request):
-                self.method = event.method
-                _check_version(event)
-                _check_framing(event)
-        except h11.RemoteProtocolError as error:
-            self.problem = error
-            raise
-        return event
-
-    def send(self, event: Any) -> Any:  # h11 overloads it by the event's type
-        """Return the bytes to send for an event."""
-        if isinstance(event, h11.Response):
-            self.streams_events = any(
-                name == b"content-type" and value.startswith(_EVENT_STREAM)
-                for name, value in event.headers
-            )
-        return super().send(event)
 
 
 class HttpProtocol(H11Protocol):
@@ -83,7 +38,7 @@ class HttpProtocol(H11Protocol):
     and goes on reading, gets the answers to what it has sent.
     """
 
-    conn: _Connection
+    conn: HttpConnection
 
     def __init__(
         self,
@@ -93,7 +48,7 @@ class HttpProtocol(H11Protocol):
         _loop: AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = _Connection()
+        self.conn = HttpConnection(server_state)
         self._client_has_ended = False
         self._ended_unread = False  # the client has ended, and not all is read that it has sent
         self._lingering: TimerHandle | None = None
@@ -223,23 +178,6 @@ class HttpProtocol(H11Protocol):
         events.append(h11.EndOfMessage())
         for event in events:
             self.transport.write(self.conn.send(event))
-
-
-def _check_version(request: h11.Request) -> None:
-    if not request.http_version.startswith(b"1."):
-        version = request.http_version.decode("ascii")
-        raise h11.RemoteProtocolError(f"it is HTTP/{version}, not HTTP/1.1")
-
-
-def _check_framing(request: h11.Request) -> None:
-    """Refuse a request whose body's end another server may see elsewhere (request smuggling)."""
-    names = {name for name, _ in request.headers}
-    if b"transfer-encoding" not in names:
-        return
-    if b"content-length" in names:
-        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding")
-    if request.http_version == b"1.0":
-        raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
 
 
 def _refusal(problem: h11.RemoteProtocolError) -> ApiError:
