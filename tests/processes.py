@@ -46,17 +46,19 @@ def steerserve(
     *arguments: str,
     module: str = "server",
     env: Mapping[str, str] = MappingProxyType({}),
+    port: int | None = None,
+    registry: Path | None = None,
 ) -> Iterator[ServerProcess]:
-    """`steerserve serve` on a free port, its registry and its log in `folder`.
+    """`steerserve serve` on a free port, its registry and its log in `folder` if not given.
 
     A server that the test has not stopped itself must stop cleanly at the end.
     """
-    port = _free_port()
+    port = free_port() if port is None else port
     command = [sys.executable, "-m", module, "serve", "--port", str(port), *arguments]
     log = folder / "server.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, "--registry", str(folder / "registry")],
+            [*command, "--registry", str(registry or folder / "registry")],
             cwd=ROOT,
             # Compiling takes the processors from what the tests want to see.
             env={
@@ -81,7 +83,8 @@ def steerserve(
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
