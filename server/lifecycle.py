@@ -123,6 +123,7 @@ class Server(uvicorn.Server):
         """
         if not self._last_idle_seconds:
             return
+        logger.info("Draining: no further connections, and one more request on each open one")
         self.server_state.leaving = True
         self._idle = IdleConnections(self._last_idle_seconds, self._last_idle_seconds)
         began = time.monotonic()

@@ -106,6 +106,16 @@ def write_configuration(folder: Path, port: int, servers: Sequence[str]) -> Path
     return path
 
 
+def idle_seconds() -> float:
+    """How long nginx keeps a connection to a server that no request needs."""
+    (value,) = re.findall(
+        r"upstream steerserve \{.*?^    keepalive_timeout (\d+)s;.*?^\}",
+        CONFIGURATION.read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    return float(value)
+
+
 @contextmanager
 def nginx(folder: Path, servers: Sequence[str]) -> Iterator[NginxProcess]:
     """nginx in front of servers, each as host:port, none of which has to be there yet."""

@@ -24,6 +24,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     ("command", "path"),
     [
         ("check config", FOLDER / "prometheus.yml"),
+        ("check config", FOLDER / "replicas.yml"),
         ("check config", FOLDER / "local.yml"),
         ("check rules", RULES),
         ("test rules", TESTS),
@@ -45,7 +46,9 @@ def test_promtool_takes_the_example_of_a_key_for_metrics(tmp_path: Path) -> None
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("path", [FOLDER / "prometheus.yml", FOLDER / "local.yml"])
+@pytest.mark.parametrize(
+    "path", [FOLDER / f"{name}.yml" for name in ("prometheus", "replicas", "local")]
+)
 def test_promtool_takes_the_lines_for_a_key_that_are_a_comment(path: Path, tmp_path: Path) -> None:
     text = re.sub(r"# (?=authorization:|  credentials_file:)", "", path.read_text())
     text = text.replace("rules/steerserve.yml", str(RULES))

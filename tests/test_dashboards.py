@@ -114,7 +114,7 @@ def test_what_is_provisioned_fits_together() -> None:
     (provider,) = yaml.safe_load((grafana / "dashboards" / "steerserve.yaml").read_text())[
         "providers"
     ]
-    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    compose = yaml.safe_load((DOCKER / "services.yaml").read_text())["services"]
     scraping = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
     assert source["url"] == "http://prometheus:9090"
     assert source["jsonData"]["timeInterval"] == scraping["global"]["scrape_interval"]

@@ -26,13 +26,12 @@ from tests.nginx import (
     FAIL_SECONDS,
     SERVERS,
     NginxProcess,
+    idle_seconds,
     nginx,
     write_configuration,
 )
 from tests.processes import free_port
 from tests.prometheus import tool
-
-SECONDS = {"ms": 0.001, "s": 1, "m": 60}
 
 
 @dataclass(frozen=True)
@@ -365,18 +364,10 @@ def test_times_suit_those_of_the_servers() -> None:
     assert seconds("proxy_read_timeout") > settings.request_timeout
     assert seconds("client_body_timeout") == settings.body_timeout
     assert seconds("send_timeout") == settings.write_timeout
-    (upstream,) = re.findall(
-        r"upstream steerserve \{(.*?)\n\}", CONFIGURATION.read_text(), re.DOTALL
-    )
-    (idle,) = re.findall(r"^    keepalive_timeout (\w+);", upstream, re.MULTILINE)
-    assert in_seconds(idle) < settings.keep_alive
+    assert idle_seconds() < settings.keep_alive
 
 
 def seconds(directive: str) -> float:
     (value,) = re.findall(rf"^ *{directive} (\w+);", CONFIGURATION.read_text(), re.MULTILINE)
-    return in_seconds(value)
-
-
-def in_seconds(value: str) -> float:
-    number, unit = re.fullmatch(r"(\d+)(ms|s|m)", value).groups()  # type: ignore[union-attr]
-    return int(number) * SECONDS[unit]
+    number, unit = value[:-1], value[-1]
+    return int(number) * {"s": 1, "m": 60}[unit]

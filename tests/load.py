@@ -1,0 +1,134 @@
+"""Clients that ask for steered completions again and again, and judge every answer."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PROMPTS = ("Once", "The driver", "x")
+TOKENS = 16
+PAUSE_SECONDS = 0.1  # after each answer, so that a server may start beside the load
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request and what became of it, in seconds by time.monotonic()."""
+
+    streamed: bool
+    begun: float
+    ended: float
+    problem: str | None = None  # None: the whole steered answer came, once
+
+    def running_at(self, moment: float) -> bool:
+        """Whether the request was on its way then."""
+        return self.begun <= moment <= self.ended
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the answers are to be."""
+
+    digest: str  # of the intervention `maps`
+    expected: Mapping[str, str]  # the steered text, by prompt
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests at an address, and what became of them."""
+
+    url: str
+    questions: Questions
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def problems(self) -> list[Outcome]:
+        """The requests that did not get their answer."""
+        return [outcome for outcome in self.outcomes if outcome.problem is not None]
+
+    def wait_for(self, further: int, seconds: float = 60) -> None:
+        """Wait until so many further requests have ended."""
+        deadline, count = time.monotonic() + seconds, len(self.outcomes) + further
+        while len(self.outcomes) < count:
+            assert time.monotonic() < deadline, f"{len(self.outcomes)} of {count} requests"
+            time.sleep(0.02)
+
+    def run(self, stopped: threading.Event, number: int) -> None:
+        """Ask one question after the other; every other one for a stream."""
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            while not stopped.is_set():
+                number += 1
+                prompt, streamed = PROMPTS[number % len(PROMPTS)], number % 2 == 0
+                begun = time.monotonic()
+                try:
+                    problem = self._judge(client, prompt, streamed)
+                except httpx.TransportError as error:
+                    problem = repr(error)
+                self.outcomes.append(Outcome(streamed, begun, time.monotonic(), problem))
+                stopped.wait(PAUSE_SECONDS)
+
+    def _judge(self, client: httpx.Client, prompt: str, streamed: bool) -> str | None:
+        answer = client.post("/v1/completions", json=body(prompt, stream=streamed))
+        if answer.status_code != 200:
+            return f"{answer.status_code}: {answer.text}"
+        text, steering = _read_stream(answer.text) if streamed else _read(answer.json())
+        if [item["digest"] for item in steering] != [self.questions.digest]:
+            return f"not steered: {answer.text}"
+        expected = self.questions.expected[prompt]
+        return None if text == expected else f"{text!r} for {expected!r}"
+
+
+def body(prompt: str, *, stream: bool = False, steered: bool = True) -> dict[str, object]:
+    """A request whose answer is always the same."""
+    return {
+        "model": "tiny-llama",
+        "prompt": prompt,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+        "steering": {"intervention": "maps"} if steered else None,
+    }
+
+
+def text_at(url: str, prompt: str, *, steered: bool = True) -> str:
+    """What one server answers, asked alone."""
+    answer = httpx.post(f"{url}/v1/completions", json=body(prompt, steered=steered), timeout=60)
+    text, steering = _read(answer.raise_for_status().json())
+    assert bool(steering) == steered
+    return text
+
+
+@contextmanager
+def under_load(load: Load, clients: int) -> Iterator[Load]:
+    """So many clients at once; at the end each still gets its last answer."""
+    stopped = threading.Event()
+    threads = [
+        threading.Thread(target=load.run, args=(stopped, 5 * number)) for number in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield load
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+def _read(answer: Any) -> tuple[str, list[dict[str, str]]]:
+    return answer["choices"][0]["text"], answer["steering"]
+
+
+def _read_stream(text: str) -> tuple[str, list[dict[str, str]]]:
+    """The text of all chunks and the last one's steering; a stream without an end has no text."""
+    events = [event.removeprefix("data: ") for event in text.split("\n\n")]
+    *chunks, done, nothing = events
+    if (done, nothing) != ("[DONE]", "") or "[DONE]" in chunks:
+        return f"no whole stream: {text}", []
+    read = [json.loads(chunk) for chunk in chunks]
+    texts = [choice["text"] for chunk in read for choice in chunk.get("choices", ())]
+    return "".join(texts), read[-1]["steering"]
