@@ -102,7 +102,7 @@ def test_every_alert_says_what_is_wrong_and_is_tested_both_ways() -> None:
     cases = [
         case
         for test in yaml.safe_load(TESTS.read_text())["tests"]
-        for case in test["alert_rule_test"]
+        for case in test.get("alert_rule_test", ())
     ]
     firing = {case["alertname"] for case in cases if case.get("exp_alerts")}
     quiet = {case["alertname"] for case in cases if not case.get("exp_alerts")}

@@ -49,6 +49,13 @@ def gauge(metric: str, function: str = "sum") -> str:
     return f"{function}({select(metric)}) or on() vector(0)"
 
 
+def by_server(expression: str) -> str:
+    """An expression with the label `instance`; 0 for a server that it says nothing of."""
+    each = f"0 * sum by (instance) ({select('engine_up')})"
+    nothing = 'label_replace(vector(0), "instance", "no server", "", "")'
+    return f"({expression}) or {each} or on() {nothing}"
+
+
 def seconds(share: float, metric: str) -> str:
     """A quantile of a time; 0 while there is none."""
     buckets = total("rate", f"{metric}_bucket", by="le")

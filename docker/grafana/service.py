@@ -3,6 +3,7 @@
 from docker.grafana.capacity import CAPACITY, DETAIL
 from docker.grafana.model import Dashboard, Panel, Section, Target
 from docker.grafana.queries import API, INSTANCE, rate, seconds, select, total
+from docker.grafana.servers import APART
 from docker.grafana.variables import SERVERS
 
 TOKEN_LIMITS = ((0.1, "yellow"), (0.5, "red"))  # ten tokens a second: about what one reads
@@ -192,7 +193,7 @@ LATENCY = Section(
 SERVICE = Dashboard(
     "steerserve-service",
     "steerserve: Service",
-    "Throughput, latency, capacity and errors of the server.",
-    (NOW, THROUGHPUT, LATENCY, CAPACITY, DETAIL),
+    "Throughput, latency, capacity and errors of the servers, together and one by one.",
+    (NOW, THROUGHPUT, LATENCY, CAPACITY, DETAIL, APART),
     SERVERS,
 )

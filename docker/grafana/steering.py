@@ -137,11 +137,13 @@ COST = Section(
             "Interventions",
             "timeseries",
             "none",
-            "Names in the registry, and interventions loaded, of the server with most. When the "
-            "bank is full, the one that was used longest ago is replaced, and read again when it "
-            "is asked for.",
+            "Names in the registry, of the server with most and of the one with fewest: the same, "
+            "but for two seconds, where servers share one. And interventions loaded, of the server "
+            "with most. When the bank is full, the one that was used longest ago is replaced, and "
+            "read again when it is asked for.",
             (
-                Target(gauge("interventions_stored", "max"), "stored"),
+                Target(gauge("interventions_stored", "max"), "stored, most"),
+                Target(gauge("interventions_stored", "min"), "stored, fewest"),
                 Target(gauge("intervention_slots_used", "max"), "slots used"),
             ),
             width=6,
