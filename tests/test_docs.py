@@ -19,7 +19,7 @@ from server.variables import OTHER_VARIABLES
 ROOT = Path(__file__).parent.parent
 # Name variables that are none: as examples of mistakes, or as Kubernetes names its own.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
-DOCS = ("interventions", "observability", "options", "security", "serving", "structures")
+DOCS = ("interventions", "observability", "options", "scaling", "security", "serving", "structures")
 README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
@@ -44,7 +44,7 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert named <= targets
 
 
-@pytest.mark.parametrize("page", ["serving", "interventions", "security"])
+@pytest.mark.parametrize("page", ["serving", "interventions", "security", "scaling"])
 def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text()
     commands = re.findall(r"^(?:\$ )?steerserve ((?:[^\\\n]|\\\n)+)", text, re.MULTILINE)

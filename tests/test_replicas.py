@@ -114,9 +114,9 @@ def cluster(
     write_artifact(artifact, manifest_of(parameters, description, "maps"), parameters)
     replicas = tuple(Replica(folder / name, folder / "registry", model) for name in ("a", "b"))
     with ExitStack() as stack:
-        balancer = stack.enter_context(nginx(folder / "nginx", [each.address for each in replicas]))
         for replica in replicas:
             stack.callback(replica.close)
+        balancer = stack.enter_context(nginx(folder / "nginx", [each.address for each in replicas]))
         with ThreadPoolExecutor() as pool:
             list(pool.map(Replica.start, replicas))
         yield Cluster(replicas, balancer, artifact)
