@@ -199,7 +199,7 @@ def test_one_is_killed_under_load_and_only_what_it_had_is_lost(
         load.wait_for(6 * CLIENTS)
     lost = load.problems()
     # Each was on its way when the server was killed; nginx hears of that a moment later.
-    assert all(outcome.running_at(moment) or 0 < outcome.begun - moment < 0.5 for outcome in lost)
+    assert all(outcome.running_at(moment) or 0 < outcome.begun - moment < 2 for outcome in lost)
     assert len(lost) <= CLIENTS
     for outcome in lost:
         problem = outcome.problem or ""
