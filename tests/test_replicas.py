@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from interventions.artifact import write_artifact
-from server.engine.torch.loader import load_model
+from server.engine.torch.model.loader import load_model
 from tests.load import PROMPTS, Load, Questions, text_at, under_load
 from tests.manifests import manifest_of
 from tests.nginx import FAIL_SECONDS, NginxProcess, nginx
