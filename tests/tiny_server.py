@@ -1,7 +1,7 @@
 """`steerserve` with an engine that is slow, and dies or hangs in a step once a file is there.
 
-A process of its own for tests/test_lifecycle.py: STEERSERVE_TEST_DEATH names the file. An empty one
-is death; in any other the step never ends.
+A process of its own for tests/server/test_lifecycle.py: STEERSERVE_TEST_DEATH names the file. An
+empty one is death; in any other the step never ends.
 """
 
 import os

@@ -18,7 +18,7 @@ from server.api.schemas import CompletionRequest
 from tests.conftest import MakeClient
 from tests.serving import SAMPLING_FIELDS, Json, error_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "docs/serving.md"))
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,

@@ -7,7 +7,7 @@ import pytest
 from interventions import spelling
 from interventions.spelling import nearest_name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_the_worker_ends_with_its_parent(stopped: bool, replaced: bool) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[3],
         stdout=subprocess.PIPE,
         timeout=60,
         check=False,

@@ -25,7 +25,7 @@ from tests.prometheus import PrometheusProcess, prometheus
 
 pytestmark = pytest.mark.embedded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAFFIC_SECONDS = 12
 QUIET = {"model": "smollm2-135m-instruct", "prompt": "You are", "max_tokens": 2}
 STEERINGS = (("detox-lineas",), ("detox-argre",), ("detox-lineas", "detox-argre"))

@@ -20,9 +20,11 @@ from server.engine.torch.engine import TorchEngine
 from server.metrics import TOXIC_FROM, Metrics
 from tests.conftest import WriteArtifact
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-SCHEMA = json.loads((Path(__file__).parent / "data" / "grafana_dashboard.schema.json").read_text())
+SCHEMA = json.loads(
+    (Path(__file__).parents[1] / "data" / "grafana_dashboard.schema.json").read_text()
+)
 PAGE = (ROOT / "docs" / "observability.md").read_text()
 RULES = yaml.safe_load((DOCKER / "prometheus" / "rules" / "steerserve.yml").read_text())
 HISTOGRAM_PARTS = re.compile("_(?:bucket|sum|count)$")

@@ -75,7 +75,7 @@ class Children:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(here.parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(here.parents[2])},
         )
 
     def live_and_die(self, first: int, versions: int, seconds: float) -> list[str]:

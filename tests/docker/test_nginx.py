@@ -1,7 +1,7 @@
 """The committed configuration of nginx: what it sends where, and what it never sends twice.
 
 The servers behind it are imitations, which do at the right moment what a real one does when it is
-killed. tests/test_replicas.py has real ones.
+killed. tests/docker/test_replicas.py has real ones.
 """
 
 import re

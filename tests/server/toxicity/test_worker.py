@@ -12,7 +12,7 @@ import pytest
 from server.toxicity.scorer import ScoringError
 from server.toxicity.worker import PARENT_VARIABLE, SPEC_VARIABLE, answer, load_scorer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 class Failing:

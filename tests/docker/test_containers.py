@@ -16,7 +16,7 @@ from server.variables import CACHE
 from tests.nginx import idle_seconds
 from tests.prometheus import tool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 HADOLINT = Path(sys.executable).parent / "hadolint"
 SCRIPT = DOCKER / "with-admin-key.sh"

@@ -217,7 +217,7 @@ Touches = list[tuple[str, float, int, int]]
 WEAKER: dict[str, Callable[[Touches], Touches]] = {
     "no digest": lambda touches: [("", *rest) for _, *rest in touches],  # type: ignore[misc]
     "no strength": lambda touches: [(digest, 0.0, *place) for digest, _, *place in touches],  # type: ignore[misc]
-    # A first or last place left out seldom shows in traffic: tests/test_prefix_cache.py notices.
+    # A first or last place left out seldom shows in traffic: test_prefix_cache notices.
     "no order": sorted,
     "no second edit": lambda touches: touches[:1],
     "no edits": lambda _: [],

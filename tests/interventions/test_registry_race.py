@@ -49,7 +49,7 @@ class Parent:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(here.parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(here.parents[1])},
         )
 
     def start(self, plan: Plan) -> int:

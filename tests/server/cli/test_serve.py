@@ -185,7 +185,7 @@ def test_bad_steering_is_an_error_that_names_the_field(
 
 
 def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess) -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[3]
     text = "".join((root / page).read_text() for page in ("README.md", "docs/serving.md"))
     calls = re.findall(r"http://[^/]+(/v1/\S+) .*?-d '(\{.*?\})'", text, re.DOTALL)
     requests = [(path, json.loads(body)) for path, body in calls]
