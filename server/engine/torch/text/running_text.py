@@ -47,13 +47,16 @@ class RunningText:
     def push(self, token: int) -> str:
         """Add a token, and return the characters that are complete now, perhaps none."""
         data = self._vocabulary.added(token, self._before)
-        broken = bool(data) and not _goes_on(self._unfinished, data)
-        if broken and self._only_prompts:
-            self._decoder.reset()
-            broken = False
+        broken = b""
+        if data and not _goes_on(self._unfinished, data):
+            if self._only_prompts:
+                self._decoder.reset()
+            else:
+                broken = self._unfinished
         text = self._decoder.decode(data)
-        # If the token breaks off an unfinished character, a U+FFFD for it precedes the token.
-        self.begin = self.length + broken
+        # If the token breaks off an unfinished character, U+FFFD precedes the token: once, or once
+        # for each byte where the first bytes could have begun a surrogate only.
+        self.begin = self.length + len(broken.decode(errors="replace"))
         self.length += len(text)
         self._only_prompts = self._only_prompts and not data
         if _is_text(data) and (data or self._before is None):

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
@@ -79,6 +79,9 @@ TINY_TOKENS = st.lists(
 )
 
 
+# ED A9 begins a surrogate, which UTF-8 may not have: two U+FFFD, and not one, come before the "a".
+@example([], [169, 102, 64])
+@example([], [169, 102, 102, 64])
 @given(TINY_TOKENS, TINY_TOKENS)
 def test_offsets_of_a_byte_a_token(prompt: list[int], tokens: list[int]) -> None:
     check_offsets(TINY.backend_tokenizer, prompt, tokens)
