@@ -17,13 +17,14 @@ from typing import Annotated, Final, TypeAlias
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from interventions.errors import is_full
 from interventions.manifest import DIGEST_PATTERN
 from interventions.storage import try_lock
 
 BEAT_SECONDS: Final = 10.0  # between two beats of a lease
 DEAD_SECONDS: Final = 60.0
-# What counts of the time between two looks. Where nobody could look, as the folder was away or the
-# machine suspended, nobody could beat either.
+# At most so much of the time between two looks counts as a lease's silence. While nobody could
+# look, because the folder was away or the machine suspended, nobody could beat either.
 _COUNTED_SECONDS: Final = 2 * BEAT_SECONDS
 LEASE_SUFFIX: Final = ".json"
 _ROOM: Final = 16384  # bytes of a lease from the start: a beat must need no room on the disk
@@ -36,7 +37,7 @@ Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)]
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class Lease:
-    """What one server needs of the registry.
+    """States what one server needs of the registry.
 
     `reads` counts how often the server had read the names anew, just before it wrote what it holds.
     So two of them after an object's last name went, the server holds the object only if its lease
@@ -49,13 +50,12 @@ class Lease:
     process: int
     reads: int = 0
     held: frozenset[Digest] = frozenset()  # by running requests, and by the default steering
-    default: Mapping[str, Digest] = field(
-        default_factory=dict
-    )  # the default steering's references, and what they meant
+    # The references by which the default steering was given -> the digests that they meant.
+    default: Mapping[str, Digest] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
-        """Where the server runs, for people."""
+        """Say where the server runs, for people."""
         return f"{self.host}, process {self.process}"
 
 
@@ -81,7 +81,8 @@ class Leases:
         self.own = Lease(server, socket.gethostname()[:100], os.getpid())
         self._descriptor: int | None = None
         self._written = False  # ever, to the file that is open
-        # Of each other server: what its lease was last, and for how many seconds.
+        # For each other server: its lease when it was last seen, and for how many seconds it has
+        # been the same.
         self._seen: dict[str, tuple[_State, float]] = {}
         self._looked: float | None = None  # when, by the clock
 
@@ -121,7 +122,10 @@ class Leases:
     def keep(self, default: Mapping[str, str]) -> None:
         """Hold what the default steering's references mean, for as long as the server runs.
 
-        Where that cannot be written, nothing is held.
+        Where that cannot be written, nothing is held; but a server that starts on a full disk,
+        which had no room for the lease, holds it all the same. The others learn of it from the
+        first beat that finds room. Until then they keep the bytes, as this server has written no
+        reading of the names.
         """
         self._find()
         before = self.own
@@ -129,9 +133,11 @@ class Leases:
         self.own = replace(self.own, default=dict(default), held=held)
         try:
             self._write()
-        except OSError:
-            self.own = before
-            raise
+        except OSError as error:
+            if self._written or not is_full(error):
+                self.own = before
+                raise
+            logger.warning("the other servers do not know of the default steering yet: %s", error)
 
     def beat(self, held: Set[str]) -> None:
         """Write that this server lives, and what it holds now that it has just read the names."""

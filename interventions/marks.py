@@ -1,4 +1,4 @@
-"""Which objects may go, where several servers share a registry."""
+"""Tells which objects may go, where several servers share a registry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ _READS: Final = 2
 
 @dataclass(slots=True)
 class _Mark:
-    """An object that no name needs any more, and how far each server had read the names then."""
+    """Notes, of an object that no name needs any more, how far each server had read the names."""
 
     times_stored: int
     reads: dict[str, int | None] = field(default_factory=dict)

@@ -31,15 +31,15 @@ FileState: TypeAlias = tuple[int, ...]
 """Numbers of a file on the disk that change with its bytes; empty where there is no file."""
 _UNREADABLE: Final[FileState] = (-1,)  # no file has it: so the next look reads the file again
 
-# What was read of a file, and the file's state before that. Below they are found by the path as a
-# string, as a thousand of those are compared every second.
+# A file's state, its path, and what was read of it after that state was seen. The dictionaries
+# below have paths as strings for keys, because a thousand of them are compared every second.
 _ReadRecord: TypeAlias = tuple[FileState, Path, NameRecord | Damage]
 _ReadHeader: TypeAlias = tuple[FileState, Path, Summary | Damage]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a folder held when it was read."""
+    """Holds what a folder contained when it was read."""
 
     catalogue: Catalogue
     marked: frozenset[str]  # names whose deletion was marked, and is not yet in a record

@@ -364,6 +364,36 @@ def test_a_default_that_cannot_be_noted_is_not_kept(
     assert one.delete("a") == entry.digest
 
 
+def test_a_server_that_starts_on_a_full_disk_keeps_its_default(
+    servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = servers.open()
+    entry = one.add(make(1), "a")
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", refuse)
+        two = servers.open()
+        two.keep_default({"a": entry.digest})
+        with pytest.raises(NameInUseError, match="The server's default"):
+            two.delete("a")
+        one.add(make(2), "a")  # it cannot know
+        one.delete("a")
+        for _ in range(3):
+            one.beat()
+            two.beat()
+    assert two.load(entry.digest).digest == entry.digest
+    two.beat()
+    with pytest.raises(NameInUseError, match="Another server's default"):
+        one.add(make(2), "a")
+    for _ in range(3):
+        one.beat()
+        two.beat()
+    assert two.load(entry.digest).digest == entry.digest
+
+
 def test_a_default_is_kept_by_a_server_whose_lease_was_taken_for_dead(
     servers: Servers, make: Make
 ) -> None:

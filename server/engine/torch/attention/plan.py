@@ -51,7 +51,7 @@ class KVPlan:
 
 @dataclass(frozen=True, slots=True)
 class KVWishes:
-    """What is asked of the memory for keys and values."""
+    """Holds what the operator asks of the memory for keys and values."""
 
     attention: AttentionChoice
     prefix_cache: bool
