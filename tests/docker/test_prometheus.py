@@ -131,8 +131,9 @@ def test_every_panel_shows_the_sample_traffic(busy: Stand) -> None:
     (now,) = (point[0] for series in busy.api.query("vector(0)") for point in series.points)
     still = set()
     for query in panel_queries():
-        assert values(busy.api.query(query.expression)), query
+        # Not at this moment: a mean over the last 20 s has no value once the traffic is older.
         found = values(busy.api.query_range(query.expression, busy.traffic_since, now, 1))
+        assert found, query
         assert all(map(math.isfinite, found)), query
         if not any(found):
             still.add(f"{query.panel}: {query.legend}")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 
 import pytest
 
@@ -134,9 +135,16 @@ async def test_a_reader_that_is_slow_but_steady_gets_the_whole_stream(
 
 
 async def test_a_deadline_frees_the_engine_though_the_reader_stalls(
-    tiny_engine: TorchEngine, registry: Registry
+    tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = build_app(tiny_engine, registry, request_timeout=0.4, write_timeout=2)
+    step = tiny_engine._core.step
+
+    def slow_step() -> object:
+        time.sleep(0.1)  # by itself the request would end after 40 s
+        return step()
+
+    monkeypatch.setattr(tiny_engine._core, "step", slow_step)
+    app = build_app(tiny_engine, registry, request_timeout=2, write_timeout=60)
     async with live(app) as server:
         with connect(server.port, 2048) as reader:
             ask(reader, max_tokens=400, stream=True)
