@@ -14,9 +14,7 @@ from steering.affine import AffineParameters, MapTable
 from steering.dose import DoseMeter
 from steering.grouped_refinement import GroupedRefinement
 from steering.kernels.affine_edit import affine_edit
-from steering.native import NativeRefinement
-from steering.refine import HeadGroup, refine
-from steering.reward import RewardHead
+from steering.reward import RewardHead, refine
 from steering.route import AffineRoute, RewardStage, Route
 from steering.site_maps import Part, SiteMaps, parts_in, parts_of
 
@@ -42,7 +40,6 @@ class Bank:
         self._heads: dict[int, RewardHead] = {}
         self._needs: dict[int, frozenset[MapNeed]] = {}  # slot -> the parts of its maps
         self.slot_changes = 0  # the number of changes of slots' contents
-        self.native: NativeRefinement | None = None  # refines rows on a CPU; None: torch does
         self.grouped: GroupedRefinement | None = None  # refines rows on a GPU; None: torch does
 
     # Edits run in inference mode: a table that one has moved to another device is an inference
@@ -150,8 +147,7 @@ class Bank:
     def prepare(self, head: RewardHead, device: torch.device) -> RewardHead:
         """Return a head in the form that `put` keeps on a device. Any thread may call this."""
         head = head.to(device)
-        is_prepared = self.grouped is not None or (self.native is not None and device.type == "cpu")
-        return head.prepare() if is_prepared else head
+        return head.prepare() if self.grouped is not None or device.type == "cpu" else head
 
     def _head(self, slot: int, device: torch.device) -> RewardHead:
         head = self._heads[slot]
@@ -190,8 +186,11 @@ class Bank:
                 stage.direction_scale,
                 stage.step_sizes,
             )
-        heads = [
-            HeadGroup(self._head(each.slot, rows.device), each.rows, each.most_iterations)
-            for each in stage.heads
-        ]
-        return refine(rows, heads, stage.direction_scale, stage.step_sizes, self.native)
+        refined = []
+        first = 0
+        for slot, count, iterations in stage.heads:
+            own = slice(first, first + count)
+            first = own.stop
+            scales, sizes = stage.direction_scale[own], stage.step_sizes[own, :iterations]
+            refined.append(refine(rows[own], self._head(slot, rows.device), scales, sizes))
+        return torch.cat(refined)

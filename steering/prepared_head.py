@@ -1,13 +1,19 @@
-"""Lays out a reward head's parameters for `refine.cpp` and for the kernels on a GPU."""
+"""Refines rows with three products by W1 for any number of steps, from a prepared reward head.
+
+A step along the gradient g changes a row h by eta g, and its units u = W1 h + b1 by eta W1 g.
+Between two steps few units pass zero (5 of 1024 in a trained head). Each of them adds its row of W1
+to g, and its row of W1 W1^T to W1 g, times its w2, or subtracts them. `apply_prepared` does this on
+a CPU, `GroupedRefinement` on a GPU.
+"""
 
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding_bag, linear, pad
 
-# The same as in refine.cpp: the width d is padded to a multiple of _LANES, m to one of _GROUP.
+# The kernels on a GPU want the width d to be a multiple of _LANES, and m to be one of _GROUP.
 _LANES: Final = 16
 _GROUP: Final = 64
 _MOST_UNITS: Final = 2048  # limit for a prepared head: W1 W1^T has m * m numbers
@@ -32,7 +38,7 @@ class PreparedHead:
 
     @property
     def fields(self) -> tuple[int, ...]:
-        """The fields of `Head` in refine.cpp without `rows`: the tensors' addresses, m and d."""
+        """What a kernel on a GPU reads of the head: the tensors' addresses, m and d, padded."""
         tensors = (
             *(self.w1, self.gram, self.b1, self.w2),
             *(self.direction, self.along, self.wanted),
@@ -65,3 +71,59 @@ def prepare(
     tensors = [each.contiguous() for each in (w1, gram, b1, w2, direction, along, wanted[None])]
     assert all(each.dtype == torch.float32 for each in tensors), "addresses know no dtype"
     return PreparedHead(*tensors)
+
+
+def apply_prepared(
+    h: Tensor, head: PreparedHead, direction_scale: Tensor, step_sizes: Tensor
+) -> Tensor:
+    """Refine n rows by one head: `apply_reward`'s equations with fewer products.
+
+    A row's bits depend on its own numbers and settings, and on n.
+
+    Args and returned tensor are those of `apply_reward`.
+    """
+    width = h.shape[1]
+    h = pad(h, (0, head.width - width))
+    units = linear(h, head.w1, head.b1)
+    gap = head.wanted - (torch.relu(units) @ head.w2)[:, None]
+    # A NaN gap compares false here, so that the row becomes NaN instead of passing unsteered.
+    stays = (gap <= 0) | (direction_scale == 0)
+    shift = direction_scale * gap
+    h = torch.where(stays, h, h + shift * head.direction)
+    units = torch.where(stays, units, units + shift * head.along)
+    slopes = _slopes(units, head.w2)
+    gradient = slopes @ head.w1
+    motion = linear(gradient, head.w1)
+    for step, eta in enumerate(torch.unbind(step_sizes[:, :, None], dim=1)):
+        if step:
+            before, slopes = slopes, _slopes(units, head.w2)
+            rows, flipped = (slopes != before).nonzero(as_tuple=True)
+            changes = (slopes - before)[rows, flipped]
+            starts = torch.searchsorted(rows, torch.arange(len(h)))
+            gradient += _sums(head.w1, flipped, starts, changes)
+            motion += _sums(head.gram, flipped, starts, changes)
+        # A finished row has eta 0. Its gradient may be infinite, and 0 * inf is NaN: hence `where`.
+        h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
+        units.addcmul_(eta, motion)
+    return h[:, :width]
+
+
+def _slopes(units: Tensor, w2: Tensor) -> Tensor:
+    """Return 1[units > 0] * w2. A NaN unit keeps its slope (NaN <= 0 is false), and so shows."""
+    return torch.ops.aten.threshold_backward(w2.expand_as(units), units, 0)
+
+
+def _sums(table: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of each row's own lines of a table, always added in one order.
+
+    Args:
+        table: (m, k) float32.
+        places: (changes,) int64, the lines of the first row, then those of the second, and so on.
+        starts: (n,) int64, where each row's lines begin in `places`.
+        weights: (changes,) float32.
+
+    Returns:
+        (n, k) float32.
+    """
+    sums: Tensor = embedding_bag(places, table, starts, mode="sum", per_sample_weights=weights)
+    return sums

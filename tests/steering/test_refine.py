@@ -1,4 +1,4 @@
-"""Rows of several heads, by the equations and by what a C++ compiler makes, beside the oracle."""
+"""Rows of several heads, by the equations and by a prepared head, beside the oracle."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering.native import NativeRefinement, build_native
-from steering.refine import HeadGroup, refine
-from steering.reward import RewardHead, reward
+from steering.reward import RewardHead, refine, reward
 from steering.settings import RewardSettings
 from tests import oracles
 from tests.refinement import SETTINGS, columns
@@ -25,36 +23,27 @@ Counted = Sequence[tuple[RewardHead, int]]
 """Heads, and how many rows each edits."""
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> NativeRefinement:
-    return build_native(tmp_path_factory.mktemp("native"))
-
-
-@pytest.fixture(scope="module", params=["plain", "native", "2 threads", "7 threads"])
-def native(
-    request: pytest.FixtureRequest, built: NativeRefinement
-) -> Iterator[NativeRefinement | None]:
+@pytest.fixture(scope="module", params=["plain", "prepared", "one thread", "7 threads"])
+def is_prepared(request: pytest.FixtureRequest) -> Iterator[bool]:
     threads = torch.get_num_threads()
-    if "threads" in request.param:
-        torch.set_num_threads(int(request.param.split()[0]))
-    yield None if request.param == "plain" else built
+    if "thread" in request.param:
+        torch.set_num_threads(7 if request.param == "7 threads" else 1)
+    yield request.param != "plain"
     torch.set_num_threads(threads)
 
 
 def refined_by(
-    h: Tensor,
-    heads: Counted,
-    settings: Sequence[RewardSettings],
-    native: NativeRefinement | None,
+    h: Tensor, heads: Counted, settings: Sequence[RewardSettings], is_prepared: bool
 ) -> Tensor:
-    """Rows in the order of their heads, each with its own settings."""
-    rest = iter(settings)
-    with_most = [
-        HeadGroup(head.prepare(), count, max(next(rest).iterations for _ in range(count)))
-        for head, count in heads
-    ]
-    direction_scale, step_sizes = columns(settings)
-    return refine(h, with_most, direction_scale, step_sizes, native)
+    """Refine rows, each with its own settings; `h` has the rows of the first head first."""
+    refined = []
+    first = 0
+    for head, count in heads:
+        own = slice(first, first + count)
+        first = own.stop
+        used = head.prepare() if is_prepared else head
+        refined.append(refine(h[own], used, *columns(settings[own])))
+    return torch.cat(refined)
 
 
 def expected_of(h: Tensor, heads: Counted, settings: Sequence[RewardSettings]) -> Tensor:
@@ -75,7 +64,7 @@ def random_rows(count: int, width: int = WIDTH, seed: int = 0) -> Tensor:
     data=st.data(),
 )
 def test_each_row_is_refined_by_its_own_head_and_settings(
-    native: NativeRefinement | None, seed: int, width: int, units: list[int], data: st.DataObject
+    is_prepared: bool, seed: int, width: int, units: list[int], data: st.DataObject
 ) -> None:
     heads = [
         (random_head(seed + place, width, each), data.draw(st.integers(1, 6)))
@@ -84,20 +73,20 @@ def test_each_row_is_refined_by_its_own_head_and_settings(
     rows = sum(count for _, count in heads)
     settings = data.draw(st.lists(SETTINGS, min_size=rows, max_size=rows))
     h = random_rows(rows, width, seed)
-    refined = refined_by(h, heads, settings, native)
+    refined = refined_by(h, heads, settings, is_prepared)
     expected = expected_of(h, heads, settings)
     torch.testing.assert_close(refined, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("counts", [(1,), (3,), (4,), (33,), (1, 1, 5), (2, 31), (70, 1)])
 def test_many_steps_that_flip_many_units_equal_the_reference(
-    native: NativeRefinement | None, counts: Sequence[int]
+    is_prepared: bool, counts: Sequence[int]
 ) -> None:
     """As wide as a real head, whose gradient is kept from step to step."""
     heads = [(random_head(place, 96, 1024), count) for place, count in enumerate(counts)]
     rows = sum(counts)
     h = random_rows(rows, 96)
-    refined = refined_by(h, heads, [SLOW] * rows, native)
+    refined = refined_by(h, heads, [SLOW] * rows, is_prepared)
     expected = expected_of(h, heads, [SLOW] * rows)
     w1 = torch.cat([head.w1.expand(count, -1, -1) for head, count in heads])
     b1 = torch.cat([head.b1.expand(count, -1) for head, count in heads])
@@ -112,7 +101,7 @@ def test_many_steps_that_flip_many_units_equal_the_reference(
 @pytest.mark.parametrize("rows", [2, 8])
 @pytest.mark.parametrize("several", [False, True])
 def test_a_rows_bits_do_not_depend_on_the_other_rows(
-    native: NativeRefinement | None, rows: int, several: bool
+    is_prepared: bool, rows: int, several: bool
 ) -> None:
     head, another = (random_head(seed, width=96, units=256) for seed in (4, 5))
     row = random_rows(1, 96)
@@ -122,79 +111,54 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(
     for strength, iterations in ((0.0, 1), (0.1, 4), (3.0, 9), (3.0, 64)):
         others = RewardSettings(strength, iterations, direction_scale=strength)
         h = torch.cat((row, random_rows(rows - 1, 96, iterations)))
-        refined = refined_by(h, heads, [own, *[others] * (rows - 1)], native)
+        refined = refined_by(h, heads, [own, *[others] * (rows - 1)], is_prepared)
         seen.add(tuple(refined[0].tolist()))
     assert len(seen) == 1
-
-
-@pytest.mark.parametrize("width", [96, 100])
-def test_a_rows_bits_do_not_depend_on_how_many_there_are(
-    built: NativeRefinement, width: int
-) -> None:
-    head, h = random_head(1, width, 200), random_rows(70, width)
-    all_rows = refined_by(h, [(head, 70)], [FEW] * 70, built)
-    for count in (1, 2, 3, 4, 5, 7, 31, 32, 33, 64, 69):
-        some = refined_by(h[:count], [(head, count)], [FEW] * count, built)
-        assert torch.equal(some, all_rows[:count])
-
-
-@pytest.mark.parametrize("threads", [2, 7])
-def test_threads_do_not_race(built: NativeRefinement, threads: int) -> None:
-    """Heads and blocks of rows follow each other in the same memory."""
-    heads = [(random_head(place, 96, 256), rows) for place, rows in enumerate((1, 40, 1, 1, 3))]
-    h = random_rows(46, 96)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = [refined_by(h, heads, [SLOW] * 46, built) for _ in range(20)]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("units", [24, 250, 256, 1002])
 @pytest.mark.parametrize("others", [7, 256, 1500])
 def test_a_heads_rows_have_the_same_bits_beside_another_head(
-    native: NativeRefinement | None, count: int, units: int, others: int
+    is_prepared: bool, count: int, units: int, others: int
 ) -> None:
     """Alone, then beside it, before and after, then compared."""
     head, another = (random_head(seed, 96, size) for seed, size in ((1, units), (2, others)))
     h, neighbours = random_rows(count, 96), random_rows(3, 96, 1)
-    alone = refined_by(h, [(head, count)], [FEW] * count, native)
+    alone = refined_by(h, [(head, count)], [FEW] * count, is_prepared)
     for most in (0, 3, 5):
         settings = replace(FEW, iterations=most)
         after = refined_by(
             torch.cat((h, neighbours)),
             [(head, count), (another, 3)],
             [FEW] * count + [settings] * 3,
-            native,
+            is_prepared,
         )
         before = refined_by(
             torch.cat((neighbours, h)),
             [(another, 3), (head, count)],
             [settings] * 3 + [FEW] * count,
-            native,
+            is_prepared,
         )
         assert torch.equal(after[:count], alone)
         assert torch.equal(before[3:], alone)
 
 
-def test_a_row_that_has_done_its_steps_is_left_alone(native: NativeRefinement | None) -> None:
+def test_a_row_that_has_done_its_steps_is_left_alone(is_prepared: bool) -> None:
     """Even where a step of it would overflow, and where it holds zeros with a sign."""
     head = random_head(1)
     steep = replace(head, w2=torch.full_like(head.w2, 3e38))
     none, one = RewardSettings(0.5, 0, 0.0), RewardSettings(0.5, 1, 0.0)
     h = random_rows(2)
     h[0, 0] = -0.0
-    refined = refined_by(h, [(steep, 2)], [none, one], native)
+    refined = refined_by(h, [(steep, 2)], [none, one], is_prepared)
     assert not refined[1].isfinite().all()
     assert torch.equal(refined[0], h[0])
     assert torch.equal(refined[0].signbit(), h[0].signbit())
 
 
 def test_a_head_too_wide_to_be_prepared_is_refined_as_well(
-    native: NativeRefinement | None, monkeypatch: pytest.MonkeyPatch
+    is_prepared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("steering.prepared_head._MOST_UNITS", 64)
     h = random_rows(5)
@@ -204,11 +168,11 @@ def test_a_head_too_wide_to_be_prepared_is_refined_as_well(
     settings = [replace(FEW, iterations=iterations) for iterations in (4, 1, 3, 2, 0)]
     for heads in ([(narrow, 5)], [(wide, 5)], [(wide, 2), (narrow, 3)], [(narrow, 2), (wide, 3)]):
         expected = expected_of(h, heads, settings)
-        torch.testing.assert_close(refined_by(h, heads, settings, native), expected)
+        torch.testing.assert_close(refined_by(h, heads, settings, is_prepared), expected)
 
 
 def test_weights_whose_products_overflow_are_refined_by_the_equations(
-    native: NativeRefinement | None,
+    is_prepared: bool,
 ) -> None:
     usual = random_head(1)
     large = replace(usual, w1=usual.w1 * 1e20, b1=usual.b1 * 1e20, w2=usual.w2 * 1e-20)
@@ -216,10 +180,10 @@ def test_weights_whose_products_overflow_are_refined_by_the_equations(
     h = random_rows(2)
     expected = expected_of(h, [(large, 2)], [FEW] * 2)
     assert expected.isfinite().all()
-    torch.testing.assert_close(refined_by(h, [(large, 2)], [FEW] * 2, native), expected)
+    torch.testing.assert_close(refined_by(h, [(large, 2)], [FEW] * 2, is_prepared), expected)
 
 
-def test_a_reward_that_is_not_a_number_shows(native: NativeRefinement | None) -> None:
+def test_a_reward_that_is_not_a_number_shows(is_prepared: bool) -> None:
     """It must not leave the row as it is: that would be the base model, in silence."""
     w2 = torch.tensor([3e38, -3e38]).repeat(12)
     head = replace(random_head(0), w1=torch.ones(24, WIDTH), w2=w2)
@@ -227,11 +191,11 @@ def test_a_reward_that_is_not_a_number_shows(native: NativeRefinement | None) ->
     h = torch.linspace(0.5, 1, WIDTH)[None]
     assert reward(head, h).isnan().all()
     nothing, once = RewardSettings(0.0, 0, 0.0), RewardSettings(0.0, 1, 1.0)
-    assert not refined_by(h, [(head, 1)], [once], native).isfinite().all()
-    assert torch.equal(refined_by(h, [(head, 1)], [nothing], native), h)
+    assert not refined_by(h, [(head, 1)], [once], is_prepared).isfinite().all()
+    assert torch.equal(refined_by(h, [(head, 1)], [nothing], is_prepared), h)
 
 
-def test_a_unit_that_is_not_a_number_shows(native: NativeRefinement | None) -> None:
+def test_a_unit_that_is_not_a_number_shows(is_prepared: bool) -> None:
     """Others' rewards beside it are numbers, and would close the gap as if it were not there."""
     head = random_head(0)
     head.w1[3] = torch.zeros(WIDTH)
@@ -240,10 +204,10 @@ def test_a_unit_that_is_not_a_number_shows(native: NativeRefinement | None) -> N
     h = random_rows(1)
     h[0, :2] = 3e19
     assert (h @ head.w1.T)[0, 3].isnan()
-    assert refined_by(h, [(head, 1)], [FEW], native).isnan().all()
+    assert refined_by(h, [(head, 1)], [FEW], is_prepared).isnan().all()
 
 
-def test_a_unit_at_minus_infinity_is_off(native: NativeRefinement | None) -> None:
+def test_a_unit_at_minus_infinity_is_off(is_prepared: bool) -> None:
     head = random_head(0)
     head.w1[3] = torch.zeros(WIDTH)
     head.w1[3, 0] = -1.8e19  # whose square is finite: the head is prepared
@@ -253,15 +217,15 @@ def test_a_unit_at_minus_infinity_is_off(native: NativeRefinement | None) -> Non
     assert (h @ head.w1.T)[0, 3] == -torch.inf
     expected = expected_of(h, [(head, 1)], [FEW])
     assert expected.isfinite().all()
-    torch.testing.assert_close(refined_by(h, [(head, 1)], [FEW], native), expected)
+    torch.testing.assert_close(refined_by(h, [(head, 1)], [FEW], is_prepared), expected)
 
 
 @pytest.mark.parametrize("width", [96, 100])
-def test_rows_are_given_back_and_not_changed(native: NativeRefinement | None, width: int) -> None:
+def test_rows_are_given_back_and_not_changed(is_prepared: bool, width: int) -> None:
     """However they lie in memory."""
     for h in (random_rows(3, width), random_rows(width, 3).T):
         before = h.clone()
-        refined = refined_by(h, [(random_head(1, width), 3)], [FEW] * 3, native)
+        refined = refined_by(h, [(random_head(1, width), 3)], [FEW] * 3, is_prepared)
         assert torch.equal(h, before)
         expected = expected_of(h, [(random_head(1, width), 3)], [FEW] * 3)
         torch.testing.assert_close(refined, expected)

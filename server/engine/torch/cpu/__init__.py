@@ -1,4 +1,4 @@
-"""Makes the engine fast on a CPU: packed weights, compiled layers, rewards in C++.
+"""Makes the engine fast on a CPU: packed weights and compiled layers.
 
 Only `device_paths` imports this room: it imports `paths` by name, on a CPU only. The room may use
 private parts of torch, and imports the engine's self-test and the rooms below, never `cuda`.

@@ -1,4 +1,4 @@
-"""Makes the engine fast on a CPU: packed weights, compiled layers, rewards in C++."""
+"""Makes the engine fast on a CPU: packed weights and compiled layers."""
 
 from contextlib import suppress
 
@@ -8,7 +8,6 @@ from server.engine.torch.attention.slab import SlabShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.cpu.compiled import CompiledLayers
 from server.engine.torch.cpu.graph_store import HABIT
-from server.engine.torch.cpu.native_refinement import make_native_refinement
 from server.engine.torch.cpu.packed import pack_linear_layers
 from server.engine.torch.cpu.recurring import Habit
 from server.engine.torch.device_paths import Parts
@@ -28,9 +27,7 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
     """Return a runner whose layers are compiled in the background, if the options ask for it."""
     if not options.compile_layers:
         return parts.eager
-    compiled = _compiled_layers(parts, options)
-    parts.interventions.bank.native = make_native_refinement()
-    return Runner(parts.loaded.model, parts.hooks, compiled)
+    return Runner(parts.loaded.model, parts.hooks, _compiled_layers(parts, options))
 
 
 def _compiled_layers(parts: Parts, options: EngineOptions) -> CompiledLayers:

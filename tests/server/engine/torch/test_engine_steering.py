@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from torch import Tensor
@@ -15,7 +14,6 @@ from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.batch import Batch
 from steering.bank import Bank
 from steering.dose import DoseMeter
-from steering.native import build_native
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
@@ -141,10 +139,9 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
 
 
 async def test_what_a_head_needs_is_made_before_the_engine_thread_has_it(
-    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await start_engine(interventions_of())
-    engine._core.interventions.bank.native = build_native(tmp_path)
     given: list[object] = []
     put = Bank.put
 
