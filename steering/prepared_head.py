@@ -110,7 +110,8 @@ def apply_prepared(
 
 def _slopes(units: Tensor, w2: Tensor) -> Tensor:
     """Return 1[units > 0] * w2. A NaN unit keeps its slope (NaN <= 0 is false), and so shows."""
-    return torch.ops.aten.threshold_backward(w2.expand_as(units), units, 0)
+    slopes: Tensor = torch.ops.aten.threshold_backward(w2.expand_as(units), units, 0)
+    return slopes
 
 
 def _sums(table: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
@@ -125,5 +126,4 @@ def _sums(table: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Ten
     Returns:
         (n, k) float32.
     """
-    sums: Tensor = embedding_bag(places, table, starts, mode="sum", per_sample_weights=weights)
-    return sums
+    return embedding_bag(places, table, starts, mode="sum", per_sample_weights=weights)
