@@ -10,7 +10,7 @@ from typing import Final
 from interventions.artifact import Summary
 from interventions.errors import DamagedInterventionError, UnknownInterventionError
 from interventions.manifest import Manifest
-from interventions.records import NameRecord, Version
+from interventions.name_records import NameRecord, Version
 
 DIGEST_PREFIX: Final = "sha256:"
 OBJECT_SUFFIX: Final = ".safetensors"

@@ -23,10 +23,10 @@ from interventions.errors import (
 from interventions.folder import LOCK_SECONDS, RegistryFolder
 from interventions.leases import Leases
 from interventions.marks import Marks
+from interventions.name_records import NameRecord, Version, record_bytes
 from interventions.pins import PinnedCatalogue
 from interventions.reader import FolderReader, Found
-from interventions.records import NameRecord, Version, record_bytes
-from interventions.staging import StagedUpload
+from interventions.staged_upload import StagedUpload
 
 _LOOK_SECONDS: Final = 1.0  # that a look waits for a change: the next one comes soon
 

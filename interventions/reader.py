@@ -23,7 +23,7 @@ from interventions.catalogue import (
     Damage,
 )
 from interventions.manifest import DIGEST_PATTERN, NAME_PATTERN
-from interventions.records import NameRecord, RecordError, Version, parse_record
+from interventions.name_records import NameRecord, RecordError, Version, parse_record
 
 _logger = logging.getLogger(__name__)
 

@@ -47,10 +47,10 @@ from interventions.folder import RegistryFolder
 from interventions.layout import Shapes
 from interventions.leases import Leases
 from interventions.manifest import NAME_PATTERN
+from interventions.name_records import Version
 from interventions.pins import PinnedCatalogue
 from interventions.reader import FolderReader
-from interventions.records import Version
-from interventions.staging import StagedUpload
+from interventions.staged_upload import StagedUpload
 
 __all__ = [
     "DIGEST_PREFIX",

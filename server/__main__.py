@@ -2,7 +2,7 @@
 
 import typer
 
-from server.cli import fit, registry
+from server.cli import fit, registry_client
 from server.cli.bench import bench
 from server.cli.serve import serve
 
@@ -15,7 +15,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.add_typer(fit.app, name="fit")
-app.add_typer(registry.app)  # push, list, show, delete
+app.add_typer(registry_client.app)  # push, list, show, delete
 app.command()(bench)
 
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from interventions.registry import Registry
-from interventions.settings import Caps
+from interventions.request_settings import Caps
 from server.api import chat, completions, documentation, interventions, models, system
 from server.api.auth import require_api_key
 from server.api.context import ServerContext
@@ -17,7 +17,7 @@ from server.api.errors import ApiError, handle_unexpected, install_error_handler
 from server.api.host_check import HostMiddleware, host_check
 from server.api.limits import BodyLimitMiddleware
 from server.api.observe import RequestObserver
-from server.api.steering import SteeringResolver
+from server.api.steering_resolver import SteeringResolver
 from server.baselines import BaselineSampler
 from server.config import ConfigurationError, Settings
 from server.engine.base import Engine

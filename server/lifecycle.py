@@ -14,11 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.context import ServerContext
+from server.connections import IdleConnections, StalledConnections
 from server.framing import ServerState
-from server.idle import IdleConnections
 from server.listening import stop_listening
 from server.protocol import HttpProtocol
-from server.stalled import StalledConnections
 
 # How long answers that the closed engine has ended may take to reach their readers.
 _LAST_WORDS_SECONDS: Final = 5
@@ -155,7 +154,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_TICK_SECONDS)
             connections = [each for each in self.server_state.connections if _is_ours(each)]
             now = time.monotonic()
-            self._stalled.cut(connections, now)
+            self._stalled.cut([each.transport for each in connections], now)
             self._idle.close(connections, now)
             for connection in connections:
                 connection.close_if_reset()

@@ -1,11 +1,9 @@
 """The record of one HTTP request, and the sinks that get it at the request's end."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias, get_args
 
-from server.config import ConfigurationError
 from server.engine.base import SamplingSettings
 
 Operation: TypeAlias = Literal["text_completion", "chat"]
@@ -94,26 +92,3 @@ class ClosableSink(RecordSink, Protocol):
     def close(self) -> None:
         """Deliver waiting records, or drop them after a few seconds. No other call may follow."""
         ...
-
-
-def load_trace_sink(endpoint: str, *, with_content: bool) -> ClosableSink:
-    """Make a sink that sends spans to a collector. OpenTelemetry is imported only by this call.
-
-    Args:
-        endpoint: the collector's base URL, for OTLP over HTTP.
-        with_content: whether spans may carry prompts and completions.
-
-    Raises:
-        ConfigurationError: the extra `otel` is not installed, or the endpoint is no such URL.
-    """
-    try:
-        tracing = importlib.import_module("server.tracing")
-    except ImportError as error:
-        if not (error.name or "").startswith("opentelemetry"):
-            raise
-        raise ConfigurationError(
-            "--otlp-endpoint needs OpenTelemetry, which is not installed: "
-            "pip install 'steerserve[otel]'"
-        ) from error
-    sink: ClosableSink = tracing.open_trace_sink(endpoint, with_content=with_content)
-    return sink

@@ -32,7 +32,7 @@ from interventions.errors import (
     RegistryError,
     UnknownInterventionError,
 )
-from interventions.records import Version
+from interventions.name_records import Version
 from interventions.registry import DIGEST_PREFIX, Registry
 from interventions.watch import watched
 

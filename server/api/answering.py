@@ -18,7 +18,7 @@ from server.api.errors import ApiError, invalid, shutting_down
 from server.api.fields import GenerationFields, StreamOptions
 from server.api.frames import Choice, Frame, Wording
 from server.api.generations import GenerationGroup, closing_on_error
-from server.api.model_names import split_model
+from server.api.models import split_model
 from server.api.observe import record_of
 from server.api.streaming import CompletionStream
 from server.api.waiting import unless_client_leaves

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from interventions.registry import Registry
 from server.api.disk import RegistryDisk
 from server.api.errors import shutting_down
-from server.api.steering import SteeringResolver
+from server.api.steering_resolver import SteeringResolver
 from server.baselines import BaselineSampler
 from server.config import Settings
 from server.engine.base import Engine

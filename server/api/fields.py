@@ -119,8 +119,8 @@ class StreamOptions(Strict):
 class GenerationFields(Strict):
     """The fields that requests for completions and for chat completions have in common.
 
-    `steering` is checked in `server.api.steering`, which knows the stored interventions. There,
-    null asks for no steering, even if the server has a default.
+    `server.api.steering_resolver`, which knows the stored interventions, checks `steering`. Null
+    asks for no steering there, even if the server has a default.
     """
 
     model: str

@@ -1,11 +1,16 @@
 """`/v1/models` lists the served names, alone and with each intervention that the model can take."""
 
+from collections.abc import Sequence
+from typing import Final
+
 from fastapi import APIRouter
 from pydantic import JsonValue
 from starlette.responses import JSONResponse, Response
 
 from server.api.context import Context, ServerContext
-from server.api.model_names import SEPARATOR, model_not_found
+from server.api.errors import ApiError
+
+SEPARATOR: Final = "+"  # between a served name and an intervention's name
 
 router = APIRouter(prefix="/models")
 
@@ -21,7 +26,7 @@ async def show_model(model_id: str, context: Context) -> Response:
     """Show one model of the list."""
     model = _models(context).get(model_id)
     if model is None:
-        raise model_not_found(model_id, context.settings.served_names)
+        raise _model_not_found(model_id, context.settings.served_names)
     return JSONResponse(model)
 
 
@@ -48,3 +53,25 @@ def _model(name: str, parent: str | None, created: int, context: ServerContext) 
         "parent": parent,
         "max_model_len": context.engine.max_model_len,
     }
+
+
+def split_model(model: str, served: Sequence[str]) -> tuple[str, str | None]:
+    """Split a model id into the served name and the intervention's name, None if it has none.
+
+    Raises:
+        ApiError: 404, the model is not served.
+    """
+    name, separator, intervention = model.partition(SEPARATOR)
+    if name not in served or (separator and not intervention):
+        raise _model_not_found(model, served)
+    return name, intervention if separator else None
+
+
+def _model_not_found(model: str, served: Sequence[str]) -> ApiError:
+    """Return the error for a model that is not served."""
+    return ApiError(
+        404,
+        f"The model '{model[:200]}' does not exist; this server has {', '.join(served)}.",
+        param="model",
+        code="model_not_found",
+    )

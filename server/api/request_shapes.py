@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NotRequired, TypeAlias
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from server.api.wanted import MAX_STACK
+from server.api.steering_resolver import MAX_STACK
 from steering.settings import Positions
 
 PromptShape: TypeAlias = str | list[int] | list[str] | list[list[int]]

@@ -29,7 +29,7 @@ class CompletionStream(Response):
 
     An error after the first byte is an event of its own, after which the stream ends without
     `[DONE]`. The stream also ends if the client closes the connection. The connection of a client
-    that stops reading is closed from outside, by `server.stalled`.
+    that stops reading is closed from outside, by `server.connections`.
     """
 
     media_type = "text/event-stream"

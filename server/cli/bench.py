@@ -11,7 +11,7 @@ from rich.console import Console
 
 from server.cli.bench_client import BenchClient, BenchError
 from server.cli.bench_run import LONG_PROMPT_TOKENS, SECTIONS, BenchPlan, run
-from server.cli.registry import DEFAULT_URL, ApiKey, AsJson, Url
+from server.cli.registry_client import DEFAULT_URL, ApiKey, AsJson, Url
 
 
 def bench(

@@ -1,6 +1,7 @@
 """Puts the server together from its settings, and runs it."""
 
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from server.lifecycle import Server
 from server.logs import LogSink, configure_logging
 from server.metrics import Metrics
 from server.own_thread import in_own_thread
-from server.records import RecordSink, load_trace_sink
+from server.records import ClosableSink, RecordSink
 from server.toxicity.pace import Pace
 from server.toxicity.process import ScorerProcess
 from server.toxicity.queue import ScoringQueue
@@ -129,6 +130,29 @@ def _sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
         stack.callback(traces.close)
         sinks.append(traces)
     return sinks
+
+
+def load_trace_sink(endpoint: str, *, with_content: bool) -> ClosableSink:
+    """Make a sink that sends spans to a collector. OpenTelemetry is imported only by this call.
+
+    Args:
+        endpoint: the collector's base URL, for OTLP over HTTP.
+        with_content: whether spans may carry prompts and completions.
+
+    Raises:
+        ConfigurationError: the extra `otel` is not installed, or the endpoint is no such URL.
+    """
+    try:
+        tracing = importlib.import_module("server.tracing")
+    except ImportError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigurationError(
+            "--otlp-endpoint needs OpenTelemetry, which is not installed: "
+            "pip install 'steerserve[otel]'"
+        ) from error
+    sink: ClosableSink = tracing.open_trace_sink(endpoint, with_content=with_content)
+    return sink
 
 
 def _load_engine(

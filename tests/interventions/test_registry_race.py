@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from interventions.artifact import write_artifact
-from interventions.records import Version
+from interventions.name_records import Version
 from interventions.registry import Registry
 from tests import racing
 from tests.artifact_samples import affine_manifest, affine_parameters

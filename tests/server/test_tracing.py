@@ -3,6 +3,8 @@
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from interventions.registry import Registry
 from server import tracing
 from server.app import create_app
+from server.cli.launch import load_trace_sink
 from server.config import Settings
 from server.engine.base import SamplingSettings
 from server.engine.torch.engine import TorchEngine
@@ -34,7 +37,6 @@ from server.records import (
     InterventionRecord,
     MessageRecord,
     RequestRecord,
-    load_trace_sink,
 )
 from server.tracing import LONGEST_CONTENT, SteadyExporter, TraceSink
 from tests.serving import complete
@@ -456,3 +458,14 @@ def test_a_collector_that_is_down_is_told_of_once(caplog: pytest.LogCaptureFixtu
         "Traces reach there again.",
         "Traces do not reach there; they are lost until they do.",
     ]
+
+
+def test_nothing_imports_opentelemetry_unless_it_is_asked_for() -> None:
+    code = (
+        "import sys, server.logs, server.records; "
+        "print([name for name in sys.modules if 'opentelemetry' in name])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -15,7 +15,7 @@ import pytest
 
 from interventions.registry import Registry
 from server.cli import launch
-from server.config import Settings
+from server.config import ConfigurationError, Settings
 from server.engine.torch.engine import TorchEngine
 from tests.disk import FaultyDisk, WatchedDisk
 from tests.processes import ROOT, STOP_SECONDS, steerserve
@@ -109,3 +109,27 @@ def test_a_full_disk_stores_no_bundled_intervention_and_stops_no_start(
         assert "detox-lineas is not stored. The registry's disk is full" in caplog.text
         launch._add_bundled(registry)
         assert [entry.name for entry in registry.entries()] == ["detox-argre", "detox-lineas"]
+
+
+def test_without_the_extra_the_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "server.tracing", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)
+    with pytest.raises(ConfigurationError, match=r"steerserve\[otel\]"):
+        launch.load_trace_sink("http://localhost:4318", with_content=False)
+
+
+def test_another_module_that_is_missing_is_not_blamed_on_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "server.tracing", None)
+    with pytest.raises(ModuleNotFoundError, match=r"server\.tracing"):
+        launch.load_trace_sink("http://localhost:4318", with_content=False)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["localhost:4318", "ftp://x", "http://", "http://x:port", "http://[", "http://x/?a=b", "grpc"],
+)
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+    with pytest.raises(ConfigurationError, match="http://localhost:4318"):
+        launch.load_trace_sink(endpoint, with_content=False)

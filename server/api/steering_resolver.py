@@ -1,17 +1,30 @@
 """Resolves every request's steering in this one place, so that no request avoids the policy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from interventions.compatibility import IncompatibleArtifactError, check_shapes
 from interventions.model import ModelDescription
 from interventions.registry import Entry, Registry, UnknownInterventionError
-from interventions.settings import Caps, InvalidSettingError, resolve_settings
+from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
 from server.api.applied_steering import AppliedSteering, Resolved, Source, applied, sentence_of
 from server.api.default_steering import DefaultArtifacts, default_unavailable
 from server.api.errors import ApiError, from_registry, invalid
-from server.api.wanted import Wanted, parse_steering
 from server.config import SteeringPolicy
 from server.engine.base import Edit, Engine, EngineError, Request, SamplingSettings
+
+MAX_STACK: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedIntervention:
+    """An intervention as a request or the operator names it, and where for error messages."""
+
+    reference: str
+    settings: Mapping[str, object]
+    param: str
+    reference_param: str
 
 
 class SteeringResolver:
@@ -35,7 +48,7 @@ class SteeringResolver:
         self._model = model
         self._policy = policy
         self._caps = caps
-        wanted = parse_steering(default, "default_steering")
+        wanted = _parse_steering(default, "default_steering")
         try:
             self._default = self._resolve(wanted)
         except ApiError as error:
@@ -71,7 +84,9 @@ class SteeringResolver:
             resolved = self._default
         else:
             wanted = (
-                parse_steering(value) if suffix is None else (Wanted(suffix, {}, "model", "model"),)
+                _parse_steering(value)
+                if suffix is None
+                else (RequestedIntervention(suffix, {}, "model", "model"),)
             )
             resolved = self._chosen(wanted)
         self._check_required(resolved)
@@ -107,7 +122,7 @@ class SteeringResolver:
         except (IncompatibleArtifactError, UnknownInterventionError) as error:
             return (), str(error)
 
-    def _chosen(self, wanted: Sequence[Wanted]) -> tuple[Resolved, ...]:
+    def _chosen(self, wanted: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
         """Resolve a request's own choice; a locked policy allows only that of the default."""
         if self._policy != "locked":
             return self._resolve(wanted)
@@ -143,10 +158,10 @@ class SteeringResolver:
                 "steering_required",
             )
 
-    def _resolve(self, wanted: Sequence[Wanted]) -> tuple[Resolved, ...]:
+    def _resolve(self, wanted: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
         return tuple(self._resolve_one(item) for item in wanted)
 
-    def _resolve_one(self, wanted: Wanted) -> Resolved:
+    def _resolve_one(self, wanted: RequestedIntervention) -> Resolved:
         try:
             entry = self._registry.resolve(wanted.reference)
             settings = resolve_settings(entry.manifest, wanted.settings, self._caps)
@@ -163,6 +178,44 @@ class SteeringResolver:
                 "intervention_not_servable",
             )
         return Resolved(entry, Edit(entry.digest, settings))
+
+
+def _parse_steering(value: object, param: str = "steering") -> tuple[RequestedIntervention, ...]:
+    """Return the interventions that a `steering` value names, in order; none for null.
+
+    Raises:
+        ApiError: it is not null, an object with an `intervention`, or a list of at most 4 such.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, dict):
+        return (_parse_one(value, param),)
+    if not isinstance(value, list):
+        raise invalid(
+            f"'{param}' must be an object, a list of objects, or null.", param, "invalid_type"
+        )
+    if len(value) > MAX_STACK:
+        raise invalid(
+            f"'{param}' lists {len(value)} interventions; at most {MAX_STACK} can be stacked.",
+            param,
+            "too_many_interventions",
+        )
+    return tuple(_parse_one(item, f"{param}[{place}]") for place, item in enumerate(value))
+
+
+def _parse_one(value: object, param: str) -> RequestedIntervention:
+    if not isinstance(value, dict):
+        raise invalid(f"'{param}' must be an object.", param, "invalid_type")
+    reference_param = f"{param}.intervention"
+    if "intervention" not in value:
+        message = f"'{param}' lacks 'intervention', the name of what to steer by."
+        raise invalid(message, reference_param, "missing_required_parameter")
+    reference = value["intervention"]
+    if not isinstance(reference, str):
+        message = f"'{reference_param}' must be a string: a name or sha256:<digest>."
+        raise invalid(message, reference_param, "invalid_type")
+    settings = {key: item for key, item in value.items() if key != "intervention"}
+    return RequestedIntervention(reference, settings, param, reference_param)
 
 
 def _locked() -> ApiError:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from interventions.settings import Caps, InvalidSettingError, resolve_settings
+from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
 from steering.settings import AffineSettings, RewardSettings
 from tests.artifact_samples import affine_manifest, reward_manifest
 

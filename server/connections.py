@@ -1,9 +1,12 @@
-"""Closes connections that send no request, so that they cannot pile up."""
+"""Closes connections whose client sends no request, and cuts off those that read no answer."""
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+logger = logging.getLogger("uvicorn.error")
 
 
 class Cycle(Protocol):
@@ -74,3 +77,44 @@ class IdleConnections:
             if now - before.since > (self._keep_alive if resting else self._timeout):
                 connection.transport.close()
         self._idle = idle
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsent:
+    size: int  # bytes waiting in the process
+    since: float  # when the size last changed, in seconds, by the clock of `cut`
+
+
+class StalledConnections:
+    """Aborts connections that have had bytes to send, and could send none, for `timeout` seconds.
+
+    A stream waits for its client, however slow, and closing a connection waits until all written
+    bytes are sent. A client that reads nothing would hold the connection, and all that the stream
+    holds, for ever.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._unsent: dict[asyncio.Transport, _Unsent] = {}
+
+    def cut(self, transports: Iterable[asyncio.Transport], now: float) -> None:
+        """Look at all connections, and abort those that have stalled; to be called often.
+
+        Args:
+            now: the time in seconds, by any monotonic clock.
+        """
+        unsent: dict[asyncio.Transport, _Unsent] = {}
+        for transport in transports:
+            size = transport.get_write_buffer_size()
+            if size == 0:
+                continue
+            # A write makes the buffer larger, and a reading client makes it smaller.
+            before = self._unsent.get(transport)
+            if before is None or before.size != size:
+                before = _Unsent(size, now)
+            unsent[transport] = before
+        self._unsent = unsent
+        for transport, state in unsent.items():
+            if now - state.since > self._timeout:
+                logger.warning("Cutting off a client that has read nothing for %g s", self._timeout)
+                transport.abort()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
-from server.cli.registry import app
+from server.cli.registry_client import app
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.disk import FaultyDisk, WatchedDisk
