@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interventions.header import ArtifactError
 from steering.affine import AffineMap, AffineParameters, Gate
-from steering.sites import place_of
+from steering.sites import locate_site
 
 Shape: TypeAlias = tuple[int, ...]
 _Parts: TypeAlias = Mapping[str, Shape]  # "weight", "bias", "low" or "high" -> shape
@@ -133,7 +133,7 @@ def _split(name: str) -> tuple[str, str]:
         raise ArtifactError(f"An affine artifact has no tensor called {name[:300]!r}.")
     if len(stem) > _MAX_LENGTH or not _PATTERN.fullmatch(stem):
         raise ArtifactError(f"The site {stem[:300]!r} is not the path of a module.")
-    if not place_of(stem).module:
+    if not locate_site(stem).module:
         raise ArtifactError(
             f'The tensor "{name}" names no module: the site of an input is called '
             '"<module path>.input".'
@@ -195,9 +195,9 @@ def _check_gate(stem: str, parts: _Parts, maps: Mapping[str, _Parts]) -> None:
 def _check_places(sites: Collection[str]) -> None:
     """At most one of a module's input and output is edited by one artifact."""
     for site in sites:
-        module, is_input = place_of(site)
+        module, is_input = locate_site(site)
         # A site of the module's name is its output, unless the module is itself called "input".
-        if is_input and module in sites and not place_of(module).is_input:
+        if is_input and module in sites and not locate_site(module).is_input:
             raise ArtifactError(
                 f'The tensor "{_name(site, "weight")}" edits the input of module "{module}", whose '
                 f'output "{_name(module, "weight")}" edits; an artifact edits one of them.'

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steering.dose import relative_change
 
-# Bits of `MapTable.held`, for the parts of a slot's map at a site. 0: the slot has no map there.
+# Bits of `MapTable.flags`, for the parts of a slot's map at a site. 0: the slot has no map there.
 HAS_MAP: Final = 1
 HAS_SUPPORT: Final = 2
 HAS_GATE: Final = 4
@@ -50,7 +50,7 @@ AffineParameters: TypeAlias = Mapping[str, AffineMap]
 class MapTable(NamedTuple):
     """The maps of a bank's slots at one site of width d, stacked by slot."""
 
-    held: Tensor  # (slots,) int32, bits HAS_MAP, HAS_SUPPORT, HAS_GATE; 0 without a map
+    flags: Tensor  # (slots,) int32, bits HAS_MAP, HAS_SUPPORT, HAS_GATE; 0 without a map
     delta: Tensor  # (slots, d) float32, weight - 1
     bias: Tensor  # (slots, d) float32
     low: Tensor | None  # (slots, d) float32, -inf in slots without support; None if none has any
@@ -60,9 +60,9 @@ class MapTable(NamedTuple):
 
     def to(self, device: torch.device) -> "MapTable":
         """Return the table on a device."""
-        held, delta, bias = (each.to(device) for each in self[:3])
+        flags, delta, bias = (each.to(device) for each in self[:3])
         return MapTable(
-            held, delta, bias, *(None if each is None else each.to(device) for each in self[3:])
+            flags, delta, bias, *(None if each is None else each.to(device) for each in self[3:])
         )
 
 
@@ -78,13 +78,13 @@ def edit_tokens(z: Tensor, slots: Tensor, strength: Tensor, table: MapTable) -> 
     Returns:
         (n, d) float32; rows without a map equal `z` bit for bit.
     """
-    held, strength = table.held[slots][:, None], strength[:, None]
+    flags, strength = table.flags[slots][:, None], strength[:, None]
     if table.gate_weight is not None and table.gate_bias is not None:
         # By `where`, so that a map without a gate gives the same bits as in a table without gates.
         gates = gate_of(z, table.gate_weight[slots], table.gate_bias[slots])
-        strength = torch.where((held & HAS_GATE) != 0, strength * gates, strength)
+        strength = torch.where((flags & HAS_GATE) != 0, strength * gates, strength)
     edited = torch.addcmul(z, strength, torch.addcmul(table.bias[slots], table.delta[slots], z))
-    acts = held != 0
+    acts = flags != 0
     if table.low is not None and table.high is not None:
         acts = acts & (z >= table.low[slots]) & (z <= table.high[slots])
     return torch.where(acts, edited, z)
@@ -111,7 +111,7 @@ def edit_stacks(
 
     Args:
         activations: (n, d), any floating dtype.
-        slots: (depth, n) int64, for each place of the stacks each token's slot in the bank.
+        slots: (depth, n) int64, for each edit of the stacks each token's slot in the bank.
         strength: (depth, n) float32.
         table: the site's maps.
         doses: (2, depth, n) float32, updated in place where it is given: `doses[0]` adds up each
@@ -121,11 +121,11 @@ def edit_stacks(
         (n, d) of the activations' dtype; the whole stack is computed in float32 and cast once.
     """
     z = activations.float()
-    for place in range(len(slots)):
-        edited = edit_tokens(z, slots[place], strength[place], table)
+    for index in range(len(slots)):
+        edited = edit_tokens(z, slots[index], strength[index], table)
         if doses is not None:
-            acts = table.held[slots[place]] != 0
-            doses[0, place] += torch.where(acts, relative_change(z, edited), 0)
-            doses[1, place] += acts
+            acts = table.flags[slots[index]] != 0
+            doses[0, index] += torch.where(acts, relative_change(z, edited), 0)
+            doses[1, index] += acts
         z = edited
     return z.to(activations.dtype)

@@ -16,14 +16,14 @@ from steering.grouped_refinement import GroupedRefinement
 from steering.kernels.affine_edit import affine_edit
 from steering.reward import RewardHead, refine
 from steering.route import AffineRoute, RewardStage, Route
-from steering.site_maps import Part, SiteMaps, parts_in, parts_of
+from steering.site_maps import MapPart, SiteMaps, parts_in, parts_of
 
 
-class MapNeed(NamedTuple):
+class SitePart(NamedTuple):
     """A site, and a part of a map there (its map, support or gate)."""
 
     site: str
-    part: Part
+    part: MapPart
 
 
 class Bank:
@@ -38,7 +38,7 @@ class Bank:
         self._device = device
         self._sites: dict[str, SiteMaps] = {}
         self._heads: dict[int, RewardHead] = {}
-        self._needs: dict[int, frozenset[MapNeed]] = {}  # slot -> the parts of its maps
+        self._parts: dict[int, frozenset[SitePart]] = {}  # slot -> the parts of its maps
         self.slot_changes = 0  # the number of changes of slots' contents
         self.grouped: GroupedRefinement | None = None  # refines rows on a GPU; None: torch does
 
@@ -53,8 +53,8 @@ class Bank:
         if isinstance(parameters, Mapping):
             for site, site_map in parameters.items():
                 self._site(site, site_map.weight.numel()).put(slot, site_map)
-            self._needs[slot] = frozenset(
-                MapNeed(site, part)
+            self._parts[slot] = frozenset(
+                SitePart(site, part)
                 for site, site_map in parameters.items()
                 for part in parts_of(site_map)
             )
@@ -65,7 +65,7 @@ class Bank:
         self.slot_changes += 1
 
     @torch.inference_mode()
-    def make_room(self, widths: Mapping[str, int]) -> None:
+    def allocate_sites(self, widths: Mapping[str, int]) -> None:
         """Allocate the memory for maps at some sites (site -> width), ahead of `put`."""
         for site, width in widths.items():
             self._site(site, width)
@@ -75,7 +75,7 @@ class Bank:
         """Empty a slot."""
         if self._heads.pop(slot, None) is not None and self.grouped is not None:
             self.grouped.put(slot, None)
-        self._needs.pop(slot, None)
+        self._parts.pop(slot, None)
         for stack in self._sites.values():
             stack.clear(slot)
         self.slot_changes += 1
@@ -86,32 +86,32 @@ class Bank:
         return self._sites[site]
 
     @property
-    def layout(self) -> frozenset[MapNeed]:
+    def allocated_parts(self) -> frozenset[SitePart]:
         """The sites and parts that an edit can apply if it reads all of the bank's tensors.
 
         Filling a slot changes only the tensors' contents, unless it adds a site, or the first
         support or the first gate at a site.
         """
         return frozenset(
-            MapNeed(site, part)
+            SitePart(site, part)
             for site, maps in self._sites.items()
             for part in parts_in(maps.table)
         )
 
-    def needs(self, slots: Iterable[int]) -> frozenset[MapNeed]:
+    def parts_used(self, slots: Iterable[int]) -> frozenset[SitePart]:
         """Return the sites and parts of the maps in some slots."""
-        return frozenset[MapNeed]().union(*{self._needs[each] for each in slots})
+        return frozenset[SitePart]().union(*{self._parts[each] for each in slots})
 
     def affine_slot(self) -> int | None:
         """Return a slot that holds affine maps, or None if there is none."""
-        return next(iter(self._needs), None)
+        return next(iter(self._parts), None)
 
-    def acting(self, route: AffineRoute) -> dict[str, MapTable]:
+    def tables_for(self, route: AffineRoute) -> dict[str, MapTable]:
         """Return site -> its maps, for each site at which one of the route's slots has a map.
 
-        A route whose `used` is None gets every site.
+        A route whose `used_slots` is None gets every site.
         """
-        tables = ((site, maps.acting(route.used)) for site, maps in self._sites.items())
+        tables = ((site, maps.table_for(route.used_slots)) for site, maps in self._sites.items())
         return {site: table for site, table in tables if table is not None}
 
     def edit_site(
@@ -133,14 +133,14 @@ class Bank:
         if maps is None or affine is None:
             return activations
         maps.move(activations.device)
-        if (table := maps.acting(affine.used)) is None:
+        if (table := maps.table_for(affine.used_slots)) is None:
             return activations
         edited = affine_edit(
             activations.reshape(-1, activations.shape[-1]),
             affine.slots,
             affine.strength,
             table,
-            None if meter is None else meter.affine(affine.places, activations.device),
+            None if meter is None else meter.affine_doses(affine.indices, activations.device),
         )
         return edited.view_as(activations)
 
@@ -171,18 +171,18 @@ class Bank:
             rows = h[stage.rows]
             edited = self._refine(rows, stage)
             if meter is not None:
-                meter.reward(stage.depth, rows, edited, stage.rows)
+                meter.add_reward_doses(stage.index, rows, edited, stage.rows)
             h = h.index_copy(0, stage.rows, edited)
         return h.to(hidden.dtype).view_as(hidden)
 
     def _refine(self, rows: Tensor, stage: RewardStage) -> Tensor:
         """Refine a stage's rows, each by its own head: (n, d) float32 -> (n, d) float32."""
-        if self.grouped is not None and self.grouped.holds(each.slot for each in stage.heads):
+        if self.grouped is not None and self.grouped.has_heads(each.slot for each in stage.heads):
             return self.grouped(
                 rows,
                 [(each.slot, each.rows) for each in stage.heads],
                 stage.slots,
-                stage.counts,
+                stage.tile_sizes,
                 stage.direction_scale,
                 stage.step_sizes,
             )

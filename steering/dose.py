@@ -16,10 +16,10 @@ from torch import Tensor
 from steering.route import Span
 from steering.settings import AffineSettings, RewardSettings
 
-LARGEST: Final = 1e6  # the dose of a zero vector, and the cap of every other
+MAX_DOSE: Final = 1e6  # the dose of a zero vector, and the cap of every other
 
 # An edit's kind, and its index among the edits of this kind in its request's stack.
-_Place: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
+_EditIndex: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
 
 
 class DoseMeter:
@@ -29,65 +29,65 @@ class DoseMeter:
         """Take the whole step's numbers of tokens and of logits rows."""
         self._tokens = tokens
         self._rows = rows
-        self._places: tuple[int, ...] = ()  # in the stacks of affine edits
-        # The sum of the doses, and their number: (2, places, tokens) float32.
+        self._indices: tuple[int, ...] = ()  # of affine edits in the stacks
+        # The sum of the doses, and their number: (2, indices, tokens) float32.
         self._affine: dict[torch.device, Tensor] = {}
-        self._reward: dict[int, Tensor] = {}  # place in the stacks -> (2, rows) float32, likewise
+        self._reward: dict[int, Tensor] = {}  # index in the stacks -> (2, rows) float32, likewise
         # The time of the edits alone, and the time of measuring them. Both are right only on a
         # device that computes synchronously, as a CPU does.
         self.edit_seconds = 0.0
-        self.own_seconds = 0.0
+        self.measuring_seconds = 0.0
 
     @contextmanager
-    def editing(self) -> Iterator[None]:
-        """Add the block's duration to `edit_seconds`, less that of `measuring` blocks within it."""
-        own, began = self.own_seconds, time.perf_counter()
+    def timing_edits(self) -> Iterator[None]:
+        """Add the block's duration, less its `timing_measurements` blocks', to `edit_seconds`."""
+        measured, began = self.measuring_seconds, time.perf_counter()
         yield
-        self.edit_seconds += time.perf_counter() - began - (self.own_seconds - own)
+        self.edit_seconds += time.perf_counter() - began - (self.measuring_seconds - measured)
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Add the block's duration to `own_seconds`."""
+    def timing_measurements(self) -> Iterator[None]:
+        """Add the block's duration to `measuring_seconds`."""
         began = time.perf_counter()
         yield
-        self.own_seconds += time.perf_counter() - began
+        self.measuring_seconds += time.perf_counter() - began
 
-    def affine(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+    def affine_doses(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
         """Return the tensor to which `edit_stacks` adds the doses at all sites on a device.
 
         Args:
-            places: the route's places in the stacks, the same for all sites of a step.
+            indices: the route's `indices`, the same for all sites of a step.
             device: the device of the sites' activations.
 
         Returns:
-            (2, places, tokens) float32: the sum of the doses, and their number.
+            (2, indices, tokens) float32: the sum of the doses, and their number.
         """
-        self._places = places
+        self._indices = indices
         if device not in self._affine:  # a model may be spread over several devices
-            self._affine[device] = torch.zeros(2, len(places), self._tokens, device=device)
+            self._affine[device] = torch.zeros(2, len(indices), self._tokens, device=device)
         return self._affine[device]
 
-    def reward(self, place: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
+    def add_reward_doses(self, index: int, before: Tensor, after: Tensor, rows: Tensor) -> None:
         """Add the doses of some rows' reward edits.
 
         Args:
-            place: the place of these edits in their rows' stacks.
+            index: the index of these edits in their rows' stacks.
             before, after: (n, d) float32, the rows' hidden states before and after the edit.
             rows: (n,) int64, the rows' indices among the step's logits rows.
         """
-        with self.measuring():
-            sums = self._reward.setdefault(place, torch.zeros(2, self._rows, device=before.device))
+        with self.timing_measurements():
+            sums = self._reward.setdefault(index, torch.zeros(2, self._rows, device=before.device))
             sums[0, rows] += relative_change(before, after)
             sums[1, rows] += 1
 
     def sums(self, device: torch.device) -> Tensor:
-        """Return all sums and numbers of doses on a device, flattened for `read`: (n,) float32."""
+        """Return all sums and numbers of doses on a device, flattened: (n,) float32."""
         affine = [each.to(device) for each in self._affine.values()]
         total = [torch.stack(affine).sum(0).transpose(0, 1).flatten()] if affine else []
         rewards = [each.to(device).flatten() for each in self._reward.values()]
         return torch.cat([*total, *rewards, torch.empty(0, device=device)])
 
-    def read(self, sums: Tensor, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
+    def doses_of(self, sums: Tensor, spans: Sequence[Span]) -> list[tuple[float | None, ...]]:
         """Return each span's doses, one for each of its edits.
 
         A dose is the mean over the span's edited tokens (or rows) and the edit's sites. It is None
@@ -97,24 +97,24 @@ class DoseMeter:
             sums: the tensor from the method `sums`, copied to the host.
             spans: the step's spans.
         """
-        by_place = self._divided(sums)
+        by_index = self._divided(sums)
         found = []
         first = 0
         for span in spans:
-            found.append(_doses_of(span, range(first, first + span.count), by_place))
+            found.append(_doses_of(span, range(first, first + span.count), by_index))
             first += span.count
         return found
 
-    def _divided(self, sums: Tensor) -> dict[_Place, tuple[list[float], list[float]]]:
-        """Split the tensor from `sums`: place -> sums and numbers of all tokens (or rows)."""
+    def _divided(self, sums: Tensor) -> dict[_EditIndex, tuple[list[float], list[float]]]:
+        """Split the tensor from `sums`: edit index -> sums and numbers of all tokens (or rows)."""
         values: list[float] = sums.tolist()
         rest = iter(values)
-        sizes: list[tuple[_Place, int]] = [
-            *(((AffineSettings, place), self._tokens) for place in self._places),
-            *(((RewardSettings, place), self._rows) for place in self._reward),
+        sizes: list[tuple[_EditIndex, int]] = [
+            *(((AffineSettings, index), self._tokens) for index in self._indices),
+            *(((RewardSettings, index), self._rows) for index in self._reward),
         ]
         return {
-            place: (list(islice(rest, size)), list(islice(rest, size))) for place, size in sizes
+            index: (list(islice(rest, size)), list(islice(rest, size))) for index, size in sizes
         }
 
 
@@ -123,11 +123,11 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
     doses: Tensor = (after - before).norm(dim=-1) / before.norm(dim=-1)
     # A zero vector has no dose, and a dose may overflow. Both become LARGEST, so that means stay
     # finite.
-    return doses.nan_to_num(nan=LARGEST, posinf=LARGEST).clamp(max=LARGEST)
+    return doses.nan_to_num(nan=MAX_DOSE, posinf=MAX_DOSE).clamp(max=MAX_DOSE)
 
 
 def _doses_of(
-    span: Span, tokens: range, sums: Mapping[_Place, tuple[Sequence[float], Sequence[float]]]
+    span: Span, tokens: range, sums: Mapping[_EditIndex, tuple[Sequence[float], Sequence[float]]]
 ) -> tuple[float | None, ...]:
     doses: list[float | None] = []
     seen: Counter[type[AffineSettings] | type[RewardSettings]] = Counter()

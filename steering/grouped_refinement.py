@@ -10,27 +10,27 @@ from torch.nn.functional import linear
 from steering.prepared_head import PreparedHead
 
 TILE_ROWS: Final = 4  # the most rows of one head that share each read of its matrices
-_FIELDS: Final = 9  # the length of `PreparedHead.fields`
+_FIELDS: Final = 9  # the length of `PreparedHead.table_row`
 _ALIGNMENT: Final = 16  # of a head's tensors (bytes) and sizes (numbers)
-_FEWEST_UNITS: Final = 64  # the initial `most_units`; heads are padded to multiples of it
+_MIN_UNITS: Final = 64  # the initial `max_units`; heads are padded to multiples of it
 
 
-class RowHeads(NamedTuple):
+class HeadLookup(NamedTuple):
     """The head of each of n rows, in the form that kernels read, on their device."""
 
-    table: Tensor  # (slots, 9) int64, `PreparedHead.fields`; zeros in slots without a head
+    table: Tensor  # (slots, 9) int64, `PreparedHead.table_row`; zeros in slots without a head
     slots: Tensor  # (n,) int32
-    counts: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
+    tile_sizes: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
 
 
 class RefinementKernels(Protocol):
-    """The five kernel launches of a refinement. All tensors outside `RowHeads` are float32."""
+    """The five kernel launches of a refinement. All tensors outside `HeadLookup` are float32."""
 
-    def units(self, h: Tensor, heads: RowHeads, most_units: int) -> Tensor:
-        """Return the units u = W1 h + b1: (n, width) -> (n, most_units)."""
+    def units(self, h: Tensor, heads: HeadLookup, max_units: int) -> Tensor:
+        """Return the units u = W1 h + b1: (n, width) -> (n, max_units)."""
 
     def move(
-        self, units: Tensor, heads: RowHeads, direction_scale: Tensor
+        self, units: Tensor, heads: HeadLookup, direction_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Apply the directional step to the units, in place.
 
@@ -44,13 +44,13 @@ class RefinementKernels(Protocol):
             row's multiple of its head's direction.
         """
 
-    def motion(self, slopes: Tensor, heads: RowHeads) -> Tensor:
+    def motion(self, slopes: Tensor, heads: HeadLookup) -> Tensor:
         """Return W1 W1^T slopes as partial sums: (n, units) -> (n, parts, units)."""
 
-    def climb(self, units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) -> Tensor:
+    def climb(self, units: Tensor, motion: Tensor, heads: HeadLookup, step_sizes: Tensor) -> Tensor:
         """Follow the units through all steps; return the sum of eta * slopes: (n, units)."""
 
-    def finish(self, h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tensor:
+    def finish(self, h: Tensor, shifts: Tensor, climbed: Tensor, heads: HeadLookup) -> Tensor:
         """Return h + shifts * direction + W1^T climbed: (n, width)."""
 
 
@@ -58,10 +58,10 @@ class GroupedRefinement:
     """Does what `apply_reward` does, on one device, for rows of several heads kept in slots.
 
     The host never waits for the device. The launches depend only on the numbers of rows and steps
-    and on `most_units`, so that a CUDA graph can hold them. The exception: more than TILE_ROWS rows
+    and on `max_units`, so that a CUDA graph can hold them. The exception: more than TILE_ROWS rows
     that are known to share one head are multiplied by its matrices with torch's own products.
 
-    A row's bits depend on its own head, on `most_units`, and on whether torch multiplies the rows;
+    A row's bits depend on its own head, on `max_units`, and on whether torch multiplies the rows;
     if it does, also on the number of rows.
     """
 
@@ -76,7 +76,7 @@ class GroupedRefinement:
         self._table = torch.zeros(slots, _FIELDS, dtype=torch.int64, device=device)
         self._heads: dict[int, PreparedHead] = {}
         self._kernels = kernels
-        self.most_units = _FEWEST_UNITS  # a power of two, not below the units of any head ever put
+        self.max_units = _MIN_UNITS  # a power of two, not below the units of any head ever put
 
     # Always in inference mode: if the table was made in it, it can be changed in no other mode.
     @torch.inference_mode()
@@ -92,7 +92,7 @@ class GroupedRefinement:
         """
         fields: tuple[int, ...] = (0,) * _FIELDS
         if head is not None:
-            fields = head.fields
+            fields = head.table_row
             assert head.w1.device == self._table.device, "addresses know no device"
             assert not any(each % _ALIGNMENT for each in fields), "kernels read 16 bytes at once"
         row = torch.tensor(fields, dtype=torch.int64)
@@ -103,10 +103,10 @@ class GroupedRefinement:
             self._heads.pop(slot, None)
             return
         self._heads[slot] = head
-        while self.most_units < len(head.b1):
-            self.most_units *= 2
+        while self.max_units < len(head.b1):
+            self.max_units *= 2
 
-    def holds(self, slots: Iterable[int]) -> bool:
+    def has_heads(self, slots: Iterable[int]) -> bool:
         """Return whether each of some slots has a head."""
         return self._heads.keys() >= set(slots)
 
@@ -115,7 +115,7 @@ class GroupedRefinement:
         h: Tensor,
         heads: Sequence[tuple[int, int]] | None,
         slots: Tensor,
-        counts: Tensor,
+        tile_sizes: Tensor,
         direction_scale: Tensor,
         step_sizes: Tensor,
     ) -> Tensor:
@@ -128,14 +128,14 @@ class GroupedRefinement:
             heads: each head's slot and number of rows; None if it is not known, as in a CUDA graph
                 that is replayed for other rows.
             slots: (n,) int32, each row's slot.
-            counts: (n,) int32, as `tiles` returns them.
+            tile_sizes: (n,) int32, as `tiles` returns them.
             direction_scale, step_sizes: (n, 1) and (n, most iterations) float32.
 
         Returns:
             (n, d) float32.
         """
         assert h.dtype == torch.float32, "addresses know no dtype"
-        own = RowHeads(self._table, slots, counts)
+        own = HeadLookup(self._table, slots, tile_sizes)
         # Kernels launch on the current device.
         with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
             if heads is not None and len(heads) == 1 and len(h) > TILE_ROWS:
@@ -144,9 +144,9 @@ class GroupedRefinement:
             return self._refine(h.contiguous(), own, direction_scale, step_sizes)
 
     def _refine(
-        self, h: Tensor, heads: RowHeads, direction_scale: Tensor, step_sizes: Tensor
+        self, h: Tensor, heads: HeadLookup, direction_scale: Tensor, step_sizes: Tensor
     ) -> Tensor:
-        units = self._kernels.units(h, heads, self.most_units)
+        units = self._kernels.units(h, heads, self.max_units)
         slopes, shifts = self._kernels.move(units, heads, direction_scale)
         if step_sizes.shape[1]:
             motion = self._kernels.motion(slopes, heads)
@@ -159,7 +159,7 @@ class GroupedRefinement:
         self,
         h: Tensor,
         head: PreparedHead,
-        heads: RowHeads,
+        heads: HeadLookup,
         direction_scale: Tensor,
         step_sizes: Tensor,
     ) -> Tensor:
@@ -187,10 +187,10 @@ def tiles(heads: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         none.
     """
     slots: list[int] = []
-    counts: list[int] = []
+    tile_sizes: list[int] = []
     for slot, rows in heads:
         slots += [slot] * rows
         for first in range(0, rows, TILE_ROWS):
             count = min(TILE_ROWS, rows - first)
-            counts += [count] + [0] * (count - 1)
-    return slots, counts
+            tile_sizes += [count] + [0] * (count - 1)
+    return slots, tile_sizes

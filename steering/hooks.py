@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.route import Route
-from steering.sites import Place, place_of
+from steering.sites import SiteLocation, locate_site
 
 
 class UnknownSiteError(ValueError):
@@ -41,12 +41,12 @@ class SteeringHooks:
         """
         if site in self._hooked:
             return
-        place = place_of(site)
+        location = locate_site(site)
         try:
-            module = self._model.get_submodule(place.module)
+            module = self._model.get_submodule(location.module)
         except AttributeError as error:
-            raise UnknownSiteError(f"The model has no module {place.module!r}.") from error
-        edit_activations(module, place, partial(self._edit_site, site))
+            raise UnknownSiteError(f"The model has no module {location.module!r}.") from error
+        edit_activations(module, location, partial(self._edit_site, site))
         self._hooked.add(site)
 
     @contextmanager
@@ -67,10 +67,10 @@ class SteeringHooks:
             return activations
         if meter is None or activations.device.type != "cpu":
             return bank.edit_site(site, activations, route, meter)
-        with meter.editing():
+        with meter.timing_edits():
             edited = bank.edit_site(site, activations, route)
         # Doses are measured in a second edit, so that the first is timed without measuring.
-        with meter.measuring():
+        with meter.timing_measurements():
             bank.edit_site(site, activations, route, meter)
         return edited
 
@@ -82,11 +82,11 @@ class SteeringHooks:
         return (edited, *args[1:])
 
     def _timed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._meter is None else self._meter.editing()
+        return nullcontext() if self._meter is None else self._meter.timing_edits()
 
 
 def edit_activations(
-    module: nn.Module, place: Place, edit: Callable[[Tensor], Tensor]
+    module: nn.Module, location: SiteLocation, edit: Callable[[Tensor], Tensor]
 ) -> RemovableHandle:
     """Register a hook that passes a module's output, or its input, through `edit`.
 
@@ -97,7 +97,7 @@ def edit_activations(
     def edit_tensor(activations: object) -> Tensor:
         if not isinstance(activations, Tensor):
             kind = type(activations).__name__
-            raise TypeError(f"what is edited at {place} is a {kind}, not a tensor")
+            raise TypeError(f"what is edited at {location} is a {kind}, not a tensor")
         return edit(activations)
 
     def edit_output(_module: nn.Module, _args: object, output: object) -> object:
@@ -113,6 +113,6 @@ def edit_activations(
         name = next(iter(kwargs))
         return args, {**kwargs, name: edit_tensor(kwargs[name])}
 
-    if place.is_input:
+    if location.is_input:
         return module.register_forward_pre_hook(edit_input, with_kwargs=True)
     return module.register_forward_hook(edit_output)

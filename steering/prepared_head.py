@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag, linear, pad
 # The kernels on a GPU want the width d to be a multiple of _LANES, and m to be one of _GROUP.
 _LANES: Final = 16
 _GROUP: Final = 64
-_MOST_UNITS: Final = 2048  # limit for a prepared head: W1 W1^T has m * m numbers
+_MAX_UNITS: Final = 2048  # limit for a prepared head: W1 W1^T has m * m numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,8 +28,8 @@ class PreparedHead:
     b1: Tensor  # (m,)
     w2: Tensor  # (m,)
     direction: Tensor  # (d,)
-    along: Tensor  # (m,), W1 direction
-    wanted: Tensor  # (1,), positive_reward - b2: the gap is wanted - w2 . relu(W1 h + b1)
+    w1_direction: Tensor  # (m,), W1 direction
+    target: Tensor  # (1,), positive_reward - b2: the gap is target - w2 . relu(W1 h + b1)
 
     @property
     def width(self) -> int:
@@ -37,17 +37,17 @@ class PreparedHead:
         return len(self.direction)
 
     @property
-    def fields(self) -> tuple[int, ...]:
+    def table_row(self) -> tuple[int, ...]:
         """What a kernel on a GPU reads of the head: the tensors' addresses, m and d, padded."""
         tensors = (
             *(self.w1, self.gram, self.b1, self.w2),
-            *(self.direction, self.along, self.wanted),
+            *(self.direction, self.w1_direction, self.target),
         )
         return (*(tensor.data_ptr() for tensor in tensors), len(self.b1), self.width)
 
 
 def prepare(
-    w1: Tensor, b1: Tensor, w2: Tensor, wanted: Tensor, direction: Tensor
+    w1: Tensor, b1: Tensor, w2: Tensor, target: Tensor, direction: Tensor
 ) -> PreparedHead | None:
     """Lay out a head's parameters, all float32.
 
@@ -56,19 +56,21 @@ def prepare(
 
     Args:
         w1: (m, d); b1, w2: (m,); direction: (d,).
-        wanted: (), the mean reward of the training positives minus the head's b2.
+        target: (), the mean reward of the training positives minus the head's b2.
     """
     units, width = w1.shape
-    if units > _MOST_UNITS:
+    if units > _MAX_UNITS:
         return None
     more_units, wider = -units % _GROUP, -width % _LANES
     if wider or more_units:
         w1, direction = pad(w1, (0, wider, 0, more_units)), pad(direction, (0, wider))
         b1, w2 = pad(b1, (0, more_units)), pad(w2, (0, more_units))
-    gram, along = w1 @ w1.T, w1 @ direction
-    if not (gram.isfinite().all() and along.isfinite().all()):
+    gram, w1_direction = w1 @ w1.T, w1 @ direction
+    if not (gram.isfinite().all() and w1_direction.isfinite().all()):
         return None
-    tensors = [each.contiguous() for each in (w1, gram, b1, w2, direction, along, wanted[None])]
+    tensors = [
+        each.contiguous() for each in (w1, gram, b1, w2, direction, w1_direction, target[None])
+    ]
     assert all(each.dtype == torch.float32 for each in tensors), "addresses know no dtype"
     return PreparedHead(*tensors)
 
@@ -85,12 +87,12 @@ def apply_prepared(
     width = h.shape[1]
     h = pad(h, (0, head.width - width))
     units = linear(h, head.w1, head.b1)
-    gap = head.wanted - (torch.relu(units) @ head.w2)[:, None]
+    gap = head.target - (torch.relu(units) @ head.w2)[:, None]
     # A NaN gap compares false here, so that the row becomes NaN instead of passing unsteered.
     stays = (gap <= 0) | (direction_scale == 0)
     shift = direction_scale * gap
     h = torch.where(stays, h, h + shift * head.direction)
-    units = torch.where(stays, units, units + shift * head.along)
+    units = torch.where(stays, units, units + shift * head.w1_direction)
     slopes = _slopes(units, head.w2)
     gradient = slopes @ head.w1
     motion = linear(gradient, head.w1)

@@ -51,8 +51,8 @@ class RewardHead:
         """Return the head with `prepared` filled in, unless `prepared_head.prepare` refuses it."""
         if self.prepared is not None:
             return self
-        wanted = self.positive_reward - self.b2
-        return replace(self, prepared=prepare(self.w1, self.b1, self.w2, wanted, self.direction))
+        target = self.positive_reward - self.b2
+        return replace(self, prepared=prepare(self.w1, self.b1, self.w2, target, self.direction))
 
 
 def reward(head: RewardHead, h: Tensor) -> Tensor:

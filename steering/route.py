@@ -34,10 +34,11 @@ class Span:
 class AffineRoute:
     """Each token's stack of affine edits. Slot 0 is the identity."""
 
-    places: tuple[int, ...]  # in the stacks, from 0, without those at which no token is edited
-    slots: Tensor  # (places, tokens) int64
-    strength: Tensor  # (places, tokens) float32
-    used: frozenset[int] | None  # the slots in `slots`, without 0; None: `slots` may later hold any
+    indices: tuple[int, ...]  # in the stacks, from 0, without those at which no token is edited
+    slots: Tensor  # (len(indices), tokens) int64
+    strength: Tensor  # (len(indices), tokens) float32
+    # The slots in `slots`, without 0; None: `slots` may later hold any.
+    used_slots: frozenset[int] | None
 
     def to(self, device: torch.device) -> "AffineRoute":
         """Return the route on a device."""
@@ -49,18 +50,18 @@ class HeadRows(NamedTuple):
 
     slot: int
     rows: int
-    most_iterations: int  # the largest among these rows
+    max_iterations: int  # the largest among these rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardStage:
     """The k-th reward edit of every row that has one. Rows are grouped by head, as in `heads`."""
 
-    depth: int  # k, from 0
+    index: int  # k, from 0
     heads: tuple[HeadRows, ...]
     rows: Tensor  # (n,) int64, indices among the step's logits rows
     slots: Tensor  # (n,) int32, the slot of each row's head
-    counts: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
+    tile_sizes: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32, eta for each of a row's iterations, then 0
 
@@ -70,7 +71,7 @@ class RewardStage:
             self,
             rows=self.rows.to(device),
             slots=self.slots.to(device),
-            counts=self.counts.to(device),
+            tile_sizes=self.tile_sizes.to(device),
             direction_scale=self.direction_scale.to(device),
             step_sizes=self.step_sizes.to(device),
         )
@@ -86,7 +87,7 @@ class Route:
     _copies: dict[torch.device, "Route"] = field(default_factory=dict, compare=False)
 
     @property
-    def edits(self) -> bool:
+    def edits_anything(self) -> bool:
         """True if the step edits anything."""
         return self.affine is not None or bool(self.reward)
 
@@ -115,8 +116,8 @@ def build_route(spans: Sequence[Span], device: torch.device) -> Route:
     affine = [_affine_edits(span) for span in spans]
     reward = [_reward_edits(span) for span in spans]
     reward_stages = (
-        _reward_stage(spans, reward, depth, device)
-        for depth in range(max(map(len, reward), default=0))
+        _reward_stage(spans, reward, index, device)
+        for index in range(max(map(len, reward), default=0))
     )
     return Route(
         _affine_route(spans, affine, device),
@@ -157,36 +158,36 @@ def _affine_route(
     spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], device: torch.device
 ) -> AffineRoute | None:
     """Build the affine part of a route; None if no token is edited."""
-    places: list[int] = []
+    indices: list[int] = []
     slots: list[list[int]] = []
     strength: list[list[float]] = []
-    for place in range(max(map(len, edits), default=0)):
-        own_slots, own_strength = _affine_place(spans, edits, place)
+    for index in range(max(map(len, edits), default=0)):
+        own_slots, own_strength = _affine_edits_at(spans, edits, index)
         if any(own_slots):
-            places.append(place)
+            indices.append(index)
             slots.append(own_slots)
             strength.append(own_strength)
-    if not places:
+    if not indices:
         return None
     return AffineRoute(
-        places=tuple(places),
+        indices=tuple(indices),
         slots=torch.tensor(slots, device=device),
         strength=torch.tensor(strength, dtype=torch.float32, device=device),
-        used=frozenset[int]().union(*slots) - {0},
+        used_slots=frozenset[int]().union(*slots) - {0},
     )
 
 
-def _affine_place(
-    spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], place: int
+def _affine_edits_at(
+    spans: Sequence[Span], edits: Sequence[Sequence[_AffineEdit]], index: int
 ) -> tuple[list[int], list[float]]:
-    """Return each token's slot and strength at one place of the stacks."""
+    """Return each token's slot and strength in its edit at one index of the stacks."""
     tokens = sum(span.count for span in spans)
     slots = [0] * tokens
     strength = [0.0] * tokens
     first = 0
     for span, stack in zip(spans, edits, strict=True):
-        if place < len(stack):
-            slot, settings = stack[place]
+        if index < len(stack):
+            slot, settings = stack[index]
             edited = _edited_tokens(span, settings.positions)
             where = slice(first + edited.start, first + edited.stop)
             slots[where] = [slot] * len(edited)
@@ -198,28 +199,28 @@ def _affine_place(
 def _reward_stage(
     spans: Sequence[Span],
     edits: Sequence[Sequence[_RewardEdit]],
-    depth: int,
+    index: int,
     device: torch.device,
 ) -> RewardStage:
     by_slot: dict[int, list[tuple[int, RewardSettings]]] = {}
     for span, stack in zip(spans, edits, strict=True):
-        if depth < len(stack) and span.rows:
-            slot, settings = stack[depth]
+        if index < len(stack) and span.rows:
+            slot, settings = stack[index]
             by_slot.setdefault(slot, []).extend((row, settings) for row in span.rows)
     rows = [each for own in by_slot.values() for each in own]
     most = max((settings.iterations for _, settings in rows), default=0)
     steps = [[settings.direction_scale, *_step_sizes(settings, most)] for _, settings in rows]
     table = torch.tensor(steps, dtype=torch.float32, device=device).view(len(rows), 1 + most)
-    slots, counts = tiles([(slot, len(own)) for slot, own in by_slot.items()])
+    slots, tile_sizes = tiles([(slot, len(own)) for slot, own in by_slot.items()])
     return RewardStage(
-        depth=depth,
+        index=index,
         heads=tuple(
             HeadRows(slot, len(own), max(settings.iterations for _, settings in own))
             for slot, own in by_slot.items()
         ),
         rows=torch.tensor([row for row, _ in rows], dtype=torch.int64, device=device),
         slots=torch.tensor(slots, dtype=torch.int32, device=device),
-        counts=torch.tensor(counts, dtype=torch.int32, device=device),
+        tile_sizes=torch.tensor(tile_sizes, dtype=torch.int32, device=device),
         direction_scale=table[:, :1],
         step_sizes=table[:, 1:],
     )

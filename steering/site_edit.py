@@ -14,8 +14,8 @@ from steering.affine import MapTable, edit_stacks
 from steering.dose import DoseMeter
 from steering.hooks import edit_activations
 from steering.route import AffineRoute
-from steering.site_maps import Part
-from steering.sites import Place
+from steering.site_maps import MapPart
+from steering.sites import SiteLocation
 
 # Names of the edit as a child of the module that it edits.
 _OUTPUT_CHILD: Final = "steering"
@@ -38,13 +38,13 @@ class SiteEdit(nn.Module):
             self.register_buffer(name, torch.empty(0) if is_there else None)
 
     @classmethod
-    def install(cls, module: nn.Module, place: Place, parts: frozenset[Part]) -> None:
+    def install(cls, module: nn.Module, location: SiteLocation, parts: frozenset[MapPart]) -> None:
         """Hook an edit by maps of the given parts to a site; it becomes a child of the module."""
-        optional = {"low": Part.SUPPORT, "high": Part.SUPPORT}
-        optional |= {"gate_weight": Part.GATE, "gate_bias": Part.GATE}
-        edit = cls({name: optional.get(name, Part.MAP) in parts for name in MapTable._fields})
-        module.add_module(_child_name(place), edit)
-        edit_activations(module, place, edit)
+        optional = {"low": MapPart.SUPPORT, "high": MapPart.SUPPORT}
+        optional |= {"gate_weight": MapPart.GATE, "gate_bias": MapPart.GATE}
+        edit = cls({name: optional.get(name, MapPart.MAP) in parts for name in MapTable._fields})
+        module.add_module(_child_name(location), edit)
+        edit_activations(module, location, edit)
 
     def forward(self, activations: Tensor) -> Tensor:
         """Return the edited activations, and add the edits' doses to `doses`."""
@@ -54,10 +54,10 @@ class SiteEdit(nn.Module):
         return edit_stacks(rows, slots, strength, table, doses).view_as(activations)
 
 
-def named_tensors(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a site's tensors to the names that its edit has in the model (or layer) of `place`."""
-    path = f"{place.module}." if place.module else ""
-    return {f"{path}{_child_name(place)}.{name}": tensor for name, tensor in tensors.items()}
+def named_tensors(location: SiteLocation, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a site's tensors to the names that its edit has in the model (or layer)."""
+    path = f"{location.module}." if location.module else ""
+    return {f"{path}{_child_name(location)}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def site_tensors(table: MapTable) -> dict[str, Tensor]:
@@ -69,12 +69,12 @@ def step_tensors(route: AffineRoute, tokens: int, meter: DoseMeter | None) -> di
     """Return the inputs that every `SiteEdit` takes from a step. Doses go to the meter, if any."""
     device = route.slots.device
     doses = (
-        torch.zeros(2, len(route.places), tokens, device=device)
+        torch.zeros(2, len(route.indices), tokens, device=device)
         if meter is None
-        else meter.affine(route.places, device)
+        else meter.affine_doses(route.indices, device)
     )
     return {"slots": route.slots, "strength": route.strength, "doses": doses}
 
 
-def _child_name(place: Place) -> str:
-    return _INPUT_CHILD if place.is_input else _OUTPUT_CHILD
+def _child_name(location: SiteLocation) -> str:
+    return _INPUT_CHILD if location.is_input else _OUTPUT_CHILD

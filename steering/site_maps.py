@@ -8,7 +8,7 @@ from torch import Tensor
 from steering.affine import HAS_GATE, HAS_MAP, HAS_SUPPORT, AffineMap, MapTable
 
 
-class Part(Enum):
+class MapPart(Enum):
     """A part that a map may have."""
 
     MAP = "map"
@@ -16,19 +16,23 @@ class Part(Enum):
     GATE = "gate"
 
 
-def parts_of(site_map: AffineMap) -> frozenset[Part]:
+def parts_of(site_map: AffineMap) -> frozenset[MapPart]:
     """Return the parts of a map."""
-    parts = {Part.MAP}
+    parts = {MapPart.MAP}
     if site_map.low is not None:
-        parts.add(Part.SUPPORT)
+        parts.add(MapPart.SUPPORT)
     if site_map.gate is not None:
-        parts.add(Part.GATE)
+        parts.add(MapPart.GATE)
     return frozenset(parts)
 
 
-def parts_in(table: MapTable) -> frozenset[Part]:
+def parts_in(table: MapTable) -> frozenset[MapPart]:
     """Return the parts for which a table has tensors."""
-    tensors = {Part.MAP: table.held, Part.SUPPORT: table.low, Part.GATE: table.gate_weight}
+    tensors = {
+        MapPart.MAP: table.flags,
+        MapPart.SUPPORT: table.low,
+        MapPart.GATE: table.gate_weight,
+    }
     return frozenset(part for part, tensor in tensors.items() if tensor is not None)
 
 
@@ -41,7 +45,7 @@ class SiteMaps:
 
     def __init__(self, slots: int, width: int, device: torch.device) -> None:
         self.table = MapTable(
-            held=torch.zeros(slots, dtype=torch.int32, device=device),
+            flags=torch.zeros(slots, dtype=torch.int32, device=device),
             delta=torch.zeros(slots, width, device=device),
             bias=torch.zeros(slots, width, device=device),
             low=None,
@@ -49,28 +53,28 @@ class SiteMaps:
             gate_weight=None,
             gate_bias=None,
         )
-        # Slot -> the parts of its map, kept on the host so that no one has to read `held`.
-        self._filled: dict[int, frozenset[Part]] = {}
+        # Slot -> the parts of its map, kept on the host so that no one has to read `flags`.
+        self._filled: dict[int, frozenset[MapPart]] = {}
 
     def put(self, slot: int, site_map: AffineMap) -> None:
         """Fill an empty slot."""
-        held = HAS_MAP
+        flags = HAS_MAP
         if site_map.low is not None and site_map.high is not None:
-            held |= HAS_SUPPORT
+            flags |= HAS_SUPPORT
             low, high = self._supports()
             low[slot], high[slot] = site_map.low, site_map.high
         if (gate := site_map.gate) is not None:
-            held |= HAS_GATE
+            flags |= HAS_GATE
             weights, biases = self._gates()
             weights[slot], biases[slot] = gate.weight, gate.bias
         self.table.delta[slot] = site_map.weight - 1
         self.table.bias[slot] = site_map.bias
-        self.table.held[slot] = held
+        self.table.flags[slot] = flags
         self._filled[slot] = parts_of(site_map)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
-        self.table.held[slot] = 0
+        self.table.flags[slot] = 0
         self._filled.pop(slot, None)
         if self.table.low is not None and self.table.high is not None:
             self.table.low[slot] = -torch.inf
@@ -81,10 +85,10 @@ class SiteMaps:
 
     def move(self, device: torch.device) -> None:
         """Move the maps to a device, that of the site's activations."""
-        if self.table.held.device != device:
+        if self.table.flags.device != device:
             self.table = self.table.to(device)
 
-    def acting(self, used: frozenset[int] | None) -> MapTable | None:
+    def table_for(self, used: frozenset[int] | None) -> MapTable | None:
         """Return the tensors that an edit by some slots' maps reads; None if none has a map here.
 
         Args:
@@ -92,13 +96,13 @@ class SiteMaps:
         """
         if used is None:
             return self.table
-        parts = frozenset[Part]().union(*(self._filled.get(slot, ()) for slot in used))
+        parts = frozenset[MapPart]().union(*(self._filled.get(slot, ()) for slot in used))
         if not parts:
             return None
         table = self.table
-        if Part.SUPPORT not in parts:
+        if MapPart.SUPPORT not in parts:
             table = table._replace(low=None, high=None)
-        if Part.GATE not in parts:
+        if MapPart.GATE not in parts:
             table = table._replace(gate_weight=None, gate_bias=None)
         return table
 
@@ -116,7 +120,7 @@ class SiteMaps:
         table = self.table
         if table.gate_weight is None or table.gate_bias is None:
             weights = torch.zeros_like(table.delta)
-            biases = torch.zeros(len(table.held), device=weights.device)
+            biases = torch.zeros(len(table.flags), device=weights.device)
             self.table = table._replace(gate_weight=weights, gate_bias=biases)
             return weights, biases
         return table.gate_weight, table.gate_bias

@@ -16,17 +16,17 @@ from typing import Final, NamedTuple
 INPUT: Final = "input"
 
 
-class Place(NamedTuple):
-    """A site's place in a model: a module, and its output or its input."""
+class SiteLocation(NamedTuple):
+    """A site's location in a model: a module, and its output or its input."""
 
     module: str  # path
     is_input: bool  # True: the module's first argument; False: its output
 
 
-def place_of(site: str) -> Place:
-    """Return a site's place: the site "a.b" is the output of a.b, "a.b.input" its input."""
+def locate_site(site: str) -> SiteLocation:
+    """Return a site's location: the site "a.b" is the output of a.b, "a.b.input" its input."""
     module, _, last = site.rpartition(".")
-    return Place(module, True) if last == INPUT else Place(site, False)
+    return SiteLocation(module, True) if last == INPUT else SiteLocation(site, False)
 
 
 def input_site(module: str) -> str:

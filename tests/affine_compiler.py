@@ -21,7 +21,7 @@ from steering.kernels.affine_triton import _constants, _edit_kernel, _options
 WIDTHS = (576, 4096, 8192, 28672)  # SmolLM2, Llama 8B, Llama 70B and inside its blocks
 DTYPES = ("bf16", "fp32")  # as Triton writes them
 _TABLES = ("delta", "bias", "low", "high", "gate_weight")  # float32
-_OTHERS = {"slots": "*i64", "held": "*i32"} | dict.fromkeys(
+_OTHERS = {"slots": "*i64", "flags": "*i32"} | dict.fromkeys(
     ("strength", "gate_bias", "doses"), "*fp32"
 )
 

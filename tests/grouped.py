@@ -36,8 +36,10 @@ def filled(
 
 def index_of(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Slots and counts, as a route has them."""
-    slots, counts = (torch.tensor(each, dtype=torch.int32, device=device) for each in tiles(rows))
-    return slots, counts
+    slots, tile_sizes = (
+        torch.tensor(each, dtype=torch.int32, device=device) for each in tiles(rows)
+    )
+    return slots, tile_sizes
 
 
 def refined_by(

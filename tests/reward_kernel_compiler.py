@@ -23,11 +23,19 @@ from steering.kernels.reward_rows import climb_kernel, move_kernel
 from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
 
 UNITS: Final = 1024  # of ARGRE's heads
-_TYPES: Final = {"table": "*i64", "slots": "*i32", "counts": "*i32"} | dict.fromkeys(
-    ("width", "most_units", "motion_stride", "scales_stride", "sizes_stride", "most"), "i32"
+_TYPES: Final = {"table": "*i64", "slots": "*i32", "tile_sizes": "*i32"} | dict.fromkeys(
+    ("width", "max_units", "motion_stride", "scales_stride", "sizes_stride", "most"), "i32"
 )
 # What differs from step to step, as parts of one table do.
-_UNALIGNED: Final = {"scales", "sizes", "scales_stride", "sizes_stride", "most", "slots", "counts"}
+_UNALIGNED: Final = {
+    "scales",
+    "sizes",
+    "scales_stride",
+    "sizes_stride",
+    "most",
+    "slots",
+    "tile_sizes",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from server.engine.torch.model.loader import LoadedModel
 from steering.fit.activations import collect_hidden_states
 from steering.fit.argre import ArgreSettings, fit_argre
 from steering.fit.lineas import LineasSettings, OptimizerName, fit_lineas
-from steering.sites import default_sites, match_sites, place_of
+from steering.sites import default_sites, locate_site, match_sites
 
 _FORWARD_BATCH = 32  # sequences in one forward pass that only collects hidden states
 _AFFINE: Final = AffineLimits()
@@ -111,7 +111,7 @@ def lineas(
         loaded = fit_output.load(model, dtype, device, threads)
         pattern = sites or default_sites(loaded.description.architecture)
         known = loaded.description.site_widths
-        outputs = [site for site in known if not place_of(site).is_input]
+        outputs = [site for site in known if not locate_site(site).is_input]
         with fit_output.progress("learning maps") as advance:
             maps, report = fit_lineas(
                 loaded.model,

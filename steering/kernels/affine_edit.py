@@ -15,7 +15,7 @@ from steering.kernels.operators import define_operator, use_on_gpus
 
 NAME: Final = "affine_edit"
 _SCHEMA: Final = (
-    f"{NAME}(Tensor activations, Tensor slots, Tensor strength, Tensor held, Tensor delta, "
+    f"{NAME}(Tensor activations, Tensor slots, Tensor strength, Tensor flags, Tensor delta, "
     "Tensor bias, Tensor? low, Tensor? high, Tensor? gate_weight, Tensor? gate_bias, "
     "Tensor(a!)? doses) -> Tensor"
 )
@@ -58,13 +58,13 @@ def _flattened(edit: EditStacks) -> Callable[..., Tensor]:
         activations: Tensor,
         slots: Tensor,
         strength: Tensor,
-        held: Tensor,
+        flags: Tensor,
         delta: Tensor,
         bias: Tensor,
         *others: Tensor | None,
     ) -> Tensor:
         *optional, doses = others
-        table = MapTable(held, delta, bias, *optional)
+        table = MapTable(flags, delta, bias, *optional)
         return edit(activations, slots, strength, table, doses)
 
     return flattened

@@ -15,16 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from steering.affine import HAS_GATE, HAS_SUPPORT, MapTable
-from steering.dose import LARGEST
+from steering.dose import MAX_DOSE
 
 _HAS_SUPPORT: Final = tl.constexpr(HAS_SUPPORT)
 _HAS_GATE: Final = tl.constexpr(HAS_GATE)
-_LARGEST_DOSE: Final = tl.constexpr(LARGEST)
+_MAX_DOSE: Final = tl.constexpr(MAX_DOSE)
 
 _ALIGNMENT: Final = 16  # of addresses (bytes) and strides (numbers), for vectorised loads
 _NUMBERS_OF_A_THREAD: Final = 16  # of a row; with the map's they take about 90 registers
-_FEWEST_WARPS: Final = 4  # of a program
-_MOST_WARPS: Final = 32
+_MIN_WARPS: Final = 4  # of a program
+_MAX_WARPS: Final = 32
 _WARP: Final = 32  # threads
 _WIDE: Final = 8192  # width beyond which a program needs 1024 threads, with only 64 registers each
 
@@ -34,7 +34,7 @@ def _edit_row(
     z,  # (block,) float32
     scale,  # the strength
     slot,
-    has,  # the slot's bits in `held`
+    has,  # the slot's bits in `flags`
     delta,
     bias,
     low,
@@ -70,14 +70,14 @@ def _edit_row(
 def _dose(before, after):
     change = after - before
     dose = tl.div_rn(tl.sqrt_rn(tl.sum(change * change, 0)), tl.sqrt_rn(tl.sum(before * before, 0)))
-    return tl.where(dose < _LARGEST_DOSE, dose, _LARGEST_DOSE)  # also for NaN
+    return tl.where(dose < _MAX_DOSE, dose, _MAX_DOSE)  # also for NaN
 
 
 # Arguments that differ between steps, or between the buffers of CUDA graphs, are not specialised:
 # every specialisation would compile another kernel.
 @triton.jit(
     do_not_specialize=[
-        *("slots", "strength", "held", "gate_bias", "doses", "depth"),
+        *("slots", "strength", "flags", "gate_bias", "doses", "depth"),
         *("row_stride", "slots_stride", "strength_stride", "doses_stride", "half_stride"),
     ]
 )
@@ -86,7 +86,7 @@ def _edit_kernel(
     activations,  # (n, width) of the same dtype
     slots,  # (depth, n) int64
     strength,  # (depth, n) float32
-    held,  # (slots,) int32
+    flags,  # (slots,) int32
     delta,  # (slots, width) float32
     bias,  # (slots, width) float32
     low,  # (slots, width) float32; not read if no slot has a support
@@ -113,17 +113,17 @@ def _edit_kernel(
     if is_aligned:
         start = tl.multiple_of(start, 16)
     row = tl.load(activations + start + column, mask=real, other=0.0)
-    any_held = 0
+    any_flags = 0
     for place in range(depth):
-        any_held |= tl.load(held + tl.load(slots + place * slots_stride + token))
-    if any_held == 0:
+        any_flags |= tl.load(flags + tl.load(slots + place * slots_stride + token))
+    if any_flags == 0:
         # Copied without a cast to float32, which would change some NaN bit patterns.
         tl.store(edited + token * width + column, row, mask=real)
     else:
         z = row.to(tl.float32)
         for place in range(depth):
             slot = tl.load(slots + place * slots_stride + token)
-            has = tl.load(held + slot)
+            has = tl.load(flags + slot)
             if has != 0:
                 scale = tl.load(strength + place * strength_stride + token)
                 after = _edit_row(
@@ -174,7 +174,7 @@ def _edit(
         activations,
         slots,
         strength,
-        table.held,
+        table.flags,
         table.delta,
         table.bias,
         # Where the table has no tensor, any other will do: the kernel does not read it.
@@ -211,7 +211,7 @@ def _options(width: int) -> dict[str, int]:
     """Return the kernel's compile options."""
     warps = triton.next_power_of_2(width) // (_WARP * _NUMBERS_OF_A_THREAD)
     return {
-        "num_warps": min(_MOST_WARPS, max(_FEWEST_WARPS, warps)),
+        "num_warps": min(_MAX_WARPS, max(_MIN_WARPS, warps)),
         "num_stages": 1,
         # Fusion of multiply-adds could depend on whether doses are computed too, but edits must
         # have the same bits with and without doses.

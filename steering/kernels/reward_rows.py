@@ -1,6 +1,6 @@
 """Triton kernels that update rows' units u = W1 h + b1, given as input; one program for each row.
 
-The order of every sum depends only on the head and on `most_units`: a row's bits do not depend on
+The order of every sum depends only on the head and on `max_units`: a row's bits do not depend on
 the other rows.
 
 Import it only where there is a GPU: `triton` is not installed everywhere.
@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from steering.kernels.reward_table import (
-    ALONG,
     GRAM,
+    TARGET,
     UNITS,
+    W1_DIRECTION,
     W2,
-    WANTED,
     head_of,
     size_of,
     tensor_of,
@@ -23,14 +23,14 @@ from steering.kernels.reward_table import (
 
 @triton.jit(do_not_specialize=["scales_stride"], do_not_specialize_on_alignment=["slots", "scales"])
 def move_kernel(
-    slopes,  # (n, most_units) float32, 1[u > 0] * w2
+    slopes,  # (n, max_units) float32, 1[u > 0] * w2
     shifts,  # (n, 1) float32, each row's multiple of its head's direction
-    units,  # (n, most_units) float32, updated in place
+    units,  # (n, max_units) float32, updated in place
     table,  # (slots, 9) int64
     slots,  # (n,) int32
     scales,  # (n, 1) float32
     scales_stride,
-    most_units,
+    max_units,
     block_units: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -38,17 +38,17 @@ def move_kernel(
     m = size_of(head, UNITS)
     unit = tl.arange(0, block_units)
     own = unit < m
-    at = row * most_units + unit
+    at = row * max_units + unit
     u = tl.load(units + at, mask=own, other=0.0)
     w2 = tl.load(tensor_of(head, W2) + unit, mask=own, other=0.0)
     # `<= 0` is false for NaN: a NaN unit counts as active and a NaN gap moves the row, so that NaN
     # is not hidden.
     reward = tl.sum(tl.where(u <= 0, 0.0, u * w2), 0)
-    gap = tl.load(tensor_of(head, WANTED), mask=m > 0, other=0.0) - reward
+    gap = tl.load(tensor_of(head, TARGET), mask=m > 0, other=0.0) - reward
     scale = tl.load(scales + row * scales_stride)
     shift = tl.where((gap <= 0) | (scale == 0), 0.0, scale * gap)
-    along = tl.load(tensor_of(head, ALONG) + unit, mask=own, other=0.0)
-    u = tl.where(shift == 0, u, u + shift * along)
+    w1_direction = tl.load(tensor_of(head, W1_DIRECTION) + unit, mask=own, other=0.0)
+    u = tl.where(shift == 0, u, u + shift * w1_direction)
     tl.store(shifts + row, shift)
     tl.store(units + at, u, mask=own)
     tl.store(slopes + at, tl.where(u <= 0, 0.0, w2), mask=own)
@@ -58,15 +58,15 @@ def move_kernel(
     do_not_specialize=["most", "sizes_stride"], do_not_specialize_on_alignment=["slots", "sizes"]
 )
 def climb_kernel(
-    climbed,  # (n, most_units) float32, the sum of eta * slopes over all steps
-    units,  # (n, most_units) float32
+    climbed,  # (n, max_units) float32, the sum of eta * slopes over all steps
+    units,  # (n, max_units) float32
     motion,  # (n, splits, motion_stride) float32, partial sums of W1 W1^T slopes
     table,  # (slots, 9) int64
     slots,  # (n,) int32
     sizes,  # (n, most) float32, eta for each of a row's iterations, then 0
     sizes_stride,
     most,
-    most_units,
+    max_units,
     motion_stride,
     splits: tl.constexpr,
     block_units: tl.constexpr,
@@ -79,7 +79,7 @@ def climb_kernel(
     gram = tensor_of(head, GRAM)
     unit = tl.arange(0, block_units)
     own = unit < m
-    at = row * most_units + unit
+    at = row * max_units + unit
     u = tl.load(units + at, mask=own, other=0.0)
     w2 = tl.load(weights + unit, mask=own, other=0.0)
     part = (row * splits + tl.arange(0, splits)[:, None]) * motion_stride + unit[None]

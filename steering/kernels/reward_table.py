@@ -1,7 +1,7 @@
 """Reads the table in which kernels find the reward heads of rows.
 
-The table has one row for each slot: `PreparedHead.fields`, i.e. the addresses of the head's tensors
-and their sizes. A slot without a head has zeros.
+The table has one row for each slot: `PreparedHead.table_row`, i.e. the addresses of the head's
+tensors and their sizes. A slot without a head has zeros.
 
 Import it only where there is a GPU: `triton` is not installed everywhere.
 """
@@ -18,8 +18,8 @@ GRAM: Final = tl.constexpr(1)
 B1: Final = tl.constexpr(2)
 W2: Final = tl.constexpr(3)
 DIRECTION: Final = tl.constexpr(4)
-ALONG: Final = tl.constexpr(5)
-WANTED: Final = tl.constexpr(6)
+W1_DIRECTION: Final = tl.constexpr(5)
+TARGET: Final = tl.constexpr(6)
 UNITS: Final = tl.constexpr(7)
 WIDTH: Final = tl.constexpr(8)
 

@@ -25,22 +25,22 @@ from steering.kernels.reward_table import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "tile_sizes"])
 def units_kernel(
-    units,  # (n, most_units) float32, W1 h + b1
+    units,  # (n, max_units) float32, W1 h + b1
     table,  # (slots, 9) int64
     h,  # (n, width) float32
     slots,  # (n,) int32
-    counts,  # (n,) int32
+    tile_sizes,  # (n,) int32
     width,
-    most_units,
+    max_units,
     tile_rows: tl.constexpr,
     block_units: tl.constexpr,
     block_columns: tl.constexpr,
     stages: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + row)
+    count = tl.load(tile_sizes + row)
     head = head_of(table, slots, row)
     m = size_of(head, UNITS)
     d = size_of(head, WIDTH)
@@ -58,7 +58,7 @@ def units_kernel(
         x = tl.load(rows + column, mask=(member < count) & (column < width), other=0.0)
         sums += weight * x
     bias = tl.load(tensor_of(head, B1) + unit, mask=unit < m, other=0.0)
-    at = units + (row + member) * most_units + unit
+    at = units + (row + member) * max_units + unit
     result = tl.sum(sums, 2, keep_dims=True) + bias
     tl.store(at, result, mask=(member < count) & (unit < m))
 
@@ -91,14 +91,14 @@ def _mixed(
     return tl.sum(sums, 0, keep_dims=True)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "tile_sizes"])
 def motion_kernel(
-    motion,  # (n, splits, most_units) float32, partial sums of W1 W1^T slopes
-    slopes,  # (n, most_units) float32
+    motion,  # (n, splits, max_units) float32, partial sums of W1 W1^T slopes
+    slopes,  # (n, max_units) float32
     table,  # (slots, 9) int64
     slots,  # (n,) int32
-    counts,  # (n,) int32
-    most_units,
+    tile_sizes,  # (n,) int32
+    max_units,
     splits: tl.constexpr,
     tile_rows: tl.constexpr,
     block_units: tl.constexpr,
@@ -107,7 +107,7 @@ def motion_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
-    count = tl.load(counts + row)
+    count = tl.load(tile_sizes + row)
     head = head_of(table, slots, row)
     m = size_of(head, UNITS)
     first_column = tl.program_id(1) * block_columns
@@ -116,13 +116,13 @@ def motion_kernel(
     column = first_column + tl.arange(0, block_columns)[None, None, :]
     share = m // splits
     sums = _mixed(
-        slopes + row * most_units,
+        slopes + row * max_units,
         tensor_of(head, GRAM),
         split * share,
         (split + 1) * share,
         column,
         count,
-        most_units,
+        max_units,
         m,
         tile_rows,
         block_units,
@@ -130,21 +130,21 @@ def motion_kernel(
         stages,
     )
     member = tl.arange(0, tile_rows)[None, :, None]
-    at = motion + ((row + member) * splits + split) * most_units + column
+    at = motion + ((row + member) * splits + split) * max_units + column
     tl.store(at, sums, mask=(member < count) & (column < m))
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "counts"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "tile_sizes"])
 def finish_kernel(
     refined,  # (n, width) float32
     h,  # (n, width) float32
     shifts,  # (n, 1) float32
-    climbed,  # (n, most_units) float32
+    climbed,  # (n, max_units) float32
     table,  # (slots, 9) int64
     slots,  # (n,) int32
-    counts,  # (n,) int32
+    tile_sizes,  # (n,) int32
     width,
-    most_units,
+    max_units,
     tile_rows: tl.constexpr,
     block_units: tl.constexpr,
     block_columns: tl.constexpr,
@@ -155,18 +155,18 @@ def finish_kernel(
     m = size_of(head, UNITS)
     d = size_of(head, WIDTH)
     # A row without a head is in no tile, and is copied by its own program.
-    count = tl.maximum(tl.load(counts + row), tl.where(m == 0, 1, 0))
+    count = tl.maximum(tl.load(tile_sizes + row), tl.where(m == 0, 1, 0))
     if count == 0:
         return
     column = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[None, None, :]
     sums = _mixed(
-        climbed + row * most_units,
+        climbed + row * max_units,
         tensor_of(head, W1),
         0,
         m,
         column,
         count,
-        most_units,
+        max_units,
         d,
         tile_rows,
         block_units,

@@ -1,6 +1,6 @@
 """Launches the Triton kernels of `GroupedRefinement`; this module is a `RefinementKernels`.
 
-Shapes depend only on the numbers of rows and steps and on `most_units`. All that differs from step
+Shapes depend only on the numbers of rows and steps and on `max_units`. All that differs from step
 to step is in tensors, so that a CUDA graph can hold the launches.
 
 Import it only where there is a GPU: `triton` is not installed everywhere.
@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from steering.grouped_refinement import TILE_ROWS, RowHeads
+from steering.grouped_refinement import TILE_ROWS, HeadLookup
 from steering.kernels.reward_rows import climb_kernel, move_kernel
 from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
 
@@ -28,18 +28,18 @@ SPLITS: Final = 8  # programs that share the sum over units in W1 W1^T slopes
 FLIPS: Final = 16  # flipped units whose rows of W1 W1^T are added at once
 
 
-def units(h: Tensor, heads: RowHeads, most_units: int) -> Tensor:
+def units(h: Tensor, heads: HeadLookup, max_units: int) -> Tensor:
     """See `RefinementKernels`."""
     n, width = h.shape
-    output = h.new_empty(n, most_units)
-    units_kernel[(n, triton.cdiv(most_units, UNITS_BLOCK["block_units"]))](
+    output = h.new_empty(n, max_units)
+    units_kernel[(n, triton.cdiv(max_units, UNITS_BLOCK["block_units"]))](
         output,
         heads.table,
         h,
         heads.slots,
-        heads.counts,
+        heads.tile_sizes,
         width,
-        most_units,
+        max_units,
         tile_rows=TILE_ROWS,
         **UNITS_BLOCK,
         stages=UNITS_STAGES,
@@ -48,11 +48,11 @@ def units(h: Tensor, heads: RowHeads, most_units: int) -> Tensor:
     return output
 
 
-def move(units: Tensor, heads: RowHeads, direction_scale: Tensor) -> tuple[Tensor, Tensor]:
+def move(units: Tensor, heads: HeadLookup, direction_scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `RefinementKernels`."""
-    n, most_units = units.shape
+    n, max_units = units.shape
     slopes, shifts = torch.empty_like(units), units.new_empty(n, 1)
-    block = triton.next_power_of_2(most_units)
+    block = triton.next_power_of_2(max_units)
     move_kernel[(n,)](
         slopes,
         shifts,
@@ -61,24 +61,24 @@ def move(units: Tensor, heads: RowHeads, direction_scale: Tensor) -> tuple[Tenso
         heads.slots,
         direction_scale,
         direction_scale.stride(0),
-        most_units,
+        max_units,
         block_units=block,
         num_warps=row_warps(block),
     )
     return slopes, shifts
 
 
-def motion(slopes: Tensor, heads: RowHeads) -> Tensor:
+def motion(slopes: Tensor, heads: HeadLookup) -> Tensor:
     """See `RefinementKernels`."""
-    n, most_units = slopes.shape
-    output = slopes.new_empty(n, SPLITS, most_units)
-    motion_kernel[(n, triton.cdiv(most_units, MOTION_BLOCK["block_columns"]), SPLITS)](
+    n, max_units = slopes.shape
+    output = slopes.new_empty(n, SPLITS, max_units)
+    motion_kernel[(n, triton.cdiv(max_units, MOTION_BLOCK["block_columns"]), SPLITS)](
         output,
         slopes,
         heads.table,
         heads.slots,
-        heads.counts,
-        most_units,
+        heads.tile_sizes,
+        max_units,
         splits=SPLITS,
         tile_rows=TILE_ROWS,
         **MOTION_BLOCK,
@@ -88,11 +88,11 @@ def motion(slopes: Tensor, heads: RowHeads) -> Tensor:
     return output
 
 
-def climb(units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) -> Tensor:
+def climb(units: Tensor, motion: Tensor, heads: HeadLookup, step_sizes: Tensor) -> Tensor:
     """See `RefinementKernels`."""
-    n, most_units = units.shape
+    n, max_units = units.shape
     output = torch.empty_like(units)
-    block = triton.next_power_of_2(most_units)
+    block = triton.next_power_of_2(max_units)
     assert step_sizes.stride(1) == 1, "a row's steps lie side by side"
     climb_kernel[(n,)](
         output,
@@ -103,7 +103,7 @@ def climb(units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) ->
         step_sizes,
         step_sizes.stride(0),
         step_sizes.shape[1],
-        most_units,
+        max_units,
         motion.shape[2],
         splits=motion.shape[1],
         block_units=block,
@@ -113,7 +113,7 @@ def climb(units: Tensor, motion: Tensor, heads: RowHeads, step_sizes: Tensor) ->
     return output
 
 
-def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tensor:
+def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: HeadLookup) -> Tensor:
     """See `RefinementKernels`."""
     n, width = h.shape
     output = torch.empty_like(h)
@@ -124,7 +124,7 @@ def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: RowHeads) -> Tenso
         climbed,
         heads.table,
         heads.slots,
-        heads.counts,
+        heads.tile_sizes,
         width,
         climbed.shape[1],
         tile_rows=TILE_ROWS,

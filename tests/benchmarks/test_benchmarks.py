@@ -95,7 +95,7 @@ def test_each_arm_is_steered_as_it_should_and_nothing_is_left(tiny_llama: str) -
 
     def recording(batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
         affine = batch.route.affine
-        found = {} if affine is None else bank.acting(affine)
+        found = {} if affine is None else bank.tables_for(affine)
         assert len(found) in (0, len(bench.default_sites))
         seen.append(bool(found))
         return run(batch, bank, meter)

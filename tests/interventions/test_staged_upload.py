@@ -54,10 +54,10 @@ def test_an_index_keeps_what_is_known_on_the_host() -> None:
         firsts=four,
         block_rows=16,
         splits=2,
-        most_keys=4,
+        max_keys=4,
     )
     moved = stage_index(index, CPU)
-    assert (moved.block_rows, moved.splits, moved.most_keys) == (16, 2, 4)
+    assert (moved.block_rows, moved.splits, moved.max_keys) == (16, 2, 4)
     for name in ("slots", "query_ends", "lengths", "tables", "owners", "firsts"):
         before, after = getattr(index, name), getattr(moved, name)
         assert torch.equal(before, after), name
@@ -75,7 +75,7 @@ def test_a_route_keeps_its_places() -> None:
     moved = with_route_tensors(route, stage(route_tensors(route), CPU), CPU)
     assert moved.affine is not None
     assert route.affine is not None
-    assert (moved.affine.places, moved.affine.used) == ((0, 1), frozenset({1, 3}))
+    assert (moved.affine.indices, moved.affine.used_slots) == ((0, 1), frozenset({1, 3}))
     assert [(layer.heads, layer.step_sizes.shape) for layer in moved.reward] == [
         (((2, 2, 4),), (2, 4))
     ]

@@ -143,12 +143,12 @@ def test_maps_are_read_for_what_the_step_s_maps_have(bank: Bank) -> None:
     def read(*slots: int) -> set[str]:
         route = build_route(one_token_each(*map(affine_edit, slots)), CPU)
         assert route.affine is not None
-        table = bank.acting(route.affine)[SITE]
+        table = bank.tables_for(route.affine)[SITE]
         return {name for name, each in table._asdict().items() if each is not None}
 
-    assert read(1) == {"held", "delta", "bias"}
-    assert read(1, 2) == {"held", "delta", "bias", "low", "high"}
-    assert read(4) == {"held", "delta", "bias", "gate_weight", "gate_bias"}
+    assert read(1) == {"flags", "delta", "bias"}
+    assert read(1, 2) == {"flags", "delta", "bias", "low", "high"}
+    assert read(4) == {"flags", "delta", "bias", "gate_weight", "gate_bias"}
 
 
 def test_kernels_refine_rows_by_the_heads_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +175,4 @@ def test_kernels_refine_rows_by_the_heads_of_their_slots(monkeypatch: pytest.Mon
         expected = oracles.reward(h[row], heads[edit.slot], edit.settings)
         torch.testing.assert_close(refined[row], expected, rtol=1e-4, atol=1e-4)
     bank.clear(3)
-    assert not bank.grouped.holds([3])
+    assert not bank.grouped.has_heads([3])

@@ -13,7 +13,7 @@ from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from steering.bank import Bank
-from steering.dose import LARGEST, DoseMeter
+from steering.dose import MAX_DOSE, DoseMeter
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 from tests import oracles
@@ -49,7 +49,7 @@ def measured(spans: list[Span], z: dict[str, Tensor], h: Tensor) -> list[tuple[f
     for site, activations in z.items():
         bank().edit_site(site, activations, route, meter)
     bank().edit_rows(h, route, meter)
-    return meter.read(meter.sums(CPU), spans)
+    return meter.doses_of(meter.sums(CPU), spans)
 
 
 def test_each_edit_of_each_span_has_the_mean_of_its_own_tokens_and_sites() -> None:
@@ -101,10 +101,10 @@ def test_an_edit_of_nothing_is_a_number() -> None:
     zero = torch.zeros(1, WIDTH)
     spans = [Span(0, 1, 1, range(1), (AFFINE, REWARD))]
     [doses] = measured(spans, dict.fromkeys(SITES, zero), zero)
-    assert doses == (LARGEST, LARGEST)
+    assert doses == (MAX_DOSE, MAX_DOSE)
     huge = torch.full((1, WIDTH), 1e30)  # whose norm is not a number in float32
     [doses] = measured(spans, dict.fromkeys(SITES, huge), huge)
-    assert all(dose is not None and 0 <= dose <= LARGEST for dose in doses)
+    assert all(dose is not None and 0 <= dose <= MAX_DOSE for dose in doses)
 
 
 async def outputs(engine: TorchEngine, prompt: bytes, edits: tuple[Edit, ...]) -> list[StepOutput]:
@@ -171,9 +171,9 @@ def test_measuring_is_not_counted_among_the_edits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     meter = DoseMeter(1, 1)
     z = torch.ones(1, WIDTH)
-    with meter.editing():
-        meter.reward(0, z, 2 * z, torch.zeros(1, dtype=torch.int64))
-    assert meter.own_seconds == 1
+    with meter.timing_edits():
+        meter.add_reward_doses(0, z, 2 * z, torch.zeros(1, dtype=torch.int64))
+    assert meter.measuring_seconds == 1
     assert meter.edit_seconds == 2  # of the three between its beginning and its end
 
 

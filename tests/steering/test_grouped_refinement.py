@@ -262,21 +262,21 @@ def test_rows_without_a_head_are_left_alone(large: ModuleType) -> None:
 
 def test_slots_are_filled_and_emptied(large: ModuleType) -> None:
     refine = GroupedRefinement(4, CPU, large)
-    assert not refine.holds([1])
-    assert refine.most_units == 64
+    assert not refine.has_heads([1])
+    assert refine.max_units == 64
     h, rows, how = random_rows(2, 32), [(2, 2)], mixed_settings(2)
     for seed, units, most in ((0, 24, 64), (1, 100, 128), (2, 40, 128), (3, 250, 256)):
         head = random_head(seed, 32, units)
         refine.put(2, head.prepare().prepared)
-        assert refine.most_units == most
-        assert refine.holds([2, 2])
-        assert not refine.holds([1, 2])
+        assert refine.max_units == most
+        assert refine.has_heads([2, 2])
+        assert not refine.has_heads([1, 2])
         # The slot's head alone, whose number is 2.
         expected = expected_of([head, head], h, rows, how)
         torch.testing.assert_close(refined_by(refine, h, rows, how), expected)
     refine.put(2, None)
-    assert not refine.holds([2])
-    assert refine.holds([])
+    assert not refine.has_heads([2])
+    assert refine.has_heads([])
     assert torch.equal(refined_by(refine, h, rows, how), h)
 
 

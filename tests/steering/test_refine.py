@@ -160,7 +160,7 @@ def test_a_row_that_has_done_its_steps_is_left_alone(is_prepared: bool) -> None:
 def test_a_head_too_wide_to_be_prepared_is_refined_as_well(
     is_prepared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steering.prepared_head._MOST_UNITS", 64)
+    monkeypatch.setattr("steering.prepared_head._MAX_UNITS", 64)
     h = random_rows(5)
     narrow, wide = (random_head(1, units=units) for units in (24, 65))
     assert narrow.prepare().prepared is not None

@@ -49,10 +49,10 @@ def test_edits_apply_in_list_order_each_kind_by_itself() -> None:
     )
     route = route_of(span(*stack, count=1, rows=range(1)), span(count=1, rows=range(1, 2)))
     assert route.affine is not None
-    assert route.affine.places == (0, 1)
+    assert route.affine.indices == (0, 1)
     assert route.affine.slots.tolist() == [[2, 0], [1, 0]]
     torch.testing.assert_close(route.affine.strength, torch.tensor([[0.2, 0], [0.1, 0]]))
-    assert route.affine.used == frozenset({1, 2})
+    assert route.affine.used_slots == frozenset({1, 2})
     assert [layer.heads for layer in route.reward] == [((7, 1, 1),), ((6, 1, 2),)]
     assert [layer.step_sizes.shape[1] for layer in route.reward] == [1, 2]
 

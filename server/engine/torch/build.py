@@ -9,7 +9,7 @@ from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.plan import KVWishes, plan_kv
 from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.core import EngineCore
-from server.engine.torch.device_paths import Parts, paths_of
+from server.engine.torch.device_paths import EngineParts, paths_of
 from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.memory_plan import plan_memory
 from server.engine.torch.model.devices import is_spread
@@ -75,7 +75,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     return EngineCore(
         model,
         loaded.tokenizer,
-        paths.faster_runner(Parts(loaded, hooks, runner, kv, interventions, length), options),
+        paths.faster_runner(EngineParts(loaded, hooks, runner, kv, interventions, length), options),
         scheduler,
         memory,
         prefixes,

@@ -248,16 +248,16 @@ class EngineCore:
         if meter is None or doses is None:
             return deliveries
         if self._device.type == "cpu":  # a GPU runs asynchronously, so the clock tells nothing
-            self.measured_seconds += time.perf_counter() - began - meter.own_seconds
+            self.measured_seconds += time.perf_counter() - began - meter.measuring_seconds
             self.edit_seconds += meter.edit_seconds
-        return _with_doses(deliveries, batch, meter.read(doses, batch.spans))
+        return _with_doses(deliveries, batch, meter.doses_of(doses, batch.spans))
 
     def _meter(self, batch: Batch) -> DoseMeter | None:
         """Return a meter for this step's edits, or None if the step is not to be measured.
 
         Measuring costs time, so only every `dose_interval`-th steered step has a meter.
         """
-        if not self._dose_interval or not batch.route.edits:
+        if not self._dose_interval or not batch.route.edits_anything:
             return None
         self.steered_steps += 1
         if (self.steered_steps - 1) % self._dose_interval:

@@ -26,7 +26,7 @@ _MODULES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class EngineParts:
     """The parts of an engine from which a faster runner is built."""
 
     loaded: LoadedModel
@@ -44,7 +44,7 @@ class DevicePaths(Protocol):
         """Change the model in place, before the engine installs its attention and its hooks."""
         ...
 
-    def faster_runner(self, parts: Parts, options: EngineOptions) -> Runner:
+    def faster_runner(self, parts: EngineParts, options: EngineOptions) -> Runner:
         """Return a runner that prepares work ahead of the steps, or `parts.eager` if none can."""
         ...
 

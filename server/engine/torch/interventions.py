@@ -67,7 +67,7 @@ class LoadedInterventions:
         self._check_alive(parameters)
         new = self._probes.probe_some(parameters, seconds)
         self._check_alive(parameters)
-        self.bank.make_room({site: self._model.site_widths[site] for site in new})
+        self.bank.allocate_sites({site: self._model.site_widths[site] for site in new})
         return not self._probes.left(parameters)
 
     def install(self, digest: str, parameters: Parameters) -> int:

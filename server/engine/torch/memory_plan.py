@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from server.engine.torch.model.devices import free_memory
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.step.graph_keys import MOST_DEPTH, buckets
+from server.engine.torch.step.graph_keys import MAX_DEPTH, buckets
 from steering.sites import SiteError, default_sites, match_sites
 
 # Hidden units of a reward head in the paper (ARGRE, NeurIPS 2025); others may have more.
@@ -24,7 +24,7 @@ _LOGIT_BYTES: Final = 40
 # Bytes of one captured graph: its kernel launches in all layers together.
 _GRAPH_BYTES: Final = 24 << 20
 # One graph without edits, and one for each depth of the stacks of affine edits.
-_GRAPHS_PER_BUCKET: Final = 1 + MOST_DEPTH
+_GRAPHS_PER_BUCKET: Final = 1 + MAX_DEPTH
 # Bytes that the device's libraries take for themselves, and that lie between allocations.
 _LIBRARIES: Final = 512 << 20
 _USABLE: Final = 0.97  # share of the free memory that the plan divides

@@ -23,12 +23,12 @@ class SiteProbes:
         self,
         hooks: SteeringHooks,
         probe: Callable[[frozenset[str]], frozenset[str]],
-        most_at_once: int,
+        max_at_once: int,
     ) -> None:
-        """`most_at_once` bounds the sites that are probed in one piece."""
+        """`max_at_once` bounds the sites that are probed in one piece."""
         self._hooks = hooks
         self._probe = probe
-        self._most_at_once = most_at_once
+        self._max_at_once = max_at_once
         self._at_once = 1  # sites in the next piece, adapted to how long earlier pieces took
         self._probed: set[str] = set()
         self._dead: set[str] = set()
@@ -60,7 +60,7 @@ class SiteProbes:
         if took > seconds:
             self._at_once = max(1, len(some) // 2)
         elif took < _FEW * seconds:
-            self._at_once = min(self._most_at_once, max(self._at_once, 2 * len(some)))
+            self._at_once = min(self._max_at_once, max(self._at_once, 2 * len(some)))
         return some
 
     def _try(self, sites: list[str]) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steering.affine import AffineMap, Gate, MapTable, edit_stacks
-from steering.dose import LARGEST
+from steering.dose import MAX_DOSE
 from tests.affine_batches import (
     BOTH,
     GATED,
@@ -160,7 +160,7 @@ def test_what_is_no_number_stays_where_it_is(edit: Edit) -> None:
     doses, expected_doses = batch.new_doses(), batch.new_doses()
     expected = plainly(batch, expected_doses)
     assert expected.isnan().any()
-    assert (expected_doses == LARGEST).any()
+    assert (expected_doses == MAX_DOSE).any()
     torch.testing.assert_close(edit(batch, doses), expected, equal_nan=True)
     torch.testing.assert_close(doses, expected_doses)
 

@@ -35,7 +35,7 @@ class PagedIndex:
     firsts: Tensor  # (blocks,) int32: the number of each block's first query within its piece
     block_rows: int  # a block's queries, times the heads that share a KV head, at most
     splits: int  # the number of programs that the keys of a block are divided among
-    most_keys: int  # the most keys that a piece has, or in a graph may have
+    max_keys: int  # the most keys that a piece has, or in a graph may have
 
 
 PagedAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor, PagedIndex, AttentionParams], Tensor]
@@ -61,13 +61,13 @@ class Tiling:
         """The number of query heads that share a KV head."""
         return self.heads // self.kv_heads
 
-    def block_rows(self, most_queries: int) -> int:
+    def block_rows(self, max_queries: int) -> int:
         """Return the rows of a block, a power of two.
 
         Args:
-            most_queries: the number of queries of the step's longest piece.
+            max_queries: the number of queries of the step's longest piece.
         """
-        rows = _DECODING_ROWS if most_queries == 1 else _READING_ROWS[self.itemsize]
+        rows = _DECODING_ROWS if max_queries == 1 else _READING_ROWS[self.itemsize]
         return max(rows, 1 << (self.fold - 1).bit_length())
 
     def splits(self, blocks: int) -> int:
@@ -96,8 +96,8 @@ def build_index(
     """
     started, counted = torch.tensor(starts), torch.tensor(counts)
     lengths = started + counted
-    most_keys = int(lengths.max())
-    tables = tables[:, : -(-most_keys // PAGE)]
+    max_keys = int(lengths.max())
+    tables = tables[:, : -(-max_keys // PAGE)]
     block_rows = tiling.block_rows(max(counts))
     block = block_rows // tiling.fold
     blocks = (counted + block - 1) // block
@@ -114,7 +114,7 @@ def build_index(
         block_rows=block_rows,
         # A step with prompts has enough programs without splitting keys.
         splits=tiling.splits(len(owners)) if max(counts) == 1 else 1,
-        most_keys=most_keys,
+        max_keys=max_keys,
     )
 
 

@@ -46,7 +46,7 @@ def route_tensors(route: Route) -> list[Tensor]:
     affine = route.affine
     tensors = [] if affine is None else [affine.slots, affine.strength]
     for reward in route.reward:
-        tensors += [reward.rows, reward.slots, reward.counts]
+        tensors += [reward.rows, reward.slots, reward.tile_sizes]
         tensors += [reward.direction_scale, reward.step_sizes]
     return tensors
 
@@ -62,7 +62,7 @@ def with_route_tensors(route: Route, tensors: Sequence[Tensor], device: torch.de
             layer,
             rows=next(rest),
             slots=next(rest),
-            counts=next(rest),
+            tile_sizes=next(rest),
             direction_scale=next(rest),
             step_sizes=next(rest),
         )

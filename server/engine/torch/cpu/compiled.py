@@ -21,8 +21,8 @@ from server.engine.torch.cpu.background import Background
 from server.engine.torch.cpu.compiled_head import compile_head
 from server.engine.torch.cpu.graph_store import GraphStore
 from server.engine.torch.cpu.layer_graphs import (
+    EditedSite,
     Graphs,
-    Site,
     Tensors,
     Variant,
     make_graphs,
@@ -34,12 +34,12 @@ from steering.bank import Bank
 from steering.dose import DoseMeter
 from steering.route import AffineRoute, Route
 from steering.site_edit import named_tensors, site_tensors, step_tensors
-from steering.site_maps import Part, parts_in
-from steering.sites import Place
+from steering.site_maps import MapPart, parts_in
+from steering.sites import SiteLocation
 
 logger = logging.getLogger(__name__)
 
-_MOST_PLANS: Final = 64
+_MAX_PLANS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +95,15 @@ class CompiledLayers:
             sites: module path -> width.
             slots: the number of the bank's slots, the identity's included.
         """
-        edited: dict[int, list[Site]] = {}
+        edited: dict[int, list[EditedSite]] = {}
         for site in sites:
-            if (place := self._layers.place(site)) is not None:
-                index, inside = place
-                plain = Site(inside, slots, sites[site], frozenset({Part.MAP}))
+            if (location := self._layers.locate(site)) is not None:
+                index, inside = location
+                plain = EditedSite(inside, slots, sites[site], frozenset({MapPart.MAP}))
                 edited.setdefault(index, []).append(plain)
         for index, found in edited.items():
             structure = self._layers.structure_of[index]
-            ordered = tuple(sorted(found, key=lambda each: each.place))
+            ordered = tuple(sorted(found, key=lambda each: each.location))
             self._graphs.expect(Variant(structure, ordered, 1))
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -123,26 +123,28 @@ class CompiledLayers:
             yield
 
     def _plan(self, bank: Bank, route: AffineRoute | None) -> _LayerPlan:
-        used = frozenset[int]() if route is None else route.used
-        depth = 0 if route is None else len(route.places)
+        used = frozenset[int]() if route is None else route.used_slots
+        depth = 0 if route is None else len(route.indices)
         key = bank, bank.slot_changes, used, depth
         if key not in self._plans:
-            if len(self._plans) == _MOST_PLANS:
+            if len(self._plans) == _MAX_PLANS:
                 self._plans.clear()
-            self._plans[key] = self._make_plan({} if route is None else bank.acting(route), depth)
+            self._plans[key] = self._make_plan(
+                {} if route is None else bank.tables_for(route), depth
+            )
         return self._plans[key]
 
-    def _make_plan(self, acting: Mapping[str, MapTable], depth: int) -> _LayerPlan:
+    def _make_plan(self, tables: Mapping[str, MapTable], depth: int) -> _LayerPlan:
         layers = self._layers
-        edited: list[dict[Place, MapTable]] = [{} for _ in layers.modules]
-        for site, table in acting.items():
-            if (place := layers.place(site)) is not None:
-                index, inside = place
+        edited: list[dict[SiteLocation, MapTable]] = [{} for _ in layers.modules]
+        for site, table in tables.items():
+            if (location := layers.locate(site)) is not None:
+                index, inside = location
                 edited[index][inside] = table
         variants: dict[Variant, int] = {}
         planned = []
         for index, found in enumerate(edited):
-            sites = tuple(_site(place, found[place]) for place in sorted(found))
+            sites = tuple(_site(location, found[location]) for location in sorted(found))
             variant = Variant(layers.structure_of[index], sites, depth if sites else 0)
             tensors = dict(layers.tensors[index])
             for inside, table in found.items():
@@ -200,6 +202,6 @@ class CompiledLayers:
             warn_uncompiled("lm_head runs", lm_head, error)
 
 
-def _site(place: Place, table: MapTable) -> Site:
+def _site(location: SiteLocation, table: MapTable) -> EditedSite:
     slots, width = table.delta.shape
-    return Site(place, slots, width, parts_in(table))
+    return EditedSite(location, slots, width, parts_in(table))

@@ -13,7 +13,7 @@ from typing import Final
 from server.engine.torch.cpu.layer_graphs import Graphs, Variant
 from server.engine.torch.cpu.recurring import Habit, Recurring
 
-MOST_GRAPHS: Final = 16  # variants with graphs, besides the expected ones
+MAX_GRAPHS: Final = 16  # variants with graphs, besides the expected ones
 # About as many steps as a dozen answers have, so that making a graph pays.
 HABIT: Final = Habit(times=1000, seconds=60.0, pause=600.0)
 # A variant that was unused for so long may give way. If the time were shorter, many variants could
@@ -28,7 +28,7 @@ class GraphStore:
         self,
         ask: Callable[[Variant], None],
         habit: Habit = HABIT,
-        most: int = MOST_GRAPHS,
+        most: int = MAX_GRAPHS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`ask` starts to make a variant's graphs; `settle` is called later, from any thread."""

@@ -13,8 +13,8 @@ from server.engine.torch.cpu.ahead import compare, compile_ahead
 from server.engine.torch.step.decoder import DecoderLayers, Probe, template_of
 from steering.affine import AffineMap, Gate
 from steering.site_edit import SiteEdit, named_tensors, site_tensors
-from steering.site_maps import Part, SiteMaps
-from steering.sites import Place
+from steering.site_maps import MapPart, SiteMaps
+from steering.sites import SiteLocation
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 # A layer's tensors, the step's inputs of its edits, and the layer's own arguments.
@@ -27,18 +27,18 @@ class Variant:
     """The kind of layer, and of its edits, that a graph computes."""
 
     structure: int  # index into `DecoderLayers.structures`
-    sites: tuple["Site", ...] = ()  # the edited sites
-    depth: int = 0  # number of places in the stacks of affine edits
+    sites: tuple["EditedSite", ...] = ()  # the edited sites
+    depth: int = 0  # number of affine edits in the deepest stack
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class EditedSite:
     """An edited site of a layer, and the shape of the bank's maps for it."""
 
-    place: Place  # in the layer
+    location: SiteLocation  # in the layer
     slots: int
     width: int
-    parts: frozenset[Part]  # the parts that the maps have there
+    parts: frozenset[MapPart]  # the parts that the maps have there
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant
     ) -> object:
         named = dict(tensors)
         for site in variant.sites:
-            named |= named_tensors(site.place, step)
+            named |= named_tensors(site.location, step)
         return functional_call(template, named, tuple(args), dict(kwargs), strict=True)
 
     return Graphs(*(_graph(layers, variant, run, probe) for probe in probes))
@@ -93,7 +93,7 @@ def _template(structure: nn.Module, variant: Variant) -> nn.Module:
     """Return a layer that edits the variant's sites, and gets all its tensors with each call."""
     template = template_of(structure)
     for site in variant.sites:
-        SiteEdit.install(template.get_submodule(site.place.module), site.place, site.parts)
+        SiteEdit.install(template.get_submodule(site.location.module), site.location, site.parts)
     return template
 
 
@@ -104,14 +104,14 @@ def _example_maps(variant: Variant) -> dict[str, Tensor]:
     for site in variant.sites:
         maps = SiteMaps(site.slots, site.width, torch.device("cpu"))
         maps.put(1, _example_map(site, random))
-        inputs |= named_tensors(site.place, site_tensors(maps.table))
+        inputs |= named_tensors(site.location, site_tensors(maps.table))
     return inputs
 
 
-def _example_map(site: Site, random: torch.Generator) -> AffineMap:
+def _example_map(site: EditedSite, random: torch.Generator) -> AffineMap:
     """Return a map with all the parts that maps have at a site."""
     low, high = (torch.full((site.width,), bound) for bound in (-1.0, 1.0))
-    supported = Part.SUPPORT in site.parts
+    supported = MapPart.SUPPORT in site.parts
     gate = Gate(
         torch.rand(site.width, generator=random) / site.width, torch.rand((), generator=random)
     )
@@ -120,7 +120,7 @@ def _example_map(site: Site, random: torch.Generator) -> AffineMap:
         bias=torch.rand(site.width, generator=random),
         low=low if supported else None,
         high=high if supported else None,
-        gate=gate if Part.GATE in site.parts else None,
+        gate=gate if MapPart.GATE in site.parts else None,
     )
 
 

@@ -10,7 +10,7 @@ from server.engine.torch.cpu.compiled import CompiledLayers
 from server.engine.torch.cpu.graph_store import HABIT
 from server.engine.torch.cpu.packed import pack_linear_layers
 from server.engine.torch.cpu.recurring import Habit
-from server.engine.torch.device_paths import Parts
+from server.engine.torch.device_paths import EngineParts
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.self_test import record_layers
 from server.engine.torch.step.decoder import DecoderLayers
@@ -23,14 +23,14 @@ def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
     pack_linear_layers(model, will_compile=options.compile_layers)
 
 
-def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
+def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
     """Return a runner whose layers are compiled in the background, if the options ask for it."""
     if not options.compile_layers:
         return parts.eager
     return Runner(parts.loaded.model, parts.hooks, _compiled_layers(parts, options))
 
 
-def _compiled_layers(parts: Parts, options: EngineOptions) -> CompiledLayers:
+def _compiled_layers(parts: EngineParts, options: EngineOptions) -> CompiledLayers:
     loaded = parts.loaded
     model, widths = loaded.model, loaded.description.site_widths
     # A separate memory, because the probes keep their lane: each new graph is checked with them.

@@ -8,7 +8,7 @@ from typing import Final, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-_MOST_KEYS: Final = 256  # keys that are counted; beyond, the least recently wanted is forgotten
+_MAX_KEYS: Final = 256  # keys that are counted; beyond, the least recently wanted is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Recurring(Generic[Key]):
         count.times += 1
         count.last = now
         self._counts[key] = count
-        if len(self._counts) > _MOST_KEYS:
+        if len(self._counts) > _MAX_KEYS:
             self._counts.popitem(last=False)
         return count.times >= habit.times and now - count.first >= habit.seconds
 

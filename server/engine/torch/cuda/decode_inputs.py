@@ -18,7 +18,7 @@ class DecodeShape:
     """The steps that one graph serves."""
 
     rows: int  # sequences, each with one token; steps of fewer are padded
-    depth: int  # places in the stacks of affine edits
+    depth: int  # affine edits in the deepest stack
     pages: int  # pages of the longest sequence
 
 
@@ -71,15 +71,15 @@ class DecodeInputs:
             firsts=tensors.firsts,
             block_rows=tiling.block_rows(1),
             splits=tiling.splits(self.shape.rows),
-            most_keys=self.shape.pages * PAGE,
+            max_keys=self.shape.pages * PAGE,
         )
 
     def route(self) -> Route:
         """Make a route for the hooks, whose tensors are the inputs."""
         tensors = self._tensors
-        places = tuple(range(self.shape.depth))
-        affine = AffineRoute(places, tensors.edit_slots, tensors.strength, used=None)
-        return Route(affine if places else None, (), self._device)
+        indices = tuple(range(self.shape.depth))
+        affine = AffineRoute(indices, tensors.edit_slots, tensors.strength, used_slots=None)
+        return Route(affine if indices else None, (), self._device)
 
     def fill(self, batch: Batch, index: PagedIndex) -> None:
         """Copy in a decoding batch of at most `shape.rows` rows; `index` is its attention's."""
@@ -92,11 +92,11 @@ class DecodeInputs:
             tensors.lengths[:count] = index.lengths
             tensors.tables[:count, : index.tables.shape[1]] = index.tables
             if (affine := batch.route.affine) is not None:
-                for place, slots, strength in zip(
-                    affine.places, affine.slots, affine.strength, strict=True
+                for edit, slots, strength in zip(
+                    affine.indices, affine.slots, affine.strength, strict=True
                 ):
-                    tensors.edit_slots[place, :count] = slots
-                    tensors.strength[place, :count] = strength
+                    tensors.edit_slots[edit, :count] = slots
+                    tensors.strength[edit, :count] = strength
 
         self._send(put)
 

@@ -42,7 +42,7 @@ class Decoder:
         self._instead: Callable[..., object] | None = None
         module.forward = self._forward
 
-    def holds(self, site: str) -> bool:
+    def contains(self, site: str) -> bool:
         """Return whether a site is inside the decoder; its own output, which hooks edit, is not."""
         return site.startswith(f"{self._path}.")
 

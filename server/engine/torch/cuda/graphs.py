@@ -25,9 +25,9 @@ from server.engine.torch.cuda.decoder_call import Decoder
 from server.engine.torch.model.devices import is_dead
 from server.engine.torch.model.transfer import stage
 from server.engine.torch.step.batch import Batch
-from server.engine.torch.step.graph_keys import MOST_DEPTH, GraphKey, buckets
+from server.engine.torch.step.graph_keys import MAX_DEPTH, GraphKey, buckets
 from server.engine.torch.step.staged_runner import StagedRunner, paged_step
-from steering.bank import Bank, MapNeed
+from steering.bank import Bank, SitePart
 from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks
 from steering.route import Route
@@ -50,7 +50,7 @@ class _Graph:
     hidden: Tensor  # (1, rows, width), the decoder's last hidden states
     doses: Tensor  # see `DoseMeter.affine`
     output: type  # the class of the decoder's output
-    edits: frozenset[MapNeed]  # the parts of the bank's maps that the graph applies
+    parts: frozenset[SitePart]  # the parts of the bank's maps that the graph applies
 
 
 class GraphRunner(StagedRunner):
@@ -150,7 +150,7 @@ class GraphRunner(StagedRunner):
         graph.replay()
         if meter is not None:
             _, depth, _ = graph.doses.shape
-            own = meter.affine(tuple(range(depth)), self._device)
+            own = meter.affine_doses(tuple(range(depth)), self._device)
             own += graph.doses[:, :, : batch.input_ids.numel()]
         return self._tail(graph, batch, bank, meter)
 
@@ -160,16 +160,18 @@ class GraphRunner(StagedRunner):
         if rows is None:
             return None
         affine = batch.route.affine
-        depth = 0 if affine is None else affine.places[-1] + 1
-        if depth > MOST_DEPTH:
+        depth = 0 if affine is None else affine.indices[-1] + 1
+        if depth > MAX_DEPTH:
             return None
         key = GraphKey(rows, depth)
         if key not in self._graphs:
             self._wanted[key] = None
             return None
         graph = self._graphs[key]
-        used = frozenset[int]() if affine is None or affine.used is None else affine.used
-        if graph is not None and not self._bank.needs(used) <= graph.edits:
+        used = (
+            frozenset[int]() if affine is None or affine.used_slots is None else affine.used_slots
+        )
+        if graph is not None and not self._bank.parts_used(used) <= graph.parts:
             # The graph was made before a map was loaded that has a new site, or the first support
             # or gate at one.
             self._wanted[key] = None
@@ -180,7 +182,7 @@ class GraphRunner(StagedRunner):
         """Return the rows of the graph for a batch; None where no graph can serve the batch."""
         tokens = batch.input_ids.numel()
         decodes = len(batch.spans) == len(batch.rows) == tokens
-        if not decodes or paged_step(batch).index.most_keys > self._pages * PAGE:
+        if not decodes or paged_step(batch).index.max_keys > self._pages * PAGE:
             return None
         return next((rows for rows in self._buckets if rows >= tokens), None)
 
@@ -209,8 +211,10 @@ class GraphRunner(StagedRunner):
         Raises:
             GraphError: the graph's results differ, or it would leave a site unedited.
         """
-        edits = self._bank.layout if key.depth else frozenset[MapNeed]()
-        if outside := sorted({need.site for need in edits if not self._decoder.holds(need.site)}):
+        parts = self._bank.allocated_parts if key.depth else frozenset[SitePart]()
+        if outside := sorted(
+            {part.site for part in parts if not self._decoder.contains(part.site)}
+        ):
             raise GraphError(f"{', '.join(outside)} is outside of the decoder, and in no graph")
         inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
         step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
@@ -220,8 +224,8 @@ class GraphRunner(StagedRunner):
 
         def compute() -> Sequence[Tensor]:
             meter = DoseMeter(key.rows, 0)
-            places = () if route.affine is None else route.affine.places
-            doses = meter.affine(places, self._device)
+            indices = () if route.affine is None else route.affine.indices
+            doses = meter.affine_doses(indices, self._device)
             with step.current(), self._hooks.routed(self._bank, route, meter):
                 hidden: Tensor = captured.call().last_hidden_state
             return hidden, doses
@@ -235,7 +239,7 @@ class GraphRunner(StagedRunner):
         difference = float((hidden - expected).float().norm() / expected.float().norm())
         if not difference < _TOLERANCE:
             raise GraphError(f"a replayed step is off by {difference:.2g}")
-        return _Graph(inputs, replay, hidden, doses, captured.output, edits)
+        return _Graph(inputs, replay, hidden, doses, captured.output, parts)
 
 
 def _rewards(route: Route) -> Route:

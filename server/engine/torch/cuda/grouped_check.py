@@ -75,13 +75,13 @@ def _check(
     for rows in _ROWS:
         n = sum(rows)
         known = [(slot, count) for slot, count in enumerate(rows, 1) if count]
-        slots, counts = (
+        slots, tile_sizes = (
             torch.tensor(each, dtype=torch.int32, device=device) for each in tiles(known)
         )
         h = numbers(n, width)
         scales = torch.arange(n, dtype=torch.float32, device=device)[:, None] % 2
         sizes = torch.full((n, _STEPS), 0.5, device=device)
-        refined = refine(h, known, slots, counts, scales, sizes)
+        refined = refine(h, known, slots, tile_sizes, scales, sizes)
         own = slice(0, rows[0]), slice(rows[0], n)
         expected = torch.cat(
             [

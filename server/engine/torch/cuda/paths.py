@@ -10,7 +10,7 @@ from server.engine.torch.cuda.affine_check import use_affine_kernel
 from server.engine.torch.cuda.capture import CudaCapture
 from server.engine.torch.cuda.graphs import GraphRunner
 from server.engine.torch.cuda.grouped_check import make_grouped_refinement
-from server.engine.torch.device_paths import Parts
+from server.engine.torch.device_paths import EngineParts
 from server.engine.torch.model.devices import is_spread
 from server.engine.torch.model.fallback import fall_back
 from server.engine.torch.options import EngineOptions
@@ -23,7 +23,7 @@ def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
     """Leave the model as it is."""
 
 
-def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
+def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
     """Make a runner that replays graphs; return `parts.eager` where there can be no graphs.
 
     Raises:
@@ -56,7 +56,7 @@ def faster_runner(parts: Parts, options: EngineOptions) -> Runner:
     return graphs
 
 
-def _use_kernels(parts: Parts) -> None:
+def _use_kernels(parts: EngineParts) -> None:
     """Make kernels compute the edits, unless a check finds them wrong."""
     model, description = parts.loaded.model, parts.loaded.description
     bank = parts.interventions.bank
@@ -65,7 +65,7 @@ def _use_kernels(parts: Parts) -> None:
         bank.grouped = make_grouped_refinement(bank.slots + 1, description.head_width, model.device)
 
 
-def _rehearse(graphs: GraphRunner, parts: Parts) -> None:
+def _rehearse(graphs: GraphRunner, parts: EngineParts) -> None:
     """Make the graphs for one affine edit at the default sites, before a request needs them.
 
     The edit has a support and a gate, so that the graphs serve any map at these sites.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention.backend import AttentionStep
-from steering.sites import Place, place_of
+from steering.sites import SiteLocation, locate_site
 
 LayerCall: TypeAlias = Callable[..., object]
 
@@ -56,16 +56,16 @@ class DecoderLayers:
         for index, module in enumerate(self.modules):
             module.forward = self._dispatch(index)
 
-    def place(self, site: str) -> tuple[int, Place] | None:
-        """Return the layer that computes a site, and the site's place in it; None if none does.
+    def locate(self, site: str) -> tuple[int, SiteLocation] | None:
+        """Return the layer that computes a site, and the site's location in it; None if none does.
 
         None for a layer's own input and output, too, which are edited outside of its `forward`.
         """
-        module, is_input = place_of(site)
+        module, is_input = locate_site(site)
         if not module.startswith(self._prefix):
             return None
         index, _, inside = module.removeprefix(self._prefix).partition(".")
-        return (int(index), Place(inside, is_input)) if inside else None
+        return (int(index), SiteLocation(inside, is_input)) if inside else None
 
     @contextmanager
     def replaced_by(self, calls: Sequence[LayerCall | None]) -> Iterator[None]:

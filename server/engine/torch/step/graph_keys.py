@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-MOST_DEPTH: Final = 2  # the deepest stack of affine edits with graphs, as each graph takes memory
+MAX_DEPTH: Final = 2  # the deepest stack of affine edits with graphs, as each graph takes memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +11,7 @@ class GraphKey:
     """The steps that a graph serves."""
 
     rows: int  # sequences, each with one token; steps of fewer are padded
-    depth: int  # places in the stacks of affine edits
+    depth: int  # affine edits in the deepest stack
 
 
 def buckets(most: int) -> tuple[int, ...]:

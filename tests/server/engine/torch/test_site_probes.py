@@ -58,7 +58,7 @@ SITES = [f"layer.{number}" for number in range(40)]
 
 
 def pieces_of(clock: Clock, seconds: float) -> list[int]:
-    probes = SiteProbes(NoHooks(), clock.probe, most_at_once=16)
+    probes = SiteProbes(NoHooks(), clock.probe, max_at_once=16)
     clock.pieces.clear()
     while probes.left(SITES):
         probes.probe_some(SITES, seconds)
@@ -77,7 +77,7 @@ def test_pieces_stay_as_short_as_they_may_take(clock: Clock) -> None:
 
 
 def test_pieces_that_take_too_long_become_shorter(clock: Clock) -> None:
-    probes = SiteProbes(NoHooks(), clock.probe, most_at_once=16)
+    probes = SiteProbes(NoHooks(), clock.probe, max_at_once=16)
     for seconds in (10, 10, 10, 0, 0, 0, 0):
         probes.probe_some(SITES, seconds)
     assert [len(piece) for piece in clock.pieces] == [1, 2, 4, 8, 4, 2, 1]
@@ -85,7 +85,7 @@ def test_pieces_that_take_too_long_become_shorter(clock: Clock) -> None:
 
 def test_each_site_is_tried_once_and_its_outcome_is_kept(clock: Clock) -> None:
     hooks = NoHooks()
-    probes = SiteProbes(hooks, clock.probe, most_at_once=16)
+    probes = SiteProbes(hooks, clock.probe, max_at_once=16)
     probes.probe_all(SITES[:5])
     assert probes.dead(SITES) == ["layer.3"]
     assert not set(probes.left(SITES)) & set(SITES[:5])

@@ -4,16 +4,18 @@ import gc
 import weakref
 
 from server.engine.torch.cpu.graph_store import HABIT, GraphStore
-from server.engine.torch.cpu.layer_graphs import Graphs, Site, Variant
+from server.engine.torch.cpu.layer_graphs import EditedSite, Graphs, Variant
 from server.engine.torch.cpu.recurring import Habit
-from steering.site_maps import Part
-from steering.sites import Place
+from steering.site_maps import MapPart
+from steering.sites import SiteLocation
 
 PLAIN = Variant(0)
 
 
 def variant(number: int) -> Variant:
-    return Variant(0, (Site(Place(f"part{number}", False), 9, 32, frozenset({Part.MAP})),), 1)
+    return Variant(
+        0, (EditedSite(SiteLocation(f"part{number}", False), 9, 32, frozenset({MapPart.MAP})),), 1
+    )
 
 
 class Compiler:

@@ -49,4 +49,4 @@ def test_few_keys_are_remembered(keys: list[int]) -> None:
     counts = Recurring[int](Habit(2, 0, 1e9))
     for key in keys * 20:
         counts.wanted(key)
-    assert len(counts._counts) <= recurring._MOST_KEYS
+    assert len(counts._counts) <= recurring._MAX_KEYS

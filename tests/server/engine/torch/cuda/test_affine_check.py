@@ -61,7 +61,7 @@ def test_what_edits_wrongly_is_not_used(
         if wrong == "it fails":
             raise RuntimeError("out of resources\nand more")
         if wrong == "gates":
-            table = table._replace(held=table.held & 3)
+            table = table._replace(flags=table.flags & 3)
         edited = edit_stacks(activations, slots, strength, table, doses)
         if wrong == "edits":
             edited[1, 3] += 1

@@ -180,9 +180,9 @@ def test_sites_outside_of_the_decoder_are_in_no_graph(
     load_tiny: LoadTiny, family: str, path: str
 ) -> None:
     decoder = Decoder(load_tiny(family).model)
-    assert decoder.holds(f"{path}.layers.0")
-    assert not decoder.holds(path), "its hooks are not its own code"
-    assert not decoder.holds("lm_head")
+    assert decoder.contains(f"{path}.layers.0")
+    assert not decoder.contains(path), "its hooks are not its own code"
+    assert not decoder.contains("lm_head")
 
 
 def test_a_graph_that_nobody_can_use_any_longer_is_not_made(
@@ -265,7 +265,7 @@ def test_base_graphs_outlive_what_is_loaded(
     assert made == 2 * len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
     core.interventions.slots.check({})
     for maps in core.interventions.bank._sites.values():
-        assert not maps.table.held.any()
+        assert not maps.table.flags.any()
     core.interventions.install("x", random_maps(1))
     core.interventions.unpin("x")
     finish(core, [sequence(PROMPTS[0])])

@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_refines_rightly_is_used() -> None:
     refine = make_grouped_refinement(4, 32, CPU, UNITS)
     assert refine is not None
-    assert not refine.holds([1])
+    assert not refine.has_heads([1])
     head = random_head(1)
     refine.put(3, head.prepare().prepared)
     h, how = random_rows(2, 32), mixed_settings(2)

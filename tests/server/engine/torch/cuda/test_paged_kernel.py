@@ -76,7 +76,7 @@ def decoding_index(lengths: list[int], splits: int) -> PagedIndex:
         firsts=torch.zeros_like(rows),
         block_rows=16,
         splits=splits,
-        most_keys=PAGE,
+        max_keys=PAGE,
     )
 
 
