@@ -91,11 +91,11 @@ def _sequences(bench: Bench, rows: Rows, turns: Turns) -> list[EngineSequence]:
 
 def _check_room(bench: Bench, sequences: Sequence[EngineSequence]) -> None:
     pool = bench.core.scheduler.pool
-    needed = sum(pool.needed(sequence.max_length) for sequence in sequences)
-    if needed + len(sequences) > pool.free:  # as the scheduler keeps a spare one for each
+    needed = sum(pool.blocks_for(sequence.max_length) for sequence in sequences)
+    if needed + len(sequences) > pool.free_blocks:  # as the scheduler keeps a spare one for each
         raise BenchmarkError(
             f"the keys and values of all arms need {needed + len(sequences)} blocks, of which "
-            f"{pool.free} are free: measure fewer rounds"
+            f"{pool.free_blocks} are free: measure fewer rounds"
         )
 
 

@@ -14,7 +14,7 @@ def idle(engine: TorchEngine) -> bool:
     return (
         (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
         and engine._core.interventions.slots.pins == 0
-        and not engine._core.scheduler.followed
+        and not engine._core.scheduler.leaders
         and not engine._core.store.lanes
         and not engine._generations
     )

@@ -46,7 +46,7 @@ class ShuttingDownError(EngineError):
     """The server is stopping, and ended this request before it was complete."""
 
 
-class GaveWayError(EngineError):
+class NoBackgroundRoomError(EngineError):
     """Background work was ended, or refused, because requests need its room."""
 
 
@@ -95,12 +95,12 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingSettings
     edits: tuple[Edit, ...] = ()
-    # Background work runs only while there is room for it, and ends with GaveWayError when another
-    # request needs that room.
+    # Background work runs only while there is room for it, and ends with NoBackgroundRoomError when
+    # another request needs that room.
     background: bool = False
     # `Generation.follow` will admit a second request after this one; a place in the waiting queue
     # is reserved for it when this one is admitted.
-    followed: bool = False
+    has_follower: bool = False
 
     @property
     def effective_edits(self) -> tuple[Edit, ...]:
@@ -108,9 +108,9 @@ class Request:
         return tuple(edit for edit in self.edits if not edit.settings.does_nothing)
 
     @property
-    def places(self) -> int:
+    def queue_places(self) -> int:
         """Queue places that it takes: one (background work: none), and one more for a follower."""
-        return (not self.background) + self.followed
+        return (not self.background) + self.has_follower
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class Generation(Protocol):
     async def follow(self, request: Request) -> "Generation":
         """Admit one more request into the queue place that is reserved for it.
 
-        Call this at most once, for a request with `followed` that is not cancelled.
+        Call this at most once, for a request with `has_follower` that is not cancelled.
 
         Raises:
             EngineError: for the reasons that `Engine.submit` names, but never QueueFullError.
@@ -279,7 +279,7 @@ class Engine(Protocol):
             QueueFullError: the waiting queue has no room for them.
             BankFullError: no slot can be freed for one of their interventions.
             UnservableInterventionError: an edit does not reach this engine's logits.
-            GaveWayError: there is no room for background work now.
+            NoBackgroundRoomError: there is no room for background work now.
             EngineDeadError: the engine thread has ended.
         """
         ...

@@ -139,7 +139,7 @@ def test_arms_that_do_not_fit_together_are_not_measured(
 ) -> None:
     monkeypatch.setattr("benchmarks.core.OPTIONS", replace(OPTIONS, kv_cache_gb=0.0001))
     bench = open_bench(tiny_llama)
-    free = bench.core.scheduler.pool.free
+    free = bench.core.scheduler.pool.free_blocks
     with pytest.raises(BenchmarkError, match=f"of which {free} are free"):
         take_turns(bench, {"plain": [()] * 9, "again": [()] * 9}, Turns(1, 20, 8), lambda: None)
 

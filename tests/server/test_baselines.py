@@ -9,7 +9,7 @@ import pytest
 
 from interventions.registry import Registry
 from server import baselines
-from server.engine.base import EngineDeadError, EngineError, GaveWayError, StepOutput
+from server.engine.base import EngineDeadError, EngineError, NoBackgroundRoomError, StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.engines import idle
@@ -123,7 +123,11 @@ async def test_a_share_of_the_requests(
 
 @pytest.mark.parametrize(
     "end",
-    [GaveWayError("no room"), EngineDeadError("dead"), ScriptedGeneration((), GaveWayError())],
+    [
+        NoBackgroundRoomError("no room"),
+        EngineDeadError("dead"),
+        ScriptedGeneration((), NoBackgroundRoomError()),
+    ],
 )
 async def test_where_there_is_no_room_it_is_dropped(
     client: httpx.AsyncClient,

@@ -69,7 +69,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         max_batch_tokens=options.max_batch_tokens,
         max_waiting=options.max_waiting,
         prefill_tokens=options.prefill_tokens or _PREFILL_TOKENS[model.device.type],
-        find=prefixes.find,
+        find_cached=prefixes.find,
     )
     length = context_length(loaded, options, kv.pool)
     return EngineCore(
@@ -104,7 +104,7 @@ def _wishes(loaded: LoadedModel, options: EngineOptions) -> KVWishes:
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:
     """Return how many tokens a prompt and its completion may have together."""
     config = loaded.model.config.get_text_config()
-    limits: list[int] = [config.max_position_embeddings, pool.tokens]
+    limits: list[int] = [config.max_position_embeddings, pool.capacity]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # Beyond this length the frequencies depend on the longest sequence in the batch, so a

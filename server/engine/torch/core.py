@@ -12,7 +12,7 @@ from typing import Final
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from server.engine.base import EngineError, GaveWayError, StepFailedError, StepOutput
+from server.engine.base import EngineError, NoBackgroundRoomError, StepFailedError, StepOutput
 from server.engine.torch.attention.backend import KVMemory
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.kv_store import KVStore
@@ -38,7 +38,7 @@ _PIECE_STEPS: Final = 2.0  # times the duration of the last step, while there ar
 _IDLE_PIECE_SECONDS: Final = 0.1  # while there are none
 
 
-class NotReadError(EngineError):
+class ParametersMissingError(EngineError):
     """An admission lacks the parameters of interventions that are not loaded. No client sees it."""
 
     def __init__(self, digests: set[str]) -> None:
@@ -107,8 +107,9 @@ class EngineCore:
             leader: the sequence that they follow, if any; it has a queue place reserved for them.
 
         Raises:
-            NotReadError: `parameters` lacks an intervention that is not loaded; nothing was done.
-            GaveWayError: there is no room for the background work among the sequences.
+            ParametersMissingError: `parameters` lacks an intervention that is not loaded; nothing
+                was done.
+            NoBackgroundRoomError: there is no room for the background work among the sequences.
             QueueFullError: the waiting queue has no room for the sequences.
             BankFullError: no slot can be freed for an intervention.
             UnservableInterventionError: an edit does not reach the logits.
@@ -117,11 +118,11 @@ class EngineCore:
         if background:
             self.scheduler.check_background(*background)
         if leader is None:
-            self.scheduler.check_room(sum(sequence.request.places for sequence in sequences))
+            self.scheduler.check_room(sum(sequence.request.queue_places for sequence in sequences))
         digests = {digest for sequence in sequences for digest in sequence.digests}
         missing = self.interventions.missing(digests)
         if unread := missing - parameters.keys():
-            raise NotReadError(unread)
+            raise ParametersMissingError(unread)
         slots: dict[str, int] = {}
         with ExitStack() as held:
             # Loaded interventions are pinned first, so that installing the others does not evict
@@ -134,7 +135,7 @@ class EngineCore:
             for sequence, answer in zip(sequences, answers, strict=True):
                 self._queue(sequence, answer, slots)
         if leader is not None:
-            self.scheduler.followed.discard(leader)
+            self.scheduler.leaders.discard(leader)
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         request = sequence.request
@@ -166,18 +167,18 @@ class EngineCore:
                 freeing.callback(self.interventions.unpin, digest)
             if answer.penalties is not None:
                 freeing.callback(self._penalties.free, answer.penalties)
-            freeing.callback(self.store.end, sequence)
+            freeing.callback(self.store.cache_and_free_lane, sequence)
             freeing.callback(self.scheduler.remove, sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Remove a sequence, and the queue place of its follower. Harmless when it has ended."""
-        self.scheduler.followed.discard(sequence)
+        self.scheduler.leaders.discard(sequence)
         self.remove(sequence)
 
     def clear(self) -> None:
         """Remove every sequence, and empty the prefix cache."""
         self.store.clear()
-        self.scheduler.followed.clear()
+        self.scheduler.leaders.clear()
         for sequence in tuple(self._answers):
             self.remove(sequence)
 
@@ -203,7 +204,9 @@ class EngineCore:
         """Compute one step, and return the outputs of the sequences that it advanced or ended."""
         began = time.perf_counter()
         plan = self.scheduler.schedule()
-        deliveries: list[Delivery] = [(sequence, _gave_way()) for sequence in plan.dropped]
+        deliveries: list[Delivery] = [
+            (sequence, _no_background_room()) for sequence in plan.dropped
+        ]
         if plan.chunks:
             try:
                 deliveries += self._compute(plan)
@@ -230,12 +233,12 @@ class EngineCore:
         if isinstance(output, EngineError):
             with ExitStack() as freeing:
                 freeing.callback(self.cancel, sequence)
-                freeing.callback(self.store.discard, sequence)
+                freeing.callback(self.store.free_lane, sequence)
         elif output.finish_reason is not None:
             self.remove(sequence)
 
     def _compute(self, plan: StepPlan) -> list[Delivery]:
-        for sequence in self.store.make_room(plan):
+        for sequence in self.store.allocate_lanes(plan):
             self._answers[sequence].start()
         batch = build_batch(plan.chunks, self.store.lanes, self.store.memory, self._device)
         meter = self._meter(batch)
@@ -244,7 +247,7 @@ class EngineCore:
         # Starts the copy; it is complete once the postprocessor has waited for the device.
         doses = start_copy(meter.sums(logits.device)) if meter is not None else None
         deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
-        self.store.keep_prompts(deliveries)
+        self.store.cache_prompts(deliveries)
         if meter is None or doses is None:
             return deliveries
         if self._device.type == "cpu":  # a GPU runs asynchronously, so the clock tells nothing
@@ -278,8 +281,8 @@ class EngineCore:
         self.interventions.slots.check(pins)
 
 
-def _gave_way() -> GaveWayError:
-    return GaveWayError("background work was ended, as requests want its room")
+def _no_background_room() -> NoBackgroundRoomError:
+    return NoBackgroundRoomError("background work was ended, as requests want its room")
 
 
 def _with_doses(
@@ -289,6 +292,6 @@ def _with_doses(
     return [
         (sequence, output)
         if isinstance(output, EngineError)
-        else (sequence, replace(output, doses=doses[batch.places[sequence]]))
+        else (sequence, replace(output, doses=doses[batch.span_indices[sequence]]))
         for sequence, output in deliveries
     ]

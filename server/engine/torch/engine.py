@@ -19,7 +19,7 @@ from server.engine.base import (
     SpelledPrompt,
 )
 from server.engine.torch.build import build_core, context_length
-from server.engine.torch.core import NotReadError
+from server.engine.torch.core import ParametersMissingError
 from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel
@@ -145,7 +145,7 @@ class TorchEngine:
         self._check(requests)
         # Requests whose interventions are being read are not in the scheduler's queue yet. They are
         # bounded here, by the number that may run or wait; the scheduler chooses which start.
-        places = sum(request.places for request in requests)
+        places = sum(request.queue_places for request in requests)
         if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         return await self._admitted(requests)
@@ -186,7 +186,7 @@ class TorchEngine:
             for each in sequences
         ]
         self._generations.update(zip(sequences, generations, strict=True))
-        places = sum(request.places for request in requests) if leader is None else 0
+        places = sum(request.queue_places for request in requests) if leader is None else 0
         self._admitting += places
         try:
             await self._queue(sequences, leader)
@@ -209,10 +209,10 @@ class TorchEngine:
                 try:
                     admit = partial(self._core.admit, sequences, parameters, leader)
                     return await _outcome(self._thread.call(admit))
-                except NotReadError as not_read:
+                except ParametersMissingError as missing:
                     # All are kept for the next attempt, because an intervention that was loaded
                     # may have been evicted by then.
-                    for digest in not_read.digests:
+                    for digest in missing.digests:
                         parameters[digest] = await self._reads.read(digest)
                         await self._prepare(parameters[digest])
 

@@ -18,7 +18,7 @@ class TorchGeneration:
         self._cancel = cancel
         self._follow = follow
         # True until the follower has taken the reserved queue place, or it was given up.
-        self._holds_place = request.followed
+        self._holds_place = request.has_follower
         self._outputs: asyncio.Queue[StepOutput | EngineError] = asyncio.Queue()
         self.ended = False  # nothing more will be delivered
 

@@ -24,36 +24,39 @@ class KVStore:
         self.lanes: dict[Sequence, Lane] = {}
         self._warned = False  # a failed copy is warned of only once, since it may fail often
 
-    def make_room(self, plan: StepPlan) -> list[Sequence]:
+    def allocate_lanes(self, plan: StepPlan) -> list[Sequence]:
         """Free and reserve lanes as a step's plan says. Return the sequences that begin with it."""
         for sequence in plan.dropped:
-            self.discard(sequence)
+            self.free_lane(sequence)
         begun = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in self.lanes]
-        self.prefixes.expect(begun)
+        self.prefixes.reserve_for(begun)
         try:
             # Preempted sequences yield first, even if a reservation below fails: the scheduler has
             # given their blocks to others.
             for sequence in plan.preempted:
-                # `end` hands a slab's memory to the prefix cache piece by piece. Fixed memory
-                # cannot be handed over, so nothing is kept there.
-                self.discard(sequence) if self.memory.fixed else self.end(sequence)
+                # Caching hands a slab's memory to the prefix cache piece by piece. Preallocated
+                # memory cannot be handed over, so nothing is kept there.
+                if self.memory.is_preallocated:
+                    self.free_lane(sequence)
+                else:
+                    self.cache_and_free_lane(sequence)
             for chunk in plan.chunks:
                 if chunk.sequence not in self.lanes:
-                    self._begin(chunk)
+                    self._start_lane(chunk)
                 self.lanes[chunk.sequence].reserve(chunk.end)
         finally:
-            self.prefixes.expect(())
+            self.prefixes.reserve_for(())
         return begun
 
-    def _begin(self, chunk: Chunk) -> None:
+    def _start_lane(self, chunk: Chunk) -> None:
         """Give a sequence a lane, and fill in the blocks that the prefix cache has of it."""
         sequence = chunk.sequence
         lane = self.lanes[sequence] = self.memory.lane()
         lane.reserve(chunk.end)
         self.prefixes.load(sequence, lane)
-        sequence.checked = sequence.computed
+        sequence.finite_tokens = sequence.computed_tokens
 
-    def keep_prompts(self, deliveries: Iterable[Delivery]) -> None:
+    def cache_prompts(self, deliveries: Iterable[Delivery]) -> None:
         """Copy prompts that are now completely computed to the prefix cache.
 
         Generated tokens are copied when their sequence ends.
@@ -61,21 +64,21 @@ class KVStore:
         for sequence, output in deliveries:
             if isinstance(output, EngineError) or not output.token_ids:
                 continue  # without a drawn token, nothing shows that the new K/V are finite
-            whole = sequence.checked < sequence.prompt_length
-            sequence.checked = sequence.computed
-            if whole:
-                self._keep(sequence, self.lanes[sequence], giving_up=False)
+            completes_prompt = sequence.finite_tokens < sequence.prompt_length
+            sequence.finite_tokens = sequence.computed_tokens
+            if completes_prompt:
+                self._cache_blocks(sequence, self.lanes[sequence], free_store=False)
 
-    def end(self, sequence: Sequence) -> None:
+    def cache_and_free_lane(self, sequence: Sequence) -> None:
         """Copy a sequence's full blocks to the prefix cache, and free its lane, if it has one."""
         if (lane := self.lanes.get(sequence)) is not None:
-            self._keep(sequence, lane, giving_up=True)
-            self.discard(sequence)
+            self._cache_blocks(sequence, lane, free_store=True)
+            self.free_lane(sequence)
 
-    def _keep(self, sequence: Sequence, lane: Lane, giving_up: bool) -> None:
+    def _cache_blocks(self, sequence: Sequence, lane: Lane, free_store: bool) -> None:
         """Copy a lane's full blocks to the prefix cache. A failure is logged, not raised."""
         try:
-            self.prefixes.save(sequence, lane, giving_up)
+            self.prefixes.save(sequence, lane, free_store)
         except Exception:
             # Most likely memory is short, and the copies of other sequences take some of it.
             self.prefixes.clear()
@@ -83,7 +86,7 @@ class KVStore:
             self._warned = True
             log("the prefix cache was emptied, as a copy of keys and values failed", exc_info=True)
 
-    def discard(self, sequence: Sequence) -> None:
+    def free_lane(self, sequence: Sequence) -> None:
         """Free a sequence's lane, if it has one, without copying anything to the prefix cache."""
         if (lane := self.lanes.pop(sequence, None)) is not None:
             lane.free()
@@ -91,7 +94,7 @@ class KVStore:
     def clear(self) -> None:
         """Free all lanes, and empty the prefix cache."""
         for sequence in tuple(self.lanes):
-            self.discard(sequence)
+            self.free_lane(sequence)
         self.prefixes.clear()
 
     def check(self, running: Collection[Sequence]) -> None:

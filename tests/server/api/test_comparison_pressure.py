@@ -57,7 +57,7 @@ class FakeGeneration:
             yield output
 
     async def follow(self, request: Request) -> Generation:
-        assert self.request.followed
+        assert self.request.has_follower
         assert not self.cancelled, "its place is given up"
         return self.engine.begin_scoring(request)
 
@@ -161,13 +161,13 @@ async def test_an_engine_needs_no_more_than_the_protocol(
     response = await ask(fake, registry, stream=stream, n=2, seed=3)
     body = chunks(response.text)[-1] if stream else response.json()
     assert body["comparison"]["mean_log_ratio"] == [0.5, 0.5]  # type: ignore[index]
-    assert [request.followed for request in fake.submitted] == [True, True, False, False]
-    assert sum(request.places for request in fake.submitted) == 6
+    assert [request.has_follower for request in fake.submitted] == [True, True, False, False]
+    assert sum(request.queue_places for request in fake.submitted) == 6
     assert [request.sampling.logprobs for request in fake.submitted] == [0, 0, None, None]
     prompt = fake.submitted[0].prompt
     for request in fake.scored:
         assert request.prompt == (*prompt, 5, 6, 2), "not the token ids that were drawn"
-        assert (request.edits, request.followed) == ((), False)
+        assert (request.edits, request.has_follower) == ((), False)
         sampling = request.sampling
         assert (sampling.max_tokens, sampling.prompt_logprobs) == (0, 0)
         assert sampling.prompt_logprobs_from == len(prompt)
@@ -206,7 +206,7 @@ async def test_what_is_not_scored_takes_no_place_for_long(
     assert body["comparison"]["mean_log_ratio"] == [0.0 if steering else None]
     assert not fake.scored
     assert all(generation.cancelled for generation in fake.generations)
-    assert [request.followed for request in fake.submitted] == [not steering, False]
+    assert [request.has_follower for request in fake.submitted] == [not steering, False]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -103,7 +103,9 @@ class LaneSpan:
 class KVMemory(ABC):
     """Memory for the keys and values of all sequences."""
 
-    fixed: bool  # whether all memory is allocated at the start, so that no lane can exceed the plan
+    is_preallocated: (
+        bool  # whether all memory is allocated at the start, so that no lane can exceed the plan
+    )
     # The device on which a step's tensors are built; None for the model's own.
     batch_device: torch.device | None = None
     probe_lanes: int  # lanes that the self-test may use besides those of the sequences

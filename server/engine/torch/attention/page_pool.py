@@ -43,7 +43,7 @@ class PagePool:
         self._free_rows = list(reversed(range(_FIRST_ROWS)))
 
     @property
-    def free(self) -> int:
+    def free_pages(self) -> int:
         """The number of free pages."""
         return len(self._free)
 

@@ -55,7 +55,7 @@ class PagedMemory(KVMemory):
     Steps are built on the CPU, and moved to the pages' device by one copy.
     """
 
-    fixed = True
+    is_preallocated = True
     batch_device = torch.device("cpu")
     probe_lanes = 6
 

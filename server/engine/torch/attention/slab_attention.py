@@ -62,7 +62,7 @@ class SlabStep(AttentionStep):
 class SlabMemory(KVMemory):
     """Makes slabs as sequences need them."""
 
-    fixed = False
+    is_preallocated = False
     probe_lanes = 18
 
     def __init__(self, shape: SlabShape) -> None:

@@ -36,7 +36,7 @@ class Answer:
         """
         if self._submitted is not None:
             self._queue_seconds = time.monotonic() - self._submitted
-            self._cached_tokens = self._sequence.computed
+            self._cached_tokens = self._sequence.computed_tokens
             self._submitted = None
 
     def draw(self) -> Draw:
@@ -46,7 +46,7 @@ class Answer:
     def score(self, logprobs: TokenLogprobs) -> None:
         """Store the log-probabilities of the prompt's next token."""
         self._prompt_logprobs.append(logprobs)
-        self._sequence.scored += 1
+        self._sequence.scored_prompt_tokens += 1
 
     def append(
         self, token: int, logprobs: TokenLogprobs | None, eos_tokens: frozenset[int]

@@ -52,9 +52,9 @@ class Postprocessor:
         Returns:
             The sequences that have an output or an error, each with one.
         """
-        read = [chunk.sequence for chunk in chunks if chunk.completes and not chunk.samples]
+        read = [chunk.sequence for chunk in chunks if chunk.completes and not chunk.draws]
         for chunk in chunks:
-            chunk.sequence.computed += chunk.count
+            chunk.sequence.computed_tokens += chunk.count
         draws = [answers[row.sequence].draw() for row in rows if row.draws]
         readout = read_out(rows, logits, draws, self._penalties)
         lost = {row.sequence: _not_a_number(row) for row in readout.not_numbers}
@@ -81,7 +81,7 @@ class Postprocessor:
             if row.sequence in lost:
                 continue
             try:
-                token = row.sequence.tokens[row.place + 1]
+                token = row.sequence.tokens[row.position + 1]
                 answers[row.sequence].score(self._logprobs(token, value))
             except Exception:
                 failed[row.sequence] = _text_failed()

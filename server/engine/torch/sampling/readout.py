@@ -92,7 +92,7 @@ def read_out(
 def _score_prompts(rows: Sequence[Row], logits: Tensor, scored: Sequence[int]) -> Scores:
     """Score the prompts' next tokens."""
     prompts = [rows[i] for i in scored]
-    tokens = [row.sequence.tokens[row.place + 1] for row in prompts]
+    tokens = [row.sequence.tokens[row.position + 1] for row in prompts]
     most = max(row.sequence.request.sampling.prompt_logprobs or 0 for row in prompts)
     return score(_select(logits, scored), send(tokens, logits.device, torch.int64), most)
 

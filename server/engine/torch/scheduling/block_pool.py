@@ -13,44 +13,48 @@ class BlockPool:
         self.blocks = blocks
         self.block_size = block_size
         self._page_tokens = page_tokens
-        self.free = blocks  # the number of blocks without an owner
-        self._held: dict[Hashable, int] = {}
+        self.free_blocks = blocks  # the number of blocks without an owner
+        self._allocated: dict[Hashable, int] = {}
 
     @property
     def usage(self) -> float:
         """The share of blocks that are held, 0 to 1."""
-        return 1 - self.free / self.blocks
+        return 1 - self.free_blocks / self.blocks
 
     @property
-    def tokens(self) -> int:
+    def capacity(self) -> int:
         """The number of tokens that one owner of all blocks can have."""
         return int(self.blocks * self.block_size // self._page_tokens * self._page_tokens)
 
-    def needed(self, tokens: int) -> int:
+    def blocks_for(self, tokens: int) -> int:
         """Return how many blocks an owner of `tokens` tokens needs, its last page in full."""
         pages = ceil(tokens / self._page_tokens)
         return ceil(pages * self._page_tokens / self.block_size)
 
-    def hold(self, owner: Hashable, tokens: int) -> bool:
+    def allocate(self, owner: Hashable, tokens: int) -> bool:
         """Make `owner` hold blocks for `tokens` tokens in all.
 
         Returns False, and changes nothing, if too few blocks are free.
         """
-        held = self._held.get(owner, 0)
-        more = self.needed(tokens) - held
-        if more > self.free:
+        held = self._allocated.get(owner, 0)
+        more = self.blocks_for(tokens) - held
+        if more > self.free_blocks:
             return False
         if more > 0:
-            self._held[owner] = held + more
-            self.free -= more
+            self._allocated[owner] = held + more
+            self.free_blocks -= more
         return True
 
     def release(self, owner: Hashable) -> None:
         """Free the blocks that `owner` holds, if any."""
-        self.free += self._held.pop(owner, 0)
+        self.free_blocks += self._allocated.pop(owner, 0)
 
     def check(self, owners: Collection[Hashable]) -> None:
         """Assert that every block is free or held by one of `owners`."""
-        assert 0 <= self.free <= self.blocks, f"{self.free} of {self.blocks} blocks are free"
-        assert self.free + sum(self._held.values()) == self.blocks, "blocks are lost or held twice"
-        assert self._held.keys() <= set(owners), "blocks are held for nobody"
+        assert 0 <= self.free_blocks <= self.blocks, (
+            f"{self.free_blocks} of {self.blocks} blocks are free"
+        )
+        assert self.free_blocks + sum(self._allocated.values()) == self.blocks, (
+            "blocks are lost or held twice"
+        )
+        assert self._allocated.keys() <= set(owners), "blocks are held for nobody"

@@ -43,7 +43,7 @@ class PrefixCache(Generic[Values]):
         self._at_once = max(1, pool.blocks // _PARTS)  # blocks that a store gives up at once
         self._enabled = enabled
         self._blocks: OrderedDict[bytes, Values] = OrderedDict()
-        self._expected = Counter[bytes]()  # by key, how often a block is still to be loaded
+        self._reserved = Counter[bytes]()  # by key, how often a block is still to be loaded
         self.queries = 0  # prompt tokens looked up since the start
         self.hits = 0  # prompt tokens found since the start
 
@@ -54,23 +54,23 @@ class PrefixCache(Generic[Values]):
     def find(self, sequence: EngineSequence) -> int:
         """Return how many of a sequence's first tokens are stored.
 
-        Only `skippable` tokens count, whose logits nobody wants, so never the last one.
+        Only `reusable_tokens` are looked up, whose logits nobody wants, so never the last one.
         """
         if not self._enabled:
             return 0
         size = self._pool.block_size
-        blocks = sequence.skippable // size
+        blocks = sequence.reusable_tokens // size
         keys = sequence.chain.first(blocks, size, sequence.tokens)
         found = next((i for i, key in enumerate(keys) if key not in self._blocks), blocks)
         return found * size
 
-    def expect(self, sequences: Iterable[EngineSequence]) -> None:
+    def reserve_for(self, sequences: Iterable[EngineSequence]) -> None:
         """Keep the blocks that these sequences have found until they load them.
 
         Replaces the sequences of the call before. These sequences hold the pool's blocks for their
         copies already, but have not filled them; the cache may use that room until they load.
         """
-        self._expected = Counter(key for each in sequences for key in self._found(each))
+        self._reserved = Counter(key for each in sequences for key in self._found(each))
         self.trim()
 
     def load(self, sequence: EngineSequence, store: Store[Values]) -> None:
@@ -79,27 +79,29 @@ class PrefixCache(Generic[Values]):
         `find` has found these tokens, and their blocks were kept since.
         """
         size = self._pool.block_size
-        if self._enabled and sequence.skippable and not sequence.preemptions:
+        if self._enabled and sequence.reusable_tokens and not sequence.preemptions:
             self.queries += sequence.prompt_length
-            self.hits += sequence.computed
+            self.hits += sequence.computed_tokens
         keys = self._found(sequence)
         for place in reversed(range(len(keys))):
             self._blocks.move_to_end(keys[place])
             store.write(place * size, self._blocks[keys[place]])
-            if self._expected[keys[place]]:
-                self._expected[keys[place]] -= 1
+            if self._reserved[keys[place]]:
+                self._reserved[keys[place]] -= 1
                 self.trim()
 
-    def save(self, sequence: EngineSequence, store: Store[Values], giving_up: bool = False) -> None:
-        """Keep the full blocks of a sequence's checked tokens, as far as there is room.
+    def save(
+        self, sequence: EngineSequence, store: Store[Values], free_store: bool = False
+    ) -> None:
+        """Keep the full blocks of a sequence's finite tokens, as far as there is room.
 
         Args:
-            giving_up: whether to empty the store, part by part as its blocks are copied.
+            free_store: whether to empty the store, part by part as its blocks are copied.
         """
         size = self._pool.block_size
-        blocks = min(sequence.checked // size, self._pool.free) if self._enabled else 0
+        blocks = min(sequence.finite_tokens // size, self._pool.free_blocks) if self._enabled else 0
         keys = sequence.chain.first(blocks, size, sequence.tokens)
-        if giving_up:
+        if free_store:
             store.truncate(blocks * size)
         # From the last block to the first, so that the last becomes the least recently used: it is
         # of no use without those before it.
@@ -108,15 +110,15 @@ class PrefixCache(Generic[Values]):
                 self.trim(1)
                 self._blocks[keys[place]] = store.read(place * size, (place + 1) * size)
             self._blocks.move_to_end(keys[place])
-            if giving_up and not place % self._at_once:
+            if free_store and not place % self._at_once:
                 store.truncate(place * size)
         self.trim()
 
     def trim(self, more: int = 0) -> None:
         """Drop old blocks until the rest, and `more` blocks, fit beside what sequences hold."""
-        too_many = len(self._blocks) + more - self._pool.free - self._expected.total()
+        too_many = len(self._blocks) + more - self._pool.free_blocks - self._reserved.total()
         if too_many > 0:
-            old = (key for key in self._blocks if not self._expected[key])
+            old = (key for key in self._blocks if not self._reserved[key])
             for key in list(islice(old, too_many)):
                 del self._blocks[key]
 
@@ -126,8 +128,10 @@ class PrefixCache(Generic[Values]):
 
     def check(self) -> None:
         """Assert that the stored blocks have room. To be called between two steps."""
-        assert len(self._blocks) <= self._pool.free, "cached blocks take memory that others hold"
+        assert len(self._blocks) <= self._pool.free_blocks, (
+            "cached blocks take memory that others hold"
+        )
 
     def _found(self, sequence: EngineSequence) -> Items[bytes]:
         size = self._pool.block_size
-        return sequence.chain.first(sequence.computed // size, size, sequence.tokens)
+        return sequence.chain.first(sequence.computed_tokens // size, size, sequence.tokens)

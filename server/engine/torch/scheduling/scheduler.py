@@ -6,10 +6,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final
 
-from server.engine.base import GaveWayError, QueueFullError
+from server.engine.base import NoBackgroundRoomError, QueueFullError
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.sequence import Sequence
-from server.engine.torch.scheduling.shares import share
+from server.engine.torch.scheduling.shares import share_tokens
 
 BACKGROUND_TOKENS: Final = 8  # for all background work together, in a step that serves requests
 
@@ -24,7 +24,7 @@ class Chunk:
 
     @property
     def end(self) -> int:
-        """The place after the chunk's last token."""
+        """The position after the chunk's last token."""
         return self.start + self.count
 
     @property
@@ -33,26 +33,29 @@ class Chunk:
         return self.end == len(self.sequence.tokens)
 
     @property
-    def samples(self) -> bool:
+    def draws(self) -> bool:
         """Whether the sequence's next token is drawn after the chunk."""
         return self.completes and len(self.sequence.tokens) < self.sequence.max_length
 
     @property
-    def scores(self) -> range:
-        """The places of the chunk's tokens after which the prompt's next token is to be scored."""
+    def scored_positions(self) -> range:
+        """The positions of the chunk's tokens after which the prompt's next token is scored."""
         sequence = self.sequence
         if sequence.request.sampling.prompt_logprobs is None:
             return range(0)
-        return range(max(self.start, sequence.scored), min(self.end, sequence.prompt_length - 1))
+        return range(
+            max(self.start, sequence.scored_prompt_tokens),
+            min(self.end, sequence.prompt_length - 1),
+        )
 
     @property
-    def logits_places(self) -> range:
-        """The places of the chunk's tokens after which logits are needed."""
-        scores = self.scores
-        if not self.samples:
-            return scores
+    def logits_positions(self) -> range:
+        """The positions of the chunk's tokens after which logits are needed."""
+        scored = self.scored_positions
+        if not self.draws:
+            return scored
         # Where both are needed, the chunk ends with the prompt, and scoring ends just before that.
-        return range(scores.start if scores else self.end - 1, self.end)
+        return range(scored.start if scored else self.end - 1, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class StepPlan:
     dropped: list[Sequence]  # background work that was ended
 
 
-def nothing_found(_: Sequence) -> int:
+def no_cached_tokens(_: Sequence) -> int:
     """Return 0: without a prefix cache, no tokens are found."""
     return 0
 
@@ -75,7 +78,7 @@ class Scheduler:
 
     Each decoding sequence has its token in every step. Prompts are computed in chunks. In a step
     that decodes, all prompts together take at most `prefill_tokens` tokens, so that the step stays
-    short. `share` says how they divide them.
+    short. `share_tokens` says how they divide them.
 
     A sequence starts when there are free blocks for its tokens, and one to spare for each sequence
     that runs already; it takes more blocks as it grows. When none is free, the sequence that came
@@ -93,14 +96,14 @@ class Scheduler:
     # Prompt tokens in a step that also decodes; None for all that the step has room for.
     prefill_tokens: int | None = None
     # Says how many of a sequence's first tokens the prefix cache has, when it gets its first chunk.
-    find: Callable[[Sequence], int] = nothing_found
+    find_cached: Callable[[Sequence], int] = no_cached_tokens
     # Both in order of arrival; all running sequences came before all waiting ones.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     background: list[Sequence] = field(default_factory=list)  # runs too, in order of arrival
     # Sequences, running or finished, that another one will follow, for which a place in the waiting
     # queue is kept.
-    followed: set[Sequence] = field(default_factory=set)
+    leaders: set[Sequence] = field(default_factory=set)
     preemptions: int = 0  # since the start
     _arrivals: int = 0
 
@@ -128,27 +131,27 @@ class Scheduler:
         since a client may ask for more at once than the queue holds.
         """
         waiting = len(self.waiting) - self._startable()
-        if waiting and waiting + len(self.followed) + places > self.max_waiting:
+        if waiting and waiting + len(self.leaders) + places > self.max_waiting:
             raise QueueFullError(f"{waiting} requests are waiting already; try again later")
 
     def _startable(self) -> int:
         """Count the waiting sequences that would start now, if all background work were ended."""
         places = self.max_batch_size - len(self.running)
-        blocks = self.pool.free + sum(
-            self.pool.needed(len(each.tokens)) for each in self.background
+        blocks = self.pool.free_blocks + sum(
+            self.pool.blocks_for(len(each.tokens)) for each in self.background
         )
         for started, sequence in enumerate(self.waiting):
             places -= 1
-            blocks -= self.pool.needed(len(sequence.tokens))
+            blocks -= self.pool.blocks_for(len(sequence.tokens))
             # As in `_has_room`: with a block to spare for each running sequence.
-            if places < 0 or blocks < (len(self.running) + started) * self.pool.needed(1):
+            if places < 0 or blocks < (len(self.running) + started) * self.pool.blocks_for(1):
                 return started
         return len(self.waiting)
 
     def check_background(self, *sequences: Sequence) -> None:
-        """Raise GaveWayError unless background work can start now, beside all that runs."""
+        """Raise NoBackgroundRoomError unless background work can start beside all that runs."""
         if self.waiting or not self._has_room(*sequences):
-            raise GaveWayError("there is no room for background work now")
+            raise NoBackgroundRoomError("there is no room for background work now")
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, or start it at once if it is background work.
@@ -156,13 +159,13 @@ class Scheduler:
         `check_room`, or `check_background`, must have found room for it, and the pool must be able
         to hold its longest completion.
         """
-        assert sequence.max_length <= self.pool.tokens, "it would wait for ever"
+        assert sequence.max_length <= self.pool.capacity, "it would wait for ever"
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        if sequence.request.followed:
-            self.followed.add(sequence)
+        if sequence.request.has_follower:
+            self.leaders.add(sequence)
         if sequence.request.background:
-            self._hold(sequence)
+            self._allocate(sequence)
             self.background.append(sequence)
         else:
             self.waiting.append(sequence)
@@ -183,26 +186,26 @@ class Scheduler:
         self._make_room(plan)
         while self._start_next(plan):
             pass
-        decoding = [sequence for sequence in self.running if sequence.pending == 1]
-        prompts = [sequence for sequence in self.running if sequence.pending > 1]
-        left = self._add_chunks(plan, decoding, self.max_batch_tokens)
+        decoding = [sequence for sequence in self.running if sequence.pending_tokens == 1]
+        prompts = [sequence for sequence in self.running if sequence.pending_tokens > 1]
+        budget = self._add_chunks(plan, decoding, self.max_batch_tokens)
         if decoding and self.prefill_tokens is not None:
-            left = min(left, self.prefill_tokens)
-        left = self._add_chunks(plan, prompts, left)
+            budget = min(budget, self.prefill_tokens)
+        budget = self._add_chunks(plan, prompts, budget)
         if self.running:
-            left = min(left, BACKGROUND_TOKENS)
-        self._add_chunks(plan, self.background, left)
+            budget = min(budget, BACKGROUND_TOKENS)
+        self._add_chunks(plan, self.background, budget)
         return plan
 
     def _add_chunks(self, plan: StepPlan, sequences: Items[Sequence], budget: int) -> int:
         """Share a budget of tokens among sequences; return what is left of it."""
         # Cached tokens count as computed only with a chunk: until then the cache may drop them.
-        starts = [each.computed or self.find(each) for each in sequences]
+        starts = [each.computed_tokens or self.find_cached(each) for each in sequences]
         pending = [len(each.tokens) - start for each, start in zip(sequences, starts, strict=True)]
-        counts = share(pending, budget)
+        counts = share_tokens(pending, budget)
         for sequence, start, count in zip(sequences, starts, counts, strict=True):
             if count:
-                sequence.computed = start
+                sequence.computed_tokens = start
                 plan.chunks.append(Chunk(sequence, start, count))
                 budget -= count
         return budget
@@ -211,20 +214,20 @@ class Scheduler:
         """Let every running sequence hold blocks for its tokens, the oldest first."""
         for sequence in tuple(self.running):
             # The youngest yields, so that the oldest always goes on.
-            while sequence in self.running and not self._hold(sequence):
+            while sequence in self.running and not self._allocate(sequence):
                 if self.background:
                     plan.dropped.append(self._drop_youngest())
                 else:
                     plan.preempted.append(self._preempt_youngest())
         for sequence in tuple(self.background):
-            if not self._hold(sequence):
+            if not self._allocate(sequence):
                 self.remove(sequence)
                 plan.dropped.append(sequence)
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self.running.pop()
         self.pool.release(sequence)
-        sequence.computed = 0
+        sequence.computed_tokens = 0
         sequence.preemptions += 1
         self.waiting.appendleft(sequence)
         self.preemptions += 1
@@ -244,13 +247,13 @@ class Scheduler:
                 return False
             plan.dropped.append(self._drop_youngest())
         sequence = self.waiting.popleft()
-        self._hold(sequence)
+        self._allocate(sequence)
         self.running.append(sequence)
         return True
 
-    def _hold(self, sequence: Sequence) -> bool:
-        """Hold blocks for all tokens of a sequence; False if there are too few."""
-        return self.pool.hold(sequence, len(sequence.tokens))
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Allocate blocks for all tokens of a sequence; False if there are too few."""
+        return self.pool.allocate(sequence, len(sequence.tokens))
 
     def _has_room(self, *sequences: Sequence) -> bool:
         """Return whether sequences can start beside all that run."""
@@ -258,8 +261,8 @@ class Scheduler:
         if len(running) + len(sequences) > self.max_batch_size:
             return False
         # Without spare blocks, a sequence might be preempted, and its work lost, a few steps later.
-        needed = sum(self.pool.needed(len(sequence.tokens)) for sequence in sequences)
-        return needed + len(running) * self.pool.needed(1) <= self.pool.free
+        needed = sum(self.pool.blocks_for(len(sequence.tokens)) for sequence in sequences)
+        return needed + len(running) * self.pool.blocks_for(1) <= self.pool.free_blocks
 
     def check(self) -> None:
         """Assert that queues and blocks are consistent. To be called between two steps."""
@@ -269,5 +272,7 @@ class Scheduler:
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         assert arrivals == sorted(set(arrivals)), "somebody was overtaken, or is here twice"
         for sequence in running:
-            assert 0 <= sequence.computed < len(sequence.tokens), "a sequence has nothing to do"
-        assert not any(sequence.computed for sequence in self.waiting), "K/V without blocks"
+            assert 0 <= sequence.computed_tokens < len(sequence.tokens), (
+                "a sequence has nothing to do"
+            )
+        assert not any(sequence.computed_tokens for sequence in self.waiting), "K/V without blocks"

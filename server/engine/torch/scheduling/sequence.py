@@ -16,13 +16,13 @@ class Sequence:
     chain: KeyChain  # the keys of its blocks
     edits: tuple[SlottedEdit, ...] = ()  # set at the admission, when the slots are known
     arrival: int = -1  # its place in the order of arrival
-    computed: int = 0  # how many of `tokens` have their K/V in memory
+    computed_tokens: int = 0  # how many of `tokens` have their K/V in memory
     # How many first tokens have K/V from which finite logits were computed since; the prefix cache
     # keeps no others.
-    checked: int = 0
+    finite_tokens: int = 0
     # How many first prompt tokens need no score: the log-probability of the token after each is
     # known, or was not asked for.
-    scored: int = 0
+    scored_prompt_tokens: int = 0
     preemptions: int = 0  # how often it gave up its K/V
 
     @classmethod
@@ -30,7 +30,7 @@ class Sequence:
         """Make the sequence of a request of which nothing is computed yet."""
         chain = KeyChain(len(request.prompt), request.effective_edits)
         unasked = request.sampling.prompt_logprobs_from - 1
-        return cls(request, list(request.prompt), chain, scored=unasked)
+        return cls(request, list(request.prompt), chain, scored_prompt_tokens=unasked)
 
     @property
     def id(self) -> str:
@@ -53,14 +53,14 @@ class Sequence:
         return self.prompt_length + self.request.sampling.max_tokens
 
     @property
-    def skippable(self) -> int:
+    def reusable_tokens(self) -> int:
         """The number of first tokens whose logits nobody wants, so that cached K/V will do."""
         asked = self.request.sampling.prompt_logprobs is not None
-        if asked and self.scored < self.prompt_length - 1:
-            return self.scored
+        if asked and self.scored_prompt_tokens < self.prompt_length - 1:
+            return self.scored_prompt_tokens
         return len(self.tokens) - 1
 
     @property
-    def pending(self) -> int:
+    def pending_tokens(self) -> int:
         """The number of tokens without K/V: 1 while decoding, more while prefilling."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.computed_tokens

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def share(left: Sequence[int], budget: int) -> list[int]:
+def share_tokens(pending: Sequence[int], budget: int) -> list[int]:
     """Return how many tokens of each prompt a step computes.
 
     The oldest prompt takes up to half of the budget, and the rest goes to the shortest prompts
@@ -11,16 +11,16 @@ def share(left: Sequence[int], budget: int) -> list[int]:
     and every prompt becomes the oldest.
 
     Args:
-        left: tokens that each prompt still needs, in order of arrival.
+        pending: tokens that each prompt still needs, in order of arrival.
         budget: tokens that the step may compute.
     """
-    counts = [0] * len(left)
-    shortest_first = sorted(range(len(left)), key=left.__getitem__)
+    counts = [0] * len(pending)
+    shortest_first = sorted(range(len(pending)), key=pending.__getitem__)
     turns = [(place, budget) for place in shortest_first]
-    if left:
+    if pending:
         turns.insert(0, (0, max(budget // 2, 1)))
     for place, most in turns:
-        count = min(left[place] - counts[place], most, budget)
+        count = min(pending[place] - counts[place], most, budget)
         counts[place] += count
         budget -= count
     return counts

@@ -17,12 +17,12 @@ class Row:
     """One row of a step's logits."""
 
     sequence: EngineSequence
-    place: int  # the place, in the sequence, of the token that the logits follow
+    position: int  # the position, in the sequence, of the token that the logits follow
 
     @property
     def draws(self) -> bool:
         """Whether the sequence's next token is drawn from the row."""
-        return self.place == len(self.sequence.tokens) - 1
+        return self.position == len(self.sequence.tokens) - 1
 
     @property
     def scores(self) -> bool:
@@ -41,7 +41,7 @@ class Batch:
     attention: AttentionStep
     route: Route
     spans: Sequence[Span]  # each sequence's tokens, in the order in which they are packed
-    places: Mapping[EngineSequence, int]  # each sequence's index in `spans`
+    span_indices: Mapping[EngineSequence, int]  # each sequence's index in `spans`
 
 
 def build_batch(
@@ -63,13 +63,13 @@ def build_batch(
     packed: list[int] = []  # the index in `tokens` of each row's token
     spans: list[Span] = []
     lane_spans: list[LaneSpan] = []
-    places: dict[EngineSequence, int] = {}
+    span_indices: dict[EngineSequence, int] = {}
     for chunk, lane_span in _lane_spans(chunks, lanes, memory):
-        sequence, wanted = chunk.sequence, chunk.logits_places
-        places[sequence] = len(spans)
+        sequence, needed = chunk.sequence, chunk.logits_positions
+        span_indices[sequence] = len(spans)
         offset = len(tokens) - chunk.start
-        packed += [offset + place for place in wanted]
-        rows += [Row(sequence, place) for place in wanted]
+        packed += [offset + position for position in needed]
+        rows += [Row(sequence, position) for position in needed]
         tokens += sequence.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
         lane_spans.append(lane_span)
@@ -78,7 +78,7 @@ def build_batch(
                 start=chunk.start,
                 count=chunk.count,
                 prompt_length=sequence.prompt_length,
-                rows=range(len(rows) - len(wanted), len(rows)),
+                rows=range(len(rows) - len(needed), len(rows)),
                 edits=sequence.edits,
             )
         )
@@ -91,7 +91,7 @@ def build_batch(
         attention=memory.step(lane_spans),
         route=build_route(spans, device),
         spans=spans,
-        places=places,
+        span_indices=span_indices,
     )
 
 

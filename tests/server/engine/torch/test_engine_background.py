@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import GaveWayError, Generation, Request, StepOutput
+from server.engine.base import Generation, NoBackgroundRoomError, Request, StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.options import EngineOptions
 from tests.conftest import StartEngine
@@ -47,7 +47,7 @@ async def test_it_is_ended_for_a_request_that_wants_its_place(start_engine: Star
     results = await asyncio.gather(
         *(read(each) for each in background), *answers, return_exceptions=True
     )
-    assert all(isinstance(result, GaveWayError) for result in results[:3])
+    assert all(isinstance(result, NoBackgroundRoomError) for result in results[:3])
     assert all(isinstance(result, list) for result in results[3:])
     assert engine.stats().preemptions == 0
     await eventually(lambda: idle(engine))
@@ -61,7 +61,7 @@ async def test_it_is_ended_for_a_request_that_grows(start_engine: StartEngine) -
     grown, gave_way = await asyncio.gather(
         generate(engine, PROMPTS[0], sampling=LONG), read(background), return_exceptions=True
     )
-    assert isinstance(gave_way, GaveWayError)
+    assert isinstance(gave_way, NoBackgroundRoomError)
     assert isinstance(grown, list)
     assert len(tokens_of(grown)) == LONG.max_tokens
     assert engine.stats().preemptions == 0
@@ -71,7 +71,7 @@ async def test_it_is_not_begun_without_room(start_engine: StartEngine) -> None:
     engine = await start_engine({}, options=OPTIONS)
     requests = [Request("test", tuple(PROMPTS[0]), LONG) for _ in range(4)]
     generations = await engine.submit(requests)
-    with pytest.raises(GaveWayError):
+    with pytest.raises(NoBackgroundRoomError):
         await submit(engine)
     await asyncio.gather(*map(read, generations))
     assert len(tokens_of(await read(await submit(engine)))) == LONG.max_tokens

@@ -28,7 +28,7 @@ NARROW = EngineOptions(
     kv_cache_gb=0.02, max_batch_size=1, max_waiting=3, check_invariants=True, prefix_cache=False
 )
 SHORT = Request("short", PROMPT, SamplingSettings(2, 0, ignore_eos=True))
-LEADER = replace(SHORT, followed=True)
+LEADER = replace(SHORT, has_follower=True)
 ENDLESS = Request("endless", PROMPT, SamplingSettings(400, 0, ignore_eos=True))
 SCORED = Request("scored", PROMPT, SamplingSettings(0, prompt_logprobs=0, prompt_logprobs_from=9))
 

@@ -96,7 +96,7 @@ def assert_whole(core: EngineCore) -> None:
     core.check()
     assert not core.has_work
     assert core.interventions.slots.pins == 0
-    assert core.scheduler.pool.free == core.scheduler.pool.blocks
+    assert core.scheduler.pool.free_blocks == core.scheduler.pool.blocks
     assert not core.store.lanes
     assert not core._penalties._segments
     [outputs] = finish(core, [plain(PROMPTS[1])])

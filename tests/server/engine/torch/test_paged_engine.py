@@ -97,7 +97,7 @@ def test_a_sequence_that_cannot_begin_gives_its_pages_back(
     core = build_core(load_tiny(), OPTIONS)
     memory = core.store.memory
     assert isinstance(memory, PagedMemory)
-    free = memory.pool.free
+    free = memory.pool.free_pages
 
     def fail(*_args: object) -> None:
         raise RuntimeError("out of luck")
@@ -107,7 +107,7 @@ def test_a_sequence_that_cannot_begin_gives_its_pages_back(
         patch.setattr(core.store.prefixes, "load", fail)
         [(_, output)] = core.step()
     assert isinstance(output, StepFailedError)
-    assert memory.pool.free == free
+    assert memory.pool.free_pages == free
     finish(core, [sequence(PROMPTS[0])])
 
 

@@ -42,7 +42,7 @@ class Watched:
         self.memory, self.limit, self.peak = kv.memory, limit, 0
         prefixes = PrefixCache[list[Tensor]](kv.prefixes, enabled=True)
         self.store = KVStore(kv.memory, prefixes)
-        self.scheduler = Scheduler(kv.pool, 16, 512, 1000, find=prefixes.find)
+        self.scheduler = Scheduler(kv.pool, 16, 512, 1000, find_cached=prefixes.find)
         take, move = KeptCopies.take, SlabGroup.move
 
         def taking(copies: KeptCopies) -> Tensor:
@@ -68,23 +68,23 @@ class Watched:
     def step(self) -> int:
         """One step, whose computing stores what it would; how many sequences have ended."""
         plan = self.scheduler.schedule()
-        self.store.make_room(plan)
+        self.store.allocate_lanes(plan)
         self.look()
         deliveries: list[tuple[Sequence, StepOutput]] = []
         for chunk in plan.chunks:
             sequence, lane = chunk.sequence, self.store.lanes[chunk.sequence]
             assert isinstance(lane, Slab)
             lane.layer(0)[:, :, chunk.start : chunk.end] = 1
-            sequence.computed += chunk.count
-            if chunk.samples:
+            sequence.computed_tokens += chunk.count
+            if chunk.draws:
                 sequence.tokens.append(len(sequence.tokens) % 50)
                 deliveries.append((sequence, StepOutput((1,), "")))
-        self.store.keep_prompts(deliveries)
+        self.store.cache_prompts(deliveries)
         self.look()
         ended = [each for each, _ in deliveries if len(each.tokens) == each.max_length]
         for sequence in ended:
             self.scheduler.remove(sequence)
-            self.store.end(sequence)
+            self.store.cache_and_free_lane(sequence)
             self.look()
         self.scheduler.check()
         self.store.check({*self.scheduler.running})
@@ -111,7 +111,7 @@ def test_whatever_comes_no_more_is_taken_than_the_limit_and_everybody_ends(
     limit = 2500 * shape.bytes_per_token
     watched = Watched(shape, limit, monkeypatch)
     scheduler = watched.scheduler
-    coming, ended, steps = requests(seed, scheduler.pool.tokens // 3), 0, 0
+    coming, ended, steps = requests(seed, scheduler.pool.capacity // 3), 0, 0
     while ended < 24:
         steps += 1
         assert steps < 20_000, "they take each other's memory for ever"
@@ -129,11 +129,11 @@ def test_the_longest_sequence_that_fits_has_all_of_the_memory(
 ) -> None:
     watched = Watched(shape, 2000 * shape.bytes_per_token, monkeypatch)
     pool = watched.scheduler.pool
-    assert 1800 < pool.tokens <= 2000
-    assert pool.needed(pool.tokens) <= pool.blocks < pool.needed(pool.tokens + 1)
+    assert 1800 < pool.capacity <= 2000
+    assert pool.blocks_for(pool.capacity) <= pool.blocks < pool.blocks_for(pool.capacity + 1)
     for seed in (1, 2):
         prompt = tuple(seed for _ in range(1025))
-        sampling = SamplingSettings(pool.tokens - len(prompt))
+        sampling = SamplingSettings(pool.capacity - len(prompt))
         watched.scheduler.add(Sequence.of(Request("x", prompt, sampling)))
     ended = 0
     while ended < 2:
@@ -150,7 +150,7 @@ def test_what_is_freed_is_given_back(shape: SlabShape, monkeypatch: pytest.Monke
     assert watched.memory.bytes > 0
     for sequence in tuple(watched.store.lanes):
         watched.scheduler.remove(sequence)
-        watched.store.end(sequence)
+        watched.store.cache_and_free_lane(sequence)
     blocks = len(watched.store.prefixes)
     assert watched.memory.bytes == blocks * whole_pages(16 * shape.bytes_per_token) > 0
     watched.store.clear()

@@ -60,9 +60,9 @@ def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
     found = read(rows, logits)
     assert len(waits) == 1
     assert not found.not_numbers
-    assert [row.place for row, _ in found.scored] == [0, 1]
+    assert [row.position for row, _ in found.scored] == [0, 1]
     for (row, value), token in zip(found.scored, (6, 7), strict=True):
-        assert value.sampled == pytest.approx(float(expected[row.place, token]))
+        assert value.sampled == pytest.approx(float(expected[row.position, token]))
         assert len(value.top) == 1
     first, second, third = found.drawn
     assert [each.sequence for each in found.drawn] == [scoring, filtered, plain]

@@ -13,7 +13,7 @@ from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.scheduler import Chunk, Scheduler
 from server.engine.torch.scheduling.sequence import Sequence
-from server.engine.torch.scheduling.shares import share
+from server.engine.torch.scheduling.shares import share_tokens
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny
 from tests.schedules import step
@@ -90,7 +90,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
 @given(left=st.lists(st.integers(1, 300), max_size=12), budget=st.integers(1, 200))
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_shares_use_up_the_budget_and_the_oldest_has_half(left: list[int], budget: int) -> None:
-    found = share(left, budget)
+    found = share_tokens(left, budget)
     used = sum(found)
     assert all(0 <= count <= most for count, most in zip(found, left, strict=True))
     assert used <= budget

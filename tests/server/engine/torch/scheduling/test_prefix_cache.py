@@ -127,7 +127,7 @@ def test_a_reward_shares_with_the_base_and_an_edit_of_what_is_generated_with_the
 def sequence(tokens: int = 40, computed: int | None = None, scored: bool = False) -> Sequence:
     sampling = SamplingSettings(8, prompt_logprobs=0 if scored else None)
     made = Sequence.of(Request("x", TEXT[:tokens], sampling))
-    made.checked = tokens if computed is None else computed
+    made.finite_tokens = tokens if computed is None else computed
     return made
 
 
@@ -149,8 +149,8 @@ def test_what_is_saved_is_found_and_copied() -> None:
     cache.save(sequence(40), source)
     source.layer(0)[:] = -1
     reader = sequence(48)
-    reader.computed = cache.find(reader)
-    assert reader.computed == 32
+    reader.computed_tokens = cache.find(reader)
+    assert reader.computed_tokens == 32
     cache.load(reader, copy)
     for mine, wanted in zip(layers(copy), layers(slab()), strict=True):
         assert torch.equal(mine[:, :, :32], wanted[:, :, :32])
@@ -202,15 +202,15 @@ def test_cached_blocks_give_way_the_least_recently_used_first() -> None:
     second.tokens[0] += 1
     cache.save(first, slab())
     cache.save(second, slab())  # the second block of the first has to go
-    assert (len(cache), pool.free, pool.usage) == (4, 4, 0)
+    assert (len(cache), pool.free_blocks, pool.usage) == (4, 4, 0)
     assert (cache.find(sequence(48)), cache.find(second)) == (16, 32)
-    assert pool.hold("somebody", 2 * SIZE), "cached blocks are free"
+    assert pool.allocate("somebody", 2 * SIZE), "cached blocks are free"
     cache.trim()
     cache.check()
     assert (cache.find(sequence(48)), cache.find(second)) == (0, 32)
     cache.save(first, slab())
     assert (cache.find(sequence(48)), cache.find(second)) == (32, 0)
-    assert pool.hold("somebody", 4 * SIZE)
+    assert pool.allocate("somebody", 4 * SIZE)
     cache.trim()
     cache.save(first, slab())
     assert len(cache) == 0
@@ -284,7 +284,7 @@ def test_who_yielded_finds_what_there_was_room_for(
     def recording(sequence: Sequence, lane: Slab) -> None:
         load(sequence, lane)
         if sequence.preemptions:
-            found.append(sequence.computed)
+            found.append(sequence.computed_tokens)
 
     monkeypatch.setattr(core.store.prefixes, "load", recording)
     finish(core)
@@ -310,7 +310,7 @@ def test_a_prompt_that_is_not_whole_is_not_kept(load_tiny: LoadTiny) -> None:
     core = build_core(load_tiny(), OPTIONS)
     leaving = submit(core, TEXT * 2)
     core.step()
-    assert leaving.computed == 64
+    assert leaving.computed_tokens == 64
     core.remove(leaving)
     assert len(core.store.prefixes) == 0
 

@@ -11,7 +11,7 @@ from server.engine.base import (
     BankFullError,
     Edit,
     EngineError,
-    GaveWayError,
+    NoBackgroundRoomError,
     Request,
     StepOutput,
 )
@@ -105,10 +105,10 @@ class Traffic:
     def _take_memory(self) -> None:
         """Hold nearly all that is free, so that sequences yield, or let go of it again."""
         pool = self.core.scheduler.pool
-        held = pool.free
+        held = pool.free_blocks
         pool.release(self)
-        if pool.free == held and self.random.random() < 0.7:
-            pool.hold(self, (pool.free - 1) * pool.block_size)
+        if pool.free_blocks == held and self.random.random() < 0.7:
+            pool.allocate(self, (pool.free_blocks - 1) * pool.block_size)
 
     def _admit(self, sequence: EngineSequence) -> bool:
         """False where it has to come again."""
@@ -116,13 +116,13 @@ class Traffic:
             self.core.admit([sequence], interventions_of())
         except BankFullError:
             return False
-        except GaveWayError:
+        except NoBackgroundRoomError:
             return True
         self.answers[sequence] = []
         return True
 
     def _take(self, sequence: EngineSequence, output: StepOutput | EngineError) -> None:
-        if isinstance(output, GaveWayError):
+        if isinstance(output, NoBackgroundRoomError):
             return
         assert isinstance(output, StepOutput), output
         self.answers[sequence].append(output)

@@ -37,7 +37,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_decodes_go_first() -> None:
     schedule = scheduler(short, long, tokens=10)
     first = schedule.schedule().chunks
     assert counts(first) == [3, 7]
-    assert [chunk.samples for chunk in first] == [True, False]
+    assert [chunk.draws for chunk in first] == [True, False]
     step(schedule)
     second = step(schedule)
     assert [chunk.sequence for chunk in second] == [short, long]
@@ -137,7 +137,7 @@ def test_a_sequence_holds_the_blocks_of_the_tokens_that_it_has() -> None:
     held = []
     for _ in range(9):
         step(schedule)
-        held.append(4 - schedule.pool.free)
+        held.append(4 - schedule.pool.free_blocks)
     # Room is made when the step that computes a token begins.
     assert held == [2, 2, 3, 3, 3, 3, 4, 4, 0]
 
@@ -153,7 +153,7 @@ def test_a_sequence_starts_with_a_block_to_spare_for_each_that_runs() -> None:
     assert [chunk.sequence for chunk in step(schedule)] == [second]
     schedule.remove(second)
     assert [chunk.sequence for chunk in step(schedule)] == [third]
-    assert schedule.pool.free == 3
+    assert schedule.pool.free_blocks == 3
 
 
 def test_a_sequence_that_does_not_fit_yet_is_not_overtaken() -> None:
@@ -172,13 +172,13 @@ def test_when_no_block_is_left_the_youngest_yields_and_is_computed_anew() -> Non
     assert plan.preempted == [young]
     assert [chunk.sequence for chunk in plan.chunks] == [old]
     assert list(schedule.waiting) == [young]
-    assert young.computed == 0
+    assert young.computed_tokens == 0
     assert len(young.tokens) == 5
     while old in schedule.running:
         step(schedule)
     [again] = schedule.schedule().chunks
     assert (again.sequence, again.start, again.count) == (young, 0, 5)
-    assert again.samples
+    assert again.draws
 
 
 def test_a_sequence_may_have_to_yield_itself() -> None:
@@ -232,7 +232,7 @@ def test_every_running_sequence_must_be_able_to_take_its_turn() -> None:
 
 def test_logits_are_needed_where_a_token_is_drawn() -> None:
     schedule = scheduler(sequence(10, 3), tokens=8)
-    assert [list(chunk.logits_places) for _ in range(4) for chunk in places(schedule)] == [
+    assert [list(chunk.logits_positions) for _ in range(4) for chunk in places(schedule)] == [
         *([], [9], [10], [11])
     ]
 
@@ -240,31 +240,31 @@ def test_logits_are_needed_where_a_token_is_drawn() -> None:
 def test_logits_are_needed_after_each_prompt_token_that_is_scored_and_once_only() -> None:
     scored = sequence(10, 8, prompt_logprobs=0)
     schedule = scheduler(scored, tokens=8)
-    assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
+    assert [list(chunk.logits_positions) for _ in range(3) for chunk in places(schedule)] == [
         *(list(range(8)), [8, 9], [10])
     ]
     schedule._preempt_youngest()
-    assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
+    assert [list(chunk.logits_positions) for _ in range(3) for chunk in places(schedule)] == [
         *([], [11], [12])
     ]
 
 
 def test_logits_are_needed_from_the_first_token_that_is_scored_on() -> None:
     schedule = scheduler(sequence(10, 2, prompt_logprobs=0, first=7), tokens=8)
-    assert [list(chunk.logits_places) for _ in range(3) for chunk in places(schedule)] == [
+    assert [list(chunk.logits_positions) for _ in range(3) for chunk in places(schedule)] == [
         *([6, 7], [8, 9], [10])
     ]
     [only_read] = scheduler(sequence(5, 0, prompt_logprobs=0, first=4)).schedule().chunks
-    assert list(only_read.logits_places) == [3]
+    assert list(only_read.logits_positions) == [3]
 
 
 def test_a_prompt_that_is_only_read_draws_nothing() -> None:
     schedule = scheduler(sequence(5, 0, prompt_logprobs=1), sequence(5, 0))
     scored, plain = schedule.schedule().chunks
-    assert list(scored.logits_places) == [0, 1, 2, 3]
-    assert list(plain.logits_places) == []
+    assert list(scored.logits_positions) == [0, 1, 2, 3]
+    assert list(plain.logits_positions) == []
     assert scored.completes
-    assert not scored.samples
+    assert not scored.draws
 
 
 def places(schedule: Scheduler) -> list[Chunk]:
@@ -280,5 +280,5 @@ def places(schedule: Scheduler) -> list[Chunk]:
 def _copy(original: Sequence) -> Sequence:
     copy = Sequence.of(original.request)
     copy.tokens = list(original.tokens)
-    copy.scored = original.scored
+    copy.scored_prompt_tokens = original.scored_prompt_tokens
     return copy

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.base import GaveWayError, QueueFullError, Request, SamplingSettings
+from server.engine.base import NoBackgroundRoomError, QueueFullError, Request, SamplingSettings
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.scheduler import Scheduler
 from server.engine.torch.scheduling.sequence import Sequence
@@ -51,7 +51,7 @@ class Scheduling(RuleBasedStateMachine):
         sequence = self._draw_sequence(data, scored=False, background=True)
         try:
             self.scheduler.check_background(sequence)
-        except GaveWayError:
+        except NoBackgroundRoomError:
             return
         assert not self.scheduler.waiting
         self.scheduler.add(sequence)
@@ -60,7 +60,7 @@ class Scheduling(RuleBasedStateMachine):
     def _draw_sequence(
         self, data: st.DataObject, scored: bool, background: bool = False
     ) -> Sequence:
-        room = self.pool.tokens
+        room = self.pool.capacity
         # Mostly short prompts with long completions: those outgrow the pool together.
         prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
         longest = room - prompt
@@ -98,7 +98,7 @@ class Scheduling(RuleBasedStateMachine):
         tokens = sum(chunk.count for chunk in plan.chunks)
         assert tokens <= self.scheduler.max_batch_tokens
         assert oldest not in plan.preempted
-        if oldest is not None and oldest.pending == 1:
+        if oldest is not None and oldest.pending_tokens == 1:
             assert oldest in [chunk.sequence for chunk in plan.chunks], "the oldest was passed over"
         for chunk in plan.chunks:
             assert chunk.count > 0
@@ -106,10 +106,10 @@ class Scheduling(RuleBasedStateMachine):
             assert chunk.end <= len(chunk.sequence.tokens)
             self.stored[chunk.sequence] = chunk.end
         completed = [chunk.sequence for chunk in plan.chunks if chunk.completes]
-        drawing = {chunk.sequence for chunk in plan.chunks if chunk.samples}
+        drawing = {chunk.sequence for chunk in plan.chunks if chunk.draws}
         for chunk in plan.chunks:
-            chunk.sequence.scored += len(chunk.scores)
-            chunk.sequence.computed += chunk.count
+            chunk.sequence.scored_prompt_tokens += len(chunk.scored_positions)
+            chunk.sequence.computed_tokens += chunk.count
         for sequence in completed:
             if sequence in drawing:
                 sequence.tokens.append(0)
@@ -123,7 +123,7 @@ class Scheduling(RuleBasedStateMachine):
 
     def _assert_scored(self, sequence: Sequence) -> None:
         wanted = sequence.request.sampling.prompt_logprobs is not None
-        assert sequence.scored == (sequence.prompt_length - 1 if wanted else 0)
+        assert sequence.scored_prompt_tokens == (sequence.prompt_length - 1 if wanted else 0)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
@@ -138,10 +138,10 @@ class Scheduling(RuleBasedStateMachine):
         assert {*self.scheduler.running, *self.scheduler.waiting} == set(self.living)
         assert self.scheduler.background == self.background
         held = sum(
-            self.pool.needed(max(self.stored.get(sequence, 0), 1))
+            self.pool.blocks_for(max(self.stored.get(sequence, 0), 1))
             for sequence in (*self.scheduler.running, *self.background)
         )
-        assert held <= self.pool.blocks - self.pool.free, "K/V without a block"
+        assert held <= self.pool.blocks - self.pool.free_blocks, "K/V without a block"
 
     def teardown(self) -> None:
         """Nobody starves: what is left comes to an end, in as many steps as it has tokens."""
@@ -156,13 +156,13 @@ class Scheduling(RuleBasedStateMachine):
                 break
             self._advance()
         assert not self.living, "somebody starves"
-        assert self.pool.free == self.pool.blocks
+        assert self.pool.free_blocks == self.pool.blocks
 
     def _advance(self) -> None:
         plan = self.scheduler.schedule()
         for chunk in plan.chunks:
-            sequence, samples, completes = chunk.sequence, chunk.samples, chunk.completes
-            sequence.computed += chunk.count
+            sequence, samples, completes = chunk.sequence, chunk.draws, chunk.completes
+            sequence.computed_tokens += chunk.count
             if samples:
                 sequence.tokens.append(0)
             if completes and len(sequence.tokens) == sequence.max_length:
