@@ -9,6 +9,7 @@ from typing import Protocol
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
 import httpx
+import hypothesis
 import pytest
 import torch
 from pydantic import JsonValue
@@ -27,6 +28,10 @@ from tests.tiny import CHAT_TEMPLATE, random_head, random_maps, save_families, s
 
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
+
+# A busy machine takes longer than Hypothesis' 200 ms for an example now and then.
+hypothesis.settings.register_profile("steerserve", deadline=None)
+hypothesis.settings.load_profile("steerserve")
 
 TINY_OPTIONS = EngineOptions(
     kv_cache_gb=0.02, max_batch_tokens=64, max_batch_size=32, check_invariants=True

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from interventions.artifact import (
@@ -317,7 +317,6 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
 
 
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
-@settings(deadline=None)
 def test_a_changed_byte_is_refused_or_read_but_never_another_error(
     tmp_path_factory: pytest.TempPathFactory, position: int, byte: int
 ) -> None:

@@ -112,7 +112,7 @@ def test_blocks_as_small_as_on_a_gpu_give_the_same(kernels: ModuleType) -> None:
     torch.testing.assert_close(found, expected_of(heads, h, rows, how), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 10_000),
     width=st.sampled_from([1, 15, 32]),

@@ -182,7 +182,7 @@ def test_no_tokens_are_no_work(edit: Edit) -> None:
     assert found.dtype == torch.float16
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 5), depth=st.integers(1, 4))
 def test_a_token_has_the_same_bits_whoever_is_beside_it(
     edit: Edit, seed: int, tokens: int, depth: int

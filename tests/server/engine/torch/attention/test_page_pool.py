@@ -94,7 +94,7 @@ def test_a_layer_shows_what_is_stored_where_the_table_says() -> None:
     assert values[page, 299 % PAGE].eq(299).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1200)), max_size=60))
 def test_lanes_keep_what_they_hold_whoever_comes_grows_and_goes(
     steps: Sequence[tuple[int, int]],

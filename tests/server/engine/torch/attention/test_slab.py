@@ -80,7 +80,7 @@ def test_what_is_read_can_be_written_elsewhere() -> None:
     assert not copy.layer(1)[:, :, :16].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 300)), max_size=30))
 def test_slabs_keep_what_they_hold_whoever_comes_grows_and_goes(
     steps: Sequence[tuple[int, int]],

@@ -88,7 +88,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
 
 
 @given(left=st.lists(st.integers(1, 300), max_size=12), budget=st.integers(1, 200))
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 def test_shares_use_up_the_budget_and_the_oldest_has_half(left: list[int], budget: int) -> None:
     found = share_tokens(left, budget)
     used = sum(found)
@@ -104,7 +104,7 @@ def test_shares_use_up_the_budget_and_the_oldest_has_half(left: list[int], budge
 
 
 @given(data=st.data(), sizes=st.lists(st.integers(1, 200), min_size=1, max_size=10))
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100)
 def test_steered_and_unsteered_requests_wait_alike(data: st.DataObject, sizes: list[int]) -> None:
     """Whoever of them is steered, and how, the plans are the same."""
     steered = data.draw(st.lists(st.sampled_from(((), *STACKS)), min_size=10, max_size=10))

@@ -84,7 +84,7 @@ def per_token(prompt_length: int, count: int, edits: list[Edit]) -> list[list[tu
     my_prompt=st.integers(1, 40),
     their_prompt=st.integers(1, 40),
 )
-@hypothesis_settings(max_examples=500, deadline=None)
+@hypothesis_settings(max_examples=500)
 def test_equal_keys_mean_that_every_token_so_far_is_edited_alike(
     mine: list[Edit], others: list[Edit], my_prompt: int, their_prompt: int
 ) -> None:

@@ -171,4 +171,4 @@ class Scheduling(RuleBasedStateMachine):
 
 
 TestScheduling = pytest.mark.timeout(120)(Scheduling.TestCase)
-TestScheduling.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestScheduling.settings = settings(max_examples=300, stateful_step_count=30)

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,6 @@ def test_offsets_of_a_byte_a_token(prompt: list[int], tokens: list[int]) -> None
 
 
 @pytest.mark.embedded
-@settings(deadline=None)
 @given(st.data())
 def test_offsets_of_the_embedded_models_tokens(embedded: Prompts, data: st.DataObject) -> None:
     tokenizer = embedded._tokenizer
@@ -103,7 +102,6 @@ KNOWN = st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cc", "
 
 
 @pytest.mark.embedded
-@settings(deadline=None)
 @given(KNOWN)
 def test_a_texts_own_tokens_join_to_it(embedded: Prompts, text: str) -> None:
     tokenizer = embedded._tokenizer
@@ -156,7 +154,6 @@ def test_offsets_in_a_prompt_given_as_token_ids(tokens: list[int]) -> None:
 
 
 @pytest.mark.embedded
-@settings(deadline=None)
 @given(KNOWN.filter(bool))
 def test_offsets_in_a_prompt_of_the_embedded_model(embedded: Prompts, text: str) -> None:
     prompts = embedded
