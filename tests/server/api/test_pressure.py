@@ -95,7 +95,7 @@ async def test_a_request_ends_at_its_deadline(
     stream: bool,
     state: str,
 ) -> None:
-    client = make_client(request_timeout=0.6)
+    client = make_client(request_timeout=1)
     await push(client, affine_artifact("maps"))
     fields = {**ENDLESS, "stream": stream, "steering": {"intervention": "maps"}}
     request = asyncio.create_task(complete(client, **fields))
