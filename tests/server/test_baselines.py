@@ -180,7 +180,7 @@ async def test_one_that_takes_too_long_is_dropped(
     served = ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))
     monkeypatch.setattr(tiny_engine, "submit", Script([served, hanging]).submit)
     async with scored_client(
-        tiny_engine, registry, scorer, baseline_sample_rate=1, request_timeout=0.2
+        tiny_engine, registry, scorer, baseline_sample_rate=1, request_timeout=1
     ) as client:
         await text_of(client, steering=MAPS)
         await until(client, DROPPED, 1)
