@@ -1,1 +1,1 @@
-"""What is stored: manifests, artifacts and the registry that keeps them."""
+"""Stores interventions: their manifests, their artifacts, and the registry that keeps them."""

@@ -1,4 +1,4 @@
-"""One safetensors file: reading with every check before anything is accepted, and writing."""
+"""Reads artifacts, with every check, and writes them. An artifact is one safetensors file."""
 
 import hashlib
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ _HASHED_AT_ONCE: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Artifact:
-    """A checked artifact. Its tensors are float32 and on the CPU, whatever type is stored."""
+    """A checked artifact. Its tensors are float32 on the CPU, whatever type the file has."""
 
     digest: str  # sha256 of the file's bytes, hexadecimal
     size: int  # of the file, in bytes
@@ -61,7 +61,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What an artifact's header says: cheap to read, however large the tensors are."""
+    """The content of an artifact's header, which is read without reading the tensors."""
 
     size: int  # of the file, in bytes
     manifest: Manifest
@@ -69,11 +69,11 @@ class Summary:
 
 
 def read_artifact(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Artifact:
-    """Read a file as an artifact, checking everything that the format promises.
+    """Read an artifact, and check everything that the format demands.
 
     Raises:
         UnreadableArtifactError: the file cannot be read.
-        ArtifactError: the file is not an artifact, with one sentence that says why.
+        ArtifactError: the file is not an artifact; the message is a sentence that says why.
     """
     summary = read_summary(path, limits)
     try:
@@ -96,7 +96,7 @@ def read_summary(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Summary
     """Read and check the header alone: the manifest, and the tensors' names, types and shapes.
 
     Raises:
-        ArtifactError: the header is not that of an artifact.
+        ArtifactError: the file has no header of an artifact.
     """
     header = read_header(path, limits)
     manifest = _manifest(header, limits)
@@ -104,7 +104,7 @@ def read_summary(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Summary
 
 
 def read_manifest(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Manifest:
-    """Read the manifest alone; the tensors are not looked at.
+    """Read the manifest alone, without any check of the tensors.
 
     Raises:
         ArtifactError: the file is not a safetensors file or holds no valid manifest.
@@ -113,7 +113,7 @@ def read_manifest(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Manife
 
 
 def artifact_digest(path: Path) -> str:
-    """The sha256 of the file's bytes, hexadecimal. Raises OSError if it cannot be read."""
+    """Return the sha256 of the file's bytes, hexadecimal; raise OSError if it cannot be read."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_HASHED_AT_ONCE):
@@ -129,22 +129,22 @@ def write_artifact(
 ) -> str:
     """Write an artifact and return its digest. The same input gives the same bytes.
 
-    What is written is read back with every check before it takes its place, so a file that this
-    function made can always be read. The folder must exist; a file that is there is replaced.
+    The new file is read back with every check before it replaces an older one at `path`, so that
+    `read_artifact` takes every file that this function has written. The folder must exist.
 
     Raises:
         ArtifactError: the parameters do not fit the manifest's kind, are not finite in `dtype`, or
-            have shapes or names that the format does not; or it does not have `dtype`.
+            have shapes or names that the format forbids; or the format has no `dtype`.
         OSError: the file cannot be written.
     """
     if dtype not in _STORED_TYPES:
         raise ArtifactError(f"Artifacts are float32, float16 or bfloat16, not {dtype}.")
-    # Copied: the library refuses tensors that share memory, as equal weights of many sites may.
+    # Tensors of several sites may share memory, which safetensors refuses; hence the copies.
     tensors = {
         name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
         for name, tensor in to_tensors(parameters).items()
     }
-    # The only entry: the library does not write several in a fixed order.
+    # One entry only, because safetensors writes several in no fixed order.
     data = safetensors.torch.save(tensors, metadata={"manifest": manifest_text(manifest)})
     temporary = temporary_path(path.parent)
     try:
@@ -173,7 +173,7 @@ def _manifest(header: Header, limits: ArtifactLimits) -> Manifest:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt", device="cpu") as file:
-        # Copied: the library's tensors are a view of the file, which may change or go.
+        # Copied, because the library's tensors are views of the file, which may change.
         return {
             name: file.get_tensor(name).to(torch.float32, copy=True) for name in sorted(file.keys())
         }

@@ -1,4 +1,4 @@
-"""What a registry holds, in memory, and the answers that need no disk."""
+"""Keeps in memory what a registry's folder holds, and answers questions about it."""
 
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -15,14 +15,14 @@ from interventions.name_records import NameRecord, Version
 DIGEST_PREFIX: Final = "sha256:"
 OBJECT_SUFFIX: Final = ".safetensors"
 RECORD_SUFFIX: Final = ".json"
-DELETED_SUFFIX: Final = ".deleted"  # of a record that was deleted where no new one had room
+DELETED_SUFFIX: Final = ".deleted"  # replaces RECORD_SUFFIX when a name is deleted on a full disk
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored intervention, as a name or a digest refers to it."""
+    """A stored intervention, found by a name or a digest."""
 
-    name: str  # or "sha256:<digest>" where no name points to the digest
+    name: str  # or "sha256:<digest>" if no name points to the digest
     digest: str
     size: int  # of the artifact, in bytes
     created: datetime  # when it was stored here
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A file that cannot be understood. It stays where it is, for a person to look at."""
+    """A damaged file, which stays in the folder for a person to look at."""
 
     path: Path
     reason: str
@@ -40,9 +40,9 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Tells what is stored, and what of it is damaged, at one moment; replaced, never changed.
+    """Lists the stored objects and names, and the damaged files, of one moment.
 
-    So any thread may read one, without a lock, while another makes the next.
+    A catalogue never changes, so any thread may read it without a lock.
     """
 
     objects: Mapping[str, Summary]  # by digest
@@ -58,7 +58,7 @@ class Catalogue:
         object.__setattr__(self, "_referred", referred)
 
     def resolve(self, reference: str) -> Entry:
-        """As `Registry.resolve`."""
+        """See `Registry.resolve`."""
         if not reference.startswith(DIGEST_PREFIX):
             return self.get(reference)
         digest = reference.removeprefix(DIGEST_PREFIX)
@@ -73,7 +73,7 @@ class Catalogue:
         raise UnknownInterventionError(reference)
 
     def get(self, name: str) -> Entry:
-        """As `Registry.get`."""
+        """See `Registry.get`."""
         record = self.records.get(name)
         damage = self.damaged_records.get(name + RECORD_SUFFIX)
         if record is not None and record.current is not None:
@@ -82,15 +82,8 @@ class Catalogue:
             raise DamagedInterventionError(name, f"{damage.reason}.")
         raise UnknownInterventionError(name)
 
-    def history(self, name: str) -> tuple[Version, ...]:
-        """As `Registry.history`."""
-        record = self.records.get(name)
-        if record is None:
-            raise UnknownInterventionError(name)
-        return record.versions
-
     def names_of(self, digest: str) -> frozenset[str]:
-        """As `Registry.names_of`."""
+        """Return the names that point to a digest; if none does, the live names that once did."""
         records = self.records.values()
         current = {
             record.name
@@ -104,7 +97,7 @@ class Catalogue:
         )
 
     def entries(self) -> list[Entry]:
-        """As `Registry.entries`."""
+        """See `Registry.entries`."""
         return [
             self._entry(name, record.current, record.versions)
             for name, record in sorted(self.records.items())
@@ -112,18 +105,18 @@ class Catalogue:
         ]
 
     def damaged(self) -> tuple[Damage, ...]:
-        """Every damaged file."""
+        """Return every damaged or missing file."""
         return (*self.damaged_records.values(), *self.damaged_objects.values())
 
     def known(self, name: str) -> bool:
-        """As `Registry.known`."""
+        """See `Registry.known`."""
         return name in self.records or name + RECORD_SUFFIX in self.damaged_records
 
     def summary(self, digest: str) -> Summary:
-        """The header of a stored object.
+        """Return the header of a stored object.
 
         Raises:
-            UnknownInterventionError: there is none, or it is damaged.
+            UnknownInterventionError: the object is not stored, or damaged.
         """
         summary = self.objects.get(digest)
         if summary is None:
@@ -131,18 +124,18 @@ class Catalogue:
         return summary
 
     def refers_to(self, digest: str) -> bool:
-        """Whether the history of a live name has the digest."""
+        """Tell whether the history of a name that is not deleted has the digest."""
         return digest in self._referred
 
     def needs(self, digest: str) -> bool:
-        """Whether a live name may need the digest.
+        """Tell whether a name may need the digest.
 
-        While a record is damaged, what it refers to is not known: then any digest is needed.
+        A damaged record may refer to any digest, so while there is one, every digest is needed.
         """
         return self.refers_to(digest) or bool(self.damaged_records)
 
     def times_stored(self, digests: Iterable[str]) -> dict[str, int]:
-        """How often each of these digests was stored under a name, ever."""
+        """Count for each digest how often it was ever stored under a name."""
         times = dict.fromkeys(digests, 0)
         for record in self.records.values():
             for version in record.versions:
@@ -151,7 +144,7 @@ class Catalogue:
         return times
 
     def with_objects(self, objects: Mapping[str, Summary]) -> "Catalogue":
-        """The same, but for the objects: these, and no others. Reads no name's history."""
+        """Return a copy of the catalogue with other objects."""
         other = copy(self)
         object.__setattr__(other, "objects", objects)
         return other

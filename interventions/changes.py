@@ -1,4 +1,4 @@
-"""Every change of a registry: one after the other, on the disk first, then for all to see."""
+"""Makes all changes of a registry, one at a time: first on the disk, then in memory."""
 
 import errno
 import logging
@@ -25,44 +25,44 @@ from interventions.leases import Leases
 from interventions.marks import Marks
 from interventions.name_records import NameRecord, Version, record_bytes
 from interventions.pins import PinnedCatalogue
-from interventions.reader import FolderReader, Found
+from interventions.reader import FolderContents, FolderReader
 from interventions.staged_upload import StagedUpload
 
-_LOOK_SECONDS: Final = 1.0  # that a look waits for a change: the next one comes soon
+_POLL_SECONDS: Final = 1.0  # longest wait of a poll for the lock; the next poll comes soon
 
 _logger = logging.getLogger(__name__)
 
 
 class RegistryChanges:
-    """Changes a folder that other servers change too, and shows what it holds after each change.
+    """Changes a folder that other servers change too, and updates the catalogue in memory.
 
-    The folder's lock is held for one change, which begins with reading what the others have done.
-    If a change fails, the folder is as it was, or as it should be after it.
+    Each change holds the folder's lock, and begins by reading what other servers have changed. A
+    change that fails leaves the folder in the old state or in the new one.
     """
 
     def __init__(
         self, folder: RegistryFolder, reader: FolderReader, leases: Leases, stored: PinnedCatalogue
     ) -> None:
-        """Read the folder, and remove what nothing needs. The folder is locked by the caller."""
+        """Read the folder, and remove objects that nothing needs. The caller holds the lock."""
         self._folder = folder
         self._reader = reader
         self._leases = leases
         self._stored = stored
         self._marks = Marks()
-        self._using = threading.Lock()  # keeps this process's threads in order; never on a loop
+        self._thread_lock = threading.Lock()  # the event loop never takes it
         self._closed = False
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._removal: Future[None] | None = None  # the last one
-        self._found: Found = reader.read()
-        self._collect()
+        self._removal: Future[None] | None = None  # the last that was scheduled
+        self._contents: FolderContents = reader.read()
+        self._remove_unneeded()
 
     def close(self) -> None:
-        """Wait for running changes, take no more, and give the lease up.
+        """Wait for the running change, take no more changes, and give up the lease.
 
-        Where a change does not end, as its disk hangs, the lease ends with this process.
+        If a change does not end, because its disk hangs, the lease ends with this process.
         """
         self._remover.shutdown(wait=False)
-        if not self._using.acquire(timeout=LOCK_SECONDS):
+        if not self._thread_lock.acquire(timeout=LOCK_SECONDS):
             self._closed = True
             _logger.warning("the lease is not removed, as a change of the registry does not end")
             return
@@ -72,7 +72,7 @@ class RegistryChanges:
         except OSError as error:
             _logger.warning("the lease cannot be removed: %s", error)
         finally:
-            self._using.release()
+            self._thread_lock.release()
 
     def check_open(self) -> None:
         """Raise RegistryError if the registry is closed."""
@@ -80,21 +80,21 @@ class RegistryChanges:
             raise RegistryError("The registry is closed.")
 
     def store(self, staged: StagedUpload, digest: str, name: str) -> tuple[Entry, bool]:
-        """Move checked and durable bytes to their place, and point the name to them.
+        """Move checked and durable bytes to their object's path, and point the name to them.
 
         Returns and raises as `Registry.commit`.
         """
         with self._changing():
             check_default(self._leases, self._catalogue, name, digest)
-            was_stored = digest in self._found.catalogue.objects
+            was_stored = digest in self._contents.catalogue.objects
             try:
-                # Even where it is stored already: equal bytes, and it heals a damaged object.
+                # A stored object has equal bytes; a damaged one is repaired by this.
                 self._folder.move_object(staged.path, digest)
                 self._folder.sync_object(digest)
-                changed = self._point(name, digest)
-            except OSError:  # not RegistryDiskError: with that, the name points there by now
+                changed = self._point_name(name, digest)
+            except OSError:  # a RegistryDiskError would mean that the name has changed already
                 if not was_stored:
-                    self._remove_new(digest)
+                    self._undo_new_object(digest)
                 raise
             try:
                 return self._catalogue.get(name), changed
@@ -103,25 +103,25 @@ class RegistryChanges:
                 raise RegistryDiskError(lost, visible=True) from error
 
     def delete(self, name: str) -> str:
-        """As `Registry.delete`."""
+        """See `Registry.delete`."""
         with self._changing():
             record = self._catalogue.records.get(name)
             if record is None or record.current is None:
-                self._catalogue.get(name)  # raises, saying which
+                self._catalogue.get(name)  # raises if the record is damaged
                 raise UnknownInterventionError(name)
             check_default(self._leases, self._catalogue, name, None)
-            deleted = _followed(name, record, Version("", datetime.now(UTC), "deleted"))
+            deleted = _record_with(name, record, Version("", datetime.now(UTC), "deleted"))
             try:
                 self._write(deleted)
             except OSError as error:
                 if not is_full(error):
                     raise
                 self._folder.mark_deleted(name, deleted.versions[-1].at)
-                self._show()
+                self._publish_names()
             return record.current.digest
 
     def keep_default(self, default: Mapping[str, str]) -> None:
-        """As `Registry.keep_default`."""
+        """See `Registry.keep_default`."""
         with self._locked(LOCK_SECONDS):
             for reference, digest in default.items():
                 if self._catalogue.resolve(reference).digest != digest:
@@ -133,8 +133,8 @@ class RegistryChanges:
             for digest in default.values():
                 self._stored.pin(digest)
 
-    def look(self) -> None:
-        """Show what other servers have changed.
+    def poll(self) -> None:
+        """Read what other servers have changed.
 
         Raises:
             OSError: the folder cannot be read.
@@ -142,11 +142,11 @@ class RegistryChanges:
         """
         self.check_open()
         if self._reader.changed():
-            with suppress(RegistryBusyError), self._locked(_LOOK_SECONDS):
-                pass  # locking it reads it
+            with suppress(RegistryBusyError), self._locked(_POLL_SECONDS):
+                pass  # `_locked` has read the folder
 
-    def beat(self) -> None:
-        """Renew the lease, and remove what nothing needs any more.
+    def heartbeat(self) -> None:
+        """Renew the lease, and remove objects that nothing needs any more.
 
         Raises:
             OSError: the folder cannot be read, or the lease cannot be written.
@@ -154,18 +154,18 @@ class RegistryChanges:
         """
         self._folder.repair()
         try:
-            with self._locked(_LOOK_SECONDS):
-                self._leases.beat(self._stored.show(self._found.catalogue))
-                self._collect()
-        except RegistryBusyError:  # the lease lives on, however long another server takes
+            with self._locked(_POLL_SECONDS):
+                self._leases.heartbeat(self._stored.replace(self._contents.catalogue))
+                self._remove_unneeded()
+        except RegistryBusyError:  # keeps the lease alive while another server holds the lock
             self._leases.touch()
 
-    def remove_soon(self) -> None:
-        """Have another thread remove what nothing needs any more; does not wait for it."""
-        # One that has not begun yet does it all. After close, others do.
+    def schedule_removal(self) -> None:
+        """Have a thread remove objects that nothing needs any more, and return at once."""
+        # A scheduled removal that has not begun will see these objects too.
         if self._removal is None or self._removal.running() or self._removal.done():
-            with suppress(RuntimeError):
-                self._removal = self._remover.submit(self._remove)
+            with suppress(RuntimeError):  # after `close`, other servers remove them
+                self._removal = self._remover.submit(self._remove_in_background)
 
     @property
     def _catalogue(self) -> Catalogue:
@@ -173,8 +173,8 @@ class RegistryChanges:
 
     @contextmanager
     def _locked(self, seconds: float) -> Iterator[None]:
-        """Nobody else changes the folder within the block, and what it holds is shown."""
-        if not self._using.acquire(timeout=seconds):
+        """Hold the locks during the block; the catalogue is up to date when it begins."""
+        if not self._thread_lock.acquire(timeout=seconds):
             raise RegistryBusyError("Another change of the registry takes long; try again later.")
         try:
             self.check_open()
@@ -182,36 +182,36 @@ class RegistryChanges:
                 self._refresh()
                 yield
         finally:
-            self._using.release()
+            self._thread_lock.release()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """The same for a change; what the block leaves unneeded goes after it."""
+        """Hold the locks for a change, and remove unneeded objects after it."""
         with disk_errors(), self._locked(LOCK_SECONDS):
             try:
                 yield
             finally:
-                self._collect()
+                self._remove_unneeded()
 
     def _refresh(self) -> frozenset[str]:
-        """Show what the folder holds; returns the digests that are pinned."""
+        """Update the catalogue from the folder; return the pinned digests."""
         if self._reader.changed():
-            self._folder.names_changed()
-            self._found = self._reader.read()
-        return self._stored.show(self._found.catalogue)
+            self._folder.mark_names_unsynced()
+            self._contents = self._reader.read()
+        return self._stored.replace(self._contents.catalogue)
 
-    def _point(self, name: str, digest: str) -> bool:
-        """Point a name to a stored object; returns whether it did not before."""
+    def _point_name(self, name: str, digest: str) -> bool:
+        """Point a name to a stored object; return False if it points there already."""
         record = self._catalogue.records.get(name)
         if record is not None and record.current and record.current.digest == digest:
-            self._folder.sync_names()  # where an earlier try may have failed
-            self._show()
+            self._folder.sync_names()  # an earlier try may have failed
+            self._publish_names()
             return False
-        self._write(_followed(name, record, Version(digest, datetime.now(UTC), "stored")))
+        self._write(_record_with(name, record, Version(digest, datetime.now(UTC), "stored")))
         return True
 
     def _write(self, record: NameRecord) -> None:
-        """Write a name's record, and show it.
+        """Write a name's record, and update the catalogue.
 
         Raises:
             OSError: nothing has changed.
@@ -225,52 +225,49 @@ class RegistryChanges:
             if copy is not None:
                 self._folder.remove_temporary(copy)
             raise
-        self._show()
+        self._publish_names()
 
-    def _show(self) -> None:
-        """Show the names that the folder has by now, once they are durable if they can be."""
+    def _publish_names(self) -> None:
+        """Make the names durable, and update the catalogue even if that fails."""
         with disk_errors(visible=True):
             try:
                 self._folder.sync_names()
             finally:
-                self._found = self._reader.read()
-                self._stored.show(self._found.catalogue)
+                self._contents = self._reader.read()
+                self._stored.replace(self._contents.catalogue)
 
-    def _remove_new(self, digest: str) -> None:
-        """Remove an object that came with a change that has failed: no other server knows it."""
+    def _undo_new_object(self, digest: str) -> None:
+        """Remove the object of a failed change, unless a name refers to it."""
         if not self._catalogue.refers_to(digest):
             self._remove_object(digest)
 
-    def _remove(self) -> None:
+    def _remove_in_background(self) -> None:
         if self._closed:
             return
         try:
-            with suppress(RegistryBusyError), self._locked(LOCK_SECONDS):  # a beat comes soon
-                self._collect()
+            with suppress(RegistryBusyError), self._locked(LOCK_SECONDS):  # a heartbeat comes soon
+                self._remove_unneeded()
         except Exception:
             _logger.exception("what the registry no longer needs could not be removed")
 
-    def _collect(self) -> None:
-        """Remove what neither a name nor any server needs.
-
-        What the disk refuses now is tried again later.
-        """
+    def _remove_unneeded(self) -> None:
+        """Remove objects that neither a name nor any server needs; log failures for a later try."""
         try:
             others = self._leases.others()
             self._folder.remove_leftovers({self._leases.own.server, *others})
-            # A change may have been made whose outcome could not be read.
+            # The outcome of an earlier change may not have been read.
             pinned = self._refresh()
-            catalogue = self._found.catalogue
+            catalogue = self._contents.catalogue
             unneeded = [
                 digest
                 for digest in catalogue.objects
                 if not catalogue.needs(digest) and digest not in pinned
             ]
-            ripe = self._marks.ripe(catalogue.times_stored(unneeded), others)
-            for digest in ripe:
+            removable = self._marks.removable(catalogue.times_stored(unneeded), others)
+            for digest in removable:
                 self._remove_object(digest)
-            if ripe:
-                self._found = self._reader.read()
+            if removable:
+                self._contents = self._reader.read()
             self._write_marked()
         except OSError as error:
             _logger.warning("what the registry no longer needs stays for now: %s", error)
@@ -282,14 +279,14 @@ class RegistryChanges:
             _logger.warning("cannot be removed, tried again later: %s: %s", digest, error)
 
     def _write_marked(self) -> None:
-        """Write the records of names whose deletion had no room for one."""
-        for name in sorted(self._found.marked):
+        """Write the records of names that were deleted while the disk was full."""
+        for name in sorted(self._contents.marked):
             self._folder.write_record(name, record_bytes(self._catalogue.records[name]))
             self._folder.sync_names()
             self._folder.remove_mark(name)
-        if self._found.marked:
-            self._found = self._reader.read()
+        if self._contents.marked:
+            self._contents = self._reader.read()
 
 
-def _followed(name: str, record: NameRecord | None, version: Version) -> NameRecord:
-    return NameRecord(name, (version,)) if record is None else record.followed_by(version)
+def _record_with(name: str, record: NameRecord | None, version: Version) -> NameRecord:
+    return NameRecord(name, (version,)) if record is None else record.with_version(version)

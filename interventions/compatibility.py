@@ -1,4 +1,4 @@
-"""Whether a model can take an artifact: what the model is, in numbers, and the check."""
+"""Checks whether a model can take an artifact."""
 
 from collections.abc import Iterator
 
@@ -10,24 +10,24 @@ from interventions.site_tensors import gate_owner
 
 
 class IncompatibleArtifactError(ValueError):
-    """The model cannot take the artifact, with one sentence that says why."""
+    """The model cannot take the artifact; the message is a sentence that says why."""
 
 
 def check_compatible(artifact: Artifact, model: ModelDescription) -> tuple[str, ...]:
-    """Check an artifact against a model; what `check_shapes` does, from the artifact itself."""
+    """Check that a loaded artifact fits a model; see `check_shapes`."""
     return check_shapes(artifact.manifest, shapes_of(artifact.parameters), model)
 
 
 def check_shapes(manifest: Manifest, shapes: Shapes, model: ModelDescription) -> tuple[str, ...]:
-    """Check that an artifact of these shapes fits a model, without its tensors.
+    """Check that an artifact with these shapes fits a model.
 
     Returns:
-        Warnings, a sentence each, where the model is another than the manifest's base model but
-        may be a sibling of it (a fine-tuned one, say).
+        Warnings, one sentence each, about differences between the model and the manifest's base
+        model, such as those of a fine-tuned sibling.
 
     Raises:
-        IncompatibleArtifactError: a site is missing, a width differs, or what the manifest says of
-            its base model contradicts its own tensors.
+        IncompatibleArtifactError: a site is missing, a width differs, or the manifest's base model
+            contradicts the artifact's tensors.
     """
     if isinstance(shapes, RewardShapes):
         _check_head(shapes, model)
@@ -65,7 +65,7 @@ def _check_sites(shapes: AffineShapes, model: ModelDescription) -> None:
 def _check_consistent(
     reference: BaseModelReference, shapes: Shapes, model: ModelDescription
 ) -> None:
-    # The tensors' widths are the model's by now, so another hidden size is not theirs.
+    # The tensors fit the model here, so another hidden size contradicts them.
     if reference.hidden_size != model.hidden_size:
         raise IncompatibleArtifactError(
             f"The manifest's base model has hidden size {reference.hidden_size}, but its tensors "
@@ -83,7 +83,7 @@ def _check_consistent(
 
 
 def _layer(site: str) -> int | None:
-    """The first number in a module path: the decoder layer (a later one may be an expert)."""
+    """Return the first number in a module path, the decoder layer; a later one may be an expert."""
     return next((int(part) for part in site.split(".") if part.isdecimal()), None)
 
 
@@ -99,11 +99,11 @@ def _differences(reference: BaseModelReference, model: ModelDescription) -> Iter
         if fitted != loaded:
             yield f"It was fitted on a model with {field} {fitted}; the loaded one has {loaded}."
     if reference.fingerprint is not None:
-        yield from _differing_parts(reference.fingerprint, model.fingerprint)
+        yield from _fingerprint_differences(reference.fingerprint, model.fingerprint)
 
 
-def _differing_parts(fitted: str, loaded: str) -> Iterator[str]:
-    """Compare fingerprints; one without the configuration's part says nothing of it."""
+def _fingerprint_differences(fitted: str, loaded: str) -> Iterator[str]:
+    """Compare fingerprints; an old one has no part for the configuration."""
     fitted_weights, _, fitted_configuration = fitted.partition("-")
     weights, _, configuration = loaded.partition("-")
     if fitted_weights != weights:

@@ -1,22 +1,22 @@
-"""The registry's exceptions: each message is a sentence for whoever asked."""
+"""Defines the registry's exceptions; each message is a sentence for the client."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-# EFBIG is the limit on one file's size: for whoever writes the file, room has run out as well.
+# EFBIG, the limit of one file's size, counts as a full disk too.
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _SHOWN_DIGITS: Final = 12  # of a digest
 
 
 class RegistryError(Exception):
-    """The registry cannot do what was asked, with one sentence that says why."""
+    """The registry cannot do what was asked; the message is a sentence that says why."""
 
 
 class InvalidNameError(RegistryError):
-    """A name that an intervention may not have."""
+    """Interventions may not have this name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -35,7 +35,7 @@ class UnknownInterventionError(RegistryError):
 
 
 class DamagedInterventionError(UnknownInterventionError):
-    """Something was stored under the reference, but its files are damaged or missing."""
+    """The files of a stored intervention are damaged or missing."""
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(
@@ -44,10 +44,10 @@ class DamagedInterventionError(UnknownInterventionError):
 
 
 class NameInUseError(RegistryError):
-    """A name cannot change: a server's default steering needs it."""
+    """The name cannot change, because a server's default steering needs it."""
 
     def __init__(self, name: str, digest: str, server: str | None, *, deleting: bool) -> None:
-        """Say which name, what it points to, and where the other server runs (None: it is this)."""
+        """`digest` is the name's target; `server` says where the server runs, None for this one."""
         whose = "The server's" if server is None else "Another server's"
         where = "" if server is None else f" on {server}"
         until = "the server is" if server is None else "that server is"
@@ -63,17 +63,17 @@ class RegistryBusyError(RegistryError):
 
 
 class RegistryUnreadableError(RegistryError):
-    """The registry's folder cannot be read now. The sentence names no path."""
+    """The registry's folder cannot be read now. The message names no path."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"The registry's folder cannot be read: {error.strerror or 'it fails'}.")
 
 
 class RegistryDiskError(RegistryError):
-    """The registry's disk is full, read-only or failing. The sentence names no path.
+    """The registry's disk is full, read-only or failing. The message names no path.
 
-    `full` says whether room is all that is missing. `visible` says that the change is there all
-    the same, and that only a power cut may undo it; otherwise nothing has changed.
+    `full` is True if the disk is only full. `visible` is True if the change was made and only a
+    power cut may undo it; otherwise nothing was changed.
     """
 
     def __init__(self, error: OSError, *, visible: bool = False) -> None:
@@ -91,13 +91,13 @@ class RegistryDiskError(RegistryError):
 
 
 def is_full(error: OSError) -> bool:
-    """Whether an error says that there is no room: on the disk, in a quota, or for a file."""
+    """Tell whether an error means a full disk, an exhausted quota, or too large a file."""
     return error.errno in _NO_ROOM
 
 
 @contextmanager
 def disk_errors(*, visible: bool = False) -> Iterator[None]:
-    """Turns an OSError of the block into a RegistryDiskError."""
+    """Turn an OSError of the block into a RegistryDiskError."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
-"""The registry's files, and every change of them. What they mean is for others to know.
+"""Reads and changes the registry's files, without knowing their meaning.
 
     objects/<first two hex digits>/<digest>.safetensors   names/<name>.json   lock
     leases/<server>.json   tmp/<server>.<random>.tmp
 
-A change is written to a temporary file, synced, renamed, and the folder synced: so a crash at any
-byte leaves the old state or the new one. The methods raise OSError.
+A change is written to a temporary file, synced and renamed, and then the folder is synced: a crash
+at any byte leaves the old state or the new one. The methods raise OSError.
 """
 
 import logging
@@ -29,16 +29,16 @@ from interventions.storage import (
     write_synced,
 )
 
-LOCK_SECONDS: Final = 10.0  # that a change waits for another server's
+LOCK_SECONDS: Final = 10.0  # longest wait of a change for another server's change
 
 _logger = logging.getLogger(__name__)
 
 
 class RegistryFolder:
-    """The files of one registry. Changes are for whoever holds its lock."""
+    """The files of one registry. Only the holder of its lock may change them."""
 
     def __init__(self, root: Path, server: str) -> None:
-        """Name the folder, and the server that uses it; nothing is read or written."""
+        """Make the paths; nothing is read or written."""
         self._root = root
         self._server = server
         self.objects, self.names, self.leases = root / "objects", root / "names", root / "leases"
@@ -49,10 +49,10 @@ class RegistryFolder:
 
     @contextmanager
     def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-        """Holds the folder's lock for the block.
+        """Hold the folder's lock during the block.
 
         Raises:
-            RegistryBusyError: others have held it for so many seconds.
+            RegistryBusyError: other servers have held it for `seconds`.
         """
         try:
             with locked(self._lock, seconds):
@@ -64,20 +64,20 @@ class RegistryFolder:
             ) from error
 
     def make(self) -> None:
-        """Create the folders and the lock where they do not exist."""
+        """Create the missing folders and the lock."""
         for folder in (self._root, self.objects, self.names, self._temporary, self.leases):
             make_directory(folder)
         self.repair()
 
     def repair(self) -> None:
-        """Create what a registry that was brought back may lack, but not the registry itself."""
+        """Create folders that a restored backup may lack, but not the registry itself."""
         self.names.stat()
         for folder in (self.objects, self._temporary, self.leases):
             make_directory(folder)
         os.close(os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
 
     def check_file_system(self) -> None:
-        """Try what several servers rely on. For whoever holds the lock.
+        """Try out locks and renaming, which several servers rely on. The caller holds the lock.
 
         Raises:
             RegistryError: a lock does not keep others out, or renaming does not replace a file.
@@ -85,7 +85,7 @@ class RegistryFolder:
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
         try:
             if try_lock(descriptor):
-                raise RegistryError(_UNSUITED.format(self._root, "lock files"))
+                raise RegistryError(_UNSUITABLE_FILE_SYSTEM.format(self._root, "lock files"))
         finally:
             os.close(descriptor)
         new, old = self.new_temporary(), self.new_temporary()
@@ -95,7 +95,9 @@ class RegistryFolder:
             before = new.stat()
             new.replace(old)
             if new.exists() or not os.path.samestat(before, old.stat()):
-                raise RegistryError(_UNSUITED.format(self._root, "replace a file by renaming"))
+                raise RegistryError(
+                    _UNSUITABLE_FILE_SYSTEM.format(self._root, "replace a file by renaming")
+                )
         finally:
             self.remove_temporary(new)
             self.remove_temporary(old)
@@ -105,11 +107,11 @@ class RegistryFolder:
         return self.objects / digest[:2] / f"{digest}{OBJECT_SUFFIX}"
 
     def new_temporary(self) -> Path:
-        """A path for a temporary file, which does not exist yet."""
+        """Return a path for a new temporary file."""
         return temporary_path(self._temporary, self._server)
 
     def remove_temporary(self, path: Path) -> None:
-        """Remove a temporary file, if it exists: now, or later where the disk refuses it now."""
+        """Remove a temporary file if it exists, later if the disk refuses it now."""
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -119,7 +121,7 @@ class RegistryFolder:
             self._leftovers.discard(path)
 
     def remove_leftovers(self, living: Collection[str]) -> None:
-        """Remove the temporary files of servers that live no more, and what could not be before."""
+        """Remove the temporary files of ended servers, and those that earlier tries left."""
         for path in self._temporary.iterdir():
             server, _, _ = path.name.partition(".")
             if server not in living and (path.is_symlink() or not path.is_dir()):
@@ -128,7 +130,7 @@ class RegistryFolder:
             self.remove_temporary(path)
 
     def move_object(self, temporary: Path, digest: str) -> None:
-        """Move complete and synced bytes to their object's place; `sync_object` makes it last."""
+        """Move complete and synced bytes to their object's path; `sync_object` makes it durable."""
         target = self.object_path(digest)
         make_directory(target.parent)
         temporary.replace(target)
@@ -138,13 +140,13 @@ class RegistryFolder:
         sync_directory(self.object_path(digest).parent)
 
     def remove_object(self, digest: str) -> None:
-        """Remove an object's bytes, if they are there."""
+        """Remove an object's bytes, if they exist."""
         # A power cut must not bring back a name whose bytes are gone.
         self.sync_names()
         self.object_path(digest).unlink(missing_ok=True)
 
     def write_record(self, name: str, data: bytes) -> None:
-        """Write a name's record, or leave it as it was; `sync_names` makes it last."""
+        """Write a name's record, or leave the old one; `sync_names` makes it durable."""
         temporary = self.new_temporary()
         try:
             write_synced(temporary, data)
@@ -155,31 +157,31 @@ class RegistryFolder:
             raise
 
     def mark_deleted(self, name: str, at: datetime) -> None:
-        """Delete a name by renaming its record, which needs no room; `sync_names` makes it last.
+        """Delete a name by renaming its record, which works on a full disk.
 
-        The time of the deletion is then that of the file's last change.
+        The file's modification time becomes the deletion's; `sync_names` makes it durable.
         """
         record = self._record_path(name)
         os.utime(record, (at.timestamp(), at.timestamp()))
         self._names_synced = False
-        record.replace(self._deleted_path(name))
+        record.replace(self._mark_path(name))
 
     def remove_mark(self, name: str) -> None:
-        """Remove what `mark_deleted` left, once the name has a record that says the same."""
-        self._deleted_path(name).unlink(missing_ok=True)
+        """Remove the file that `mark_deleted` has renamed, once a new record says the same."""
+        self._mark_path(name).unlink(missing_ok=True)
 
-    def names_changed(self) -> None:
-        """Note that another server has changed records, which may not be durable."""
+    def mark_names_unsynced(self) -> None:
+        """Note that another server has changed records, which may not be durable yet."""
         self._names_synced = False
 
     def sync_names(self) -> None:
-        """Make the records durable, unless they are."""
+        """Make the records durable, unless they are already."""
         if not self._names_synced:
             sync_directory(self.names)
             self._names_synced = True
 
     def copy_record(self, name: str) -> Path:
-        """Copy a record that cannot be understood beside itself, durably; returns where."""
+        """Copy a damaged record beside itself, durably; return the copy's path."""
         temporary = self.new_temporary()
         copy = self.names / f"{name}{RECORD_SUFFIX}.{temporary.stem}.damaged"
         try:
@@ -194,11 +196,11 @@ class RegistryFolder:
     def _record_path(self, name: str) -> Path:
         return self.names / f"{name}{RECORD_SUFFIX}"
 
-    def _deleted_path(self, name: str) -> Path:
+    def _mark_path(self, name: str) -> Path:
         return self.names / f"{name}{DELETED_SUFFIX}"
 
 
-_UNSUITED: Final = (
+_UNSUITABLE_FILE_SYSTEM: Final = (
     "The registry {} is on a file system that cannot {}, as several servers rely on; use a local "
     "disk, or a file system that can, such as NFS 4 (see docs/scaling.md)."
 )

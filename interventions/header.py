@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and distrusted before any library opens the file.
+"""Reads and checks the header of a safetensors file, before any library opens the file.
 
 Eight bytes of length (little endian), that many bytes of JSON, then the tensors' bytes.
 """
@@ -14,24 +14,24 @@ from interventions.strict_json import JsonLimits, StrictJSONError, parse_json
 
 _PREFIX_BYTES: Final = 8
 _ELEMENT_BYTES: Final[tuple[tuple[str, int], ...]] = (("F32", 4), ("F16", 2), ("BF16", 2))
-# A map of a module's output or input: weight, bias, low, high, gate's weight and bias.
+# weight, bias, low, high, and the gate's weight and bias
 _TENSORS_OF_SITE: Final = 6
-_LONGEST_NAME: Final = 500  # characters of a tensor's name: far beyond any module's path
+_LONGEST_NAME: Final = 500  # characters of a tensor's name, more than any module path has
 _SHOWN: Final = 300
 _ENTRY_FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class ArtifactError(ValueError):
-    """A file that is not accepted as an artifact, with one sentence that says why."""
+    """The file is not accepted as an artifact; the message is a sentence that says why."""
 
 
 class UnreadableArtifactError(ArtifactError):
-    """A file that cannot be read: that says nothing of what is in it."""
+    """The file cannot be read, so its content is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArtifactLimits:
-    """The largest artifact that is accepted."""
+    """The limits of an accepted artifact."""
 
     max_bytes: int = 1 << 30
     max_header_bytes: int = 4 << 20
@@ -41,8 +41,10 @@ class ArtifactLimits:
 
     @property
     def json(self) -> JsonLimits:
-        """Bound the header as JSON: as much as the largest artifact needs, and some more."""
-        tensors = self.max_sites * _TENSORS_OF_SITE + 100  # so that one too many can be told
+        """The limits of the header as JSON, which the largest artifact stays within."""
+        tensors = (
+            self.max_sites * _TENSORS_OF_SITE + 100
+        )  # so that one site too many gets its own message
         return JsonLimits(
             containers=3 * tensors,  # an entry with its shape and its offsets
             strings=5 * tensors,  # a name, three keys and a type
@@ -56,7 +58,7 @@ DEFAULT_LIMITS: Final = ArtifactLimits()
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says it holds. The tensors' bytes fill the rest of the file exactly."""
+    """A checked header. The tensors' bytes fill the rest of the file exactly."""
 
     size: int  # of the whole file, in bytes
     metadata: Mapping[str, str]
@@ -72,7 +74,7 @@ def read_header(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Header:
             another type than float32, float16 and bfloat16.
     """
     try:
-        # Before opening: opening a pipe would wait for a writer.
+        # Checked before opening, because opening a pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ArtifactError(f"{path.name} is not a regular file.")
         with path.open("rb") as file:
@@ -104,7 +106,7 @@ def _read(file: BinaryIO, limits: ArtifactLimits) -> Header:
 
 
 def _not_safetensors(prefix: bytes, reason: str) -> str:
-    # Asked only of a file that failed: a good one with 640 bytes of header starts like a pickle.
+    # Only for a refused file: a good one with 640 bytes of header starts like a pickle.
     if prefix.startswith(b"PK\x03\x04") or prefix[:1] == b"\x80":
         return "The file is a pickle or a zip archive of pickles; pickles are never read."
     return f"The file is not a safetensors file: {reason}."
@@ -157,7 +159,7 @@ def _tensors(fields: Mapping[str, object], data_bytes: int) -> dict[str, tuple[i
 
 def _tensor(name: str, entry: object) -> tuple[tuple[int, ...], int, int]:
     shown = repr(name[:_SHOWN])
-    if len(name) > _LONGEST_NAME:  # whoever tells what is wrong with a tensor quotes it
+    if len(name) > _LONGEST_NAME:  # error messages quote names
         raise ArtifactError(
             f"The name of tensor {shown}… has {len(name)} characters; the limit is {_LONGEST_NAME}."
         )
@@ -179,7 +181,7 @@ def _tensor(name: str, entry: object) -> tuple[tuple[int, ...], int, int]:
 
 
 def _integers(value: object) -> tuple[int, ...] | None:
-    """A list of integers, none negative; None where the value is anything else."""
+    """Return a list of integers from 0 on as a tuple, None for any other value."""
     if not isinstance(value, list):
         return None
     integers = [item for item in value if type(item) is int and item >= 0]

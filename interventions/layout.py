@@ -1,4 +1,4 @@
-"""Which tensors an artifact of each kind holds: their names and shapes, and the way back."""
+"""Maps parameters to an artifact's tensors and back, and checks the tensors' names and shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from interventions.header import ArtifactError, ArtifactLimits
 from interventions.manifest import AffineManifest, Manifest
-from interventions.site_tensors import Shape, shown, site_maps, site_tensors, site_widths
+from interventions.site_tensors import Shape, shape_text, site_maps, site_tensors, site_widths
 from steering.affine import AffineParameters
 from steering.reward import RewardHead
 
@@ -24,14 +24,14 @@ _HEAD_TENSORS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class AffineShapes:
-    """The sites of affine maps: site (see `steering.sites`) -> width."""
+    """The widths of affine maps, by site (see `steering.sites`)."""
 
     site_widths: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardShapes:
-    """The size of a reward head: m hidden units over states of width d."""
+    """The size of a reward head: `units` (m) hidden units, hidden states of `width` (d)."""
 
     units: int
     width: int
@@ -41,7 +41,7 @@ Shapes: TypeAlias = AffineShapes | RewardShapes
 
 
 def shapes_of(parameters: AffineParameters | RewardHead) -> Shapes:
-    """The shapes of loaded parameters."""
+    """Return the shapes of loaded parameters."""
     if isinstance(parameters, RewardHead):
         units, width = parameters.w1.shape
         return RewardShapes(units, width)
@@ -51,11 +51,11 @@ def shapes_of(parameters: AffineParameters | RewardHead) -> Shapes:
 def check_layout(
     manifest: Manifest, tensors: Mapping[str, Shape], limits: ArtifactLimits
 ) -> Shapes:
-    """Check that the tensors are exactly those that the manifest's kind has, and fit together.
+    """Check that the tensors are those that the manifest's kind has, and fit together.
 
     Raises:
-        ArtifactError: a tensor is missing, unknown, or of a wrong shape; a site is not called as a
-            site is; or there are too many sites or hidden units.
+        ArtifactError: a tensor is missing, unknown, or of a wrong shape; a site's name is not
+            valid; or there are too many sites or hidden units.
     """
     if isinstance(manifest, AffineManifest):
         return AffineShapes(site_widths(tensors, limits.max_sites))
@@ -63,11 +63,10 @@ def check_layout(
 
 
 def to_tensors(parameters: AffineParameters | RewardHead) -> dict[str, Tensor]:
-    """The stored form of parameters: tensor name -> tensor, with the shapes of the format.
+    """Return the tensors to store for parameters, by name, in the format's shapes.
 
     Raises:
-        ArtifactError: two of them would have one name, or a map's tensors have other shapes than
-            the format's.
+        ArtifactError: two tensors would have one name, or a map's tensors have wrong shapes.
     """
     if isinstance(parameters, RewardHead):
         return {
@@ -82,7 +81,7 @@ def to_tensors(parameters: AffineParameters | RewardHead) -> dict[str, Tensor]:
 
 
 def to_parameters(shapes: Shapes, tensors: Mapping[str, Tensor]) -> AffineParameters | RewardHead:
-    """The parameters from tensors whose layout was checked."""
+    """Return the parameters that checked tensors stand for."""
     if isinstance(shapes, RewardShapes):
         return RewardHead(
             w1=tensors["head.0.weight"],
@@ -104,7 +103,7 @@ def _check_head(tensors: Mapping[str, Shape], limits: ArtifactLimits) -> RewardS
             raise ArtifactError(f'The artifact lacks the tensor "{name}".')
     first = tensors["head.0.weight"]
     if len(first) != 2 or 0 in first:
-        raise ArtifactError(f'"head.0.weight" has shape {shown(first)}; expected (m, d).')
+        raise ArtifactError(f'"head.0.weight" has shape {shape_text(first)}; expected (m, d).')
     units, width = first
     if units > limits.max_head_units:
         raise ArtifactError(
@@ -114,6 +113,6 @@ def _check_head(tensors: Mapping[str, Shape], limits: ArtifactLimits) -> RewardS
     for name, shape in zip(_HEAD_TENSORS, expected, strict=True):
         if tensors[name] != shape:
             raise ArtifactError(
-                f'"{name}" has shape {shown(tensors[name])}; expected {shown(shape)}.'
+                f'"{name}" has shape {shape_text(tensors[name])}; expected {shape_text(shape)}.'
             )
     return RewardShapes(units, width)

@@ -1,9 +1,9 @@
-"""Leases: what each server that has a registry open says of itself, in a file of its own.
+"""Keeps leases: files in which each server of a registry states what it needs.
 
-A server whose lease lives keeps the bytes that it holds, and the names by which its default
-steering was given. A lease is dead when its server has ended, which frees the file's lock, or when
-it was not touched for a minute by the clock of whoever looks: clocks of two machines are never
-compared.
+As long as a server's lease is alive, no server deletes the bytes that it lists, or the names of the
+server's default steering. A lease is dead if its file is no longer locked, because the server has
+ended, or if the file has not changed for a minute by the clock of the server that reads it; the
+clocks of two machines are never compared.
 """
 
 import logging
@@ -21,13 +21,13 @@ from interventions.errors import is_full
 from interventions.manifest import DIGEST_PATTERN
 from interventions.storage import try_lock
 
-BEAT_SECONDS: Final = 10.0  # between two beats of a lease
+HEARTBEAT_SECONDS: Final = 10.0  # between two heartbeats of a lease
 DEAD_SECONDS: Final = 60.0
-# At most so much of the time between two looks counts as a lease's silence. While nobody could
-# look, because the folder was away or the machine suspended, nobody could beat either.
-_COUNTED_SECONDS: Final = 2 * BEAT_SECONDS
+# Longest part of the time between two polls that counts as a lease's silence. A longer pause means
+# that the folder was away or the machine suspended, and then no server could renew its lease.
+_COUNTED_SECONDS: Final = 2 * HEARTBEAT_SECONDS
 LEASE_SUFFIX: Final = ".json"
-_ROOM: Final = 16384  # bytes of a lease from the start: a beat must need no room on the disk
+_ROOM: Final = 16384  # bytes of every lease, so that a heartbeat needs no more room on the disk
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +39,22 @@ Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)]
 class Lease:
     """States what one server needs of the registry.
 
-    `reads` counts how often the server had read the names anew, just before it wrote what it holds.
-    So two of them after an object's last name went, the server holds the object only if its lease
-    says so. Only with them does `held` change, or an object would seem free that is held again
-    before the names are read.
+    `reads` counts how often the server has read the names and then written `held`; `held` never
+    changes without it. After two reads since an object lost its last name, the server holds the
+    object only if `held` lists it.
     """
 
-    server: str  # another one at every start
+    server: str  # drawn at random at every start
     host: str
     process: int
     reads: int = 0
-    held: frozenset[Digest] = frozenset()  # by running requests, and by the default steering
-    # The references by which the default steering was given -> the digests that they meant.
+    held: frozenset[Digest] = frozenset()  # used by running requests or by the default steering
+    # The default steering: names and sha256:<digest>s as given -> their digests at the start.
     default: Mapping[str, Digest] = field(default_factory=dict)
 
     @property
-    def where(self) -> str:
-        """Say where the server runs, for people."""
+    def location(self) -> str:
+        """The server's host and process, for people."""
         return f"{self.host}, process {self.process}"
 
 
@@ -63,37 +62,37 @@ _ADAPTER: Final[TypeAdapter[Lease]] = TypeAdapter(Lease)
 
 
 class Leases:
-    """A server's own lease, and those of the others. `touch` alone is for any thread.
+    """Writes a server's own lease, and reads the leases of the other servers.
 
-    Everything else is for whoever holds the registry's lock, which `touch` never waits for: so a
-    lease lives on while another server is slow to write. The methods raise OSError.
+    Only `touch` may be called without the registry's lock, so that the lease stays alive while
+    another server holds the lock. The methods raise OSError.
     """
 
     def __init__(self, folder: Path, server: str, clock: Callable[[], float]) -> None:
-        """Name the folder of leases; nothing is read or written.
+        """Make the lease; nothing is read or written.
 
         Args:
-            server: which server this is.
-            clock: seconds that only grow.
+            server: this server's name in the registry.
+            clock: returns monotonic seconds.
         """
         self._folder = folder
         self._clock = clock
         self.own = Lease(server, socket.gethostname()[:100], os.getpid())
         self._descriptor: int | None = None
-        self._written = False  # ever, to the file that is open
-        # For each other server: its lease when it was last seen, and for how many seconds it has
-        # been the same.
+        self._written = False  # True once the open file has been written
+        # For each other server: the last state of its lease, and for how many seconds it has been
+        # the same.
         self._seen: dict[str, tuple[_State, float]] = {}
-        self._looked: float | None = None  # when, by the clock
+        self._looked: float | None = None  # time of the last call of `others`
 
     @property
     def path(self) -> Path:
-        """The file of this server's lease."""
+        """The path of this server's lease."""
         return self._folder / f"{self.own.server}{LEASE_SUFFIX}"
 
     @property
-    def lost(self) -> bool:
-        """Whether the file of this server's lease is not where it was made."""
+    def file_lost(self) -> bool:
+        """True if another file, or none, is at this server's path now."""
         try:
             return self._descriptor is None or not os.path.samestat(
                 os.fstat(self._descriptor), self.path.stat()
@@ -102,7 +101,7 @@ class Leases:
             return True
 
     def open(self) -> None:
-        """Make this server's file, or make it again where it was lost."""
+        """Create this server's file, also if it was created before and lost."""
         self._close()
         self.path.unlink(missing_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -114,20 +113,20 @@ class Leases:
     def close(self) -> None:
         """Remove this server's file."""
         try:
-            if not self.lost:
+            if not self.file_lost:
                 self.path.unlink(missing_ok=True)
         finally:
             self._close()
 
     def keep(self, default: Mapping[str, str]) -> None:
-        """Hold what the default steering's references mean, for as long as the server runs.
+        """Hold the default steering's artifacts for as long as the server runs.
 
-        Where that cannot be written, nothing is held; but a server that starts on a full disk,
-        which had no room for the lease, holds it all the same. The others learn of it from the
-        first beat that finds room. Until then they keep the bytes, as this server has written no
-        reading of the names.
+        If the lease cannot be written, nothing is held, with one exception: a server that starts on
+        a full disk, without room for its lease, holds them in memory. The other servers learn of it
+        from the first heartbeat that finds room. Until then they keep the bytes, because this
+        server's `reads` is still 0.
         """
-        self._find()
+        self._restore_file()
         before = self.own
         held = self.own.held | set(default.values())
         self.own = replace(self.own, default=dict(default), held=held)
@@ -139,9 +138,9 @@ class Leases:
                 raise
             logger.warning("the other servers do not know of the default steering yet: %s", error)
 
-    def beat(self, held: Set[str]) -> None:
-        """Write that this server lives, and what it holds now that it has just read the names."""
-        self._find()
+    def heartbeat(self, held: Set[str]) -> None:
+        """Write the digests that this server holds, just after it has read the names."""
+        self._restore_file()
         self.own = replace(
             self.own,
             reads=self.own.reads + 1,
@@ -150,16 +149,13 @@ class Leases:
         self._write()
 
     def touch(self) -> None:
-        """Note that this server lives, and nothing else: the others look at the file's time too."""
+        """Renew the file's modification time, which shows other servers that this one is alive."""
         if self._descriptor is None:
             raise FileNotFoundError("the lease is not open")
         os.utime(self._descriptor)
 
     def others(self) -> dict[str, Lease | None]:
-        """The leases of the other servers that live; None for one that cannot be read.
-
-        Dead ones are removed.
-        """
+        """Remove dead leases; return the other servers' live ones, None for an unreadable lease."""
         now = self._clock()
         passed = 0.0 if self._looked is None else min(now - self._looked, _COUNTED_SECONDS)
         self._looked = now
@@ -183,9 +179,9 @@ class Leases:
         self._seen = seen
         return living
 
-    def _find(self) -> None:
-        """Make this server's file again, if it was lost."""
-        if self.lost:
+    def _restore_file(self) -> None:
+        """Create this server's file again, if it was lost."""
+        if self.file_lost:
             logger.warning(
                 "this server's lease was gone, made again: either the server or its disk had "
                 "stopped for a minute, or a file's lock does not keep other machines out"
@@ -199,10 +195,10 @@ class Leases:
             logger.warning("the lease cannot be written, tried again later: %s", error)
 
     def _write(self) -> None:
-        """Write in place, which needs no room, or leave a lease that nobody can read.
+        """Write the lease in place, which needs no room, or leave an unreadable lease.
 
-        The others take a server whose lease they cannot read to hold everything. Only the first
-        writing may find no room: then the file stays empty, which says that nothing is held.
+        The other servers assume that a server with an unreadable lease holds everything. Only the
+        first write may find no room: then the file stays empty, which means that nothing is held.
         """
         if self._descriptor is None:
             raise FileNotFoundError("the lease is not open")
@@ -213,7 +209,7 @@ class Leases:
                 written = os.pwrite(self._descriptor, rest, place)
                 rest, place = rest[written:], place + written
             os.ftruncate(self._descriptor, len(data))
-            os.fsync(self._descriptor)  # so that other machines read it, before the lock is free
+            os.fsync(self._descriptor)  # other machines must read it once the lock is free
             self._written = True
         except OSError:
             os.ftruncate(self._descriptor, 1 if self._written else 0)
@@ -226,14 +222,14 @@ class Leases:
 
 
 def _state(path: Path) -> tuple[_State, bool]:
-    """A lease's bytes and the time of its last change; and whether its server has ended."""
+    """Return a lease's bytes and modification time, and whether its server has ended."""
     with path.open("r+b") as file:
-        ended = try_lock(file.fileno())  # its server holds it, as long as there is one
+        ended = try_lock(file.fileno())  # the server locks its lease until it ends
         return (file.read(), os.fstat(file.fileno()).st_mtime_ns), ended
 
 
 def _parse(data: bytes, server: str) -> Lease | None:
-    if not data:  # for want of room: so its server never read the names, and has no default
+    if not data:  # a full disk had no room for it; the server has not read the names yet
         return Lease(server, host="unknown", process=0)
     try:
         lease = _ADAPTER.validate_json(data)

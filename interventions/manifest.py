@@ -1,8 +1,8 @@
-"""What an artifact says of itself: kind, base model, default settings and their limits."""
+"""Defines the manifest of an artifact: kind, base model, default settings and their limits."""
 
 import re
 from datetime import datetime
-from typing import Annotated, Final, Literal, Self, TypeAlias
+from typing import Annotated, Final, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -23,10 +23,12 @@ from interventions.strict_json import StrictJSONError, parse_json
 from steering.settings import Positions
 
 NAME_PATTERN: Final = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,63}\Z")
-"""What an intervention may be called."""
+"""The names that an intervention may have."""
 
 DIGEST_PATTERN: Final = re.compile(r"\A[0-9a-f]{64}\Z")
-"""A digest: sha256 of an artifact's bytes in hexadecimal, without the prefix `sha256:`."""
+"""A sha256 of an artifact's bytes, hexadecimal, without the prefix `sha256:`."""
+
+Number = TypeVar("Number", int, float)
 
 _RFC3339: Final = re.compile(
     r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(\.\d{1,6})?([Zz]|[+-]\d{2}:\d{2})"
@@ -34,17 +36,12 @@ _RFC3339: Final = re.compile(
 
 
 class ManifestError(ValueError):
-    """A manifest that is not accepted, with one sentence that names the field."""
+    """The manifest is not accepted; the message is a sentence that names the field."""
 
 
-def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
+def _ordered(limits: tuple[Number, Number]) -> tuple[Number, Number]:
     if limits[0] > limits[1]:
         raise ValueError(f"its minimum {limits[0]:g} exceeds its maximum {limits[1]:g}")
-    return limits
-
-
-def _ordered_counts(limits: tuple[int, int]) -> tuple[int, int]:
-    _ordered(limits)
     return limits
 
 
@@ -58,9 +55,7 @@ def _rfc3339(value: object) -> datetime:
 
 
 Range: TypeAlias = Annotated[tuple[float, float], AfterValidator(_ordered)]
-CountRange: TypeAlias = Annotated[
-    tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ordered_counts)
-]
+CountRange: TypeAlias = Annotated[tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ordered)]
 Label: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 TrainingValue: TypeAlias = int | float | str | bool | None
 
@@ -81,7 +76,7 @@ class BaseModelReference(_Strict):
 
 
 class AffineDefaults(_Strict):
-    """The settings of a request that states none."""
+    """The settings of requests that give none."""
 
     strength: float
     positions: Positions = "all"
@@ -94,7 +89,7 @@ class AffineLimits(_Strict):
 
 
 class RewardDefaults(_Strict):
-    """The settings of a request that states none."""
+    """The settings of requests that give none."""
 
     eta: float
     iterations: NonNegativeInt
@@ -170,7 +165,7 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The manifest as JSON: equal manifests give equal text."""
+    """Return the manifest as JSON; equal manifests give equal text."""
     return manifest.model_dump_json()
 
 
@@ -184,7 +179,7 @@ def _check_inside(field: str, value: float, limits: tuple[float, float]) -> None
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    # The first place is the union's tag, which is not a field of the manifest.
+    # The first part of the location is the union's tag, which is no field of the manifest.
     places = [str(place)[:100] for place in first["loc"][1:]]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"].startswith("union_tag"):
@@ -192,7 +187,7 @@ def _sentence(error: ValidationError) -> str:
     if not places:
         return f"The manifest is not valid: {message}."
     if places[0] == "training" and len(places) > 1:
-        # Every member of the union has its own complaint; only one sentence helps the reader.
+        # pydantic reports an error for each member of the union; one sentence is enough.
         places = places[:2]
         message = "it must be a finite number, a string, true, false or null"
     field = ".".join(places)

@@ -1,4 +1,4 @@
-"""Tells which objects may go, where several servers share a registry."""
+"""Decides which unneeded objects may be removed from a registry that several servers share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,56 +6,57 @@ from typing import Final
 
 from interventions.leases import Lease
 
-# A server may have read the names just before a deletion, and written its lease just after.
+# One read is not enough: a server may read the names just before a deletion, and write its lease
+# just after it.
 _READS: Final = 2
 
 
 @dataclass(slots=True)
 class _Mark:
-    """Notes, of an object that no name needs any more, how far each server had read the names."""
+    """Each server's `Lease.reads` at the moment when an object was first found unneeded."""
 
     times_stored: int
     reads: dict[str, int | None] = field(default_factory=dict)
 
 
 class Marks:
-    """Remembers objects that no name needs, until no other server can hold one of them unseen.
+    """Remembers objects that no name needs, until their servers' leases show that they may go.
 
-    A server that has read the names since an object's last name went can pin it no more, and its
-    lease lists it if it has pinned it before.
+    A server that has read the names since an object lost its last name cannot pin the object any
+    more. If it has pinned the object before, its lease lists it.
     """
 
     def __init__(self) -> None:
         self._marks: dict[str, _Mark] = {}
 
-    def ripe(
+    def removable(
         self, unneeded: Mapping[str, int], others: Mapping[str, Lease | None]
     ) -> frozenset[str]:
-        """Mark objects, and tell those that may go.
+        """Mark unneeded objects, and return those that may be removed.
 
         Args:
-            unneeded: how often each digest was ever stored under a name.
-            others: the leases of the other servers that live.
+            unneeded: the digests, and how often each was ever stored under a name.
+            others: the live leases of the other servers.
         """
-        ripe: set[str] = set()
+        removable: set[str] = set()
         marks: dict[str, _Mark] = {}
         for digest, times_stored in unneeded.items():
             mark = self._marks.get(digest)
-            # A name may have come and gone since, with servers that have taken it up meanwhile.
+            # The object may have had a name in between, by which a server has pinned it.
             if mark is None or mark.times_stored != times_stored:
                 mark = _Mark(
                     times_stored, {server: _reads(other) for server, other in others.items()}
                 )
             marks[digest] = mark
-            # A server that came later has read the names later too.
-            if all(_past(mark, digest, server, other) for server, other in others.items()):
-                ripe.add(digest)
+            # A server that the mark lacks has opened the registry later, and read the names then.
+            if all(_cannot_hold(mark, digest, server, other) for server, other in others.items()):
+                removable.add(digest)
         self._marks = marks
-        return frozenset(ripe)
+        return frozenset(removable)
 
 
-def _past(mark: _Mark, digest: str, server: str, lease: Lease | None) -> bool:
-    """Whether a server does not hold an object, and cannot do so any more."""
+def _cannot_hold(mark: _Mark, digest: str, server: str, lease: Lease | None) -> bool:
+    """Tell whether a server does not hold an object, and cannot pin it any more."""
     if lease is None:
         return False
     if server not in mark.reads:

@@ -1,4 +1,4 @@
-"""What a model is, in numbers."""
+"""Describes a loaded model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What has to be known of a loaded model to say whether an artifact fits it."""
+    """The properties of a loaded model that decide whether an artifact fits it."""
 
     id: str
     architecture: str  # the class name, e.g. "LlamaForCausalLM"
@@ -16,8 +16,8 @@ class ModelDescription:
     vocab_size: int
     head_width: int  # lm_head.in_features; not hidden_size in OPT-350m
     site_widths: Mapping[str, int]  # site (see `steering.sites`) -> its width
-    # Two sha256 with "-" between them: that of the weights' names, shapes and samples, and that of
-    # the configuration. Manifests written before it covered the configuration have the first alone.
+    # A sha256 of the weights' names, shapes and samples, "-", and a sha256 of the configuration.
+    # Older manifests have only the first of them.
     fingerprint: str
 
     @property

@@ -1,4 +1,4 @@
-"""What the registry knows of a name: every version it ever pointed to, and its deletions."""
+"""Defines the record of a name: every version that it ever pointed to, and its deletions."""
 
 from dataclasses import field
 from typing import Annotated, Final, Literal
@@ -19,7 +19,7 @@ _STRICT: Final = ConfigDict(extra="forbid", strict=True)
 
 
 class RecordError(ValueError):
-    """A name's record that cannot be understood."""
+    """A name's record is damaged."""
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -55,7 +55,7 @@ class NameRecord:
 
     @property
     def available(self) -> tuple[Version, ...]:
-        """The versions stored since the last deletion, oldest first: those that are kept."""
+        """The versions since the last deletion, oldest first; their bytes are kept."""
         kept: list[Version] = []
         for version in reversed(self.versions):
             if version.event == "deleted":
@@ -63,8 +63,8 @@ class NameRecord:
             kept.append(version)
         return tuple(reversed(kept))
 
-    def followed_by(self, version: Version) -> "NameRecord":
-        """The record after one more event."""
+    def with_version(self, version: Version) -> "NameRecord":
+        """Return the record with one more event."""
         return NameRecord(self.name, (*self.versions, version))
 
 
@@ -75,10 +75,12 @@ def parse_record(data: bytes, name: str) -> NameRecord:
     """Read the record of a name from its JSON.
 
     Raises:
-        RecordError: the bytes are no record, or that of another name.
+        RecordError: the bytes are no record, or the record of another name.
     """
     try:
-        parse_json(data.decode(), limits=None)  # our own: it grows with its name's history
+        parse_json(
+            data.decode(), limits=None
+        )  # no limits, because it grows with the name's history
         record = _ADAPTER.validate_json(data)
     except (UnicodeDecodeError, StrictJSONError, ValidationError) as error:
         raise RecordError(f'the record of the name "{name}" cannot be read') from error
@@ -88,5 +90,5 @@ def parse_record(data: bytes, name: str) -> NameRecord:
 
 
 def record_bytes(record: NameRecord) -> bytes:
-    """The record as JSON."""
+    """Return the record as JSON."""
     return _ADAPTER.dump_json(record, indent=1)

@@ -1,4 +1,4 @@
-"""Keeps the current catalogue and the pins, for all threads: nothing here waits for a disk."""
+"""Keeps the current catalogue and the pins for all threads, without waiting for a disk."""
 
 import threading
 from collections import Counter
@@ -8,10 +8,7 @@ from interventions.errors import RegistryError
 
 
 class PinnedCatalogue:
-    """The current catalogue, and how often each digest is pinned.
-
-    `pin` and `unpin` are for any thread, an event loop's too.
-    """
+    """The current catalogue, and how often each digest is pinned. Any thread may use it."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._lock = threading.Lock()  # held for a few operations in memory
@@ -20,17 +17,11 @@ class PinnedCatalogue:
 
     @property
     def catalogue(self) -> Catalogue:
-        """Return the current catalogue."""
+        """The current catalogue."""
         return self._catalogue
 
-    @property
-    def pinned(self) -> frozenset[str]:
-        """Return every digest that is pinned."""
-        with self._lock:
-            return frozenset(+self._pins)
-
     def pin(self, digest: str) -> None:
-        """Count one more use.
+        """Keep an object until as many calls of `unpin`.
 
         Raises:
             UnknownInterventionError: the object is not stored, or its bytes are being removed.
@@ -40,7 +31,7 @@ class PinnedCatalogue:
             self._pins[digest] += 1
 
     def unpin(self, digest: str) -> bool:
-        """Undo one `pin`; returns whether nothing here needs the object any more.
+        """Undo one `pin`; return True if neither a pin nor a name needs the object now.
 
         Raises:
             RegistryError: the digest is not pinned.
@@ -54,14 +45,11 @@ class PinnedCatalogue:
             del self._pins[digest]
             return not self._catalogue.needs(digest) and digest in self._catalogue.objects
 
-    def show(self, found: Catalogue) -> frozenset[str]:
-        """Let everybody see what was found in the folder, from now on.
+    def replace(self, found: Catalogue) -> frozenset[str]:
+        """Make `found`, what the folder holds, the current catalogue; return the pinned digests.
 
-        An object that no live name needs is left out, unless it is pinned: so from now on nobody
-        can pin it. One that is pinned stays, wherever its file is.
-
-        Returns:
-            The digests that are pinned.
+        An object that no name needs is left out, so that it cannot be pinned any more, unless it is
+        pinned now. A pinned object stays even if its file is missing.
         """
         needed = {digest: each for digest, each in found.objects.items() if found.needs(digest)}
         with self._lock:

@@ -1,4 +1,4 @@
-"""Reading what a registry's folder holds, whatever happened to it before."""
+"""Reads a registry's folder, also one with damaged files."""
 
 import logging
 import os
@@ -28,65 +28,64 @@ from interventions.name_records import NameRecord, RecordError, Version, parse_r
 _logger = logging.getLogger(__name__)
 
 FileState: TypeAlias = tuple[int, ...]
-"""Numbers of a file on the disk that change with its bytes; empty where there is no file."""
-_UNREADABLE: Final[FileState] = (-1,)  # no file has it: so the next look reads the file again
+"""Numbers that change whenever a file's bytes change; empty if there is no file."""
+_UNREADABLE: Final[FileState] = (-1,)  # equals no file's state, so the file is read again
 
-# A file's state, its path, and what was read of it after that state was seen. The dictionaries
-# below have paths as strings for keys, because a thousand of them are compared every second.
+# A file's state, its path, and its content, read after the state. The dictionaries below have
+# strings for keys, not paths, because a thousand of them are compared every second.
 _ReadRecord: TypeAlias = tuple[FileState, Path, NameRecord | Damage]
 _ReadHeader: TypeAlias = tuple[FileState, Path, Summary | Damage]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Holds what a folder contained when it was read."""
+class FolderContents:
+    """The content of a folder when it was read."""
 
     catalogue: Catalogue
-    marked: frozenset[str]  # names whose deletion was marked, and is not yet in a record
+    marked: frozenset[str]  # names that were deleted by `mark_deleted`, and have no record of it
 
 
 @dataclass(slots=True)
 class _Files:
-    """Everything that was read, by its meaning."""
+    """Collects the content of the files that are read."""
 
     objects: dict[str, Summary] = field(default_factory=dict)
     records: dict[str, NameRecord] = field(default_factory=dict)
     damaged_objects: dict[str, Damage] = field(default_factory=dict)
     damaged_records: dict[str, Damage] = field(default_factory=dict)
-    marked: dict[str, NameRecord] = field(default_factory=dict)  # by the name of the file alone
+    marked: dict[str, NameRecord] = field(default_factory=dict)  # records with DELETED_SUFFIX
 
 
 class FolderReader:
-    """Reads every record and every object's header; a file that has not changed, only once.
+    """Reads every record and every object's header, and each file again only if it has changed.
 
-    `read` is for one thread at a time, and `changed` for any.
+    One thread at a time may call `read`, any thread `changed`.
     """
 
     def __init__(self, objects: Path, names: Path, limits: ArtifactLimits) -> None:
-        """Name the folders; nothing is read."""
         self._objects, self._names = objects, names
         self._limits = limits
         self._records: dict[str, _ReadRecord] = {}
         self._headers: dict[str, _ReadHeader] = {}
-        self._doubtful: Mapping[Path, FileState] = {}  # objects that were damaged or missing
+        self._damaged_states: Mapping[Path, FileState] = {}  # of damaged and missing objects
         self._warned: frozenset[Damage] = frozenset()
 
     def changed(self) -> bool:
-        """Tell by a cheap look whether `read` would find anything new.
+        """Tell from the files' states alone whether `read` would find anything new.
 
         Raises:
             OSError: the folder cannot be read.
         """
         known = {path: state for path, (state, _, _) in self._records.items()}
         return _states(self._names) != known or any(
-            _state(path) != state for path, state in self._doubtful.items()
+            _state(path) != state for path, state in self._damaged_states.items()
         )
 
-    def read(self) -> Found:
-        """Read the folder. No damage stops it; each damaged file is logged once, as a warning.
+    def read(self) -> FolderContents:
+        """Read the folder; each damaged file is logged once, as a warning.
 
         Raises:
-            OSError: the folder cannot be read, or a record cannot be that was read before.
+            OSError: the folder, or a record that was read before, cannot be read.
         """
         files = _Files()
         records = {
@@ -96,26 +95,26 @@ class FolderReader:
             path: self._header(path, state) for path, state in sorted(self._object_states().items())
         }
         for _, file, record in records.values():
-            _sort_record(file, record, files)
+            _add_record(file, record, files)
         for _, file, header in headers.values():
             if isinstance(header, Damage):
                 files.damaged_objects[file.name] = header
             else:
                 files.objects[file.stem] = header
-        known = {**files.marked, **files.records}  # a record is newer than the mark beside it
-        _note_missing(self._objects, known, files)
+        known = {**files.marked, **files.records}  # a record is newer than a mark of the same name
+        _add_missing_objects(self._objects, known, files)
         self._records, self._headers = records, headers
-        self._doubtful = {
+        self._damaged_states = {
             damage.path: headers[str(damage.path)][0] if str(damage.path) in headers else ()
             for damage in files.damaged_objects.values()
         }
         catalogue = Catalogue(files.objects, known, files.damaged_objects, files.damaged_records)
         self._warn(catalogue.damaged())
-        # Not beside a damaged record: whatever that says, it is newer.
+        # A damaged record is newer too, and must not be overwritten.
         unwritten = {
             name for name in files.marked if name + RECORD_SUFFIX not in files.damaged_records
         }
-        return Found(catalogue, frozenset(unwritten))
+        return FolderContents(catalogue, frozenset(unwritten))
 
     def _object_states(self) -> dict[str, FileState]:
         states: dict[str, FileState] = {}
@@ -161,7 +160,7 @@ class FolderReader:
 
 
 def _states(folder: Path | str) -> dict[str, FileState]:
-    """The state of every file in a folder, by its path."""
+    """Return the state of every file in a folder, by the file's path."""
     with os.scandir(folder) as entries:
         return {entry.path: _state(entry) for entry in entries}
 
@@ -177,7 +176,7 @@ def _state(file: "Path | os.DirEntry[str]") -> FileState:
 
 
 def _parse(path: Path) -> NameRecord:
-    """Read a record; a marked one, with its deletion.
+    """Read a name's record; a record with DELETED_SUFFIX gets its deletion as the last version.
 
     Raises:
         RecordError: the file is no record.
@@ -194,10 +193,10 @@ def _parse(path: Path) -> NameRecord:
         changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except (OverflowError, ValueError) as error:
         raise RecordError(f'the time at which "{name}" was deleted cannot be read') from error
-    return record.followed_by(Version("", changed, "deleted"))
+    return record.with_version(Version("", changed, "deleted"))
 
 
-def _sort_record(path: Path, record: NameRecord | Damage, files: _Files) -> None:
+def _add_record(path: Path, record: NameRecord | Damage, files: _Files) -> None:
     if isinstance(record, Damage):
         files.damaged_records[path.name] = record
     elif path.name.endswith(DELETED_SUFFIX):
@@ -206,7 +205,7 @@ def _sort_record(path: Path, record: NameRecord | Damage, files: _Files) -> None
         files.records[record.name] = record
 
 
-def _note_missing(objects: Path, records: Mapping[str, NameRecord], files: _Files) -> None:
+def _add_missing_objects(objects: Path, records: Mapping[str, NameRecord], files: _Files) -> None:
     for name, record in records.items():
         if record.current is None or record.current.digest in files.objects:
             continue

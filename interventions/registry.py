@@ -1,13 +1,13 @@
-"""Stored interventions: content-addressed objects, and names that point to them.
+"""Stores interventions as content-addressed objects, and names that point to them.
 
-First an object's bytes are made durable, then the record of the name that points to it. So a crash
-at any byte leaves the old state or the new one; an object that no record refers to yet is dropped
-by whoever changes the registry next.
+An object's bytes are made durable before the record of the name that points to it, so a crash at
+any byte leaves the old state or the new one. An object without a record is removed by the next
+change.
 
-Any number of servers may open one folder. What one changes the others see when they look.
+Several servers may open one folder. A server sees the changes of the others after a `poll`.
 
-What only reads (`resolve`, `get`, `entries`, `history`, `shapes`, …), `pin` and `unpin` never wait
-for a disk, nor for whoever does: an event loop may call them. All else belongs on a thread.
+`resolve`, `get`, `entries`, `known`, `problem`, `shapes`, `pin` and `unpin` never wait for the
+disk, so an event loop may call them; all other methods belong on a thread.
 """
 
 import errno
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from interventions.artifact import (
@@ -30,7 +29,7 @@ from interventions.artifact import (
     read_artifact,
     read_summary,
 )
-from interventions.catalogue import DIGEST_PREFIX, Catalogue, Damage, Entry
+from interventions.catalogue import DIGEST_PREFIX, Catalogue, Entry
 from interventions.changes import RegistryChanges
 from interventions.errors import (
     DamagedInterventionError,
@@ -47,14 +46,12 @@ from interventions.folder import RegistryFolder
 from interventions.layout import Shapes
 from interventions.leases import Leases
 from interventions.manifest import NAME_PATTERN
-from interventions.name_records import Version
 from interventions.pins import PinnedCatalogue
 from interventions.reader import FolderReader
 from interventions.staged_upload import StagedUpload
 
 __all__ = [
     "DIGEST_PREFIX",
-    "Damage",
     "DamagedInterventionError",
     "Entry",
     "InvalidNameError",
@@ -66,11 +63,10 @@ __all__ = [
     "RegistryUnreadableError",
     "StagedUpload",
     "UnknownInterventionError",
-    "Version",
 ]
 
 _COPIED_AT_ONCE: Final = 1 << 20
-_HANGS_SECONDS: Final = 10.0  # of a look at the folder, until that is told
+_HANGING_AFTER_SECONDS: Final = 10.0  # a poll that takes longer is reported as a problem
 
 _logger = logging.getLogger(__name__)
 
@@ -78,8 +74,7 @@ _logger = logging.getLogger(__name__)
 class Registry:
     """A registry's folder, which other servers may have open too. Safe to use from several threads.
 
-    Its lease must be renewed and the folder looked at, as `interventions.watch` does, for the
-    others to keep what it holds, and for it to see what they change.
+    Its owner must call `heartbeat` and `poll` regularly, as `interventions.watch` does.
     """
 
     def __init__(
@@ -88,18 +83,17 @@ class Registry:
         limits: ArtifactLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Open the folder, creating it where it does not exist.
+        """Open the folder, or create it.
 
-        Leftovers of servers that live no more are removed. A damaged file is left as it is and
-        logged.
+        Temporary files of ended servers are removed. Damaged files are logged and left as they are.
 
         Args:
-            root: the folder.
-            limits: what an artifact may be.
-            clock: seconds that only grow; by it, other servers' leases become old.
+            limits: the limits of an artifact.
+            clock: returns monotonic seconds, by which other servers' leases get old.
 
         Raises:
-            RegistryError: it cannot be used, does not suit, or another server keeps it locked.
+            RegistryError: the folder cannot be used, its file system does not suit, or another
+                server keeps it locked.
         """
         self._limits = limits
         self._clock = clock
@@ -126,16 +120,11 @@ class Registry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Give the lease up: nothing is held any more. Harmless when closed before."""
+        """Give up the lease, and hold nothing any more. May be called again."""
         self._changes.close()
 
     def stage(self) -> StagedUpload:
@@ -149,19 +138,18 @@ class Registry:
         return StagedUpload(folder.new_temporary(), self._limits.max_bytes, folder.remove_temporary)
 
     def commit(self, staged: StagedUpload, artifact: Artifact, name: str) -> tuple[Entry, bool]:
-        """Store a staged file, of which `artifact` was read, and point the name to it.
+        """Store a staged file, from which `artifact` was read, and point the name to it.
 
         Returns:
-            The name's entry, and whether anything is new: False where the name points to these
-            bytes already.
+            The name's entry, and whether the name has changed: False if it pointed to these bytes
+            already.
 
         Raises:
-            InvalidNameError: the name is not one that an intervention may have.
+            InvalidNameError: interventions may not have this name.
             NameInUseError: a server's default steering needs the name as it is.
-            RegistryBusyError: another server is changing the registry, and does not end.
-            RegistryDiskError: the disk is full, or fails, or gives back other bytes than those of
-                the artifact; the name points to what it did before, unless the error says that the
-                change is visible.
+            RegistryBusyError: another server keeps the registry locked.
+            RegistryDiskError: the disk is full, fails, or gives back other bytes than the
+                artifact's; nothing has changed, unless the error's `visible` is True.
         """
         if not NAME_PATTERN.match(name):
             raise InvalidNameError(name)
@@ -177,9 +165,9 @@ class Registry:
 
         Raises:
             ArtifactError: the file is not an artifact.
-            InvalidNameError, RegistryDiskError: as for `commit`.
+            InvalidNameError, RegistryDiskError: see `commit`.
         """
-        read_summary(path, self._limits)  # so that nothing hopeless is copied
+        read_summary(path, self._limits)  # refuses a faulty file before it is copied
         with self.stage() as staged:
             with path.open("rb") as source:
                 while chunk := source.read(_COPIED_AT_ONCE):
@@ -190,84 +178,66 @@ class Registry:
         return entry
 
     def resolve(self, reference: str) -> Entry:
-        """The intervention that a name, or `sha256:<digest>`, refers to.
+        """Return the intervention that a name, or `sha256:<digest>`, refers to.
 
         A digest is found as long as it is in the history of a name that is not deleted.
 
         Raises:
             UnknownInterventionError: there is none.
-            DamagedInterventionError: there is one, but its files are damaged or missing.
+            DamagedInterventionError: its files are damaged or missing.
         """
         return self._catalogue.resolve(reference)
 
     def get(self, name: str) -> Entry:
-        """What a name points to; raises as `resolve` does."""
+        """Return the intervention that a name points to; raise as `resolve` does."""
         return self._catalogue.get(name)
 
-    def history(self, name: str) -> tuple[Version, ...]:
-        """All that happened to a name, oldest first, of a deleted one too.
-
-        Raises:
-            UnknownInterventionError: the name was never stored.
-        """
-        return self._catalogue.history(name)
-
-    def names_of(self, digest: str) -> frozenset[str]:
-        """The names that point to a digest; if none does, those that once did, and still live."""
-        return self._catalogue.names_of(digest)
-
     def entries(self) -> list[Entry]:
-        """What every name points to, sorted by name; without deleted and damaged ones."""
+        """Return every name's intervention, sorted by name, without deleted and damaged ones."""
         return self._catalogue.entries()
 
-    def damaged(self) -> tuple[Damage, ...]:
-        """The files that could not be understood, or were missing, when the folder was opened."""
-        return self._catalogue.damaged()
-
     def known(self, name: str) -> bool:
-        """Whether the name was ever stored, also if it is deleted or damaged by now."""
+        """Tell whether the name was ever stored, even if it was deleted or is damaged now."""
         return self._catalogue.known(name)
 
     def delete(self, name: str) -> str:
-        """Delete a name with its history; the bytes go when no server needs them any more.
-
-        A full disk does not prevent it.
+        """Delete a name, even on a full disk; the bytes go when no server needs them any more.
 
         Returns:
             The digest that the name pointed to.
 
         Raises:
             UnknownInterventionError: the name is not stored, or deleted already.
-            DamagedInterventionError: its record cannot be understood, so it is not touched.
+            DamagedInterventionError: its record is damaged, and is left as it is.
             NameInUseError: a server's default steering needs the name.
-            RegistryBusyError: another server is changing the registry, and does not end.
-            RegistryDiskError: the disk fails; the name is as it was, unless the error says that
-                the change is visible.
+            RegistryBusyError: another server keeps the registry locked.
+            RegistryDiskError: the disk fails; nothing has changed, unless the error's `visible` is
+                True.
         """
         return self._changes.delete(name)
 
     def keep_default(self, default: Mapping[str, str]) -> None:
-        """Keep what a default steering needs, at every server, until this one closes.
+        """Protect a default steering's names and artifacts from all servers until this one closes.
 
         Args:
-            default: the names and `sha256:<digest>`s that it was given by, and their digests.
+            default: the digest of each name or `sha256:<digest>` that the operator gave.
 
         Raises:
-            UnknownInterventionError: a reference means its digest no more. Nothing is kept then.
-            RegistryBusyError, RegistryDiskError: as for `commit`.
+            UnknownInterventionError: a name points to another digest now; nothing is protected.
+            RegistryBusyError, RegistryDiskError: see `commit`.
         """
         with disk_errors():
             self._changes.keep_default(default)
 
-    def look(self) -> None:
-        """See what other servers have changed; `problem` says whether that was possible.
+    def poll(self) -> None:
+        """Read what other servers have changed; `problem` tells if that fails.
 
         Raises:
             RegistryError: the registry is closed.
         """
         self._looking_since = self._clock()
         try:
-            self._changes.look()
+            self._changes.poll()
         except OSError as error:
             if self._failure is None:
                 _logger.error("the registry's folder cannot be read: %s", error)
@@ -279,52 +249,52 @@ class Registry:
         finally:
             self._looking_since = None
 
-    def beat(self) -> None:
-        """Renew the lease, by which other servers know what this one needs.
+    def heartbeat(self) -> None:
+        """Renew the lease, from which other servers know what this one needs.
 
         Raises:
             RegistryError: the registry is closed.
         """
         try:
-            self._changes.beat()
+            self._changes.heartbeat()
         except OSError as error:
             _logger.warning("the registry's lease is not renewed, tried again later: %s", error)
 
     def problem(self) -> str | None:
-        """Say in a sentence why the folder cannot be read now; None if it can. From memory."""
+        """Say in a sentence why the last poll could not read the folder; None if it could."""
         since = self._looking_since
-        if since is not None and self._clock() - since > _HANGS_SECONDS:
+        if since is not None and self._clock() - since > _HANGING_AFTER_SECONDS:
             return f"The registry's folder has not answered for {self._clock() - since:.0f} s."
         failure = self._failure
         return None if failure is None else str(failure)
 
     def pin(self, digest: str) -> None:
-        """Keep an artifact's bytes until as many calls of `unpin`, whatever is deleted.
+        """Keep an artifact's bytes until as many calls of `unpin`, even if its names are deleted.
 
         Raises:
-            UnknownInterventionError: the bytes are not stored (any more).
+            UnknownInterventionError: the bytes are not stored.
         """
         self._stored.pin(digest)
 
     def unpin(self, digest: str) -> None:
-        """Undo one `pin`; bytes that nothing needs any more are removed soon, by another thread."""
+        """Undo one `pin`; a thread removes bytes that nothing needs any more."""
         if self._stored.unpin(digest):
-            self._changes.remove_soon()
+            self._changes.schedule_removal()
 
     def path(self, digest: str) -> Path:
-        """Where an artifact's bytes lie, or would lie. Pin the digest while reading them."""
+        """Return the path of an artifact, stored or not. Pin its digest while reading it."""
         return self._folder.object_path(digest)
 
     def shapes(self, digest: str) -> Shapes:
-        """The shapes of an artifact's tensors, from memory; raises as `pin` does."""
+        """Return the shapes of an artifact's tensors from memory; raise as `pin` does."""
         return self._catalogue.summary(digest).shapes
 
     def load(self, digest: str) -> Artifact:
-        """Read an artifact with every check, also that its bytes are still those of its digest.
+        """Read an artifact with every check, also of its digest.
 
         Raises:
-            UnknownInterventionError: the bytes are not stored (any more).
-            DamagedInterventionError: they are, but changed.
+            UnknownInterventionError: the bytes are not stored.
+            DamagedInterventionError: the bytes have changed.
             RegistryUnreadableError: the folder cannot be read now.
         """
         self._catalogue.summary(digest)

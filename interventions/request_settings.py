@@ -1,4 +1,4 @@
-"""From what a request asks to what is applied: defaults filled in, everything else refused."""
+"""Checks the settings that a request gives for an intervention, and fills in the defaults."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ REWARD_SETTINGS: Final[tuple[str, ...]] = ("eta", "iterations", "direction_scale
 
 
 class InvalidSettingError(ValueError):
-    """A setting that is not accepted; `field` is its name as the request wrote it."""
+    """A setting is not accepted; `field` is its name as the request wrote it."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class InvalidSettingError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """The server's own range of each setting, both ends included. No manifest widens it."""
+    """The server's own range of each setting, ends included, which no manifest widens."""
 
     strength: tuple[float, float] = (-100.0, 100.0)
     eta: tuple[float, float] = (-100.0, 100.0)
@@ -35,12 +35,12 @@ class Caps:
 def resolve_settings(
     manifest: Manifest, requested: Mapping[str, object], caps: Caps
 ) -> AffineSettings | RewardSettings:
-    """Check what a request states and take the manifest's defaults for the rest.
+    """Check the settings that a request gives, and take the manifest's defaults for the others.
 
     Raises:
         InvalidSettingError: a setting is unknown, of the other kind, of a wrong type, not finite,
-            or outside the manifest's limits or the server's caps. A default outside of the caps
-            is refused too: it is never changed silently.
+            or outside the manifest's limits or the server's caps. A default outside the caps is
+            refused too.
     """
     _check_names(manifest, requested)
     if isinstance(manifest, AffineManifest):
@@ -90,10 +90,10 @@ def _check_names(manifest: Manifest, requested: Mapping[str, object]) -> None:
             raise InvalidSettingError(
                 field,
                 f'"{field}" is a setting of {other_kind} interventions; '
-                f'"{manifest.name}" is of kind {manifest.kind} and takes {_listed(own)}.',
+                f'"{manifest.name}" is of kind {manifest.kind} and takes {_quoted(own)}.',
             )
         nearest = nearest_name(field, own)
-        hint = f'did you mean "{nearest}"?' if nearest else f"it takes {_listed(own)}."
+        hint = f'did you mean "{nearest}"?' if nearest else f"it takes {_quoted(own)}."
         raise InvalidSettingError(
             field, f'"{field[:100]}" is not a setting of "{manifest.name}"; {hint}'
         )
@@ -103,7 +103,7 @@ def _number(
     field: str, value: object, limits: tuple[float, float], caps: tuple[float, float]
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidSettingError(field, f'"{field}" must be a number, not {_said(value)}.')
+        raise InvalidSettingError(field, f'"{field}" must be a number, not {_described(value)}.')
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidSettingError(field, f'"{field}" must be a finite number, not {value}.')
     _check_range(field, value, limits, caps)
@@ -112,7 +112,7 @@ def _number(
 
 def _count(field: str, value: object, limits: tuple[int, int], caps: tuple[int, int]) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidSettingError(field, f'"{field}" must be an integer, not {_said(value)}.')
+        raise InvalidSettingError(field, f'"{field}" must be an integer, not {_described(value)}.')
     _check_range(field, value, limits, caps)
     return value
 
@@ -123,7 +123,7 @@ def _positions(value: object) -> Positions:
         if value == positions:
             return positions
     raise InvalidSettingError(
-        "positions", f'"positions" must be one of {_listed(known)}, not {_said(value)}.'
+        "positions", f'"positions" must be one of {_quoted(known)}, not {_described(value)}.'
     )
 
 
@@ -145,7 +145,7 @@ def _check_range(
         )
 
 
-def _said(value: object) -> str:
+def _described(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
@@ -153,5 +153,5 @@ def _said(value: object) -> str:
     return str(value) if isinstance(value, float) else f"of type {type(value).__name__}"
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _quoted(names: tuple[str, ...]) -> str:
     return ", ".join(f'"{name}"' for name in names)

@@ -1,14 +1,14 @@
-"""The tensors of an affine artifact: a map a site, with what it may have beside it.
+"""Names and checks the tensors of an affine artifact.
 
-A site is called "<module path>" (the module's output) or "<module path>.input". Site X has
+A site is named "<module path>" (the module's output) or "<module path>.input". Site X has
 
     sites.X.weight       (d,)    sites.X.bias         (d,)    its map
     sites.X.low          (d,)    sites.X.high         (d,)    a support, or neither
     sites.X.gate.weight  (d,)    sites.X.gate.bias    ()      a gate, or neither
 
-A module may be called "gate" too (the router of a mixture of experts is): `sites.X.gate.weight` and
-`sites.X.gate.bias` could be the map at the output of module X.gate. The bias decides: if its shape
-is (), the two are a gate of X, otherwise a map at X.gate. An artifact cannot hold both.
+A module may be named "gate" too, such as the router of a mixture of experts. `sites.X.gate.weight`
+and `sites.X.gate.bias` could then be a map at the output of module X.gate. If the bias has shape
+(), they are a gate of X, otherwise a map at X.gate. An artifact cannot hold both.
 """
 
 import re
@@ -33,11 +33,11 @@ _PARTNERS: Final = (("weight", "bias"), ("bias", "weight"), ("low", "high"), ("h
 
 
 def site_tensors(maps: AffineParameters) -> dict[str, Tensor]:
-    """The stored form of maps: tensor name -> tensor.
+    """Return the tensors to store for maps, by name.
 
     Raises:
-        ArtifactError: what would be stored reads as something else: a gate has the name of another
-            site's map, or a tensor has another shape than the format's.
+        ArtifactError: a gate and another site's map would have one name, or a tensor has a wrong
+            shape.
     """
     tensors: dict[str, Tensor] = {}
     for site, map_ in maps.items():
@@ -60,13 +60,14 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, shape: Shape) ->
         )
     if tuple(tensor.shape) != shape:
         raise ArtifactError(
-            f'The tensor "{name}" has shape {shown(tuple(tensor.shape))}; expected {shown(shape)}.'
+            f'The tensor "{name}" has shape {shape_text(tuple(tensor.shape))}; expected '
+            f"{shape_text(shape)}."
         )
     tensors[name] = tensor
 
 
 def site_maps(sites: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-    """The maps at these sites, from tensors that `site_widths` has checked."""
+    """Return the maps at these sites, from tensors that `site_widths` has checked."""
     return {
         site: AffineMap(
             weight=tensors[_name(site, "weight")],
@@ -87,14 +88,13 @@ def _gate(site: str, sites: Collection[str], tensors: Mapping[str, Tensor]) -> G
 
 
 def site_widths(shapes: Mapping[str, Shape], max_sites: int) -> dict[str, int]:
-    """Check that these tensors are the maps of some sites, and measure them: site -> width.
+    """Check that the tensors are the maps of some sites; return the width of each site.
 
     Raises:
-        ArtifactError: a tensor is missing, unknown, ambiguous or of a wrong shape; a site is not
-            called as a site is; a module's input and output are both edited; or there are too many
-            sites.
+        ArtifactError: a tensor is missing, unknown, ambiguous or of a wrong shape; a site's name is
+            not valid; a module's input and output are both edited; or there are too many sites.
     """
-    # A name without its last part: a site, or a site and ".gate".
+    # A stem is a tensor's name without its last part: a site, or a site and ".gate".
     stems: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         stem, part = _split(name)
@@ -119,7 +119,7 @@ def site_widths(shapes: Mapping[str, Shape], max_sites: int) -> dict[str, int]:
 
 
 def gate_owner(site: str) -> str | None:
-    """The site X whose gate has the tensors' names of a map at `site`: none unless it is X.gate."""
+    """Return X if the site is X.gate, whose map has the tensor names of a gate of X; else None."""
     return site.removesuffix(_GATE) if site.endswith(_GATE) else None
 
 
@@ -142,7 +142,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _check_pairs(stem: str, parts: _Parts) -> None:
-    """A map or a gate has a weight and a bias; a support has a low and a high."""
+    """Check that weight and bias come together, and low and high."""
     for first, second in _PARTNERS:
         if first in parts and second not in parts:
             raise ArtifactError(
@@ -158,7 +158,7 @@ def _check_map(site: str, parts: _Parts) -> None:
     shape = parts["weight"]
     if len(shape) != 1 or shape[0] == 0:
         raise ArtifactError(
-            f'The tensor "{_name(site, "weight")}" has shape {shown(shape)}; expected one '
+            f'The tensor "{_name(site, "weight")}" has shape {shape_text(shape)}; expected one '
             "dimension."
         )
     for part, other in parts.items():
@@ -166,8 +166,8 @@ def _check_map(site: str, parts: _Parts) -> None:
             owner = gate_owner(site)
             asked = f', or () for a gate of site "{owner}"' if owner and part == "bias" else ""
             raise ArtifactError(
-                f'The tensor "{_name(site, part)}" has shape {shown(other)}; expected '
-                f'{shown(shape)}, as "{_name(site, "weight")}"{asked}.'
+                f'The tensor "{_name(site, part)}" has shape {shape_text(other)}; expected '
+                f'{shape_text(shape)}, as "{_name(site, "weight")}"{asked}.'
             )
 
 
@@ -187,16 +187,16 @@ def _check_gate(stem: str, parts: _Parts, maps: Mapping[str, _Parts]) -> None:
     expected = maps[owner]["weight"]
     if parts["weight"] != expected:
         raise ArtifactError(
-            f'The tensor "{weight}" has shape {shown(parts["weight"])}; expected '
-            f'{shown(expected)}, as "{_name(owner, "weight")}", which it scales.'
+            f'The tensor "{weight}" has shape {shape_text(parts["weight"])}; expected '
+            f'{shape_text(expected)}, as "{_name(owner, "weight")}", which it scales.'
         )
 
 
 def _check_places(sites: Collection[str]) -> None:
-    """At most one of a module's input and output is edited by one artifact."""
+    """Check that the artifact edits at most one of a module's input and output."""
     for site in sites:
         module, is_input = locate_site(site)
-        # A site of the module's name is its output, unless the module is itself called "input".
+        # A site of the module's name is its output, unless the module itself is named "input".
         if is_input and module in sites and not locate_site(module).is_input:
             raise ArtifactError(
                 f'The tensor "{_name(site, "weight")}" edits the input of module "{module}", whose '
@@ -208,6 +208,6 @@ def _name(stem: str, part: str) -> str:
     return f"{_PREFIX}{stem}.{part}"
 
 
-def shown(shape: Shape) -> str:
-    """A shape, as messages tell it."""
+def shape_text(shape: Shape) -> str:
+    """Return a shape as error messages write it."""
     return f"({', '.join(map(str, shape))})"

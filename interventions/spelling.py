@@ -1,4 +1,4 @@
-"""Which of the known names a misspelt one was meant to be."""
+"""Finds the known name that a misspelt name was meant to be."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -8,13 +8,13 @@ LONGEST_NAME: Final = 100  # characters; comparing takes time that grows with th
 
 
 def nearest_name(name: str, known: Collection[str], likeness: float = 0.6) -> str | None:
-    """Find the known name that resembles `name` most.
+    """Return the known name that resembles `name` most.
 
     Args:
-        likeness: the least that it must resemble `name`, 1 being equal.
+        likeness: the least resemblance, 0 to 1; 1 means equal.
 
     Returns:
-        None where none resembles it, or where it is longer than any name would be.
+        None if no name resembles `name`, or if `name` is longer than LONGEST_NAME.
     """
     if len(name) > LONGEST_NAME:
         return None

@@ -1,10 +1,9 @@
-"""An upload on its way into the registry."""
+"""Holds an upload in a temporary file of the registry, until it is stored."""
 
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from interventions.errors import disk_errors
@@ -13,19 +12,17 @@ from interventions.storage import create, write_all
 
 
 class StagedUpload:
-    """A temporary file inside the registry, gone at the end unless it was committed.
+    """A temporary file inside the registry, removed by `discard` unless it was committed.
 
-    Every method but `path` waits for the disk. A call waits for the one before, also for one whose
-    caller waits no more.
+    Every method waits for the disk, and for a call that another thread has begun.
     """
 
     def __init__(self, path: Path, max_bytes: int, remove: Callable[[Path], None]) -> None:
         """Create the file.
 
         Args:
-            path: where.
-            max_bytes: how large it may become.
-            remove: removes the file at the end, whether it is there or not; it raises nothing.
+            max_bytes: the largest size of the file.
+            remove: removes the file, if it exists, without raising.
 
         Raises:
             RegistryDiskError: the disk is full, or fails.
@@ -41,17 +38,12 @@ class StagedUpload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     @property
     def path(self) -> Path:
-        """Where the bytes written so far can be read."""
+        """The path of the file."""
         return self._path
 
     def write(self, data: bytes) -> None:
@@ -72,7 +64,7 @@ class StagedUpload:
             write_all(self._descriptor, data)
 
     def finish(self) -> None:
-        """Make the bytes durable and accept no more; harmless when done before.
+        """Make the bytes durable and accept no more. May be called again.
 
         Raises:
             RegistryDiskError: the disk is full, or fails.
@@ -83,12 +75,12 @@ class StagedUpload:
                 self._close()
 
     def discard(self) -> None:
-        """Remove the file. Harmless when it was committed or discarded before."""
+        """Remove the file, unless it was committed. May be called again."""
         with self._using:
             try:
                 self._close()
             except OSError:
-                pass  # bytes that could not be written, and that nobody wants any more
+                pass  # the bytes are not needed any more
             finally:
                 self._remove(self._path)
 

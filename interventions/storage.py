@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any byte leaves the old state or the new one."""
+"""Writes files so that a crash at any byte leaves the old state or the new one."""
 
 import fcntl
 import os
@@ -14,13 +14,13 @@ _LONGEST_PAUSE: Final = 0.02  # seconds between two tries to lock a file
 
 
 class LockedError(Exception):
-    """Someone else holds a lock for longer than one wants to wait."""
+    """Another process or thread has held a lock for too long."""
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Move a complete, synced file to its place, replacing what is there, durably.
+    """Move a complete, synced file to `target`, replacing an older one, durably.
 
-    Both must lie on one file system, and the target's folder must exist.
+    Both paths must be on one file system, and the target's folder must exist.
     """
     temporary.replace(target)
     sync_directory(target.parent)
@@ -37,22 +37,22 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def create(path: Path) -> int:
-    """Open a new file for writing; returns its descriptor.
+    """Open a new file for writing; return its descriptor.
 
-    Without a buffer: one that could not be written would be written again at the close.
+    There is no buffer, because closing the file would write the buffer again after an error.
     """
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of the bytes; raises OSError where there is room for a part of them only."""
+    """Write all of the bytes; raise OSError if there is room for only a part of them."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def make_directory(path: Path) -> None:
-    """Create a folder, and the parents that it lacks, durably; harmless where it exists."""
+    """Create a folder and its missing parents durably, unless it exists."""
     if path.is_dir():
         return
     make_directory(path.parent)
@@ -60,7 +60,7 @@ def make_directory(path: Path) -> None:
     try:
         sync_directory(path.parent)
     except OSError:
-        # Where it exists, the next call takes it for durable.
+        # Otherwise the next call would take it for durable.
         with suppress(OSError):
             path.rmdir()
         raise
@@ -76,15 +76,14 @@ def sync_directory(path: Path) -> None:
 
 
 def temporary_path(folder: Path, owner: str = "") -> Path:
-    """A name in the folder that no file has; it begins with the owner's name."""
+    """Return a new random path in the folder; the file's name begins with `owner`."""
     return folder / f"{owner}.{secrets.token_hex(16)}.tmp"
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file until its descriptor is closed or the process ends, unless another has it.
+    """Lock an open file until its descriptor is closed; return False if it is locked already.
 
-    Returns:
-        Whether it is locked now. Locks of one process exclude each other too.
+    Locks of one process exclude each other too.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,17 +94,17 @@ def try_lock(descriptor: int) -> bool:
 
 @contextmanager
 def locked(path: Path, seconds: float) -> Iterator[None]:
-    """Holds a file's lock for the block. The file must exist, and must stay where it is.
+    """Hold a file's lock during the block. The file must exist.
 
     Raises:
-        LockedError: someone else has held it for so many seconds.
+        LockedError: others have held it for `seconds`.
         OSError: the file cannot be opened or locked.
     """
     deadline = time.monotonic() + seconds
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            # A folder that went and came back has another file of this name.
+            # The folder may have been replaced, with another file of this name.
             if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), path.stat()):
                 yield
                 return

@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded before anything is built of it, and no key twice."""
+"""Parses untrusted JSON: it is bounded before any object is built, and no key may repeat."""
 
 import re
 from collections.abc import Collection
@@ -9,22 +9,22 @@ from pydantic_core import from_json
 
 _LONGEST_SHOWN: Final = 100  # characters of a key, in messages
 
-# What looks like the end of a string and is none has been masked. A string without an end takes the
-# rest, so that each character is read once.
+# Escaped quotes have been masked. A string without an end takes the rest, so that each character is
+# read once.
 _STRING: Final = re.compile(r'"[^"]*+"?')
-# Whatever has no quote and no bracket in it, then a string, with the colon that makes it a key, or
-# a bracket: an opening one is a group.
+# Text without quotes and brackets, then: a string (group 1) with the colon of a key (group 2), an
+# opening bracket (group 3), or a closing one.
 _TOKEN: Final = re.compile(
     rf'[^"\[\]{{}}]*+(?:({_STRING.pattern})([ \t\n\r]*+:)?|([\[{{])|[\]}}])?'
 )
 
 
 class StrictJSONError(ValueError):
-    """The text is not JSON that we accept; the message completes "it ..."."""
+    """The text is not accepted as JSON; the message completes a sentence that begins "it"."""
 
 
 class UnknownKeyError(StrictJSONError):
-    """The document has a key that it must not have; `key` is all of it."""
+    """The document has an unknown key; `key` is the whole key."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"has an unknown key {key[:_LONGEST_SHOWN]!r}")
@@ -33,16 +33,16 @@ class UnknownKeyError(StrictJSONError):
 
 @dataclass(frozen=True, slots=True)
 class JsonLimits:
-    """The most that a document may hold. Every object and list is work for the garbage collector.
+    """The limits of a document. Every object and list is work for the garbage collector.
 
-    Building a document keeps the interpreter's lock: these bounds, and one on its bytes, are what
-    bounds how long every other thread waits for it.
+    Building a document holds the interpreter's lock, so these limits, and one on the document's
+    bytes, bound how long all other threads wait.
     """
 
     containers: int = 32_768  # objects and lists
-    strings: int = 262_144  # keys among them
-    commas: int = 524_288  # between whatever else, such as the numbers of a list
-    members: int = 1000  # of any one object
+    strings: int = 262_144  # keys included
+    commas: int = 524_288  # outside strings
+    members: int = 1000  # of each object
     depth: int = 100
 
 
@@ -55,14 +55,14 @@ def parse_json(
     """Parse one JSON document into dicts, lists, strings, numbers, booleans and None.
 
     Args:
-        limits: None for a document of our own, however large it has become.
-        known: the keys that the outermost object may have, None for any. Another is refused before
-            anything is built of its value.
+        limits: None for the server's own documents, which may be of any size.
+        known: the keys that the outermost object may have, None for any. An unknown key is refused
+            before its value is built.
 
     Raises:
         UnknownKeyError: the outermost object has a key that is not known.
-        StrictJSONError: the text is not JSON, exceeds a limit, repeats a key, states NaN or
-            Infinity, holds text that is no Unicode, or nests too deeply.
+        StrictJSONError: the text is not JSON, exceeds a limit, repeats a key, has NaN or Infinity,
+            or has text that is not Unicode.
     """
     _Scan(limits, known).run(text)
     try:
@@ -73,10 +73,9 @@ def parse_json(
 
 
 class _Scan:
-    """Looks at a document's strings and brackets, in one pass that builds nothing.
+    """Checks a document's keys and brackets in one pass that builds nothing.
 
-    It is right about all that comes before the first place at which the text is not JSON; the
-    parser does not get further either.
+    If the text is not JSON, the results are right up to the first fault; the parser stops there.
     """
 
     def __init__(self, limits: JsonLimits | None, known: Collection[str] | None) -> None:
@@ -86,14 +85,14 @@ class _Scan:
         self._open: list[set[str] | None] = []  # the keys of each open object; None for a list
 
     def run(self, text: str) -> None:
-        # Of equal length, so that places stay what they are. Neither can be in a valid string.
+        # The masks keep all positions, and no valid string contains them.
         masked = text.replace("\\\\", "\0\0").replace('\\"', "\0\0") if "\\" in text else text
         if self._limits is not None:
             _count(masked, self._limits)
         for token in _TOKEN.finditer(masked):
             match token.lastindex:
                 case 1:
-                    pass  # a string that is no key
+                    pass  # a string that is a value
                 case 2:
                     self._add_key(_unquoted(text[slice(*token.span(1))]))
                 case 3:
@@ -115,7 +114,7 @@ class _Scan:
     def _add_key(self, key: str) -> None:
         keys = self._open[-1] if self._open else None
         if keys is None:
-            return  # it is not JSON, as the parser will say
+            return  # not JSON, which the parser will report
         if len(self._open) == 1 and self._known is not None and key not in self._known:
             raise UnknownKeyError(key)
         if key in keys:
@@ -129,14 +128,14 @@ def _count(masked: str, limits: JsonLimits) -> None:
     if masked.count('"') > 2 * limits.strings:
         raise StrictJSONError(f"has more than {limits.strings} strings in it")
     commas = masked.count(",")
-    if commas > limits.commas:  # those of long texts may be among them
+    if commas > limits.commas:  # long texts may contain commas
         commas -= sum(string[0].count(",") for string in _STRING.finditer(masked))
     if commas > limits.commas:
         raise StrictJSONError(f"has more than {limits.commas} values in it")
 
 
 def _unquoted(string: str) -> str:
-    """The key that a string of the document spells; as it is where it is no valid string."""
+    """Return the key that a JSON string stands for, or its raw text if the string is not valid."""
     if "\\" not in string:
         return string[1:-1]
     try:

@@ -1,4 +1,4 @@
-"""Watching a registry that other servers change, for as long as a server runs."""
+"""Polls a registry that other servers change, for as long as a server runs."""
 
 import logging
 import threading
@@ -7,29 +7,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from interventions.leases import BEAT_SECONDS
+from interventions.leases import HEARTBEAT_SECONDS
 from interventions.registry import Registry
 
-LOOK_SECONDS: Final = 1.0  # between two looks: what others change is served before two have passed
+POLL_SECONDS: Final = 1.0  # between two polls
 
 _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def watched(
-    registry: Registry, look_seconds: float = LOOK_SECONDS, beat_seconds: float = BEAT_SECONDS
+def polling(
+    registry: Registry,
+    poll_seconds: float = POLL_SECONDS,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> Iterator[None]:
-    """Looks at a registry's folder and renews the registry's lease, within the block.
+    """Poll a registry and renew its lease from a thread, during the block.
 
     Args:
-        registry: is open until the block has ended.
-        look_seconds: between two looks.
-        beat_seconds: between two renewals, at least; they come after a look.
+        registry: a registry that stays open during the block.
+        poll_seconds: seconds between two polls.
+        heartbeat_seconds: least seconds between two heartbeats, each of which follows a poll.
     """
     ended = threading.Event()
     thread = threading.Thread(
         target=_watch,
-        args=(registry, ended, look_seconds, beat_seconds),
+        args=(registry, ended, poll_seconds, heartbeat_seconds),
         name="registry",
         daemon=True,
     )
@@ -38,22 +40,22 @@ def watched(
         yield
     finally:
         ended.set()
-        # A look that hangs with its disk must not keep the server from ending.
-        thread.join(LOOK_SECONDS)
+        # A poll that hangs with its disk must not keep the server from ending.
+        thread.join(POLL_SECONDS)
 
 
 def _watch(
-    registry: Registry, ended: threading.Event, look_seconds: float, beat_seconds: float
+    registry: Registry, ended: threading.Event, poll_seconds: float, heartbeat_seconds: float
 ) -> None:
     last_beat = time.monotonic()
-    while not ended.wait(look_seconds):
-        _try(registry.look)
-        if time.monotonic() - last_beat >= beat_seconds:
+    while not ended.wait(poll_seconds):
+        _log_errors(registry.poll)
+        if time.monotonic() - last_beat >= heartbeat_seconds:
             last_beat = time.monotonic()
-            _try(registry.beat)  # whatever the look came to: others count on it
+            _log_errors(registry.heartbeat)  # even if the poll failed: other servers rely on it
 
 
-def _try(watch: Callable[[], None]) -> None:
+def _log_errors(watch: Callable[[], None]) -> None:
     try:
         watch()
     except Exception:

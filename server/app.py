@@ -13,7 +13,7 @@ from server.api.auth import require_api_key
 from server.api.context import ServerContext
 from server.api.cross_origin import CrossOriginMiddleware
 from server.api.documentation import ErrorEnvelope
-from server.api.errors import ApiError, handle_unexpected, install_error_handlers
+from server.api.errors import ApiError, handle_error, install_error_handlers
 from server.api.host_check import HostMiddleware, host_check
 from server.api.limits import BodyLimitMiddleware
 from server.api.observe import RequestObserver
@@ -94,7 +94,7 @@ def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[Record
     if check is not None:
         app.add_middleware(HostMiddleware, check=check)
     # This one is inside the layers that add headers to every answer; FastAPI's own is outside.
-    app.add_middleware(ServerErrorMiddleware, handler=handle_unexpected)
+    app.add_middleware(ServerErrorMiddleware, handler=handle_error)
     if settings.cors_origins:
         app.add_middleware(CrossOriginMiddleware, origins=settings.cors_origins, check=check)
     app.add_middleware(RequestObserver, metrics=context.metrics, sinks=sinks)  # sees every answer
@@ -120,7 +120,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             stack.push_async_callback(context.engine.close)
         stack.push_async_callback(context.baselines.close)
         try:
-            await context.steering.prove_default(context.engine)
+            await context.steering.try_default(context.engine)
         except ApiError as error:
             raise ConfigurationError(error.message) from error
         yield

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     Field,
     JsonValue,
     SecretStr,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -34,6 +35,39 @@ SteeringJson: TypeAlias = dict[str, JsonValue] | list[dict[str, JsonValue]]
 SteeringPolicy: TypeAlias = Literal["optional", "required", "locked"]
 
 _steering_json: TypeAdapter[SteeringJson | None] = TypeAdapter(SteeringJson | None)
+
+
+def _split_names(value: object) -> object:
+    """Split the text of a variable at commas and blanks into names."""
+    return tuple(re.split(r"[\s,]+", value.strip())) if isinstance(value, str) else value
+
+
+def _parse_steering(value: object) -> object:
+    """Parse the JSON text of a flag or a variable."""
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        return _steering_json.validate_json(value)
+    except ValidationError as error:
+        raise ValueError(
+            "the default steering must be a JSON object such as "
+            '{"intervention": "detox-lineas", "strength": 0.8}, or a list of them'
+        ) from error
+
+
+def _check_key(key: SecretStr | None) -> SecretStr | None:
+    if key is not None and not is_key(key.get_secret_value()):
+        raise ValueError("a key is one or more printable ASCII characters without blanks")
+    return key
+
+
+def _check_scorer(spec: str) -> str:
+    parse_spec(spec)
+    return spec
+
+
+Names: TypeAlias = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)]
+Key: TypeAlias = Annotated[SecretStr | None, AfterValidator(_check_key)]
 
 
 class ConfigurationError(Exception):
@@ -67,31 +101,35 @@ class Settings(BaseSettings):
     """Placement of the model: none for one device, auto to spread it over all GPUs."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads that the model runs on; if unset, torch decides."""
-    served_model_names: Annotated[tuple[str, ...], NoDecode] = ()
+    served_model_names: Names = ()
     """Names that clients may call the model by, the main one first; if unset, the model's own."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 for any that is free."""
-    api_key: SecretStr | None = None
+    api_key: Key = None
     """Key that clients of /v1 must send; if unset, they need none."""
     api_key_file: Path | None = None
     """File that holds the API key, so that the list of processes does not show the key;
     if unset, the key is that of --api-key."""
-    admin_key: SecretStr | None = None
+    admin_key: Key = None
     """Key for upload and delete; if unset, both are allowed only from this machine, and only if the
     server listens on a loopback address, is not behind a proxy, and has no API key."""
     admin_key_file: Path | None = None
     """File that holds the admin key; if unset, the key is that of --admin-key."""
-    metrics_key: SecretStr | None = None
+    metrics_key: Key = None
     """Key that readers of /metrics must send; if unset, they need none."""
     metrics_key_file: Path | None = None
     """File that holds the key for /metrics; if unset, the key is that of --metrics-key."""
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    allowed_hosts: Annotated[
+        Names, AfterValidator(lambda hosts: tuple(map(check_host, hosts)))
+    ] = ()
     """Hosts that a request's Host header may name beside localhost and loopback addresses;
     if unset, none if the server listens on a loopback address, and any host otherwise."""
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    cors_origins: Annotated[
+        Names, AfterValidator(lambda origins: tuple(map(check_origin, origins)))
+    ] = ()
     """Origins, such as https://chat.example.org, whose web pages may use the server from a browser;
     * allows all origins and needs an API key; if unset, no other origin may."""
 
@@ -100,7 +138,9 @@ class Settings(BaseSettings):
     folder."""
     max_loaded_interventions: int = Field(default=64, ge=1)
     """Most interventions that are loaded on the device at once."""
-    default_steering: Annotated[SteeringJson | None, NoDecode] = None
+    default_steering: Annotated[SteeringJson | None, NoDecode, BeforeValidator(_parse_steering)] = (
+        None
+    )
     """Steering, as JSON, of requests that do not choose any; if unset, they are not steered."""
     steering_policy: SteeringPolicy = "optional"
     """Steering that requests may choose: any or none (optional), any that has an effect (required),
@@ -135,7 +175,7 @@ class Settings(BaseSettings):
     """Seconds that a connection without a request stays open after SIGTERM; a request that comes on
     it is served. Behind a proxy: longer than it keeps idle connections."""
 
-    toxicity_scorer: str = Field(default="embedded", min_length=1)
+    toxicity_scorer: Annotated[str, Field(min_length=1), AfterValidator(_check_scorer)] = "embedded"
     """Scorer of the completions' toxicity: embedded, hf:MODEL, http:URL, or none."""
     toxicity_queue_size: int = Field(default=1024, ge=1)
     """Most completions that may wait for a score that no client asks for; further ones get none."""
@@ -181,49 +221,6 @@ class Settings(BaseSettings):
     def _read_keys(cls, given: object) -> object:
         """Read the keys that are given in files, so that other code only sees the key fields."""
         return with_keys_read(given) if isinstance(given, dict) else given
-
-    @field_validator("served_model_names", "allowed_hosts", "cors_origins", mode="before")
-    @classmethod
-    def _split_names(cls, value: object) -> object:
-        """Split the text of a variable at commas and blanks into names."""
-        return tuple(re.split(r"[\s,]+", value.strip())) if isinstance(value, str) else value
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_host, value))
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_origin, value))
-
-    @field_validator("default_steering", mode="before")
-    @classmethod
-    def _parse_steering(cls, value: object) -> object:
-        """Parse the JSON text of a flag or a variable."""
-        if not isinstance(value, str | bytes):
-            return value
-        try:
-            return _steering_json.validate_json(value)
-        except ValidationError as error:
-            raise ValueError(
-                "the default steering must be a JSON object such as "
-                '{"intervention": "detox-lineas", "strength": 0.8}, or a list of them'
-            ) from error
-
-    @field_validator("toxicity_scorer")
-    @classmethod
-    def _check_scorer(cls, value: str) -> str:
-        parse_spec(value)
-        return value
-
-    @field_validator("api_key", "admin_key", "metrics_key")
-    @classmethod
-    def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not is_key(value.get_secret_value()):
-            raise ValueError("a key is one or more printable ASCII characters without blanks")
-        return value
 
     @model_validator(mode="after")
     def _check_agreement(self) -> Self:

@@ -15,7 +15,6 @@ class Cycle(Protocol):
     @property
     def response_complete(self) -> bool:
         """True once the whole answer was written."""
-        ...
 
 
 class Connection(Protocol):
@@ -24,17 +23,14 @@ class Connection(Protocol):
     @property
     def transport(self) -> asyncio.Transport:
         """The connection's transport."""
-        ...
 
     @property
     def cycle(self) -> Cycle | None:
         """The current request, or else the last one; None until a request's head was read."""
-        ...
 
     @property
     def between_requests(self) -> bool:
         """True if a request was answered and no byte of a further one has come."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

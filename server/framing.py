@@ -14,7 +14,7 @@ class ServerState(UvicornState):
 
     def __init__(self) -> None:
         super().__init__()
-        self.leaving = False  # whether each connection's next answer is its last one
+        self.closes_connections = False  # whether each connection's next answer is its last one
 
 
 class HttpConnection(h11.Connection):
@@ -58,12 +58,12 @@ class HttpConnection(h11.Connection):
                 name == b"content-type" and value.startswith(_EVENT_STREAM)
                 for name, value in event.headers
             )
-            if self._server_state.leaving:
-                event = _last(event)
+            if self._server_state.closes_connections:
+                event = _with_connection_close(event)
         return super().send(event)
 
 
-def _last(answer: h11.Response) -> h11.Response:
+def _with_connection_close(answer: h11.Response) -> h11.Response:
     """Return an answer that says that its connection is closed after it."""
     headers = [header for header in answer.headers if header[0] != b"connection"]
     return h11.Response(

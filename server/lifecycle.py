@@ -20,7 +20,7 @@ from server.listening import stop_listening
 from server.protocol import HttpProtocol
 
 # How long answers that the closed engine has ended may take to reach their readers.
-_LAST_WORDS_SECONDS: Final = 5
+_FINAL_ERRORS_SECONDS: Final = 5
 _TICK_SECONDS: Final = 0.1
 
 logger = logging.getLogger("uvicorn.error")  # the one that uvicorn lets an operator see
@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
             access_log=False,
             log_config=None,  # whoever starts the process has set logging up
             # Closing the engine ends generations; this ends what still hangs then, uploads too.
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _LAST_WORDS_SECONDS,
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _FINAL_ERRORS_SECONDS,
         )
         super().__init__(config)
         self.server_state = ServerState()
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop serving; uvicorn asks ten times a second."""
         if not self._engine.ready and not self._lifecycle.stopping:
-            logger.critical("The engine has died; the server stops, to be started anew.")
+            logger.critical("The engine has died; the server stops, to be started empty_copy.")
             self.engine_died = True
             self._drain_seconds = 0
             self.config.timeout_graceful_shutdown = 1
@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
         drained = asyncio.Event()
         closing = asyncio.create_task(self._close_engine(drained))
         await stop_listening(self.servers, self._protocol)
-        await self._take_last_requests()
+        await self._serve_last_requests()
         self._lifecycle.stop()
         await super().shutdown(sockets)
         drained.set()
@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
     def _protocol(self) -> HttpProtocol:
         return HttpProtocol(self.config, self.server_state, self.lifespan.state)
 
-    async def _take_last_requests(self) -> None:
+    async def _serve_last_requests(self) -> None:
         """Serve what comes on open connections, until there are none, or the time is over.
 
         A proxy may be sending a request on a connection at the moment that it is closed. It could
@@ -123,16 +123,16 @@ class Server(uvicorn.Server):
         if not self._last_idle_seconds:
             return
         logger.info("Draining: no further connections, and one more request on each open one")
-        self.server_state.leaving = True
+        self.server_state.closes_connections = True
         self._idle = IdleConnections(self._last_idle_seconds, self._last_idle_seconds)
         began = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):
-                await self._until_all_have_left()
+                await self._until_no_connections()
         assert self.config.timeout_graceful_shutdown is not None
         self.config.timeout_graceful_shutdown -= math.floor(time.monotonic() - began)
 
-    async def _until_all_have_left(self) -> None:
+    async def _until_no_connections(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)  # first: what was just accepted is not there yet
             if not (self.server_state.connections and self._engine.ready):
@@ -152,7 +152,9 @@ class Server(uvicorn.Server):
     async def _watch_connections(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            connections = [each for each in self.server_state.connections if _is_ours(each)]
+            connections = [
+                each for each in self.server_state.connections if _is_http_protocol(each)
+            ]
             now = time.monotonic()
             self._stalled.cut([each.transport for each in connections], now)
             self._idle.close(connections, now)
@@ -160,5 +162,5 @@ class Server(uvicorn.Server):
                 connection.close_if_reset()
 
 
-def _is_ours(connection: asyncio.BaseProtocol) -> TypeGuard[HttpProtocol]:
+def _is_http_protocol(connection: asyncio.BaseProtocol) -> TypeGuard[HttpProtocol]:
     return isinstance(connection, HttpProtocol)

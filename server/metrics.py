@@ -1,19 +1,19 @@
 """Holds every Prometheus metric of the server, in one registry of its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Literal, TypeAlias, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from interventions.registry import Registry
 from server.engine.base import Engine
+from server.engine_state import EngineState
 
 Arm: TypeAlias = Literal["served", "baseline"]
 BaselineOutcome: TypeAlias = Literal["completed", "dropped"]
 
-PREFIX: Final = "steerserve_"
+NAMESPACE: Final = "steerserve"  # the prefix of every metric's name
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 MAX_INTERVENTION_LABELS: Final = 100
@@ -59,39 +59,36 @@ class Metrics:
         self._registry = registry
         self._interventions = interventions
 
-        def histogram(
-            name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
-        ) -> Histogram:
-            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=registry)
-
-        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(PREFIX + name, text, labels, registry=registry)
-
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=registry)
+        counter = partial(Counter, namespace=NAMESPACE, registry=registry)
+        gauge = partial(Gauge, namespace=NAMESPACE, registry=registry)
         self._first_token = histogram(
             "time_to_first_token_seconds",
-            "From a request's arrival to a completion's first token.",
-            FIRST_TOKEN_SECONDS,
+            "Time between a request's arrival and a completion's first token.",
+            buckets=FIRST_TOKEN_SECONDS,
         )
         self._inter_token = histogram(
             "inter_token_latency_seconds",
-            "Between one token of a completion and the next.",
-            TOKEN_SECONDS,
+            "Time between one token of a completion and the next.",
+            buckets=TOKEN_SECONDS,
         )
         self._duration = histogram(
             "request_duration_seconds",
-            "From a generating request's arrival to its last token.",
-            REQUEST_SECONDS,
+            "Time between a generating request's arrival and its last token.",
+            buckets=REQUEST_SECONDS,
         )
         self._queue = histogram(
             "request_queue_seconds",
-            "From a completion's submission to its first step.",
-            QUEUE_SECONDS,
+            "Time between a completion's submission and its first step.",
+            buckets=QUEUE_SECONDS,
         )
         self._request_prompt = histogram(
-            "request_prompt_tokens", "Prompt tokens of a finished request.", TOKEN_COUNTS
+            "request_prompt_tokens", "Prompt tokens of a finished request.", buckets=TOKEN_COUNTS
         )
         self._request_generation = histogram(
-            "request_generation_tokens", "Generated tokens of a finished request.", TOKEN_COUNTS
+            "request_generation_tokens",
+            "Generated tokens of a finished request.",
+            buckets=TOKEN_COUNTS,
         )
         self._requests = counter(
             "requests", "HTTP requests by route and outcome.", ("endpoint", "outcome")
@@ -103,43 +100,42 @@ class Metrics:
         )
         self._dose = histogram(
             "steering_dose",
-            "Size of an edit relative to the activation, ‖edit‖ / ‖activation‖, sampled.",
-            DOSES,
+            "Norm of an edit divided by the norm of the activation, in sampled steps.",
             ("intervention",),
+            buckets=DOSES,
         )
         self._toxicity = histogram(
             "completion_toxicity",
-            "Toxicity of a finished completion, 0 to 1.",
-            SCORES,
+            "Toxicity score of a finished completion, 0 to 1.",
             ("intervention", "arm"),
+            buckets=SCORES,
         )
         self._toxic = counter(
             "toxic_completions",
-            "Finished completions whose toxicity reaches the threshold.",
+            "Finished completions whose toxicity score reaches the threshold.",
             ("intervention", "arm", "threshold"),
         )
         self._scoring = histogram(
             "toxicity_scoring_seconds",
-            "From a completion's end to its toxicity score.",
-            SCORING_SECONDS,
+            "Time between a completion's end and its toxicity score.",
+            buckets=SCORING_SECONDS,
         )
         self._dropped = counter("toxicity_dropped", "Completions that were not scored.")
         self._baselines = counter(
-            "baselines", "Unsteered answers generated beside steered ones.", ("outcome",)
+            "baselines",
+            "Unsteered answers to steered requests, generated for comparison or dropped.",
+            ("outcome",),
         )
-        self._depth = Gauge(
-            PREFIX + "toxicity_queue_depth",
-            "Completions that wait for their toxicity score.",
-            registry=registry,
+        self._depth = gauge(
+            "toxicity_queue_depth", "Completions that wait for their toxicity score."
         )
-        self._longest_wait = Gauge(
-            PREFIX + "toxicity_longest_wait_seconds",
-            "Since the end of the completion that has waited longest for its toxicity score.",
-            registry=registry,
+        self._longest_wait = gauge(
+            "toxicity_longest_wait_seconds",
+            "Time since the end of the completion that has waited longest for its score.",
         )
         self._labels: set[str] = {NONE}
         self._stack_labels: set[str] = set()
-        registry.register(_State(engine, interventions, model))
+        registry.register(EngineState(engine, interventions, model))
         for outcome in get_args(BaselineOutcome):
             self._baselines.labels(outcome)
 
@@ -241,56 +237,3 @@ class Metrics:
             return OTHER
         labels.add(intervention)
         return intervention
-
-
-class _State(Collector):
-    """Collects the present values of the engine and the registry, at every scrape."""
-
-    def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
-        self._engine = engine
-        self._interventions = interventions
-        self._model = model
-
-    def describe(self) -> Iterator[Metric]:
-        """Describe nothing; without this method, registering would call `collect`."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        gauges = (
-            ("engine_up", "1 while the engine serves.", self._engine.ready),
-            ("requests_running", "Completions being generated.", stats.running),
-            ("requests_waiting", "Completions that wait for their first step.", stats.waiting),
-            ("kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", stats.kv_cache_usage),
-            ("intervention_slots_used", "Interventions loaded in the bank.", stats.slots_used),
-            ("interventions_stored", "Names in the registry.", len(self._interventions.entries())),
-            (
-                "engine_compiling",
-                "Graphs that are being made, of layers and rewards.",
-                stats.compiling,
-            ),
-        )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(PREFIX + name, text, value)
-        counters = (
-            ("preemptions", "Times that a completion yielded its KV cache.", stats.preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found.", stats.prefix_cache_hits),
-            (
-                "steering_step_seconds",
-                "Time of steered steps, sampled; on a CPU only.",
-                stats.measured_step_seconds,
-            ),
-            (
-                "steering_edit_seconds",
-                "What edits outside of compiled layers took of steering_step_seconds.",
-                stats.measured_edit_seconds,
-            ),
-        )
-        for name, text, value in counters:
-            yield CounterMetricFamily(PREFIX + name, text, value)
-        info = GaugeMetricFamily(
-            PREFIX + "model_info", "The model that is served.", labels=["model"]
-        )
-        info.add_metric([self._model], 1)
-        yield info

@@ -21,7 +21,7 @@ from server.framing import HttpConnection, ServerState
 _LINGER_SECONDS: Final = 2.0
 # What is read before others have their turn: each chunk of a body is an event, and one packet may
 # have tens of thousands of them.
-_PIECE: Final = 4 * 1024  # bytes
+_READ_BYTES: Final = 4 * 1024  # bytes
 _EVENTS_AT_ONCE: Final = 128
 _LONGEST_PROBLEM: Final = 200  # characters; h11 quotes what it could not read
 _COMMENT: Final = b":\n\n"  # an event stream's readers pass over it
@@ -49,8 +49,8 @@ class HttpProtocol(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn = HttpConnection(server_state)
-        self._client_has_ended = False
-        self._ended_unread = False  # the client has ended, and not all is read that it has sent
+        self._client_sent_eof = False
+        self._eof_before_read = False  # the client has ended, and not all is read that it has sent
         self._lingering: TimerHandle | None = None
         self._unread = bytearray()
         self._reading: Handle | None = None  # scheduled where something is unread
@@ -79,14 +79,14 @@ class HttpProtocol(H11Protocol):
             if self._lingering is not None or self.transport.is_closing():
                 self._unread.clear()
                 break
-            piece = bytes(self._unread[:_PIECE])
-            del self._unread[:_PIECE]
+            piece = bytes(self._unread[:_READ_BYTES])
+            del self._unread[:_READ_BYTES]
             super().data_received(piece)
         if self._unread:
             self.transport.pause_reading()
             self._reading = self.loop.call_soon(self._read)
             return
-        if self._ended_unread and not self.eof_received():
+        if self._eof_before_read and not self.eof_received():
             self.transport.close()
         if not self.flow.read_paused:
             self.transport.resume_reading()
@@ -110,23 +110,23 @@ class HttpProtocol(H11Protocol):
         A client that has left looks the same at first. It is sent what one that still reads passes
         over: a machine on which nobody reads resets the connection, see `close_if_reset`.
         """
-        self._ended_unread = self._reading is not None
-        if self._ended_unread:
+        self._eof_before_read = self._reading is not None
+        if self._eof_before_read:
             return True
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
         if self.conn.their_http_version == b"1.0":  # takes no interim answers
             return False
-        if not self._client_has_ended:
-            self._client_has_ended = True
+        if not self._client_sent_eof:
+            self._client_sent_eof = True
             self._probe()
         return True
 
     def on_response_complete(self) -> None:
         """Go on with the next request; without one, close where the client sends no more."""
         super().on_response_complete()
-        if self._client_has_ended and self.cycle.response_complete:
+        if self._client_sent_eof and self.cycle.response_complete:
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -141,7 +141,7 @@ class HttpProtocol(H11Protocol):
 
         To be called often: asyncio itself would notice at the next write only.
         """
-        if not self._client_has_ended or self.transport.is_closing():
+        if not self._client_sent_eof or self.transport.is_closing():
             return
         # Where no descriptor is left for a copy, the next look tells.
         with suppress(OSError), _socket_of(self) as copy:

@@ -83,7 +83,6 @@ class RecordSink(Protocol):
 
     def record(self, record: RequestRecord) -> None:
         """Take a request's record. An exception is logged, and does not fail the request."""
-        ...
 
 
 class ClosableSink(RecordSink, Protocol):
@@ -91,4 +90,3 @@ class ClosableSink(RecordSink, Protocol):
 
     def close(self) -> None:
         """Deliver waiting records, or drop them after a few seconds. No other call may follow."""
-        ...

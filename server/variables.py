@@ -75,10 +75,10 @@ OTHER_VARIABLES: Final = (
 def read_variable(name: str) -> str | None:
     """Return a variable's value, or None if it is missing, empty, or set by Kubernetes."""
     value = os.environ.get(name)
-    return None if not value or is_of_kubernetes(name, value) else value
+    return None if not value or is_set_by_kubernetes(name, value) else value
 
 
-def is_of_kubernetes(name: str, value: str) -> bool:
+def is_set_by_kubernetes(name: str, value: str) -> bool:
     """Tell whether Kubernetes has set a variable for a service named steerserve."""
     if _KUBERNETES_NAME.fullmatch(name):
         return True
@@ -105,7 +105,7 @@ def refuse_unknown(environment: Mapping[str, str], settings: Collection[str]) ->
         if name.upper().startswith(PREFIX)
         and value
         and name not in known
-        and not is_of_kubernetes(name, value)
+        and not is_set_by_kubernetes(name, value)
     )
     if unknown:
         raise UnknownVariableError("; ".join(_explain(name, known) for name in unknown[:5]))

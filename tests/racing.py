@@ -34,7 +34,8 @@ from interventions.errors import (
 )
 from interventions.name_records import Version
 from interventions.registry import DIGEST_PREFIX, Registry
-from interventions.watch import watched
+from interventions.watch import polling
+from tests.catalogues import damaged_files, history_of
 
 NAMES: Final = ("a", "b", "c")
 SHARED: Final = 3  # artifacts that every server uploads now and then; all others are new
@@ -117,12 +118,12 @@ class RacingServer:
             self._use: 8,
             self._let_go: 3,
             self._observe: 2,
-            self._registry.beat: 1,
+            self._registry.heartbeat: 1,
             self._keep_default: 0.2,
         }
         [operation] = self._random.choices(list(operations), list(operations.values()))
         operation()
-        assert self._registry.damaged() == ()
+        assert damaged_files(self._registry) == ()
         if self._plan.forgiving:
             return
         assert self._registry.problem() is None
@@ -223,10 +224,10 @@ class RacingServer:
             self._registry.unpin(digest)
 
     def _observe(self) -> None:
-        self._registry.look()
+        self._registry.poll()
         for name in NAMES:
-            with suppress(UnknownInterventionError):
-                versions = self._registry.history(name)
+            with suppress(KeyError):  # the name was never stored
+                versions = history_of(self._registry, name)
                 self._journal.write(
                     "seen", name=name, length=len(versions), fingerprint=fingerprint(versions)
                 )
@@ -257,7 +258,7 @@ def run_server(plan: Plan) -> None:
             Path(plan.root), clock=lambda: time.monotonic() * plan.clock_speed
         ) as registry:
             journal.write("opened")
-            with watched(registry, look_seconds=0.05, beat_seconds=0.1):
+            with polling(registry, poll_seconds=0.05, heartbeat_seconds=0.1):
                 server = RacingServer(registry, plan, journal)
                 while not ended.is_set() and os.getppid() == parent:
                     server.act()

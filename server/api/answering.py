@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.assessment import Assessment, check_compared, check_wanted
+from server.api.assessment import Assessment, check_assessment_available, check_comparison_steered
 from server.api.context import ServerContext
 from server.api.errors import ApiError, invalid, shutting_down
 from server.api.fields import GenerationFields, StreamOptions
@@ -45,7 +45,7 @@ class Exchange:
 
     _http: Request
     _context: ServerContext
-    _wanted: GenerationFields
+    _params: GenerationFields
     _frame: Frame
     _edits: tuple[Edit, ...]
     _group: GenerationGroup
@@ -67,9 +67,9 @@ class Exchange:
         # Cancelling stops a call that still waits for a thread; one that runs keeps its thread.
         loop = asyncio.get_running_loop()
         reading = loop.run_in_executor(self._context.prompt_threads, read)
-        return await unless_client_leaves(self._http.receive, self._group.in_time(reading))
+        return await unless_client_leaves(self._http.receive, self._group.before_deadline(reading))
 
-    def note_prompts(self, messages: Iterable[tuple[str, str]]) -> None:
+    def record_prompts(self, messages: Iterable[tuple[str, str]]) -> None:
         """Keep the prompts' roles and texts for the log, if `log_content` is set."""
         if self._context.settings.log_content:
             self._record.prompts = [MessageRecord(role, text) for role, text in messages]
@@ -84,22 +84,22 @@ class Exchange:
         """
         self._record.choices = len(plans)
         self._record.sampling = plans[0].sampling
-        compare, receive = self._wanted.compare, self._http.receive
+        compare, receive = self._params.compare, self._http.receive
         if self._edits:
-            plans = [replace(plan, sampling=_seeded(plan.sampling)) for plan in plans]
+            plans = [replace(plan, sampling=_with_seed(plan.sampling)) for plan in plans]
         requests = [self._request(index, plan, self._edits) for index, plan in enumerate(plans)]
         compared = [self._request(index, plan, ()) for index, plan in enumerate(plans) if compare]
-        submission = self._group.submit(requests, prompt_tokens, compared, self._wanted.n)
+        submission = self._group.submit(requests, prompt_tokens, compared, self._params.n)
         await unless_client_leaves(receive, submission)
         choices = [plan.choice for plan in plans]
-        base_choices = [choice.anew() for choice in choices if compare]
-        if self._wanted.stream:
+        base_choices = [choice.empty_copy() for choice in choices if compare]
+        if self._params.stream:
             return CompletionStream(
                 self._group,
                 self._frame,
                 choices,
                 base_choices,
-                options=self._wanted.stream_options or StreamOptions(),
+                options=self._params.stream_options or StreamOptions(),
                 conclude=lambda: self._conclude(base_choices),
             )
         body = await unless_client_leaves(receive, self._collect(choices, base_choices))
@@ -125,12 +125,14 @@ class Exchange:
     async def _conclude(self, base_choices: Sequence[Choice]) -> Mapping[str, JsonValue]:
         if self._context.settings.log_content:
             self._record.completions = [progress.text for progress in self._group.served]
-        further = await self._group.in_time(self._assessment.conclude(self._group, base_choices))
+        further = await self._group.before_deadline(
+            self._assessment.conclude(self._group, base_choices)
+        )
         self._group.finished()
         return further
 
 
-def _seeded(sampling: SamplingSettings) -> SamplingSettings:
+def _with_seed(sampling: SamplingSettings) -> SamplingSettings:
     """Add a seed if there is none, so that the base model can draw with the same seed."""
     return sampling if sampling.seed is not None else replace(sampling, seed=random.getrandbits(63))
 
@@ -139,7 +141,7 @@ def _seeded(sampling: SamplingSettings) -> SamplingSettings:
 async def answering(
     http: Request,
     context: ServerContext,
-    wanted: GenerationFields,
+    params: GenerationFields,
     wording: Wording,
     arrived: float,
 ) -> AsyncIterator[Exchange]:
@@ -151,35 +153,35 @@ async def answering(
     Raises:
         ApiError: the model is not served, or the steering cannot be applied.
     """
-    _, suffix = split_model(wanted.model, context.settings.served_names)
-    steering = context.steering.apply(suffix, wanted.steering, given=wanted.steering_given)
+    _, suffix = split_model(params.model, context.settings.served_names)
+    steering = context.steering.apply(suffix, params.steering, given=params.steering_given)
     whole = record_of(http)
     record = whole.generation = GenerationRecord(
         wording.operation,
         response_id=f"{wording.id_prefix}-{whole.request_id}",
-        model=wanted.model,
+        model=params.model,
         served_model=context.settings.served_names[0],
-        stream=wanted.stream,
+        stream=params.stream,
         interventions=steering.interventions,
     )
     timeout = context.settings.request_timeout
     group = GenerationGroup(context.engine, context.metrics, steering, arrived, timeout, record)
     async with closing_on_error(group):
-        check_compared(wanted, steering)
+        check_comparison_steered(params, steering)
         frame = Frame(
             id=record.response_id,
             created=int(time.time()),
-            model=wanted.model,
+            model=params.model,
             fingerprint=context.engine.model.short_fingerprint,
             steering=steering.echo,
             wording=wording,
         )
-        assessment = Assessment(context, wanted, steering)
-        with steering.blamed():
-            yield Exchange(http, context, wanted, frame, steering.edits, group, assessment, record)
+        assessment = Assessment(context, params, steering)
+        with steering.default_failures_as_503():
+            yield Exchange(http, context, params, frame, steering.edits, group, assessment, record)
 
 
-def check_request(wanted: GenerationFields, prompts: int, context: ServerContext) -> None:
+def check_request(params: GenerationFields, prompts: int, context: ServerContext) -> None:
     """Check the combination of the fields, and that the server takes such a request now.
 
     Raises:
@@ -189,22 +191,22 @@ def check_request(wanted: GenerationFields, prompts: int, context: ServerContext
         raise shutting_down()
     if not context.engine.ready:
         raise ApiError(503, "The model is not ready to serve.", code="not_ready")
-    if wanted.stream_options is not None and not wanted.stream:
+    if params.stream_options is not None and not params.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
-    check_wanted(wanted, context)
+    check_assessment_available(params, context)
     limit = context.settings.max_completions_per_request
-    if prompts * wanted.n * (3 if wanted.compare else 1) > limit:
+    if prompts * params.n * (3 if params.compare else 1) > limit:
         # Per choice, a comparison adds the base model's answer and its scoring of the steered one.
-        more = ", and twice as many to compare with," if wanted.compare else ""
+        more = ", and twice as many to compare with," if params.compare else ""
         raise invalid(
-            f"{prompts} prompt{'s' * (prompts > 1)} times n = {wanted.n}{more} are more than the "
+            f"{prompts} prompt{'s' * (prompts > 1)} times n = {params.n}{more} are more than the "
             f"{limit} completions that one request may ask for.",
-            _at_fault(prompts, wanted, limit),
+            _faulty_field(prompts, params, limit),
             "too_many_completions",
         )
 
 
-def _at_fault(prompts: int, wanted: GenerationFields, limit: int) -> str:
+def _faulty_field(prompts: int, params: GenerationFields, limit: int) -> str:
     if prompts > limit:
         return "prompt"
-    return "n" if prompts * wanted.n > limit else "compare"
+    return "n" if prompts * params.n > limit else "compare"

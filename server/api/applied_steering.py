@@ -53,7 +53,7 @@ class AppliedSteering:
             raise
 
     @contextmanager
-    def blamed(self) -> Iterator[None]:
+    def default_failures_as_503(self) -> Iterator[None]:
         """Turn a failure in the block to load or apply the default steering into a 503.
 
         The request did not choose the default steering, so it is not at fault.
@@ -63,7 +63,7 @@ class AppliedSteering:
         except (UnknownInterventionError, UnservableInterventionError) as error:
             if self.source != "default" or not self.edits:
                 raise
-            raise default_unavailable(sentence_of(error)) from error
+            raise default_unavailable(message_for_client(error)) from error
 
     @property
     def label(self) -> str:
@@ -76,7 +76,9 @@ class AppliedSteering:
             self._registry.unpin(self._pinned.pop())
 
 
-def applied(resolved: Sequence[Resolved], source: Source, registry: Registry) -> AppliedSteering:
+def build_applied_steering(
+    resolved: Sequence[Resolved], source: Source, registry: Registry
+) -> AppliedSteering:
     """Build a request's steering from its resolved interventions, without pinning them."""
     effective = [item.entry for item in resolved if not item.edit.settings.does_nothing]
     kinds = sorted({entry.manifest.kind for entry in effective})
@@ -103,7 +105,7 @@ def applied(resolved: Sequence[Resolved], source: Source, registry: Registry) ->
     )
 
 
-def sentence_of(error: EngineError | UnknownInterventionError) -> str:
+def message_for_client(error: EngineError | UnknownInterventionError) -> str:
     """Return the error as a sentence for the client; a damaged artifact's path is only logged."""
     return (
         from_registry(error).message if isinstance(error, UnknownInterventionError) else str(error)

@@ -23,7 +23,7 @@ class Assessment:
     """Assesses the completions of one request."""
 
     _context: ServerContext
-    _wanted: GenerationFields
+    _params: GenerationFields
     _steering: AppliedSteering
 
     async def conclude(
@@ -37,19 +37,19 @@ class Assessment:
             ApiError: `toxicity` was asked for and no score can be had. (A comparison alone gets
                 null scores then.)
         """
-        wanted, scoring = self._wanted, self._context.scoring
+        params, scoring = self._params, self._context.scoring
         # With `max_tokens` 0 a prompt is only read, and nothing is completed.
         completed = [progress for progress in group.served if progress.tokens]
-        if self._steering.labels and not wanted.compare and not self._context.lifecycle.stopping:
+        if self._steering.labels and not params.compare and not self._context.lifecycle.stopping:
             for progress in completed:
                 self._context.baselines.offer(progress.request, self._steering.label)
         fields: dict[str, JsonValue] = {}
-        if scoring is not None and (wanted.toxicity or wanted.compare):
+        if scoring is not None and (params.toxicity or params.compare):
             fields["toxicity"] = await self._score(scoring, group.served, "served")
         elif scoring is not None:
             for progress in completed:
                 scoring.offer(progress.text, self._steering.label, "served")
-        if wanted.compare:
+        if params.compare:
             fields["comparison"] = await self._compare(group, base_choices)
         return fields
 
@@ -74,7 +74,7 @@ class Assessment:
         try:
             scores = iter(await scoring.score(texts, self._steering.label, arm))
         except ScoringError as error:
-            if not self._wanted.toxicity:
+            if not self._params.toxicity:
                 return [None] * len(completions)
             # The reason is for the operator, and in the log.
             raise ApiError(
@@ -87,19 +87,19 @@ class Assessment:
         return [next(scores) if progress.tokens else None for progress in completions]
 
 
-def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:
+def check_assessment_available(params: GenerationFields, context: ServerContext) -> None:
     """Check that this server gives the score and the comparison that a request asks for.
 
     Raises:
         ApiError: it does not give one of them.
     """
-    if wanted.toxicity and context.scoring is None:
+    if params.toxicity and context.scoring is None:
         raise invalid(
             "This server scores no toxicity: it was started with --toxicity-scorer none.",
             "toxicity",
             "unsupported_parameter",
         )
-    if wanted.compare and context.settings.steering_policy != "optional":
+    if params.compare and context.settings.steering_policy != "optional":
         # A comparison contains the unsteered answer.
         raise ApiError(
             403,
@@ -109,13 +109,13 @@ def check_wanted(wanted: GenerationFields, context: ServerContext) -> None:
         )
 
 
-def check_compared(wanted: GenerationFields, steering: AppliedSteering) -> None:
+def check_comparison_steered(params: GenerationFields, steering: AppliedSteering) -> None:
     """Check that a request for a comparison is steered.
 
     Raises:
         ApiError: no intervention steers the request.
     """
-    if wanted.compare and not steering.edits:
+    if params.compare and not steering.edits:
         raise invalid(
             "'compare' sets the base model's answer beside the steered one, and nothing steers "
             "this request.",

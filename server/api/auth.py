@@ -75,7 +75,7 @@ def _why_not_local(headers: Headers, settings: Settings) -> str | None:
     host = named_host(headers.get("host", ""))
     if host is None or not is_loopback(host):
         return "the request's Host header is not localhost or a loopback address"
-    if not _is_of_own_page(headers):
+    if not _is_same_origin(headers):
         return "the request comes from another site's page"
     return None
 
@@ -109,7 +109,7 @@ def _equal(presented: bytes | None, key: SecretStr | None) -> bool:
     return secrets.compare_digest(presented, key.get_secret_value().encode())
 
 
-def _is_of_own_page(headers: Headers) -> bool:
+def _is_same_origin(headers: Headers) -> bool:
     """Tell whether the request has no Origin header, or one that names its own Host."""
     try:
         pages = {urlsplit(origin).netloc for origin in headers.getlist("origin")}

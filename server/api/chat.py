@@ -48,7 +48,7 @@ async def create_chat_completion(request: Request, context: Context) -> Response
     _check(chat)
     async with answering(request, context, chat, WORDING, arrived) as exchange:
         prompt = await _read_messages(chat.messages, context.engine, exchange)
-        exchange.note_prompts((message["role"], message["content"]) for message in chat.messages)
+        exchange.record_prompts((message["role"], message["content"]) for message in chat.messages)
         room = context.engine.max_model_len - len(prompt)
         limit = context.settings.default_max_tokens
         plans = [
@@ -58,7 +58,7 @@ async def create_chat_completion(request: Request, context: Context) -> Response
         try:
             return await exchange.answer(plans, len(prompt))
         except InvalidRequestError as error:
-            raise _in_chats_words(error, chat) from error
+            raise _with_chat_field_names(error, chat) from error
 
 
 def _check(chat: ChatRequest) -> None:
@@ -84,7 +84,7 @@ async def _read_messages(
     return tuple(await exchange.read_prompt(characters, tokenize))
 
 
-def _in_chats_words(error: InvalidRequestError, chat: ChatRequest) -> InvalidRequestError:
+def _with_chat_field_names(error: InvalidRequestError, chat: ChatRequest) -> InvalidRequestError:
     """Rename the field in the engine's refusal to the one that a chat request has instead."""
     names = {"prompt": "messages", "max_tokens": chat.limit_field}
     return InvalidRequestError(str(error), names.get(error.param, error.param), error.code)

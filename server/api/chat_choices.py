@@ -19,17 +19,17 @@ class ChatChoice:
     _texts: list[str] = field(default_factory=list)
     _tokens: list[TokenLogprobs] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
-    _listed: ListedTokens = field(default_factory=ListedTokens)
+    _quoted: ListedTokens = field(default_factory=ListedTokens)
     _opened: bool = False  # True once a chunk has given the role
 
-    def anew(self) -> "ChatChoice":
+    def empty_copy(self) -> "ChatChoice":
         """Return an empty choice of the same index and format."""
         return ChatChoice(self.index, self.with_logprobs)
 
     def add(self, output: StepOutput) -> None:
         """Append the output of one step."""
         self._texts.append(output.text)
-        self._tokens.extend(self._listed.take(output))
+        self._tokens.extend(self._quoted.take(output))
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
@@ -52,7 +52,7 @@ class ChatChoice:
         if not self._opened:
             self._opened = True
             deltas.append(self._delta({"role": "assistant", "content": "", "refusal": None}))
-        tokens = self._listed.take(output)
+        tokens = self._quoted.take(output)
         if output.text or tokens:
             deltas.append(self._delta({"content": output.text}, tokens))
         if output.finish_reason is not None:

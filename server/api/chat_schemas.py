@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import FailFast, Field, PlainValidator
 
-from server.api.fields import TOKENS, GenerationFields, only
+from server.api.fields import TOKENS, GenerationFields, only_neutral
 from server.api.messages import Message, parse_messages
 from server.api.request_shapes import MessageShape
 from server.engine.base import SamplingSettings
@@ -31,17 +31,17 @@ class ChatRequest(GenerationFields):
 
     # Tools that must not be called change nothing; `unsupported` names the others.
     tools: Tools = Field(default_factory=list)
-    tool_choice: Annotated[object, only("tool_choice", "none")] = None
+    tool_choice: Annotated[object, only_neutral("tool_choice", "none")] = None
     functions: Tools = Field(default_factory=list)
-    function_call: Annotated[object, only("function_call", "none")] = None
-    response_format: Annotated[object, only("response_format", {"type": "text"})] = None
-    modalities: Annotated[object, only("modalities", ["text"])] = None
-    audio: Annotated[object, only("audio")] = None
-    moderation: Annotated[object, only("moderation")] = None
-    reasoning_effort: Annotated[object, only("reasoning_effort", "none")] = None
-    store: Annotated[bool, only("store", False)] = False
-    verbosity: Annotated[object, only("verbosity", "medium")] = None
-    web_search_options: Annotated[object, only("web_search_options")] = None
+    function_call: Annotated[object, only_neutral("function_call", "none")] = None
+    response_format: Annotated[object, only_neutral("response_format", {"type": "text"})] = None
+    modalities: Annotated[object, only_neutral("modalities", ["text"])] = None
+    audio: Annotated[object, only_neutral("audio")] = None
+    moderation: Annotated[object, only_neutral("moderation")] = None
+    reasoning_effort: Annotated[object, only_neutral("reasoning_effort", "none")] = None
+    store: Annotated[bool, only_neutral("store", False)] = False
+    verbosity: Annotated[object, only_neutral("verbosity", "medium")] = None
+    web_search_options: Annotated[object, only_neutral("web_search_options")] = None
 
     # OpenAI runs, bills and files a request by these fields; they do not change the answer.
     metadata: dict[str, str] | None = None

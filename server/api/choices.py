@@ -30,10 +30,10 @@ class CompletionChoice:
     _texts: list[str] = field(default_factory=list)
     _tokens: list[_Scored] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
-    _listed: ListedTokens = field(default_factory=ListedTokens)
+    _quoted: ListedTokens = field(default_factory=ListedTokens)
     _echoed: int = 0  # characters of the repeated prompt, before the completion
 
-    def anew(self) -> "CompletionChoice":
+    def empty_copy(self) -> "CompletionChoice":
         """Return an empty choice of the same index and format."""
         return CompletionChoice(self.index, self.with_logprobs, self.echo)
 
@@ -64,7 +64,7 @@ class CompletionChoice:
             self._echoed = len(echo.text)
             if self.with_logprobs:
                 tokens = _prompt_tokens(echo, output.prompt_logprobs)
-        listed = self._listed.take(output)
+        listed = self._quoted.take(output)
         return text, tokens + [_scored(token, self._echoed + token.offset) for token in listed]
 
     def _choice(

@@ -13,7 +13,7 @@ from server.api.progress import Progress
 from server.engine.base import Generation, Request, SamplingSettings
 
 
-def to_be_scored(request: Request) -> Request:
+def prepare_for_scoring(request: Request) -> Request:
     """Return the request with log-probabilities, and with a queue place for its scoring."""
     sampling = replace(request.sampling, logprobs=request.sampling.logprobs or 0)
     return replace(request, sampling=sampling, has_follower=True)

@@ -80,7 +80,7 @@ async def _read_prompts(
     engine = context.engine
 
     def read() -> list[_ReadPrompt]:
-        exchange.note_prompts(("user", _text(prompt, engine)) for prompt in completion.prompt)
+        exchange.record_prompts(("user", _text(prompt, engine)) for prompt in completion.prompt)
         return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
 
     as_text = completion.echo or context.settings.log_content

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's envelope: `{"error": {"message", "type", "param", "code"}}`, everywhere."""
+"""Answers every error in OpenAI's envelope: `{"error": {"message", "type", "param", "code"}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from server.engine.base import (
     UnservableInterventionError,
 )
 
-CLIENT_CLOSED_REQUEST: Final = 499  # nobody is left to read it: for the metrics and the log
+CLIENT_CLOSED_REQUEST: Final = 499  # for the metrics and the log; the client is gone
 RETRY_SECONDS: Final = "1"
 
 ErrorBody: TypeAlias = dict[str, JsonValue]
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An answer that is an error: a status, and a sentence for the client."""
+    """An error to answer with: its status, and a sentence for the client."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> ErrorBody:
-        """The envelope."""
+        """OpenAI's envelope."""
         return {
             "error": {
                 "message": self.message,
@@ -71,7 +71,7 @@ class ApiError(Exception):
 
     @property
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The answer, with its status, body and headers."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
@@ -80,12 +80,112 @@ class ClientGoneError(Exception):
 
 
 def invalid(message: str, param: str | None, code: str | None = None) -> ApiError:
-    """A 400: the request itself is at fault, and `param` names the field."""
+    """Return the 400 for a faulty request; `param` names the faulty field."""
     return ApiError(400, message, param=param, code=code)
 
 
-def from_engine(error: EngineError) -> ApiError:
-    """What the client is told of an engine's exception."""
+def as_api_error(error: Exception) -> ApiError:
+    """Return the answer to a request that has raised an exception."""
+    match error:
+        case ApiError():
+            return error
+        case EngineError():
+            return _from_engine(error)
+        case UnknownInterventionError():
+            return from_registry(error)
+        case NameInUseError():
+            return ApiError(409, str(error), param="name", code="intervention_in_use")
+        case RegistryBusyError() | RegistryUnreadableError() | RegistryDiskError():
+            return _from_unavailable_registry(error)
+        case RequestValidationError():
+            first = error.errors()[0]
+            param = ".".join(str(part) for part in first["loc"][1:]) or None
+            return invalid(f"{param}: {first['msg']}", param)
+        case _:
+            return internal_error()
+
+
+def from_registry(error: UnknownInterventionError, param: str | None = None) -> ApiError:
+    """Return the answer for an intervention that is not stored (404), or is damaged (500)."""
+    if isinstance(error, DamagedInterventionError):
+        # Only the log gives the reason, which may name a path on this machine.
+        logger.error("%s", error)
+        message = f"The intervention '{error.reference[:100]}' is stored but damaged."
+        return ApiError(500, message, param=param, code="intervention_damaged")
+    return ApiError(404, str(error), param=param, code="intervention_not_found")
+
+
+def unreadable_upload() -> ApiError:
+    """Return the 503 for a disk that does not give back the bytes that were just written to it."""
+    message = "The upload cannot be read back from the registry's disk; nothing was changed."
+    return ApiError(503, message, code="registry_unwritable")
+
+
+def shutting_down() -> ApiError:
+    """Return the 503 of a server that is stopping; another server may answer the next try."""
+    message = "The server is shutting down; try again later."
+    headers = {"Retry-After": RETRY_SECONDS, "Connection": "close"}
+    return ApiError(503, message, code="shutting_down", headers=headers)
+
+
+def timed_out(seconds: float) -> ApiError:
+    """Return the 504 for an answer that was not complete within `--request-timeout` seconds."""
+    message = f"The request was not complete {seconds:g} s after its arrival; it was cancelled."
+    # OpenAI's clients retry a 504 unless they are told not to; it would only time out again.
+    stop = {"X-Should-Retry": "false"}
+    return ApiError(504, message, code="request_timeout", headers=stop)
+
+
+def internal_error() -> ApiError:
+    """Return the 500 for an unexpected failure; only the log says what failed."""
+    return ApiError(500, "The server failed to answer this request.", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception of the application with OpenAI's envelope."""
+    answered = (
+        ApiError,
+        EngineError,
+        NameInUseError,
+        RegistryBusyError,
+        RegistryDiskError,
+        RegistryUnreadableError,
+        RequestValidationError,
+        UnknownInterventionError,
+        Exception,
+    )
+    for kind in answered:
+        app.add_exception_handler(kind, handle_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    for kind in (ClientDisconnect, ClientGoneError):
+        app.add_exception_handler(kind, _handle_client_gone)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Answer a request that has raised an exception."""
+    answer = as_api_error(error)
+    request.state.error_code = answer.code  # for the request's record
+    return answer.response
+
+
+async def _handle_http_exception(request: Request, error: Exception) -> Response:
+    """Answer a request that no route takes, in OpenAI's words."""
+    assert isinstance(error, HTTPException)
+    asked = f"{request.method[:20]} {request.url.path[:200]}"
+    answers = {
+        404: (f"Unknown request URL: {asked}.", "unknown_url"),
+        405: (f"Not allowed method: {asked}.", "method_not_allowed"),
+    }
+    message, code = answers.get(error.status_code, (str(error.detail), None))
+    answer = ApiError(error.status_code, message, code=code, headers=error.headers)
+    return await handle_error(request, answer)
+
+
+async def _handle_client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _from_engine(error: EngineError) -> ApiError:
     retry = {"Retry-After": RETRY_SECONDS}
     match error:
         case InvalidRequestError():
@@ -109,145 +209,17 @@ def from_engine(error: EngineError) -> ApiError:
             return internal_error()
 
 
-def from_registry(error: UnknownInterventionError, param: str | None = None) -> ApiError:
-    """What the client is told where the registry has not what it asked for, or not whole."""
-    if isinstance(error, DamagedInterventionError):
-        # The reason may name a path on this machine.
-        logger.error("%s", error)
-        message = f"The intervention '{error.reference[:100]}' is stored but damaged."
-        return ApiError(500, message, param=param, code="intervention_damaged")
-    return ApiError(404, str(error), param=param, code="intervention_not_found")
-
-
-def from_name_in_use(error: NameInUseError) -> ApiError:
-    """A 409: a server's default steering needs the name."""
-    return ApiError(409, str(error), param="name", code="intervention_in_use")
-
-
-def registry_unavailable(error: RegistryBusyError | RegistryUnreadableError) -> ApiError:
-    """A 503: another server is changing the registry, or its folder cannot be read now."""
+def _from_unavailable_registry(
+    error: RegistryBusyError | RegistryUnreadableError | RegistryDiskError,
+) -> ApiError:
     logger.error("%s (%s)", error, error.__cause__)  # the cause may name a path
+    if isinstance(error, RegistryDiskError):
+        if error.full:
+            return ApiError(507, str(error), code="registry_full")
+        return ApiError(503, str(error), code="registry_unwritable")
     busy = isinstance(error, RegistryBusyError)
     code = "registry_busy" if busy else "registry_unreadable"
     return ApiError(503, str(error), code=code, headers={"Retry-After": RETRY_SECONDS})
-
-
-def from_registry_disk(error: RegistryDiskError) -> ApiError:
-    """What the client is told where the registry's disk is full (507), or does not work (503)."""
-    logger.error("%s (%s)", error, error.__cause__)  # the cause may name a path
-    if error.full:
-        return ApiError(507, str(error), code="registry_full")
-    return ApiError(503, str(error), code="registry_unwritable")
-
-
-def unreadable_upload() -> ApiError:
-    """A 503: the registry's disk does not give back the bytes that were just written to it."""
-    message = "The upload cannot be read back from the registry's disk; nothing was changed."
-    return ApiError(503, message, code="registry_unwritable")
-
-
-def shutting_down() -> ApiError:
-    """A 503: this server is stopping; another one, or the next one, may answer."""
-    message = "The server is shutting down; try again later."
-    headers = {"Retry-After": RETRY_SECONDS, "Connection": "close"}
-    return ApiError(503, message, code="shutting_down", headers=headers)
-
-
-def timed_out(seconds: float) -> ApiError:
-    """A 504: the answer was not complete in the time that the operator gives a request."""
-    message = f"The request was not complete {seconds:g} s after its arrival; it was cancelled."
-    # OpenAI's clients retry a 504 unless they are told not to; it would only time out again.
-    stop = {"X-Should-Retry": "false"}
-    return ApiError(504, message, code="request_timeout", headers=stop)
-
-
-def internal_error() -> ApiError:
-    """A 500 that says nothing of what went wrong inside; the log does."""
-    return ApiError(500, "The server failed to answer this request.", code="internal_error")
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of the application an envelope."""
-    app.add_exception_handler(ApiError, _handle_api_error)
-    app.add_exception_handler(EngineError, _handle_engine_error)
-    app.add_exception_handler(UnknownInterventionError, _handle_registry_error)
-    app.add_exception_handler(RegistryDiskError, _handle_registry_disk_error)
-    app.add_exception_handler(NameInUseError, _handle_name_in_use)
-    app.add_exception_handler(RegistryBusyError, _handle_registry_unavailable)
-    app.add_exception_handler(RegistryUnreadableError, _handle_registry_unavailable)
-    app.add_exception_handler(HTTPException, _handle_http_exception)
-    app.add_exception_handler(RequestValidationError, _handle_validation_error)
-    app.add_exception_handler(ClientDisconnect, _handle_client_gone)
-    app.add_exception_handler(ClientGoneError, _handle_client_gone)
-    app.add_exception_handler(Exception, handle_unexpected)
-
-
-def _answer(request: Request, error: ApiError) -> Response:
-    request.state.error_code = error.code  # for the request's record
-    return error.response
-
-
-async def _handle_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _answer(request, error)
-
-
-async def _handle_engine_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, EngineError)
-    return _answer(request, from_engine(error))
-
-
-async def _handle_registry_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, UnknownInterventionError)
-    return _answer(request, from_registry(error))
-
-
-async def _handle_registry_disk_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RegistryDiskError)
-    return _answer(request, from_registry_disk(error))
-
-
-async def _handle_name_in_use(request: Request, error: Exception) -> Response:
-    assert isinstance(error, NameInUseError)
-    return _answer(request, from_name_in_use(error))
-
-
-async def _handle_registry_unavailable(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RegistryBusyError | RegistryUnreadableError)
-    return _answer(request, registry_unavailable(error))
-
-
-async def _handle_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    asked = f"{request.method[:20]} {request.url.path[:200]}"
-    messages = {
-        404: f"Unknown request URL: {asked}.",
-        405: f"Not allowed method: {asked}.",
-    }
-    codes = {404: "unknown_url", 405: "method_not_allowed"}
-    told = ApiError(
-        error.status_code,
-        messages.get(error.status_code, str(error.detail)),
-        code=codes.get(error.status_code),
-        headers=error.headers,
-    )
-    return _answer(request, told)
-
-
-async def _handle_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    return _answer(request, invalid(f"{param}: {first['msg']}", param))
-
-
-async def _handle_client_gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-async def handle_unexpected(request: Request, _: Exception) -> Response:
-    """Answers what nothing else has caught; whoever runs the application hears of it too."""
-    return _answer(request, internal_error())
 
 
 def _error_type(status: int) -> str:

@@ -30,7 +30,7 @@ TOKENS: Final = 2**31  # above the length of any context and the ids of any toke
 TOKEN_ID: Final = re.compile("0|[1-9][0-9]{0,9}")
 
 
-def only(name: str, *neutral: object) -> AfterValidator:
+def only_neutral(name: str, *neutral: object) -> AfterValidator:
     """Make a validator of an unimplemented field, which takes only values that ask for nothing."""
 
     def check(value: object) -> object:
@@ -83,7 +83,7 @@ def _none_for_minus_one(value: object) -> object:
     return None if type(value) is int and value == -1 else value
 
 
-def _as_it_is(value: object) -> object:
+def _unchanged(value: object) -> object:
     return value
 
 
@@ -98,11 +98,13 @@ class Strict(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {
-            name: value for name, value in fields.items() if value is not None or cls._keeps(name)
+            name: value
+            for name, value in fields.items()
+            if value is not None or cls._keeps_null(name)
         }
 
     @classmethod
-    def _keeps(cls, name: str) -> bool:
+    def _keeps_null(cls, name: str) -> bool:
         """Tell whether a null stays in place, as a value of the field or to be refused later."""
         field = cls.model_fields.get(name)
         return field is None or field.is_required() or name == "steering"
@@ -113,7 +115,9 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: usage in every chunk
-    include_obfuscation: Annotated[bool, only("stream_options.include_obfuscation", False)] = False
+    include_obfuscation: Annotated[
+        bool, only_neutral("stream_options.include_obfuscation", False)
+    ] = False
 
 
 class GenerationFields(Strict):
@@ -124,9 +128,9 @@ class GenerationFields(Strict):
     """
 
     model: str
-    steering: Annotated[object, PlainValidator(_as_it_is, json_schema_input_type=SteeringShape)] = (
-        None
-    )
+    steering: Annotated[
+        object, PlainValidator(_unchanged, json_schema_input_type=SteeringShape)
+    ] = None
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0  # 0 takes the best token

@@ -15,24 +15,20 @@ from server.records import Operation
 class Choice(Protocol):
     """One choice of an answer, in an endpoint's own format."""
 
-    def anew(self) -> "Choice":
+    def empty_copy(self) -> "Choice":
         """Return an empty choice of the same index and format."""
-        ...
 
     def add(self, output: StepOutput) -> None:
         """Append the output of one step."""
-        ...
 
     def body(self) -> dict[str, JsonValue]:
         """Return the choice of a whole answer, from all outputs that were added."""
-        ...
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
         """Return the choice's parts for a stream's next chunks; none if the step adds nothing.
 
         Only the last part of a choice has a `finish_reason` that is not null.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

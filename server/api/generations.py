@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar
 from pydantic import JsonValue
 
 from server.api.applied_steering import AppliedSteering
-from server.api.comparison import begin_scoring, to_be_scored
+from server.api.comparison import begin_scoring, prepare_for_scoring
 from server.api.errors import timed_out
 from server.api.progress import Progress
 from server.api.waiting import gather_or_cancel
@@ -82,7 +82,7 @@ class GenerationGroup:
         """The token counts so far of the base model's answers."""
         return self._usage(self.compared)
 
-    async def in_time(self, work: Awaitable[T]) -> T:
+    async def before_deadline(self, work: Awaitable[T]) -> T:
         """Await work before or after the generations, up to the request's deadline.
 
         Raises:
@@ -115,8 +115,8 @@ class GenerationGroup:
         """
         scored = [bool(compared and request.effective_edits) for request in requests]
         pairs = list(zip(requests, scored, strict=True))
-        served = [to_be_scored(request) if score else request for request, score in pairs]
-        generations = await self.in_time(self._engine.submit([*served, *compared]))
+        served = [prepare_for_scoring(request) if score else request for request, score in pairs]
+        generations = await self.before_deadline(self._engine.submit([*served, *compared]))
         self._generations.extend(generations)
         self.served = [Progress(request, to_score=score) for request, score in pairs]
         self.compared = [Progress(request) for request in compared]
@@ -149,7 +149,7 @@ class GenerationGroup:
         finally:
             # The engine is freed now, because a slow client may take long to read the rest.
             self.close()
-            self._tell()
+            self._fill_record()
 
     def finished(self) -> None:
         """Count the request as a success in the metrics, with the time of its generations."""
@@ -182,7 +182,7 @@ class GenerationGroup:
         async for output in generation:
             self._measure(output, progress)
             progress.add(output)
-            await deliver(place, _as_asked(output, progress.request))
+            await deliver(place, _without_unrequested_logprobs(output, progress.request))
         self._seconds = time.perf_counter() - self._arrived
         if progress.to_score:
             await self._score(generation, progress)
@@ -221,23 +221,23 @@ class GenerationGroup:
             metrics.next_token(step)
         progress.last_token = now
 
-    def _tell(self) -> None:
+    def _fill_record(self) -> None:
         record, served = self._record, self.served
         record.prompt_tokens = self._prompt_tokens
         record.completion_tokens = self.usage.completion_tokens
         record.finish_reasons = [progress.finish_reason for progress in served]
-        record.queue_seconds = _least(progress.queue_seconds for progress in served)
-        record.first_token_seconds = _least(progress.first_token_seconds for progress in served)
+        record.queue_seconds = _minimum(progress.queue_seconds for progress in served)
+        record.first_token_seconds = _minimum(progress.first_token_seconds for progress in served)
 
 
-def _as_asked(output: StepOutput, request: Request) -> StepOutput:
+def _without_unrequested_logprobs(output: StepOutput, request: Request) -> StepOutput:
     """Remove log-probabilities that only the comparison needs from an output."""
     if output.logprobs and request.sampling.logprobs is None:
         return replace(output, logprobs=())
     return output
 
 
-def _least(values: Iterable[float | None]) -> float | None:
+def _minimum(values: Iterable[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 

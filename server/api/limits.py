@@ -24,7 +24,7 @@ LAST_DRAIN_SECONDS: Final = 0.2  # the same while the server stops
 
 
 @dataclass(frozen=True, slots=True)
-class _Allowance:
+class _BodyLimits:
     """The limits of one body."""
 
     size: int  # bytes
@@ -59,27 +59,27 @@ class BodyLimitMiddleware:
         except ApiError as error:
             scope["state"]["error_code"] = error.code  # for the request's record
             # If the client waits for `100 Continue`, to read the body would be to ask for it.
-            if not _waits_to_send(scope):
+            if not _expects_continue(scope):
                 await _drain(receive, DRAIN_SECONDS)
             await error.response(scope, receive, send)
             return
         body = _LimitedBody(receive, allowance, self._lifecycle)
         await self._app(scope, body.receive, send)
 
-    def _allowance(self, scope: Scope) -> _Allowance:
+    def _allowance(self, scope: Scope) -> _BodyLimits:
         settings = self._settings
         pause = settings.body_timeout
         if scope["method"] == "POST" and scope["path"] == UPLOAD_PATH:
             # An artifact may take long on a slow line, so its rate is limited from below instead.
             size = settings.max_artifact_bytes + MULTIPART_OVERHEAD
-            return _Allowance(size, pause, pause, settings.min_upload_rate)
-        return _Allowance(settings.max_body_bytes, pause, settings.request_timeout, math.inf)
+            return _BodyLimits(size, pause, pause, settings.min_upload_rate)
+        return _BodyLimits(settings.max_body_bytes, pause, settings.request_timeout, math.inf)
 
 
 class _LimitedBody:
     """Passes on a request's messages while its body stays within the limits."""
 
-    def __init__(self, receive: Receive, allowance: _Allowance, lifecycle: Lifecycle) -> None:
+    def __init__(self, receive: Receive, allowance: _BodyLimits, lifecycle: Lifecycle) -> None:
         self._receive = receive
         self._allowance = allowance
         self._lifecycle = lifecycle
@@ -128,7 +128,7 @@ class _LimitedBody:
         raise _too_slow(self._allowance)
 
 
-def _waits_to_send(scope: Scope) -> bool:
+def _expects_continue(scope: Scope) -> bool:
     """Tell whether the client sends its body only after `100 Continue`."""
     return any(
         name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"]
@@ -153,7 +153,7 @@ def _too_large(limit: int) -> ApiError:
     )
 
 
-def _too_slow(allowance: _Allowance) -> ApiError:
+def _too_slow(allowance: _BodyLimits) -> ApiError:
     limit = (
         f"{allowance.seconds:g} s after the request's arrival"
         if math.isinf(allowance.rate)

@@ -4,7 +4,7 @@ from typing import Annotated, Final, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from server.api.fields import TOKENS, GenerationFields, only
+from server.api.fields import TOKENS, GenerationFields, only_neutral
 from server.api.request_shapes import PromptShape
 from server.engine.base import SamplingSettings
 
@@ -57,7 +57,7 @@ class CompletionRequest(GenerationFields):
         Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_none_for_false)
     ] = None
     echo: bool = False
-    suffix: Annotated[str, only("suffix", "")] = ""
+    suffix: Annotated[str, only_neutral("suffix", "")] = ""
 
     def sampling(self, choice: int) -> SamplingSettings:
         """Return one choice's sampling settings; `echo` asks for the prompt's logprobs too."""

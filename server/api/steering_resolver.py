@@ -8,7 +8,13 @@ from interventions.compatibility import IncompatibleArtifactError, check_shapes
 from interventions.model import ModelDescription
 from interventions.registry import Entry, Registry, UnknownInterventionError
 from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
-from server.api.applied_steering import AppliedSteering, Resolved, Source, applied, sentence_of
+from server.api.applied_steering import (
+    AppliedSteering,
+    Resolved,
+    Source,
+    build_applied_steering,
+    message_for_client,
+)
 from server.api.default_steering import DefaultArtifacts, default_unavailable
 from server.api.errors import ApiError, from_registry, invalid
 from server.config import SteeringPolicy
@@ -48,13 +54,13 @@ class SteeringResolver:
         self._model = model
         self._policy = policy
         self._caps = caps
-        wanted = _parse_steering(default, "default_steering")
+        requested = _parse_steering(default, "default_steering")
         try:
-            self._default = self._resolve(wanted)
+            self._default = self._resolve(requested)
         except ApiError as error:
             raise default_unavailable(error.message) from error
         self._check_default()
-        given = zip(wanted, self._default, strict=True)
+        given = zip(requested, self._default, strict=True)
         self.default_artifacts = DefaultArtifacts(
             registry, {item.reference: resolved.entry for item, resolved in given}
         )
@@ -83,21 +89,21 @@ class SteeringResolver:
         if source == "default":
             resolved = self._default
         else:
-            wanted = (
+            requested = (
                 _parse_steering(value)
                 if suffix is None
                 else (RequestedIntervention(suffix, {}, "model", "model"),)
             )
-            resolved = self._chosen(wanted)
+            resolved = self._resolve_choice(requested)
         self._check_required(resolved)
-        steering = applied(resolved, source, self._registry)
+        steering = build_applied_steering(resolved, source, self._registry)
         try:
             steering.pin()
         except UnknownInterventionError as error:
             raise from_registry(error, "steering.intervention") from None
         return steering
 
-    async def prove_default(self, engine: Engine) -> None:
+    async def try_default(self, engine: Engine) -> None:
         """Have the engine generate one token with the default steering.
 
         Raises:
@@ -112,7 +118,7 @@ class SteeringResolver:
             async for _ in generation:
                 pass
         except (EngineError, UnknownInterventionError) as error:
-            raise default_unavailable(sentence_of(error)) from error
+            raise default_unavailable(message_for_client(error)) from error
 
     def servable(self, entry: Entry) -> tuple[tuple[str, ...], str | None]:
         """Return an entry's warnings, and why the model cannot take it (None if it can)."""
@@ -122,12 +128,12 @@ class SteeringResolver:
         except (IncompatibleArtifactError, UnknownInterventionError) as error:
             return (), str(error)
 
-    def _chosen(self, wanted: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
+    def _resolve_choice(self, requested: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
         """Resolve a request's own choice; a locked policy allows only that of the default."""
         if self._policy != "locked":
-            return self._resolve(wanted)
+            return self._resolve(requested)
         try:
-            resolved = self._resolve(wanted)
+            resolved = self._resolve(requested)
         except ApiError as error:
             raise _locked() from error
         if [item.edit for item in resolved] != [item.edit for item in self._default]:
@@ -158,23 +164,23 @@ class SteeringResolver:
                 "steering_required",
             )
 
-    def _resolve(self, wanted: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
-        return tuple(self._resolve_one(item) for item in wanted)
+    def _resolve(self, requested: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
+        return tuple(self._resolve_one(item) for item in requested)
 
-    def _resolve_one(self, wanted: RequestedIntervention) -> Resolved:
+    def _resolve_one(self, requested: RequestedIntervention) -> Resolved:
         try:
-            entry = self._registry.resolve(wanted.reference)
-            settings = resolve_settings(entry.manifest, wanted.settings, self._caps)
+            entry = self._registry.resolve(requested.reference)
+            settings = resolve_settings(entry.manifest, requested.settings, self._caps)
         except UnknownInterventionError as error:
-            raise from_registry(error, wanted.reference_param) from None
+            raise from_registry(error, requested.reference_param) from None
         except InvalidSettingError as error:
-            param = f"{wanted.param}.{error.field[:100]}"
+            param = f"{requested.param}.{error.field[:100]}"
             raise invalid(error.message, param, "invalid_setting") from None
         _, reason = self.servable(entry)
         if reason is not None:
             raise invalid(
                 f"The loaded model cannot take the intervention '{entry.name}'. {reason}",
-                wanted.reference_param,
+                requested.reference_param,
                 "intervention_not_servable",
             )
         return Resolved(entry, Edit(entry.digest, settings))

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.errors import ApiError, ClientGoneError, from_engine, internal_error
+from server.api.errors import ApiError, ClientGoneError, as_api_error, internal_error
 from server.api.fields import StreamOptions
 from server.api.frames import Choice, Frame
 from server.api.generations import GenerationGroup
@@ -64,10 +64,8 @@ class CompletionStream(Response):
             await unless_client_leaves(receive, self._stream(send))
         except (ClientGoneError, OSError):
             return  # the client is gone, and the answer stays incomplete
-        except ApiError as error:
-            await self._fail(error, scope, send)
-        except EngineError as error:
-            await self._fail(from_engine(error), scope, send)
+        except (ApiError, EngineError) as error:
+            await self._fail(as_api_error(error), scope, send)
         except Exception:
             logger.exception("A stream failed")
             await self._fail(internal_error(), scope, send)

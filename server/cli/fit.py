@@ -97,7 +97,7 @@ def lineas(
     as_json: AsJson = False,
 ) -> None:
     """Fit LinEAS maps, which give activations on SOURCE the distribution of those on TARGET."""
-    with fit_output.explained():
+    with fit_output.user_errors_explained():
         to = fit_output.destination(out, name, description, license_)
         settings = LineasSettings(
             samples=samples,
@@ -202,7 +202,7 @@ def argre(
     as_json: AsJson = False,
 ) -> None:
     """Fit an ARGRE reward head and direction on pairs of texts."""
-    with fit_output.explained():
+    with fit_output.user_errors_explained():
         to = fit_output.destination(out, name, description, license_)
         settings = ArgreSettings(
             hidden_units=hidden_units,

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from interventions.model import ModelDescription
 from server.cli.training_files import TrainingFileError
 from server.engine.torch.model.embedded import EmbeddedModelError
 from server.engine.torch.model.loader import LoadedModel, ModelLoadError, load_model
+from server.version import installed_version
 from steering.affine import AffineParameters
 from steering.fit import FitError
 from steering.reward import RewardHead
@@ -34,7 +34,6 @@ class Advance(Protocol):
 
     def __call__(self, done: int, total: int, loss: float | None = None, /) -> None:
         """Show that `done` of `total` are done."""
-        ...
 
 
 class FitCommandError(ValueError):
@@ -131,7 +130,7 @@ def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
         "device": loaded.model.device.type,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "steerserve": _own_version(),
+        "steerserve": installed_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -184,7 +183,7 @@ def progress(task: str) -> Iterator[Advance]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def user_errors_explained() -> Iterator[None]:
     """Turn an error that the user can mend into one sentence on stderr and exit status 2."""
     try:
         yield
@@ -201,10 +200,3 @@ def _now() -> datetime:
         return datetime.fromtimestamp(int(epoch), UTC)
     except (ValueError, OverflowError) as error:
         raise FitCommandError(f"SOURCE_DATE_EPOCH is not a Unix time: {epoch!r}") from error
-
-
-def _own_version() -> str:
-    try:
-        return version("steerserve")
-    except PackageNotFoundError:
-        return "from source"

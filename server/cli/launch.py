@@ -20,7 +20,7 @@ from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.header import ArtifactLimits
 from interventions.registry import Registry, RegistryDiskError, RegistryError
-from interventions.watch import watched
+from interventions.watch import polling
 from server.app import create_app
 from server.config import ConfigurationError, Settings
 from server.engine.torch.engine import TorchEngine
@@ -50,7 +50,7 @@ STARTUP_ERRORS: Final = (
 
 
 def launch(settings: Settings, console: Console) -> bool:
-    """Serve until a signal; say what happens on the console, or in the log if that is JSON.
+    """Serve until a signal; report what happens on the console, or in the log if that is JSON.
 
     Returns:
         False if the server could not be started, or the engine has died.
@@ -62,14 +62,14 @@ def launch(settings: Settings, console: Console) -> bool:
         disable_progress_bars()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more a metric
 
-    def say(sentence: str) -> None:
+    def report(sentence: str) -> None:
         if json:
             logger.info("%s", sentence)
         else:
             console.print(f"steerserve: {sentence}", markup=False, soft_wrap=True)
 
     try:
-        return _run(settings, say)
+        return _run(settings, report)
     except STARTUP_ERRORS as error:
         if json:
             logger.critical("%s", _sentence(error))
@@ -83,29 +83,29 @@ def announce_failure(error: Exception, console: Console) -> None:
     console.print(f"steerserve: {_sentence(error)}", style="red", markup=False, soft_wrap=True)
 
 
-def _run(settings: Settings, say: Callable[[str], None]) -> bool:
+def _run(settings: Settings, report: Callable[[str], None]) -> bool:
     """Serve until a signal; return whether the server had started and its engine is alive."""
     with ExitStack() as stack:
-        sinks = _sinks(settings, stack)
+        sinks = _record_sinks(settings, stack)
         scorer = None
         if settings.toxicity_scorer != "none":
             process = ScorerProcess(settings.toxicity_scorer)  # it loads while the model does
             scorer = stack.enter_context(closing(process))
         limits = ArtifactLimits(max_bytes=settings.max_artifact_bytes)
-        say(f"opening the registry {settings.registry_path}")
+        report(f"opening the registry {settings.registry_path}")
         registry = stack.enter_context(Registry(settings.registry_path, limits))
         if settings.model == "embedded":
             _add_bundled(registry)
-        stack.enter_context(watched(registry))
-        engine = in_own_thread(partial(_load_engine, settings, registry, scorer, say)).result()
+        stack.enter_context(polling(registry))
+        engine = in_own_thread(partial(_load_engine, settings, registry, scorer, report)).result()
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None
         if scorer is not None:
-            pace = _pace(settings, engine)
+            pace = _scoring_pace(settings, engine)
             scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size, pace)
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
         names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
-        say(f"interventions: {names}")
+        report(f"interventions: {names}")
         server = Server(app)
         _freeze_heap()
         server.run()
@@ -123,7 +123,7 @@ def _freeze_heap() -> None:
     gc.freeze()
 
 
-def _sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
+def _record_sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
     sinks: list[RecordSink] = [LogSink(with_content=settings.log_content)]
     if settings.otlp_endpoint is not None:
         traces = load_trace_sink(settings.otlp_endpoint, with_content=settings.log_content)
@@ -159,17 +159,21 @@ def _load_engine(
     settings: Settings,
     registry: Registry,
     scorer: ScorerProcess | None,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> TorchEngine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     _keep_compiled()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(settings.model, settings.dtype, device, say, device_map=settings.device_map)
+    loaded = load_model(
+        settings.model, settings.dtype, device, report, device_map=settings.device_map
+    )
     if scorer is not None:
         # A classifier on the same GPU needs its memory first: the engine takes all that is free.
         scorer.wait_ready()
-    say(f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}")
+    report(
+        f"testing the engine on {loaded.description.architecture}, {loaded.model.dtype}, {device}"
+    )
     options = EngineOptions(
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
@@ -187,7 +191,7 @@ def _load_engine(
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
 
 
-def _pace(settings: Settings, engine: TorchEngine) -> Pace | None:
+def _scoring_pace(settings: Settings, engine: TorchEngine) -> Pace | None:
     """Return the pace of scoring; None if another machine scores, at no cost to the engine."""
     if parse_spec(settings.toxicity_scorer).kind == "http":
         return None

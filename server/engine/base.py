@@ -192,7 +192,6 @@ class Generation(Protocol):
 
     def __aiter__(self) -> AsyncIterator[StepOutput]:
         """Yield outputs until one carries a finish reason; raise EngineError on failure."""
-        ...
 
     async def follow(self, request: Request) -> "Generation":
         """Admit one more request into the queue place that is reserved for it.
@@ -202,14 +201,12 @@ class Generation(Protocol):
         Raises:
             EngineError: for the reasons that `Engine.submit` names, but never QueueFullError.
         """
-        ...
 
     def cancel(self) -> None:
         """Stop generating, and free what the request holds, its follower's queue place included.
 
         Harmless when the request has finished.
         """
-        ...
 
 
 class Engine(Protocol):
@@ -218,22 +215,18 @@ class Engine(Protocol):
     @property
     def model(self) -> ModelDescription:
         """The description of the loaded model."""
-        ...
 
     @property
     def max_model_len(self) -> int:
         """The largest number of tokens that a prompt and its completion may have together."""
-        ...
 
     @property
     def ready(self) -> bool:
         """True while the model is loaded and the engine is alive."""
-        ...
 
     @property
     def died(self) -> bool:
         """True once the engine has ended without being told to, also after `close`."""
-        ...
 
     def tokenize(self, text: str) -> list[int]:
         """Return the prompt's token ids, with the special tokens that the tokenizer adds.
@@ -242,11 +235,9 @@ class Engine(Protocol):
             InvalidRequestError: the text has more characters than `max_model_len` tokens can
                 hold; this is checked before it is tokenized.
         """
-        ...
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the tokens' text, special tokens included."""
-        ...
 
     def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
         """Return a prompt's tokens and text, and where in the text each token begins.
@@ -255,7 +246,6 @@ class Engine(Protocol):
             InvalidRequestError: the prompt is a text that `tokenize` refuses, has no tokens, or
                 has more token ids than `max_model_len`.
         """
-        ...
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's answer begins.
@@ -267,7 +257,6 @@ class Engine(Protocol):
         Raises:
             InvalidRequestError: the model has no template, or its template refuses the messages.
         """
-        ...
 
     async def submit(self, requests: Sequence[Request]) -> Sequence[Generation]:
         """Admit requests, all or none: load and pin their interventions, then queue them.
@@ -282,15 +271,12 @@ class Engine(Protocol):
             NoBackgroundRoomError: there is no room for background work now.
             EngineDeadError: the engine thread has ended.
         """
-        ...
 
     def stats(self) -> EngineStats:
         """Return the gauges and counters for the metrics page."""
-        ...
 
     async def start(self) -> None:
         """Start the engine, and return when it is ready. Its self-test has passed by then."""
-        ...
 
     async def close(self) -> bool:
         """Stop the engine; running requests fail with ShuttingDownError at once. Idempotent.
@@ -299,4 +285,3 @@ class Engine(Protocol):
             True if the engine has ended. False if it is stuck in a step, which only the end of
             the process will end.
         """
-        ...

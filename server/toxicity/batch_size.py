@@ -7,7 +7,7 @@ MAX_TEXTS: Final = 64
 # The batch time to aim at; a text that is asked for waits for the running batch, too.
 TARGET_SECONDS: Final = 1.0
 _GROWTH: Final = 8  # largest growth of the size at once, as one measurement may be wrong by far
-_DOUBT: Final = 0.9  # factor on the time that a text adds, after a batch of one
+_ESTIMATE_DECAY: Final = 0.9  # factor on the time that a text adds, after a batch of one
 
 
 class BatchSize:
@@ -21,24 +21,32 @@ class BatchSize:
     def __init__(self) -> None:
         self.size = 1
         """The most texts of the next batch."""
-        self._one = math.inf  # seconds that a batch of one text takes
-        self._more: float | None = None  # seconds that each further text adds; None: not known
+        self._first_text_seconds = math.inf  # seconds that a batch of one text takes
+        self._further_text_seconds: float | None = (
+            None  # seconds that each further text adds; None: not known
+        )
 
     def took(self, texts: int, seconds: float) -> None:
         """Learn from a batch of `texts` texts that took `seconds` of wall time."""
         if texts > 1:
-            self._one = min(self._one, seconds)  # one text takes no longer
-            self._more = (seconds - self._one) / (texts - 1)
-        elif self._more is None:
-            self._one = seconds
+            self._first_text_seconds = min(
+                self._first_text_seconds, seconds
+            )  # one text takes no longer
+            self._further_text_seconds = (seconds - self._first_text_seconds) / (texts - 1)
+        elif self._further_text_seconds is None:
+            self._first_text_seconds = seconds
             self.size = 2  # to learn how long a second text takes
             return
         else:
-            self._one = seconds
+            self._first_text_seconds = seconds
             # The estimate shrinks after each batch of one, so that larger ones are tried again.
-            doubt = _DOUBT if self.size == 1 else 1.0
-            self._more = min(doubt * self._more, seconds)
-        fitting = TARGET_SECONDS / self._more if self._more > 0 else math.inf
+            decay = _ESTIMATE_DECAY if self.size == 1 else 1.0
+            self._further_text_seconds = min(decay * self._further_text_seconds, seconds)
+        fitting = (
+            TARGET_SECONDS / self._further_text_seconds
+            if self._further_text_seconds > 0
+            else math.inf
+        )
         self.size = max(1, int(min(fitting, _GROWTH * texts, MAX_TEXTS)))
 
     def failed(self, texts: int) -> None:

@@ -8,15 +8,15 @@ from server.toxicity.scorer import Backend, ScoringError
 Result: TypeAlias = float | ScoringError
 
 # One failing text may be at fault itself; if this many fail in a row, the scorer is at fault.
-DOWN_AFTER: Final = 2
+MAX_FAILURES_IN_A_ROW: Final = 2
 
 
 def score_batch(scorer: Backend, texts: Sequence[str]) -> list[Result]:
     """Return the score of each text, or the error for which it has none.
 
     If the batch fails, its texts are scored one by one, so that one bad text does not cost the
-    others their scores. A scorer that is down must not be asked for long, though: once DOWN_AFTER
-    texts in a row have failed, the rest get the last error without being tried.
+    others their scores. A scorer that is down must not be asked for long, so after
+    MAX_FAILURES_IN_A_ROW failed texts the rest get the last error without being tried.
     """
     try:
         return [*_score(scorer, texts)]
@@ -34,7 +34,7 @@ def _one_by_one(scorer: Backend, texts: Sequence[str]) -> list[Result]:
         except ScoringError as error:
             results.append(error)
             failures += 1
-            if failures == DOWN_AFTER:
+            if failures == MAX_FAILURES_IN_A_ROW:
                 return results + [error] * (len(texts) - len(results))
     return results
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from server.toxicity.child import Child, LostChildError
 from server.toxicity.scorer import ScoringError, check_scores
+from server.toxicity.worker_process import WorkerLostError, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +47,23 @@ class ScorerProcess:
         self._restart_seconds = restart_seconds
         self._past_seconds = 0.0  # processor time of the workers before the present one
         self._closed = threading.Event()
-        self._talking = threading.Lock()  # held, for long, while a thread talks to the worker
-        self._replacing = threading.Lock()  # held, for a moment, while a worker is replaced
+        self._conversation_lock = (
+            threading.Lock()
+        )  # held, for long, while a thread talks to the worker
+        self._replacement_lock = threading.Lock()  # held, for a moment, while a worker is replaced
         # A worker dies with the thread that started it, so no caller's thread may start it.
         self._starter = ThreadPoolExecutor(1, "toxicity-starter")
-        self._child = self._start()
+        self._worker = self._start()
 
     @property
     def pid(self) -> int:
         """The process id of the present worker, which may have ended."""
-        return self._child.pid
+        return self._worker.pid
 
     @property
     def processor_seconds(self) -> float:
         """See `Scorer.processor_seconds`. Loading does not count."""
-        return self._past_seconds + self._child.processor_seconds
+        return self._past_seconds + self._worker.processor_seconds
 
     def wait_ready(self) -> None:
         """Wait until the scorer is loaded.
@@ -69,8 +71,8 @@ class ScorerProcess:
         Raises:
             ScoringError: it cannot be loaded, with the worker's message; or this is closed.
         """
-        with self._talking:
-            self._ready_child()
+        with self._conversation_lock:
+            self._ready_worker()
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """See `Backend.score`. If the worker has died, another one loads the scorer first.
@@ -81,7 +83,7 @@ class ScorerProcess:
         """
         if not texts:
             return []
-        with self._talking:
+        with self._conversation_lock:
             reply = self._ask(texts)
         if "error" in reply:
             raise ScoringError(str(reply["error"]))
@@ -90,52 +92,52 @@ class ScorerProcess:
     def close(self) -> None:
         """End the worker at once. See `Scorer.close`."""
         self._closed.set()
-        with self._replacing:
-            self._child.kill()
+        with self._replacement_lock:
+            self._worker.kill()
             self._starter.shutdown(wait=False)
         # A thread that talks to the worker sees its end and releases the lock.
-        if self._talking.acquire(timeout=_CLOSE_SECONDS):
+        if self._conversation_lock.acquire(timeout=_CLOSE_SECONDS):
             try:
-                self._child.close()
+                self._worker.close()
             finally:
-                self._talking.release()
+                self._conversation_lock.release()
 
     def _ask(self, texts: Sequence[str]) -> dict[str, object]:
-        child = self._ready_child()
+        child = self._ready_worker()
         try:
             return child.ask(texts, self._answer_seconds)
-        except LostChildError as error:
-            raise self._lost(child, error) from error
+        except WorkerLostError as error:
+            raise self._scoring_error(child, error) from error
 
-    def _ready_child(self) -> Child:
+    def _ready_worker(self) -> WorkerProcess:
         if self._closed.is_set():
             raise self._closed_error()
-        if self._child.ended:
+        if self._worker.ended:
             self._replace()
-        child = self._child
+        child = self._worker
         try:
             child.wait_ready(LOAD_SECONDS)
-        except LostChildError as error:
-            raise self._lost(child, error) from error
+        except WorkerLostError as error:
+            raise self._scoring_error(child, error) from error
         return child
 
-    def _lost(self, child: Child, error: LostChildError) -> ScoringError:
+    def _scoring_error(self, child: WorkerProcess, error: WorkerLostError) -> ScoringError:
         child.close()
         return self._closed_error() if self._closed.is_set() else ScoringError(str(error))
 
     def _replace(self) -> None:
-        next_start = self._child.started + self._restart_seconds
+        next_start = self._worker.started + self._restart_seconds
         self._closed.wait(max(0.0, next_start - time.monotonic()))
-        with self._replacing:
+        with self._replacement_lock:
             if self._closed.is_set():
                 raise self._closed_error()
             logger.warning("the toxicity scorer's process has ended; starting another")
-            self._child.close()
-            self._past_seconds += self._child.processor_seconds
-            self._child = self._start()
+            self._worker.close()
+            self._past_seconds += self._worker.processor_seconds
+            self._worker = self._start()
 
-    def _start(self) -> Child:
-        return self._starter.submit(Child, self._spec).result()
+    def _start(self) -> WorkerProcess:
+        return self._starter.submit(WorkerProcess, self._spec).result()
 
     @staticmethod
     def _closed_error() -> ScoringError:

@@ -18,7 +18,7 @@ from server.toxicity.scorer import Scorer, ScoringError
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS: Final = 5.0
-_LOOK_SECONDS: Final = 0.25  # a rest is checked this often: it ends when the other work does
+_RECHECK_SECONDS: Final = 0.25  # a rest is checked this often: it ends when the other work does
 
 
 class ScoringQueue:
@@ -144,7 +144,7 @@ class ScoringQueue:
 
     async def _wait(self) -> None:
         """Wait for a change, or until the rest of the offered texts is to be checked again."""
-        seconds = min(self._backlog.rest, _LOOK_SECONDS) if self._backlog.waiting else None
+        seconds = min(self._backlog.rest, _RECHECK_SECONDS) if self._backlog.waiting else None
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()

@@ -25,7 +25,6 @@ class Backend(Protocol):
             ScoringError: none of the texts could be scored. The message is logged, so it must
                 quote no text and no secret of the operator's.
         """
-        ...
 
 
 class Scorer(Backend, Protocol):
@@ -34,14 +33,12 @@ class Scorer(Backend, Protocol):
     @property
     def processor_seconds(self) -> float:
         """Processor time of this machine that scoring has taken so far, in seconds."""
-        ...
 
     def close(self) -> None:
         """Fail the running call of `score`, and all later calls, with a ScoringError.
 
         Any thread may call this, and more than once.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

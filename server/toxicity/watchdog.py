@@ -4,7 +4,6 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Final
 
 import psutil
@@ -33,12 +32,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
 

@@ -61,21 +61,21 @@ def answer(scorer: Backend, line: bytes) -> dict[str, object]:
 
 def main() -> int:
     """Serve until stdin ends; return the exit status."""
-    _die_with(int(os.environ.pop(PARENT_VARIABLE)))
-    _yield_to_others()
+    _end_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
+    _lower_priority()
     with _take_stdout() as protocol:
         try:
             scorer = load_scorer(os.environ.pop(SPEC_VARIABLE))
         except Exception as error:
-            _say(protocol, {"error": _load_message(error)})
+            _write_message(protocol, {"error": _load_message(error)})
             return 1
-        _say(protocol, {"ready": True})
+        _write_message(protocol, {"ready": True})
         for line in sys.stdin.buffer:
-            _say(protocol, answer(scorer, line))
+            _write_message(protocol, answer(scorer, line))
     return 0
 
 
-def _die_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     """Have Linux kill this process when its parent ends, even a hung one; exit if it has ended.
 
     On other systems, or if a sandbox forbids this, the worker ends at the end of stdin.
@@ -86,7 +86,7 @@ def _die_with(parent: int) -> None:
             sys.exit(1)
 
 
-def _yield_to_others() -> None:
+def _lower_priority() -> None:
     """Take only the processor time that nobody else wants."""
     os.nice(19)
     if sys.platform == "linux":
@@ -101,7 +101,7 @@ def _take_stdout() -> TextIO:
     return protocol
 
 
-def _say(protocol: TextIO, message: dict[str, object]) -> None:
+def _write_message(protocol: TextIO, message: dict[str, object]) -> None:
     protocol.write(json.dumps(message) + "\n")
     protocol.flush()
 

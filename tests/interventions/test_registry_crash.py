@@ -24,6 +24,7 @@ from interventions.artifact import read_artifact, write_artifact
 from interventions.registry import Registry
 from steering.affine import AffineMap
 from tests.artifact_samples import affine_manifest
+from tests.catalogues import damaged_files, history_of
 
 KILLS = 50
 LONGEST_WAIT = 0.05  # seconds; to open takes about as long, and so does a version
@@ -136,7 +137,7 @@ def test_killed_at_random_moments(tmp_path: Path, template: Path, children: Chil
 
         with Registry(root) as registry:
             assert list((root / "tmp").iterdir()) == []
-            assert registry.damaged() == ()
+            assert damaged_files(registry) == ()
             assert registry.get("stable") == stable
             assert registry.load(stable.digest).digest == stable.digest
             history = _history(registry)
@@ -152,7 +153,7 @@ def test_killed_at_random_moments(tmp_path: Path, template: Path, children: Chil
 def _history(registry: Registry) -> list[str]:
     if not registry.known("moving"):
         return []
-    return [version.digest for version in registry.history("moving")]
+    return [version.digest for version in history_of(registry, "moving")]
 
 
 def _check_objects(registry: Registry, root: Path, expected: list[str], stable: str) -> None:

@@ -14,8 +14,10 @@ import pytest
 
 from interventions.artifact import read_artifact, write_artifact
 from interventions.errors import RegistryDiskError
-from interventions.registry import Entry, Registry, Version
+from interventions.name_records import Version
+from interventions.registry import Entry, Registry
 from tests.artifact_samples import affine_manifest, affine_parameters
+from tests.catalogues import damaged_files, history_of
 from tests.disk import FaultyDisk, WatchedDisk
 
 CHUNK_BYTES = 700  # so that an artifact comes in two
@@ -68,7 +70,7 @@ def upload(registry: Registry, path: Path, name: str) -> None:
 def contents(registry: Registry) -> Contents:
     """What the registry says that it holds."""
     known = [name for name in NAMES if registry.known(name)]
-    return registry.entries(), {name: registry.history(name) for name in known}
+    return registry.entries(), {name: history_of(registry, name) for name in known}
 
 
 def reopened(root: Path) -> Contents:
@@ -226,15 +228,15 @@ def test_a_disk_that_cannot_be_read_at_any_moment(
                     CHANGES[what](registry, artifacts)
                 except RegistryDiskError as raised:
                     error = raised
-            assert registry.damaged() == ()
-            registry.look()
+            assert damaged_files(registry) == ()
+            registry.poll()
             after = contents(registry)
             made = what != "nothing new" and (error is None or error.visible)
             assert (after != before) == made, number
             assert reopened(root) == after, number
             for entry in registry.entries():
                 assert registry.load(entry.digest).digest == entry.digest, number
-            registry.beat()
+            registry.heartbeat()
             assert nothing_left(registry, root), number
         if disk.done <= number:
             break
@@ -278,19 +280,19 @@ def test_a_file_system_that_is_full(small_disk: Path, artifacts: Artifacts) -> N
 
         registry.delete("a")  # frees nothing, as "b" has the same bytes
         assert [entry.name for entry in registry.entries()] == ["b"]
-        deleted = registry.history("a")
+        deleted = history_of(registry, "a")
         assert {path.name for path in (root / "names").iterdir()} == {"a.deleted", "b.json"}
     with Registry(root) as registry:
         assert [entry.name for entry in registry.entries()] == ["b"]
-        history = registry.history("a")
+        history = history_of(registry, "a")
         assert [version.event for version in history] == ["stored", "deleted"]
         assert abs(history[-1].at - deleted[-1].at).total_seconds() < 0.001
         registry.delete("b")  # frees its bytes, which is room for both records
         assert nothing_left(registry, root)
-        assert registry.history("a") == history
+        assert history_of(registry, "a") == history
         (small_disk / "filler").unlink()
         upload(registry, artifacts[0], "a")
-        assert [version.event for version in registry.history("a")] == [
+        assert [version.event for version in history_of(registry, "a")] == [
             "stored",
             "deleted",
             "stored",
@@ -309,16 +311,16 @@ def test_servers_that_start_on_a_full_disk(small_disk: Path, artifacts: Artifact
         digest = two.get("a").digest
         two.pin(digest)
         one.delete("a")
-        one.beat()
+        one.heartbeat()
         assert two.load(digest).digest == digest
         (small_disk / "filler").unlink()
         for _ in range(3):
-            two.beat()
-            one.beat()
+            two.heartbeat()
+            one.heartbeat()
         assert two.load(digest).digest == digest
         two.unpin(digest)
         for registry in (two, two, one):
-            registry.beat()
+            registry.heartbeat()
         assert objects(root) == {one.get("b").digest}
 
 
@@ -335,15 +337,15 @@ def test_a_record_is_newer_than_the_mark_beside_it(
     shutil.copy(root / "names" / "a.json", root / "names" / "a.deleted")
     (root / "names" / "a.json").write_bytes(b"damaged")
     with Registry(root) as registry:
-        assert [damage.path.name for damage in registry.damaged()] == ["a.json"]
+        assert [damage.path.name for damage in damaged_files(registry)] == ["a.json"]
         assert (root / "names" / "a.json").read_bytes() == b"damaged"
         assert len(objects(root)) == 2
     (root / "names" / "a.json").unlink()
     (root / "names" / "b.deleted").write_bytes(b"damaged")
     with Registry(root) as registry:
-        assert [damage.path.name for damage in registry.damaged()] == ["b.deleted"]
+        assert [damage.path.name for damage in damaged_files(registry)] == ["b.deleted"]
         assert [entry.name for entry in registry.entries()] == ["b"]
-        assert [version.event for version in registry.history("a")][-1] == "deleted"
+        assert [version.event for version in history_of(registry, "a")][-1] == "deleted"
 
 
 def test_a_mark_with_a_time_that_no_calendar_has(folder: Path, template: Path) -> None:
@@ -354,7 +356,7 @@ def test_a_mark_with_a_time_that_no_calendar_has(folder: Path, template: Path) -
     if (root / "names" / "a.deleted").stat().st_mtime < 1e12:
         pytest.skip("the file system has no such times")
     with Registry(root) as registry:
-        assert [damage.path.name for damage in registry.damaged()] == ["a.deleted"]
+        assert [damage.path.name for damage in damaged_files(registry)] == ["a.deleted"]
         assert [entry.name for entry in registry.entries()] == ["b"]
 
 
@@ -382,7 +384,7 @@ def test_an_upload_in_place_of_a_damaged_record(
             place = f"{disk.refused} after {disk.done[:number]}"
             kept = [path.name for path in (root / "names").iterdir() if path.suffix == ".damaged"]
             assert len(kept) == made, place
-            assert len(registry.damaged()) == 1, place
+            assert len(damaged_files(registry)) == 1, place
             assert (objects(root) == stored) == (not made), place
             assert stored <= objects(root), place
             assert not list((root / "tmp").iterdir()) or "unlink" in disk.refused, place
@@ -442,8 +444,8 @@ def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template
             with suppress(PowerCutError):
                 registry.delete("a")
         with Registry(root) as registry:
-            assert registry.damaged() == ()
-            events = [version.event for version in registry.history("a")]
+            assert damaged_files(registry) == ()
+            events = [version.event for version in history_of(registry, "a")]
             outcomes.append(events[-1] == "deleted")
             if not outcomes[-1]:
                 assert registry.get("a") == old

@@ -28,6 +28,7 @@ from interventions.name_records import Version
 from interventions.registry import Registry
 from tests import racing
 from tests.artifact_samples import affine_manifest, affine_parameters
+from tests.catalogues import damaged_files, history_of
 from tests.racing import NAMES, Plan, fingerprint, plan_line
 
 Event = Mapping[str, Any]
@@ -205,7 +206,7 @@ def changes(journal: list[Event]) -> list[Change]:
 def check_journals(journals: list[list[Event]], registry: Registry) -> None:
     """Compare what servers have said with what the registry holds at the end."""
     known = [name for name in NAMES if registry.known(name)]
-    histories = {name: registry.history(name) for name in known}
+    histories = {name: history_of(registry, name) for name in known}
     for journal in journals:
         for event in journal:
             if "fingerprint" in event:
@@ -242,7 +243,7 @@ def check_order(history: tuple[Version, ...], done: list[Change]) -> None:
 
 def check_folder(registry: Registry, root: Path) -> None:
     """No file is there but those that the names need, and those are whole."""
-    assert registry.damaged() == ()
+    assert damaged_files(registry) == ()
     needed: set[str] = set()
     for entry in registry.entries():
         for version in reversed(entry.history):

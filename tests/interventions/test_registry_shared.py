@@ -26,10 +26,11 @@ from interventions.errors import (
     RegistryUnreadableError,
     UnknownInterventionError,
 )
-from interventions.reader import FolderReader, Found
+from interventions.reader import FolderContents, FolderReader
 from interventions.registry import Registry
-from interventions.watch import watched
+from interventions.watch import polling
 from tests.artifact_samples import affine_manifest, affine_parameters
+from tests.catalogues import damaged_files, history_of
 from tests.disk import WatchedDisk
 
 Make = Callable[[int], Path]
@@ -48,7 +49,7 @@ class Clock:
         """Let a server beat for so long, as often as it does."""
         for _ in range(0, seconds, 10):
             self.now += 10
-            registry.beat()
+            registry.heartbeat()
 
 
 class Servers:
@@ -103,17 +104,17 @@ def test_a_change_at_one_is_seen_by_all_when_they_look(servers: Servers, make: M
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
     assert not two.known("a")
-    two.look()
+    two.poll()
     assert two.get("a") == entry
     assert two.load(entry.digest).digest == entry.digest
     moved = two.add(make(2), "a")
-    one.look()
+    one.poll()
     assert one.entries() == two.entries() == [moved]
-    assert one.history("a") == two.history("a") == (*entry.history, moved.history[-1])
+    assert history_of(one, "a") == history_of(two, "a") == (*entry.history, moved.history[-1])
     two.delete("a")
-    one.look()
+    one.poll()
     assert one.entries() == []
-    assert [version.event for version in one.history("a")] == ["stored", "stored", "deleted"]
+    assert [version.event for version in history_of(one, "a")] == ["stored", "stored", "deleted"]
 
 
 def test_a_change_begins_with_what_the_others_have_done(servers: Servers, make: Make) -> None:
@@ -128,7 +129,7 @@ def test_a_change_begins_with_what_the_others_have_done(servers: Servers, make: 
     assert two.delete("a") == third.digest
     with pytest.raises(UnknownInterventionError):
         one.delete("a")
-    assert one.history("a") == two.history("a")
+    assert history_of(one, "a") == history_of(two, "a")
 
 
 def test_a_look_that_finds_nothing_new_reads_no_file(
@@ -136,10 +137,10 @@ def test_a_look_that_finds_nothing_new_reads_no_file(
 ) -> None:
     one, two = servers.open(), servers.open()
     one.add(make(1), "a")
-    two.look()
+    two.poll()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
-        two.look()
+        two.poll()
 
 
 def test_an_object_that_heals_is_seen(servers: Servers, make: Make) -> None:
@@ -151,9 +152,9 @@ def test_an_object_that_heals_is_seen(servers: Servers, make: Make) -> None:
     with pytest.raises(DamagedInterventionError):
         damaged.get("a")
     two.add(make(1), "a")
-    damaged.look()
+    damaged.poll()
     assert damaged.get("a") == entry
-    assert damaged.damaged() == ()
+    assert damaged_files(damaged) == ()
 
 
 def test_a_deletion_on_a_full_disk_is_seen(
@@ -169,11 +170,11 @@ def test_a_deletion_on_a_full_disk_is_seen(
 
         WatchedDisk(servers.root, refuse).install(patched)
         one.delete("a")
-        two.look()
+        two.poll()
         assert two.entries() == []
     two.add(make(2), "b")  # writes the record that had no room
     assert sorted(path.name for path in (servers.root / "names").iterdir()) == ["a.json", "b.json"]
-    assert two.history("a")[-1].event == "deleted"
+    assert history_of(two, "a")[-1].event == "deleted"
 
 
 # What another server needs
@@ -182,18 +183,18 @@ def test_a_deletion_on_a_full_disk_is_seen(
 def test_bytes_that_another_server_holds_stay(servers: Servers, make: Make) -> None:
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
+    two.poll()
     two.pin(entry.digest)
-    two.beat()
+    two.heartbeat()
     one.delete("a")
     for _ in range(5):
-        one.beat()
-        two.beat()
+        one.heartbeat()
+        two.heartbeat()
     assert servers.objects == {entry.digest}
     assert two.load(entry.digest).digest == entry.digest
     two.unpin(entry.digest)
-    two.beat()
-    one.beat()
+    two.heartbeat()
+    one.heartbeat()
     assert servers.objects == set()
 
 
@@ -202,20 +203,20 @@ def test_a_pin_that_the_other_server_has_not_written_down_yet_keeps_the_bytes(
 ) -> None:
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
-    two.beat()
+    two.poll()
+    two.heartbeat()
     two.pin(entry.digest)  # between two beats
     one.delete("a")
-    one.beat()
+    one.heartbeat()
     assert servers.objects == {entry.digest}
-    two.beat()
-    two.beat()
-    one.beat()
+    two.heartbeat()
+    two.heartbeat()
+    one.heartbeat()
     assert servers.objects == {entry.digest}
     assert two.load(entry.digest).digest == entry.digest
     two.unpin(entry.digest)
     for server in (two, one):
-        server.beat()
+        server.heartbeat()
     assert servers.objects == set()
 
 
@@ -225,12 +226,12 @@ def test_a_lease_is_written_under_the_lock_and_after_reading(
     """Or a deletion could come between, of what is pinned after the writing."""
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
+    two.poll()
     one.delete("a")
     assert two.entries() == [entry]
-    write = two._changes._leases.beat
+    write = two._changes._leases.heartbeat
 
-    def beat(held: Set[str]) -> None:
+    def heartbeat(held: Set[str]) -> None:
         assert two.entries() == []
         with pytest.raises(UnknownInterventionError):
             two.pin(entry.digest)
@@ -238,8 +239,8 @@ def test_a_lease_is_written_under_the_lock_and_after_reading(
             pass
         write(held)
 
-    monkeypatch.setattr(two._changes._leases, "beat", beat)
-    two.beat()
+    monkeypatch.setattr(two._changes._leases, "heartbeat", heartbeat)
+    two.heartbeat()
     assert two._changes._leases.own.reads == 1
 
 
@@ -249,18 +250,18 @@ def test_bytes_stay_until_every_server_has_read_the_deletion_twice(
     """Once may have been between its reading and its writing when the name went."""
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
+    two.poll()
     one.delete("a")
     for _ in range(3):
-        one.beat()
+        one.heartbeat()
         assert servers.objects == {entry.digest}
-    two.beat()
-    one.beat()
+    two.heartbeat()
+    one.heartbeat()
     assert servers.objects == {entry.digest}
     with pytest.raises(UnknownInterventionError):  # it has read the deletion
         two.pin(entry.digest)
-    two.beat()
-    one.beat()
+    two.heartbeat()
+    one.heartbeat()
     assert servers.objects == set()
 
 
@@ -270,15 +271,15 @@ def test_a_name_that_came_and_went_again_starts_the_count_anew(
     one, two, third = servers.open(), servers.open(), servers.open()
     entry = one.add(make(1), "a")
     one.delete("a")
-    two.beat()
-    two.beat()  # as far as the first deletion goes, the bytes may go
+    two.heartbeat()
+    two.heartbeat()  # as far as the first deletion goes, the bytes may go
     third.add(make(1), "b")
-    two.look()
+    two.poll()
     two.pin(entry.digest)
     third.delete("b")
-    third.beat()
-    third.beat()
-    one.beat()
+    third.heartbeat()
+    third.heartbeat()
+    one.heartbeat()
     assert servers.objects == {entry.digest}
     assert two.load(entry.digest).digest == entry.digest
 
@@ -320,7 +321,7 @@ def test_a_default_keeps_its_name_at_every_server(
 def test_what_a_default_means_is_not_kept_once_it_is_gone(servers: Servers, make: Make) -> None:
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
+    two.poll()
     one.delete("a")
     with pytest.raises(UnknownInterventionError):
         two.keep_default({"a": entry.digest})
@@ -331,7 +332,7 @@ def test_a_default_must_mean_what_it_meant_when_it_was_given(servers: Servers, m
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
     one.add(make(1), "b")
-    two.look()
+    two.poll()
     one.add(make(2), "a")
     with pytest.raises(UnknownInterventionError, match='"a" has just been replaced'):
         two.keep_default({"b": entry.digest, "a": entry.digest})
@@ -339,9 +340,9 @@ def test_a_default_must_mean_what_it_meant_when_it_was_given(servers: Servers, m
     with pytest.raises(UnknownInterventionError, match='no intervention "a"'):
         two.keep_default({"b": entry.digest, "a": entry.digest})
     assert one.delete("b") == entry.digest
-    two.beat()
-    two.beat()
-    one.beat()
+    two.heartbeat()
+    two.heartbeat()
+    one.heartbeat()
     assert servers.objects == set()
 
 
@@ -360,7 +361,7 @@ def test_a_default_that_cannot_be_noted_is_not_kept(
             two.keep_default({"a": entry.digest})
         with pytest.raises(RegistryBusyError):  # nobody knows what it holds
             one.delete("a")
-    two.beat()
+    two.heartbeat()
     assert one.delete("a") == entry.digest
 
 
@@ -382,15 +383,15 @@ def test_a_server_that_starts_on_a_full_disk_keeps_its_default(
         one.add(make(2), "a")  # it cannot know
         one.delete("a")
         for _ in range(3):
-            one.beat()
-            two.beat()
+            one.heartbeat()
+            two.heartbeat()
     assert two.load(entry.digest).digest == entry.digest
-    two.beat()
+    two.heartbeat()
     with pytest.raises(NameInUseError, match="Another server's default"):
         one.add(make(2), "a")
     for _ in range(3):
-        one.beat()
-        two.beat()
+        one.heartbeat()
+        two.heartbeat()
     assert two.load(entry.digest).digest == entry.digest
 
 
@@ -400,7 +401,7 @@ def test_a_default_is_kept_by_a_server_whose_lease_was_taken_for_dead(
     clock = Clock()
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
-    one.beat()
+    one.heartbeat()
     clock.watch(one, 60)
     assert len(servers.leases) == 1
     two.keep_default({"a": entry.digest})
@@ -418,7 +419,7 @@ def test_a_server_that_was_killed_holds_nothing(servers: Servers, make: Make) ->
     staged = two.stage()
     staged.write(b"half")
     assert [path.read_bytes() for path in (servers.root / "tmp").iterdir()] == [b"half"]
-    one.beat()
+    one.heartbeat()
     assert len(list((servers.root / "tmp").iterdir())) == 1
     servers.crash(two)
     assert one.delete("a") == entry.digest
@@ -433,11 +434,11 @@ def test_a_lease_that_stopped_beating_for_a_minute_is_dead(servers: Servers, mak
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
     two.keep_default({"a": entry.digest})
-    one.beat()
+    one.heartbeat()
     clock.watch(one, 50)
     with pytest.raises(NameInUseError):
         one.delete("a")
-    two.beat()
+    two.heartbeat()
     clock.watch(one, 60)
     with pytest.raises(NameInUseError):
         one.delete("a")
@@ -452,7 +453,7 @@ def test_time_in_which_nobody_looked_does_not_end_a_lease(servers: Servers, make
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
     two.keep_default({"a": entry.digest})
-    one.beat()
+    one.heartbeat()
     for _ in range(2):
         clock.now += 3600
         with pytest.raises(NameInUseError):
@@ -468,15 +469,15 @@ def test_a_server_that_comes_back_writes_its_lease_again(servers: Servers, make:
     kept, gone = one.add(make(1), "kept"), one.add(make(2), "gone")
     two.keep_default({"kept": kept.digest})
     two.pin(gone.digest)
-    two.beat()
-    one.beat()
+    two.heartbeat()
+    one.heartbeat()
     clock.watch(one, 60)
     assert one.delete("gone") == gone.digest
     assert servers.objects == {kept.digest}
     assert len(servers.leases) == 1
     with pytest.raises(RegistryError):  # it knows not yet, and says it when it needs the bytes
         two.load(gone.digest)
-    two.beat()
+    two.heartbeat()
     assert len(servers.leases) == 2
     assert two.known("gone")
     assert [entry.name for entry in two.entries()] == ["kept"]
@@ -490,19 +491,19 @@ def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Ma
     one = servers.open(clock)
     two = servers.open()
     one.add(make(1), "a")
-    two.look()
+    two.poll()
     path = next(path for path in servers.leases if two._changes._leases.path == path)
     whole = path.read_bytes()
     for content in (b"{", whole[:40], b"{}", whole.replace(b'"reads"', b'"roads"'), b"\xff"):
         path.write_bytes(content)
         with pytest.raises(RegistryBusyError, match="lease of another server"):
             one.delete("a")
-        one.beat()
+        one.heartbeat()
     path.write_bytes(whole)
     entry = one.get("a")
     one.delete("a")
     path.write_bytes(b"{")
-    one.beat()
+    one.heartbeat()
     assert servers.objects == {entry.digest}
     clock.watch(one, 60)
     assert servers.objects == set()
@@ -513,7 +514,7 @@ def test_a_lease_says_who_holds_what(servers: Servers, make: Make) -> None:
     entry, other = one.add(make(1), "a"), one.add(make(2), "b")
     one.keep_default({"a": entry.digest})
     one.pin(other.digest)
-    one.beat()
+    one.heartbeat()
     [path] = servers.leases
     lease = json.loads(path.read_bytes())
     assert lease["process"] == os.getpid()
@@ -521,7 +522,7 @@ def test_a_lease_says_who_holds_what(servers: Servers, make: Make) -> None:
     assert sorted(lease["held"]) == sorted((entry.digest, other.digest))
     assert lease["reads"] == 1
     one.unpin(other.digest)
-    one.beat()
+    one.heartbeat()
     assert json.loads(path.read_bytes())["held"] == [entry.digest]
 
 
@@ -529,17 +530,17 @@ def test_a_lease_lives_on_while_another_server_is_slow(
     servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("interventions.changes.LOCK_SECONDS", 0.05)
-    monkeypatch.setattr("interventions.changes._LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("interventions.changes._POLL_SECONDS", 0.05)
     clock = Clock()
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
-    one.beat()
+    one.heartbeat()
     for _ in range(10):
         with one._folder.locked():
-            two.beat()
+            two.heartbeat()
             with pytest.raises(RegistryBusyError, match="nothing was changed"):
                 two.delete("a")
-            two.look()
+            two.poll()
         clock.watch(one, 10)
     assert len(servers.leases) == 2
     assert one.get("a") == entry
@@ -555,9 +556,9 @@ def test_a_watched_registry_beats_whatever_its_looks_come_to(
     def fail() -> None:
         raise ValueError("a fault")
 
-    monkeypatch.setattr(one, "look", fail)
-    monkeypatch.setattr(one, "beat", beaten.set)
-    with watched(one, look_seconds=0.01, beat_seconds=0.01):
+    monkeypatch.setattr(one, "poll", fail)
+    monkeypatch.setattr(one, "heartbeat", beaten.set)
+    with polling(one, poll_seconds=0.01, heartbeat_seconds=0.01):
         assert beaten.wait(30)
     assert "could not be watched" in caplog.text
 
@@ -566,19 +567,19 @@ def test_a_beat_that_cannot_read_the_names_lets_nothing_go(
     servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is not pinned just then may be pinned again, as the deletion is not shown yet."""
-    monkeypatch.setattr("interventions.changes._LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("interventions.changes._POLL_SECONDS", 0.05)
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
+    two.poll()
     two.pin(entry.digest)
     one.delete("a")
-    two.beat()
-    two.beat()
+    two.heartbeat()
+    two.heartbeat()
     with one._folder.locked():
         two.unpin(entry.digest)
-        two.beat()
+        two.heartbeat()
         two.pin(entry.digest)
-    one.beat()
+    one.heartbeat()
     assert two.load(entry.digest).digest == entry.digest
     two.unpin(entry.digest)
 
@@ -589,13 +590,13 @@ def test_a_beat_that_cannot_read_the_names_lets_nothing_go(
 def test_a_folder_that_vanishes_and_comes_back(servers: Servers, make: Make) -> None:
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
-    two.look()
+    two.poll()
     assert two.problem() is None
     away = servers.root.with_name("away")
     servers.root.rename(away)
     for _ in range(2):
-        two.look()
-        two.beat()
+        two.poll()
+        two.heartbeat()
         problem = two.problem()
         assert problem is not None
         assert str(servers.root) not in problem
@@ -608,16 +609,16 @@ def test_a_folder_that_vanishes_and_comes_back(servers: Servers, make: Make) -> 
             two.add(make(2), "b")
         assert not servers.root.exists()
     servers.root.mkdir()  # as an empty mount point
-    two.look()
+    two.poll()
     assert two.problem() is not None
     assert list(servers.root.iterdir()) == []
     servers.root.rmdir()
     away.rename(servers.root)
-    two.look()
+    two.poll()
     assert two.problem() is None
     assert two.load(entry.digest).digest == entry.digest
     assert two.add(make(2), "b").name == "b"
-    one.look()
+    one.poll()
     assert one.known("b")
 
 
@@ -630,8 +631,8 @@ def test_a_folder_that_comes_back_with_names_and_objects_alone(
     for name in ("leases", "tmp"):
         shutil.rmtree(servers.root / name)
     (servers.root / "lock").unlink()
-    one.look()
-    one.beat()
+    one.poll()
+    one.heartbeat()
     assert len(servers.leases) == 1
     assert one.add(make(2), "b").name == "b"
 
@@ -661,23 +662,23 @@ def test_a_file_that_could_not_be_read_once_is_read_again(
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     monkeypatch.setattr(Path, "open", open_file)
-    two.look()
-    two.look()
+    two.poll()
+    two.poll()
     with pytest.raises(DamagedInterventionError):
         two.get("a")
     assert two.problem() is None
     monkeypatch.undo()
-    two.look()
+    two.poll()
     assert two.get("a") == entry
-    assert two.damaged() == ()
+    assert damaged_files(two) == ()
     two.add(make(2), "a")
-    assert len(two.history("a")) == 2
+    assert len(history_of(two, "a")) == 2
 
 
 def test_a_registry_that_cannot_be_opened_leaves_no_lease(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(reader: FolderReader) -> Found:
+    def refuse(reader: FolderReader) -> FolderContents:
         raise OSError(errno.EIO, "Input/output error")
 
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -694,8 +695,8 @@ def test_a_registry_that_is_closed_leaves_nothing_open(servers: Servers, make: M
     one = servers.open()
     entry = one.add(make(1), "a")
     one.keep_default({"a": entry.digest})
-    one.look()
-    one.beat()
+    one.poll()
+    one.heartbeat()
     with pytest.raises(NameInUseError):
         one.delete("a")
     one.close()
@@ -703,7 +704,7 @@ def test_a_registry_that_is_closed_leaves_nothing_open(servers: Servers, make: M
     assert servers.leases == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     with pytest.raises(RegistryError, match="closed"):
-        one.beat()
+        one.heartbeat()
 
 
 def test_a_change_that_does_not_end_does_not_keep_a_registry_from_closing(
@@ -711,7 +712,7 @@ def test_a_change_that_does_not_end_does_not_keep_a_registry_from_closing(
 ) -> None:
     monkeypatch.setattr("interventions.changes.LOCK_SECONDS", 0.05)
     one = servers.open()
-    with one._changes._using:  # as a thread that waits for a disk
+    with one._changes._thread_lock:  # as a thread that waits for a disk
         one.close()
         assert "does not end" in caplog.text
         assert len(servers.leases) == 1

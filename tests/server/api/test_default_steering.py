@@ -15,6 +15,7 @@ from server.config import ConfigurationError
 from server.engine.base import StepFailedError, UnservableInterventionError
 from server.engine.torch.engine import TorchEngine
 from steering.affine import AffineMap
+from tests.catalogues import names_of
 from tests.conftest import LoadTiny, MakeClient, WriteArtifact
 from tests.manifests import manifest_of
 from tests.serving import Script, build_app, bytes_of, complete, error_of, push, text_of
@@ -115,7 +116,7 @@ async def test_both_of_two_names_do_not_go_at_once(
         *(client.delete(f"/v1/interventions/{name}") for name in ("maps", "same"))
     )
     assert sorted(answer.status_code for answer in answers) == [200, 409]
-    assert len(registry.names_of(digest)) == 1
+    assert len(names_of(registry, digest)) == 1
 
 
 async def test_a_digest_of_a_names_past_is_kept_with_the_name(

@@ -73,9 +73,9 @@ async def test_the_deadline_ends_what_comes_before_admission(context: ServerCont
     group = GenerationGroup(
         context.engine, context.metrics, steering, time.perf_counter(), 0.05, RECORD
     )
-    assert await group.in_time(asyncio.sleep(0, "read")) == "read"
+    assert await group.before_deadline(asyncio.sleep(0, "read")) == "read"
     with pytest.raises(ApiError) as caught:
-        await group.in_time(asyncio.Event().wait())
+        await group.before_deadline(asyncio.Event().wait())
     assert caught.value.code == "request_timeout"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from interventions.registry import Registry
-from server.api.limits import UPLOAD_PATH, _Allowance
+from server.api.limits import UPLOAD_PATH, _BodyLimits
 from server.engine.torch.engine import TorchEngine
 from tests.live import LiveServer, live
 from tests.serving import build_app, eventually
@@ -81,7 +81,7 @@ def test_an_upload_may_take_as_long_as_it_keeps_its_pace(
     monkeypatch: pytest.MonkeyPatch, seconds: float, received: int, left: float
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 5 + seconds)
-    allowance = _Allowance(size=10**9, pause=30, seconds=30, rate=1000)
+    allowance = _BodyLimits(size=10**9, pause=30, seconds=30, rate=1000)
     assert allowance.time_left(5, received) == left
 
 
@@ -90,7 +90,7 @@ def test_another_body_has_its_time_whatever_its_pace(
     monkeypatch: pytest.MonkeyPatch, seconds: float, left: float
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: seconds)
-    allowance = _Allowance(size=10**9, pause=30, seconds=600, rate=math.inf)
+    allowance = _BodyLimits(size=10**9, pause=30, seconds=600, rate=math.inf)
     assert allowance.time_left(0, 10**8) == left
 
 

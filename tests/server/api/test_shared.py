@@ -10,8 +10,9 @@ import pytest
 from pydantic import JsonValue
 
 from interventions.registry import Registry
-from interventions.watch import watched
+from interventions.watch import polling
 from server.engine.torch.engine import TorchEngine
+from tests.catalogues import history_of
 from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
 from tests.engines import close_checked
 from tests.serving import Json, build_app, bytes_of, complete, error_of, eventually, push, text_of
@@ -47,7 +48,7 @@ class Replicas:
         """One more; where nobody watches, the test says when it looks."""
         registry = self._stack.enter_context(Registry(self.root))
         if watching:
-            self._stack.enter_context(watched(registry))
+            self._stack.enter_context(polling(registry))
         engine = TorchEngine(
             self._load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS
         )
@@ -80,7 +81,7 @@ async def test_an_upload_is_served_everywhere_and_all_say_the_same(
     await push(two.client, affine_artifact("maps", seed=1))
     await push(two.client, affine_artifact("other", seed=2))
     assert (await two.client.delete("/v1/interventions/maps")).status_code == 200
-    await eventually(lambda: len(one.registry.history("maps")) == 3)
+    await eventually(lambda: len(history_of(one.registry, "maps")) == 3)
     assert await one.list() == await two.list()
     answer = await complete(one.client, steering=steering)
     assert (answer.status_code, error_of(answer)["code"]) == (404, "intervention_not_found")
@@ -132,8 +133,8 @@ async def test_a_folder_that_cannot_be_read_for_a_while(
     listed = await server.list()
     away = replicas.root.with_name("away")
     replicas.root.rename(away)
-    registry.look()
-    registry.beat()
+    registry.poll()
+    registry.heartbeat()
     refused = [
         await client.get("/ready"),
         await complete(client, steering={"intervention": "other"}),
@@ -156,7 +157,7 @@ async def test_a_folder_that_cannot_be_read_for_a_while(
     assert (await client.get("/health")).status_code == 200
 
     away.rename(replicas.root)
-    registry.look()
+    registry.poll()
     assert (await client.get("/ready")).status_code == 200
     assert (await complete(client, steering={"intervention": "other"})).status_code == 200
     await push(client, affine_artifact("new", seed=2))

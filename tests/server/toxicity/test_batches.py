@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from server.toxicity.batches import DOWN_AFTER, score_batch
+from server.toxicity.batches import MAX_FAILURES_IN_A_ROW, score_batch
 from server.toxicity.scorer import ScoringError
 
 
@@ -48,7 +48,7 @@ def test_a_scorer_that_is_down_is_not_asked_for_each() -> None:
     results = score_batch(scorer, ["bad"] * 64)
     assert len(results) == 64
     assert all(isinstance(result, ScoringError) for result in results)
-    assert len(scorer.asked) == 1 + DOWN_AFTER
+    assert len(scorer.asked) == 1 + MAX_FAILURES_IN_A_ROW
 
 
 @pytest.mark.parametrize(

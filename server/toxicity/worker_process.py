@@ -25,11 +25,11 @@ _ENVIRONMENT: Final = {
 }
 
 
-class LostChildError(ScoringError):
-    """The worker has ended, was killed, or broke the protocol; its `Child` is to be closed."""
+class WorkerLostError(ScoringError):
+    """The worker has ended, was killed, or broke the protocol; the caller has to close it."""
 
 
-class Child:
+class WorkerProcess:
     """One worker process. While a thread talks to it, other threads may only call `kill`."""
 
     def __init__(self, spec: str) -> None:
@@ -74,21 +74,21 @@ class Child:
         """Wait until the worker has loaded its scorer; return at once if it has already.
 
         Raises:
-            LostChildError: the worker cannot load its scorer, and says why; or it hangs, see
+            WorkerLostError: the worker cannot load its scorer, and says why; or it hangs, see
                 `Watchdog`.
         """
         if self._ready:
             return
         reply = self._converse(b"", seconds)
         if "error" in reply:
-            raise LostChildError(str(reply["error"]))
+            raise WorkerLostError(str(reply["error"]))
         self._ready = True
 
     def ask(self, texts: Sequence[str], seconds: float) -> dict[str, object]:
         """Send texts to the worker and return its answer, as the worker writes it.
 
         Raises:
-            LostChildError: the worker has ended, or hung and was killed, see `Watchdog`.
+            WorkerLostError: the worker has ended, or hung and was killed, see `Watchdog`.
         """
         before = processor_seconds(self.pid)
         try:
@@ -97,7 +97,7 @@ class Child:
             self.processor_seconds += max(0.0, processor_seconds(self.pid) - before)
 
     def kill(self) -> None:
-        """Kill the worker; a thread that waits for its answer gets a LostChildError."""
+        """Kill the worker; a thread that waits for its answer gets a WorkerLostError."""
         self._process.kill()
 
     def close(self) -> None:
@@ -118,11 +118,11 @@ class Child:
         if answer.endswith(b"\n"):
             return _parse(answer)
         if watchdog.killed_after is not None:
-            raise LostChildError(
+            raise WorkerLostError(
                 f"the toxicity scorer has not answered in {watchdog.killed_after:.3g} s and was "
                 "ended"
             )
-        raise LostChildError("the toxicity scorer's process has died")
+        raise WorkerLostError("the toxicity scorer's process has died")
 
     def _exchange(self, line: bytes) -> bytes:
         """Send a line; return the worker's line, or less than one if the worker has ended."""
@@ -141,9 +141,9 @@ def _parse(line: bytes) -> dict[str, object]:
     try:
         reply = json.loads(line)
     except ValueError as error:
-        raise LostChildError("the toxicity scorer's process has not answered in JSON") from error
+        raise WorkerLostError("the toxicity scorer's process has not answered in JSON") from error
     if not isinstance(reply, dict):
-        raise LostChildError("the toxicity scorer's process has not answered with an object")
+        raise WorkerLostError("the toxicity scorer's process has not answered with an object")
     return reply
 
 
