@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        # Pydantic would show every wrong value, keys too. The validators below show other values.
+        # Pydantic would show every wrong value, even a key; the validators show the others.
         hide_input_in_errors=True,
         # The string below a field describes it on the command line and in docs/options.md.
         use_attribute_docstrings=True,
@@ -151,18 +151,17 @@ class Settings(BaseSettings):
     max_artifact_bytes: int = Field(default=256 * MIB, ge=1024)
     """Largest artifact, in bytes."""
     max_completions_per_request: int = Field(default=128, ge=1)
-    """Most completions of one request, which are prompts times n, and three times that with
-    compare."""
+    """Most completions of one request: prompts times n, and three times as many with compare."""
     body_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
-    """Seconds that a client may pause within a request's body, or leave a new connection without a
-    request."""
+    """Seconds that a client may pause within a request's body, or before the first request of a
+    connection."""
     min_upload_rate: int = Field(default=16 * 1024, ge=1)
     """Lowest average rate of an upload, in bytes a second, after a grace time of --body-timeout
     seconds."""
     keep_alive: float = Field(default=65.0, gt=0, allow_inf_nan=False)
     """Seconds that a connection stays open after an answer if no further request comes."""
     write_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """Seconds after which a client is cut off that reads nothing of its answer."""
+    """Seconds after which a client that reads nothing of its answer is cut off."""
     default_max_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of a chat's answer if the request sets no limit; if unset, as many as the context
     has left, as with OpenAI."""
@@ -172,20 +171,20 @@ class Settings(BaseSettings):
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running and waiting requests may go on after SIGTERM."""
     shutdown_keep_alive: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Seconds that a connection without a request stays open after SIGTERM; a request that comes on
-    it is served. Behind a proxy: longer than it keeps idle connections."""
+    """Seconds that an idle connection stays open after SIGTERM; requests on it are served. Behind a
+    proxy, set more than the proxy keeps idle connections."""
 
     toxicity_scorer: Annotated[str, Field(min_length=1), AfterValidator(_check_scorer)] = "embedded"
     """Scorer of the completions' toxicity: embedded, hf:MODEL, http:URL, or none."""
     toxicity_queue_size: int = Field(default=1024, ge=1)
-    """Most completions that may wait for a score that no client asks for; further ones get none."""
+    """Most completions that may wait for a score that no client asks for; others are not scored."""
     toxicity_share: float = Field(default=0.03, gt=0, le=1)
-    """Share of one processor's time for scores that no client asks for, while completions are
-    generated."""
+    """Share of one processor's time that scores which no client asks for may take while completions
+    are generated."""
     baseline_sample_rate: float = Field(default=0.0, ge=0, le=1)
-    """Share of steered requests whose unsteered answer is generated and scored too."""
+    """Share of steered requests for which the unsteered answer is generated and scored too."""
     dose_interval: int = Field(default=16, ge=0)
-    """The size of edits is measured in one of this many steered steps; 0 measures it never."""
+    """Number of steered steps for each step in which the size of edits is measured; 0 for never."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log."""
     log_content: bool = False
@@ -196,7 +195,7 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(default=None, ge=2)
     """Most tokens of a prompt and its completion together; if unset, the model's own limit."""
     max_waiting: int = Field(default=256, ge=1)
-    """Most completions that may wait while others run; further ones are refused."""
+    """Most completions that may wait while others run; a request for more is refused."""
     max_batch_size: int = Field(default=64, ge=1)
     """Most completions that run at once."""
     max_batch_tokens: int = Field(default=512, ge=1)
@@ -210,9 +209,9 @@ class Settings(BaseSettings):
     cuda_graphs: bool = True
     """Replay steps that only decode as CUDA graphs, on a GPU whose KV cache is in pages."""
     compile_layers: bool = True
-    """On a CPU, compile the layers in the background, and the reward refinement at start."""
+    """On a CPU, compile the layers in the background, and the reward edits at the start."""
     prefix_cache: bool = True
-    """Keep the keys and values of prompts for later requests that begin with the same tokens."""
+    """Keep the keys and values of prompts for later requests that begin with equal tokens."""
     check_invariants: bool = False
     """Check the engine's bookkeeping after every step; slow."""
 

@@ -53,7 +53,7 @@ class IdleConnections:
         self._idle: Mapping[Connection, _Idle] = {}
 
     def close(self, connections: Iterable[Connection], now: float) -> None:
-        """Look at all connections, and close those that were idle too long; to be called often.
+        """Close the connections that were idle too long; to be called often.
 
         Args:
             now: the time in seconds, by any monotonic clock.
@@ -66,7 +66,7 @@ class IdleConnections:
                 continue
             resting = connection.between_requests
             before = self._idle.get(connection)
-            # A whole request may have come and been answered since the last look.
+            # A whole request may have come and been answered since the last call.
             if before is None or before.after is not cycle or before.between_requests != resting:
                 before = _Idle(cycle, resting, now)
             idle[connection] = before
@@ -94,7 +94,7 @@ class StalledConnections:
         self._unsent: dict[asyncio.Transport, _Unsent] = {}
 
     def cut(self, transports: Iterable[asyncio.Transport], now: float) -> None:
-        """Look at all connections, and abort those that have stalled; to be called often.
+        """Abort the connections that have stalled; to be called often.
 
         Args:
             now: the time in seconds, by any monotonic clock.

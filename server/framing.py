@@ -1,4 +1,4 @@
-"""The reading and writing of HTTP/1.1 on one connection: h11's, where it is too lax."""
+"""Reads and writes HTTP/1.1 on one connection, more strictly than h11."""
 
 from typing import Any, Final
 
@@ -10,23 +10,23 @@ _EVENT_STREAM: Final = b"text/event-stream"
 
 
 class ServerState(UvicornState):
-    """What all connections of a server share."""
+    """The state that all connections of a server share."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.closes_connections = False  # whether each connection's next answer is its last one
+        self.closes_connections = False  # True if each connection is closed after its next answer
 
 
 class HttpConnection(h11.Connection):
-    """h11's connection, which refuses ambiguous bodies, and remembers what it could not read."""
+    """h11's connection, which also refuses ambiguous bodies, and remembers the fault."""
 
     def __init__(self, server_state: ServerState) -> None:
         super().__init__(h11.SERVER, LONGEST_HEAD)
         self._server_state = server_state
         self.problem = h11.RemoteProtocolError("the request is not HTTP")
         self.method: bytes | None = None
-        self.streams_events = False  # whether the answer, if begun, is an event stream
-        self.events = 0  # read so far
+        self.streams_events = False  # True if the answer has begun and is an event stream
+        self.events = 0  # number of events read so far
 
     def start_next_cycle(self) -> None:
         """Get ready for the connection's next request."""
@@ -34,10 +34,10 @@ class HttpConnection(h11.Connection):
         self.method = None
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Return what came next.
+        """Return the next event.
 
         Raises:
-            h11.RemoteProtocolError: the client has sent no HTTP, or two lengths of one body.
+            h11.RemoteProtocolError: the data is not HTTP/1, or a body has two lengths.
         """
         try:
             event = super().next_event()
@@ -64,7 +64,7 @@ class HttpConnection(h11.Connection):
 
 
 def _with_connection_close(answer: h11.Response) -> h11.Response:
-    """Return an answer that says that its connection is closed after it."""
+    """Return the answer with the header `Connection: close`."""
     headers = [header for header in answer.headers if header[0] != b"connection"]
     return h11.Response(
         status_code=answer.status_code,
@@ -80,7 +80,7 @@ def _check_version(request: h11.Request) -> None:
 
 
 def _check_framing(request: h11.Request) -> None:
-    """Refuse a request whose body's end another server may see elsewhere (request smuggling)."""
+    """Refuse a request whose body may end elsewhere for another server (request smuggling)."""
     names = {name for name, _ in request.headers}
     if b"transfer-encoding" not in names:
         return

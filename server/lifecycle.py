@@ -1,4 +1,4 @@
-"""The process: serving, draining after a signal, stopping when the engine dies."""
+"""Runs the server's process: serves, drains after a signal, and stops when the engine dies."""
 
 import asyncio
 import logging
@@ -19,21 +19,20 @@ from server.framing import ServerState
 from server.listening import stop_listening
 from server.protocol import HttpProtocol
 
-# How long answers that the closed engine has ended may take to reach their readers.
+# Seconds for the error answers of ended requests to reach their clients.
 _FINAL_ERRORS_SECONDS: Final = 5
 _TICK_SECONDS: Final = 0.1
 
-logger = logging.getLogger("uvicorn.error")  # the one that uvicorn lets an operator see
+logger = logging.getLogger("uvicorn.error")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server, which drains in the time that it is given, and outlives no engine.
+    """Uvicorn's server, which drains after a signal, and stops when the engine dies.
 
-    The first SIGTERM or SIGINT lets running and waiting requests go on for `shutdown_timeout`
-    seconds, then closes the engine, which ends them with an error. Connections that are open may
-    bring a further request until they have been idle for `shutdown_keep_alive` seconds. A second
-    signal ends the process at once. When the engine has died, the server stops by itself; when it
-    is stuck in a step, the process ends as soon as everybody has been told.
+    After the first SIGTERM or SIGINT, running and waiting requests may go on for `shutdown_timeout`
+    seconds; then the engine is closed, which ends them with an error. An open connection is served
+    until it has been idle for `shutdown_keep_alive` seconds. A second signal ends the process at
+    once. If the engine is stuck in a step, the process ends once all requests are answered.
     """
 
     server_state: ServerState
@@ -46,15 +45,15 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
-            # Over h11: the only one that bounds a request's head, which comes before any key.
+            # h11 bounds a request's head, which comes before any key; httptools does not.
             http=HttpProtocol,
-            # `IdleConnections` closes in time; this is for what it cannot see.
+            # `IdleConnections` closes idle connections; this is a second safeguard.
             timeout_keep_alive=math.ceil(settings.keep_alive),
             ws="none",
             log_level="info",
             access_log=False,
-            log_config=None,  # whoever starts the process has set logging up
-            # Closing the engine ends generations; this ends what still hangs then, uploads too.
+            log_config=None,  # `configure_logging` was called before
+            # Ends requests that outlive the closed engine, such as uploads.
             timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _FINAL_ERRORS_SECONDS,
         )
         super().__init__(config)
@@ -69,7 +68,7 @@ class Server(uvicorn.Server):
         self._idle = IdleConnections(settings.body_timeout, settings.keep_alive)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal, or until the engine dies."""
+        """Serve until a signal comes or the engine dies."""
         watching = asyncio.create_task(self._watch_connections())
         try:
             await super().serve(sockets)
@@ -77,15 +76,15 @@ class Server(uvicorn.Server):
             watching.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; end at once, with a shell's status for it, at the second."""
-        # Not uvicorn's own: that one raises the signal again at the end, so that a clean stop would
-        # look like a kill, and a second SIGTERM would change nothing.
+        """Drain at the first signal; at the second, exit at once with a shell's status for it."""
+        # Uvicorn's own handler raises the signal again at the end, so that a clean stop looks like
+        # a kill, and ignores a second SIGTERM.
         if self.should_exit:
             os._exit(128 + sig)
-        self.should_exit = True  # uvicorn looks at it with every tick, then calls `shutdown`
+        self.should_exit = True  # uvicorn then calls `shutdown` at its next tick
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to stop serving; uvicorn asks ten times a second."""
+        """Return whether to stop serving; uvicorn calls this ten times a second."""
         if not self._engine.ready and not self._lifecycle.stopping:
             logger.critical("The engine has died; the server stops, to be started empty_copy.")
             self.engine_died = True
@@ -95,7 +94,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no new work, let the old come to its end, and end it when its time is over."""
+        """Take no new requests, and end the others after `shutdown_timeout` seconds."""
         drained = asyncio.Event()
         closing = asyncio.create_task(self._close_engine(drained))
         await stop_listening(self.servers, self._protocol)
@@ -115,10 +114,10 @@ class Server(uvicorn.Server):
         return HttpProtocol(self.config, self.server_state, self.lifespan.state)
 
     async def _serve_last_requests(self) -> None:
-        """Serve what comes on open connections, until there are none, or the time is over.
+        """Serve requests on open connections until there are none, or the time is over.
 
-        A proxy may be sending a request on a connection at the moment that it is closed. It could
-        not know then whether the request was begun, and so could not send it to another server.
+        If a proxy's connection is closed while the proxy sends a request on it, the proxy cannot
+        know whether the request was begun, and so cannot send it to another server.
         """
         if not self._last_idle_seconds:
             return
@@ -134,7 +133,7 @@ class Server(uvicorn.Server):
 
     async def _until_no_connections(self) -> None:
         while True:
-            await asyncio.sleep(_TICK_SECONDS)  # first: what was just accepted is not there yet
+            await asyncio.sleep(_TICK_SECONDS)  # uvicorn registers an accepted connection later
             if not (self.server_state.connections and self._engine.ready):
                 return
 
@@ -146,7 +145,7 @@ class Server(uvicorn.Server):
             count = len(self.server_state.tasks)
             logger.warning("%g s are over: ending %d request(s)", self._drain_seconds, count)
         if self._scoring is not None:
-            await self._scoring.close()  # some may have their text, and wait for its score
+            await self._scoring.close()  # ends requests that wait for a score
         return await self._engine.close()
 
     async def _watch_connections(self) -> None:

@@ -1,4 +1,4 @@
-"""The end of listening: whoever has connected by then is answered."""
+"""Stops listening without losing connections that clients have already opened."""
 
 import asyncio
 import os
@@ -10,29 +10,29 @@ from contextlib import closing, suppress
 async def stop_listening(
     servers: Iterable[asyncio.Server], protocol: Callable[[], asyncio.Protocol]
 ) -> None:
-    """Close the listening sockets, and serve the connections that wait there to be accepted.
+    """Close the listening sockets, and serve the connections that wait to be accepted.
 
     The system completes a connection before the process accepts it, and resets it when the
-    listening socket is closed. Its client may have sent a request by then, and could not tell
-    whether it was begun; one that connects later is refused, and knows that it was not.
+    listening socket is closed. A client that has sent a request by then could not tell whether the
+    request was begun. A client that connects later is refused, and knows that it was not.
 
     Args:
-        protocol: makes what serves one connection.
+        protocol: makes the protocol of one connection.
     """
     waiting = [connection for server in servers for connection in _close(server)]
     loop = asyncio.get_running_loop()
     for connection in waiting:
-        with suppress(OSError):  # its client has left
+        with suppress(OSError):  # the client has left
             await loop.connect_accepted_socket(protocol, connection)
 
 
 def _close(server: asyncio.Server) -> list[socket.socket]:
-    """Close a server's listening sockets; returns the connections that waited there."""
+    """Close a server's listening sockets; return the connections that waited to be accepted."""
     copies = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
     server.close()  # the copies still listen
     waiting: list[socket.socket] = []
     for copy in copies:
-        with closing(copy), suppress(OSError):  # none waits any more
+        with closing(copy), suppress(OSError):  # `accept` raises once no connection waits
             copy.setblocking(False)
             while True:
                 waiting.append(copy.accept()[0])

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol over h11, where it is too lax or too curt."""
+"""Serves HTTP/1.1 on one connection, more strictly and with clearer errors than uvicorn."""
 
 import os
 import socket
@@ -16,26 +16,26 @@ from server.api.errors import ApiError
 from server.api.observe import REQUEST_ID_HEADER
 from server.framing import HttpConnection, ServerState
 
-# How long what a refused client still sends is read and dropped: closed at once, it might meet a
-# reset connection in place of its answer.
+# Seconds for which the data of a refused client is read and dropped. If the connection were closed
+# at once, the client might see a reset instead of its answer.
 _LINGER_SECONDS: Final = 2.0
-# What is read before others have their turn: each chunk of a body is an event, and one packet may
-# have tens of thousands of them.
+# Bytes and events that are read before other connections get their turn: each chunk of a body is an
+# event, and one packet may have tens of thousands of chunks.
 _READ_BYTES: Final = 4 * 1024  # bytes
 _EVENTS_AT_ONCE: Final = 128
-_LONGEST_PROBLEM: Final = 200  # characters; h11 quotes what it could not read
-_COMMENT: Final = b":\n\n"  # an event stream's readers pass over it
+_LONGEST_PROBLEM: Final = 200  # characters of h11's message, which quotes the request
+_COMMENT: Final = b":\n\n"  # a comment of an event stream, which clients ignore
 
-# A reader that is gone is noticed after 40 s at most where its machine is silent. Not every system
-# lets the times be set.
+# TCP keep-alive, which notices after 40 s that a client's machine is gone. Not every system has all
+# of these options.
 _KEEP_ALIVE_PROBES: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
 class HttpProtocol(H11Protocol):
     """Uvicorn's protocol for one connection.
 
-    What is no HTTP is refused in the envelope that all errors have. A client that stops sending,
-    and goes on reading, gets the answers to what it has sent.
+    Data that is not HTTP is answered with OpenAI's error envelope. A client that closes its sending
+    side, and goes on reading, gets the answers to its requests.
     """
 
     conn: HttpConnection
@@ -50,19 +50,19 @@ class HttpProtocol(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self.conn = HttpConnection(server_state)
         self._client_sent_eof = False
-        self._eof_before_read = False  # the client has ended, and not all is read that it has sent
+        self._eof_before_read = False  # True if the client sent EOF while `_unread` has data
         self._lingering: TimerHandle | None = None
         self._unread = bytearray()
-        self._reading: Handle | None = None  # scheduled where something is unread
+        self._reading: Handle | None = None  # scheduled while `_unread` has data
 
     @property
     def between_requests(self) -> bool:
-        """Whether a request was answered, and not a byte of a further one has come."""
+        """True if a request was answered and no byte of a further one has come."""
         answered = self.cycle is not None and self.cycle.response_complete
         return answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
     def data_received(self, data: bytes) -> None:
-        """Take what the client sends; drop it once the client was refused."""
+        """Read the client's data, or drop it if the client was refused."""
         if self._lingering is not None:
             return
         self._unread += data
@@ -72,7 +72,7 @@ class HttpProtocol(H11Protocol):
             self.transport.pause_reading()
 
     def _read(self) -> None:
-        """Read what has come, and leave some of it for later where it is much work."""
+        """Read the data that has come, and leave the rest for later if it is much work."""
         self._reading = None
         last = self.conn.events + _EVENTS_AT_ONCE
         while self._unread and self.conn.events < last:
@@ -92,9 +92,9 @@ class HttpProtocol(H11Protocol):
             self.transport.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, and close; where an answer has begun, only close."""
+        """Answer data that is not HTTP, and close; if an answer has begun, only close."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # its body will never be complete
+            self.cycle.disconnected = True  # the request's body will never be complete
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
@@ -105,10 +105,11 @@ class HttpProtocol(H11Protocol):
         self._lingering = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's always closes
-        """Tell asyncio whether to keep the connection, now that the client will send no more.
+        """Tell asyncio whether to keep the connection after the client has sent EOF.
 
-        A client that has left looks the same at first. It is sent what one that still reads passes
-        over: a machine on which nobody reads resets the connection, see `close_if_reset`.
+        A client that has left sends EOF too. To tell the two apart, the server sends data that a
+        reading client ignores: if nobody reads it, the client's machine resets the connection, see
+        `close_if_reset`.
         """
         self._eof_before_read = self._reading is not None
         if self._eof_before_read:
@@ -116,7 +117,7 @@ class HttpProtocol(H11Protocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
-        if self.conn.their_http_version == b"1.0":  # takes no interim answers
+        if self.conn.their_http_version == b"1.0":  # has no interim answers
             return False
         if not self._client_sent_eof:
             self._client_sent_eof = True
@@ -124,32 +125,32 @@ class HttpProtocol(H11Protocol):
         return True
 
     def on_response_complete(self) -> None:
-        """Go on with the next request; without one, close where the client sends no more."""
+        """Go on with the next request, or close if the client has sent EOF."""
         super().on_response_complete()
         if self._client_sent_eof and self.cycle.response_complete:
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and tell whoever answers that nobody reads."""
+        """Cancel what is scheduled, and have uvicorn end the request."""
         for scheduled in (self._lingering, self._reading):
             if scheduled is not None:
                 scheduled.cancel()
         super().connection_lost(exc)
 
     def close_if_reset(self) -> None:
-        """Close a connection that is no longer read, once its client has turned out to be gone.
+        """Close the connection if its client has sent EOF and then reset it.
 
-        To be called often: asyncio itself would notice at the next write only.
+        To be called often, because asyncio itself would notice a reset only at the next write.
         """
         if not self._client_sent_eof or self.transport.is_closing():
             return
-        # Where no descriptor is left for a copy, the next look tells.
+        # If there is no free descriptor for the copy, the next call tries again.
         with suppress(OSError), _socket_of(self) as copy:
             if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self.transport.abort()
 
     def _probe(self) -> None:
-        """Send something that means nothing, and have the system ask again later."""
+        """Send data that a client ignores, and turn on TCP keep-alive."""
         if self.conn.our_state is h11.SEND_RESPONSE:
             interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             self.transport.write(self.conn.send(interim))
@@ -181,7 +182,7 @@ class HttpProtocol(H11Protocol):
 
 
 def _refusal(problem: h11.RemoteProtocolError) -> ApiError:
-    # Others that h11 suggests, such as 501, would have clients try again.
+    # Clients would retry after other statuses that h11 suggests, such as 501.
     status = 431 if problem.error_status_hint == 431 else 400
     told = "its head is too long" if status == 431 else str(problem)[:_LONGEST_PROBLEM]
     message = f"The request is not HTTP that this server takes: {told}."
@@ -189,9 +190,9 @@ def _refusal(problem: h11.RemoteProtocolError) -> ApiError:
 
 
 def _socket_of(connection: HttpProtocol) -> socket.socket:
-    """Return another handle of a connection's socket, to be closed after use.
+    """Return a copy of a connection's socket, to be closed after use.
 
-    What a transport itself gives is no whole socket, and another one with every event loop.
+    The transport's own object is not a whole socket, and differs between event loops.
     """
     given = connection.transport.get_extra_info("socket")
     return socket.socket(fileno=os.dup(given.fileno()))

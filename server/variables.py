@@ -1,6 +1,6 @@
-"""Environment variables: the table of those that are no settings, and the refusal of unknown ones.
+"""Lists the environment variables that are no settings, and refuses unknown variables.
 
-This module imports little but the standard library, so that a scoring worker can use it too.
+This module imports hardly more than the standard library, because scoring workers import it.
 """
 
 import os
@@ -58,13 +58,14 @@ WORKER_PARENT: Final = Variable(
     "STEERSERVE_WORKER_PARENT", "Process that a scoring worker ends with; set by the server itself."
 )
 TEST_ALL: Final = Variable(
-    "STEERSERVE_TEST_ALL", "Makes tests fail that would be skipped for a program that is missing."
+    "STEERSERVE_TEST_ALL",
+    "If set, tests fail if a program that they need is missing; else they are skipped.",
 )
 TEST_DEATH: Final = Variable(
-    "STEERSERVE_TEST_DEATH", "File whose appearance ends the engine of the tests' own server."
+    "STEERSERVE_TEST_DEATH", "File that ends the engine of the tests' own server when it appears."
 )
 DRY_RUN: Final = Variable(
-    "STEERSERVE_DRY_RUN", "With 1 and no GPU, runs the tests for a GPU on the CPU."
+    "STEERSERVE_DRY_RUN", "If 1, the tests for a GPU run on the CPU of a machine without a GPU."
 )
 OTHER_VARIABLES: Final = (
     *(CACHE, URL, ADMIN_KEY_PATH, WORKER_SPEC, WORKER_PARENT),
@@ -113,7 +114,7 @@ def refuse_unknown(environment: Mapping[str, str], settings: Collection[str]) ->
 
 def _explain(name: str, known: Collection[str]) -> str:
     sentence = f"the environment variable {name[:LONGEST_NAME]} is none of steerserve's"
-    # Names are compared without the common prefix, which would make any two of them alike.
+    # Names are compared without their common prefix, which would make any two of them similar.
     words = {candidate.removeprefix(PREFIX): candidate for candidate in known}
     given = name.upper().removeprefix(PREFIX)
     nearest = nearest_name(given, words, _LEAST_LIKENESS)

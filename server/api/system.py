@@ -14,18 +14,18 @@ from server.version import installed_version
 router = APIRouter()
 
 
-@router.get("/health", summary="Whether the process is up")
+@router.get("/health", summary="Check that the process is up")
 async def health() -> Response:
-    """Always 200 while the process answers."""
+    """Answer 200."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready", summary="Whether the model is served")
+@router.get("/ready", summary="Check that the model is served")
 async def ready(context: Context) -> Response:
-    """200 while new requests are served; 503 before, after, and when the engine has ended.
+    """Answer 200 while new requests are served, else 503.
 
-    Also while the registry's folder cannot be read, and where the artifacts of the server's default
-    steering cannot be loaded any more.
+    The 503 comes while the server starts or stops, after the engine has ended, while the registry's
+    folder cannot be read, and if the artifacts of the default steering cannot be loaded any more.
     """
     if not context.engine.ready:
         raise ApiError(
@@ -46,9 +46,9 @@ async def ready(context: Context) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/version", summary="Which steerserve this is")
+@router.get("/version", summary="Show the version")
 async def show_version() -> Response:
-    """The installed version."""
+    """Show the installed version of steerserve."""
     return JSONResponse({"version": installed_version()})
 
 
@@ -59,6 +59,6 @@ async def show_version() -> Response:
     dependencies=[Depends(require_metrics_key)],
 )
 async def metrics(context: AnyTimeContext) -> Response:
-    """Prometheus's text format."""
+    """Show the metrics in Prometheus's text format."""
     page = await to_thread.run_sync(context.metrics.render)
     return Response(page, media_type=CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""Puts the server together from its settings, and runs it."""
+"""Builds the server from its settings, and runs it."""
 
 import gc
 import importlib
@@ -50,7 +50,7 @@ STARTUP_ERRORS: Final = (
 
 
 def launch(settings: Settings, console: Console) -> bool:
-    """Serve until a signal; report what happens on the console, or in the log if that is JSON.
+    """Serve until a signal; report progress on the console, or in the log if it is JSON.
 
     Returns:
         False if the server could not be started, or the engine has died.
@@ -60,7 +60,7 @@ def launch(settings: Settings, console: Console) -> bool:
     if json:
         disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more a metric
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series
 
     def report(sentence: str) -> None:
         if json:

@@ -14,24 +14,25 @@ _HEAD: Final = """\
 Written by `python -m server.cli.options_page > docs/options.md` from the fields of `Settings` in
 [server/config.py](../server/config.py): change them there. A test holds this page to them.
 
-An option comes before its variable, and that before the default. An empty variable is not set.
-The variable of a switch takes `on` or `off`. Several names follow one `--served-model-name`,
-separated by blanks; several hosts or origins have an option each; in a variable blanks or commas
-separate them. Keys are best given by file or as variables: options are seen by whoever lists the
-machine's processes. A key that is given twice, directly and by file, ends the start.
-[security.md](security.md) says which of them an operator should set.
+An option takes precedence over its variable, and the variable over the default. An empty variable
+counts as not set. The variable of a switch takes `on` or `off`. `--served-model-name` takes several
+names, separated by blanks; `--allowed-host` and `--cors-origin` are repeated for several values. In
+a variable, blanks or commas separate the values. Give keys in files or variables, because everybody
+who can list the machine's processes sees its options. The server does not start if a key is given
+both directly and in a file. [security.md](security.md) says which options an operator should set.
 
-Names of variables are in capitals. A variable that begins with `STEERSERVE_` and is not on this
-page ends the start, with the name that is nearest. What Kubernetes sets for a service called
-steerserve, such as `STEERSERVE_SERVICE_HOST` or `STEERSERVE_PORT=tcp://…`, is ignored.
+Names of variables are in capitals. The server does not start if a variable begins with
+`STEERSERVE_` and is not on this page; the error names the most similar variable. Variables that
+Kubernetes sets for a service named steerserve, such as `STEERSERVE_SERVICE_HOST` or
+`STEERSERVE_PORT=tcp://…`, are ignored.
 
 | option | variable | value | default | what it does |
 |---|---|---|---|---|
 """
 _OTHERS: Final = """
-## Variables that are no settings
+## Other variables
 
-From the table in [server/variables.py](../server/variables.py).
+Their table is in [server/variables.py](../server/variables.py).
 
 | variable | what it is for |
 |---|---|

@@ -16,14 +16,14 @@ from server.config import Settings
 def serve(
     more_names: Annotated[
         list[str] | None,
-        typer.Argument(help="Further names, after --served-model-name."),
+        typer.Argument(help="More names of the model, after the one of --served-model-name."),
     ] = None,
     **options: Any,
 ) -> None:
     """Serve a model with the registry's interventions.
 
-    Every option can be set by an environment variable too: STEERSERVE_PORT for --port, and so on.
-    An unknown variable that begins with STEERSERVE_ keeps the server from starting.
+    Each option has an environment variable too, such as STEERSERVE_PORT for --port. The server does
+    not start if an unknown variable begins with STEERSERVE_.
     """
     console = Console(stderr=True, highlight=False)
     if more_names and not options["served_model_names"]:
