@@ -31,20 +31,6 @@ from interventions.storage import publish, temporary_path, write_synced
 from steering.affine import AffineParameters
 from steering.reward import RewardHead
 
-__all__ = [
-    "DEFAULT_LIMITS",
-    "Artifact",
-    "ArtifactError",
-    "ArtifactLimits",
-    "Summary",
-    "UnreadableArtifactError",
-    "artifact_digest",
-    "read_artifact",
-    "read_manifest",
-    "read_summary",
-    "write_artifact",
-]
-
 _STORED_TYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 _HASHED_AT_ONCE: Final = 1 << 20
 

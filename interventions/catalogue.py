@@ -42,6 +42,8 @@ class Damage:
 class Catalogue:
     """Lists the stored objects and names, and the damaged files, of one moment.
 
+    `Registry` documents the methods of equal names.
+
     A catalogue never changes, so any thread may read it without a lock.
     """
 
@@ -58,7 +60,6 @@ class Catalogue:
         object.__setattr__(self, "_referred", referred)
 
     def resolve(self, reference: str) -> Entry:
-        """See `Registry.resolve`."""
         if not reference.startswith(DIGEST_PREFIX):
             return self.get(reference)
         digest = reference.removeprefix(DIGEST_PREFIX)
@@ -73,7 +74,6 @@ class Catalogue:
         raise UnknownInterventionError(reference)
 
     def get(self, name: str) -> Entry:
-        """See `Registry.get`."""
         record = self.records.get(name)
         damage = self.damaged_records.get(name + RECORD_SUFFIX)
         if record is not None and record.current is not None:
@@ -97,7 +97,6 @@ class Catalogue:
         )
 
     def entries(self) -> list[Entry]:
-        """See `Registry.entries`."""
         return [
             self._entry(name, record.current, record.versions)
             for name, record in sorted(self.records.items())
@@ -109,7 +108,6 @@ class Catalogue:
         return (*self.damaged_records.values(), *self.damaged_objects.values())
 
     def known(self, name: str) -> bool:
-        """See `Registry.known`."""
         return name in self.records or name + RECORD_SUFFIX in self.damaged_records
 
     def summary(self, digest: str) -> Summary:

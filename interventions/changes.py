@@ -103,7 +103,6 @@ class RegistryChanges:
                 raise RegistryDiskError(lost, visible=True) from error
 
     def delete(self, name: str) -> str:
-        """See `Registry.delete`."""
         with self._changing():
             record = self._catalogue.records.get(name)
             if record is None or record.current is None:
@@ -121,7 +120,6 @@ class RegistryChanges:
             return record.current.digest
 
     def keep_default(self, default: Mapping[str, str]) -> None:
-        """See `Registry.keep_default`."""
         with self._locked(LOCK_SECONDS):
             for reference, digest in default.items():
                 if self._catalogue.resolve(reference).digest != digest:

@@ -38,7 +38,6 @@ class RegistryFolder:
     """The files of one registry. Only the holder of its lock may change them."""
 
     def __init__(self, root: Path, server: str) -> None:
-        """Make the paths; nothing is read or written."""
         self._root = root
         self._server = server
         self.objects, self.names, self.leases = root / "objects", root / "names", root / "leases"

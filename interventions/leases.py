@@ -180,7 +180,6 @@ class Leases:
         return living
 
     def _restore_file(self) -> None:
-        """Create this server's file again, if it was lost."""
         if self.file_lost:
             logger.warning(
                 "this server's lease was gone, made again: either the server or its disk had "

@@ -8,13 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from interventions.artifact import (
-    ArtifactError,
-    ArtifactLimits,
-    Summary,
-    UnreadableArtifactError,
-    read_summary,
-)
+from interventions.artifact import Summary, read_summary
 from interventions.catalogue import (
     DELETED_SUFFIX,
     OBJECT_SUFFIX,
@@ -22,6 +16,7 @@ from interventions.catalogue import (
     Catalogue,
     Damage,
 )
+from interventions.header import ArtifactError, ArtifactLimits, UnreadableArtifactError
 from interventions.manifest import DIGEST_PATTERN, NAME_PATTERN
 from interventions.name_records import NameRecord, RecordError, Version, parse_record
 
@@ -47,8 +42,6 @@ class FolderContents:
 
 @dataclass(slots=True)
 class _Files:
-    """Collects the content of the files that are read."""
-
     objects: dict[str, Summary] = field(default_factory=dict)
     records: dict[str, NameRecord] = field(default_factory=dict)
     damaged_objects: dict[str, Damage] = field(default_factory=dict)
@@ -160,7 +153,6 @@ class FolderReader:
 
 
 def _states(folder: Path | str) -> dict[str, FileState]:
-    """Return the state of every file in a folder, by the file's path."""
     with os.scandir(folder) as entries:
         return {entry.path: _state(entry) for entry in entries}
 

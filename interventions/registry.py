@@ -6,7 +6,7 @@ change.
 
 Several servers may open one folder. A server sees the changes of the others after a `poll`.
 
-`resolve`, `get`, `entries`, `known`, `problem`, `shapes`, `pin` and `unpin` never wait for the
+`resolve`, `entries`, `known`, `problem`, `shapes`, `pin` and `unpin` never wait for the
 disk, so an event loop may call them; all other methods belong on a thread.
 """
 
@@ -19,51 +19,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
 
-from interventions.artifact import (
-    DEFAULT_LIMITS,
-    Artifact,
-    ArtifactError,
-    ArtifactLimits,
-    UnreadableArtifactError,
-    artifact_digest,
-    read_artifact,
-    read_summary,
-)
+from interventions.artifact import Artifact, artifact_digest, read_artifact, read_summary
 from interventions.catalogue import DIGEST_PREFIX, Catalogue, Entry
 from interventions.changes import RegistryChanges
 from interventions.errors import (
     DamagedInterventionError,
     InvalidNameError,
-    NameInUseError,
     RegistryBusyError,
-    RegistryDiskError,
     RegistryError,
     RegistryUnreadableError,
-    UnknownInterventionError,
     disk_errors,
 )
 from interventions.folder import RegistryFolder
+from interventions.header import (
+    DEFAULT_LIMITS,
+    ArtifactError,
+    ArtifactLimits,
+    UnreadableArtifactError,
+)
 from interventions.layout import Shapes
 from interventions.leases import Leases
 from interventions.manifest import NAME_PATTERN
 from interventions.pins import PinnedCatalogue
 from interventions.reader import FolderReader
 from interventions.staged_upload import StagedUpload
-
-__all__ = [
-    "DIGEST_PREFIX",
-    "DamagedInterventionError",
-    "Entry",
-    "InvalidNameError",
-    "NameInUseError",
-    "Registry",
-    "RegistryBusyError",
-    "RegistryDiskError",
-    "RegistryError",
-    "RegistryUnreadableError",
-    "StagedUpload",
-    "UnknownInterventionError",
-]
 
 _COPIED_AT_ONCE: Final = 1 << 20
 _HANGING_AFTER_SECONDS: Final = 10.0  # a poll that takes longer is reported as a problem
@@ -187,10 +166,6 @@ class Registry:
             DamagedInterventionError: its files are damaged or missing.
         """
         return self._catalogue.resolve(reference)
-
-    def get(self, name: str) -> Entry:
-        """Return the intervention that a name points to; raise as `resolve` does."""
-        return self._catalogue.get(name)
 
     def entries(self) -> list[Entry]:
         """Return every name's intervention, sorted by name, without deleted and damaged ones."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, get_args
 
-from interventions.manifest import AffineManifest, Manifest, RewardManifest
+from interventions.manifest import AffineManifest, Manifest
 from interventions.spelling import nearest_name
 from steering.settings import AffineSettings, Positions, RewardSettings
 
@@ -44,36 +44,17 @@ def resolve_settings(
     """
     _check_names(manifest, requested)
     if isinstance(manifest, AffineManifest):
-        return _affine(manifest, requested, caps)
-    return _reward(manifest, requested, caps)
-
-
-def _affine(
-    manifest: AffineManifest, requested: Mapping[str, object], caps: Caps
-) -> AffineSettings:
-    strength = requested.get("strength", manifest.defaults.strength)
-    positions = requested.get("positions", manifest.defaults.positions)
-    return AffineSettings(
-        strength=_number("strength", strength, manifest.limits.strength, caps.strength),
-        positions=_positions(positions),
-    )
-
-
-def _reward(
-    manifest: RewardManifest, requested: Mapping[str, object], caps: Caps
-) -> RewardSettings:
-    defaults, limits = manifest.defaults, manifest.limits
-    scale = requested.get("direction_scale", defaults.direction_scale)
+        affine, limits = manifest.defaults.model_copy(update=requested), manifest.limits
+        return AffineSettings(
+            _number("strength", affine.strength, limits.strength, caps.strength),
+            _positions(affine.positions),
+        )
+    reward, ranges = manifest.defaults.model_copy(update=requested), manifest.limits
     return RewardSettings(
-        eta=_number("eta", requested.get("eta", defaults.eta), limits.eta, caps.eta),
-        iterations=_count(
-            "iterations",
-            requested.get("iterations", defaults.iterations),
-            limits.iterations,
-            caps.iterations,
-        ),
-        direction_scale=_number(
-            "direction_scale", scale, limits.direction_scale, caps.direction_scale
+        _number("eta", reward.eta, ranges.eta, caps.eta),
+        _count("iterations", reward.iterations, ranges.iterations, caps.iterations),
+        _number(
+            "direction_scale", reward.direction_scale, ranges.direction_scale, caps.direction_scale
         ),
     )
 

@@ -42,7 +42,7 @@ class BaselineSampler:
         if self._scoring is None or self._random.random() >= self._rate:
             return
         if len(self._tasks) >= MAX_AT_ONCE + MAX_WAITING:
-            self._metrics.baseline("dropped")
+            self._metrics.baselines.labels("dropped").inc()
             return
         task = asyncio.create_task(self._answer(request, intervention, self._scoring))
         self._tasks.add(task)
@@ -59,9 +59,9 @@ class BaselineSampler:
             async with self._turn, asyncio.timeout(self._timeout):
                 text = await self._generate(request)
         except (EngineError, TimeoutError):  # clients' requests come first
-            self._metrics.baseline("dropped")
+            self._metrics.baselines.labels("dropped").inc()
             return
-        self._metrics.baseline("completed")
+        self._metrics.baselines.labels("completed").inc()
         scoring.offer(text, intervention, "baseline")
 
     async def _generate(self, request: Request) -> str:

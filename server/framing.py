@@ -64,7 +64,6 @@ class HttpConnection(h11.Connection):
 
 
 def _with_connection_close(answer: h11.Response) -> h11.Response:
-    """Return the answer with the header `Connection: close`."""
     headers = [header for header in answer.headers if header[0] != b"connection"]
     return h11.Response(
         status_code=answer.status_code,

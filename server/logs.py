@@ -50,7 +50,6 @@ class LogSink:
     """Logs each request at its end, at INFO, or at DEBUG for the quiet endpoints."""
 
     def __init__(self, *, with_content: bool) -> None:
-        """Log prompts and completions too if `with_content` is true."""
         self._with_content = with_content
 
     def record(self, record: RequestRecord) -> None:

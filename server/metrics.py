@@ -46,7 +46,7 @@ DOSES: Final = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0,
 class Metrics:
     """The server's metrics. Events update counters and histograms; a scrape updates gauges.
 
-    All methods but `render` are called on the event loop.
+    Only the event loop uses them, but for `render`. A metric whose labels need no check is public.
     """
 
     def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
@@ -62,12 +62,12 @@ class Metrics:
         histogram = partial(Histogram, namespace=NAMESPACE, registry=registry)
         counter = partial(Counter, namespace=NAMESPACE, registry=registry)
         gauge = partial(Gauge, namespace=NAMESPACE, registry=registry)
-        self._first_token = histogram(
+        self.first_token = histogram(
             "time_to_first_token_seconds",
             "Time between a request's arrival and a completion's first token.",
             buckets=FIRST_TOKEN_SECONDS,
         )
-        self._inter_token = histogram(
+        self.next_token = histogram(
             "inter_token_latency_seconds",
             "Time between one token of a completion and the next.",
             buckets=TOKEN_SECONDS,
@@ -77,7 +77,7 @@ class Metrics:
             "Time between a generating request's arrival and its last token.",
             buckets=REQUEST_SECONDS,
         )
-        self._queue = histogram(
+        self.queue = histogram(
             "request_queue_seconds",
             "Time between a completion's submission and its first step.",
             buckets=QUEUE_SECONDS,
@@ -90,10 +90,10 @@ class Metrics:
             "Generated tokens of a finished request.",
             buckets=TOKEN_COUNTS,
         )
-        self._requests = counter(
+        self.requests = counter(
             "requests", "HTTP requests by route and outcome.", ("endpoint", "outcome")
         )
-        self._prompt = counter("prompt_tokens", "Prompt tokens of admitted requests.")
+        self.prompt = counter("prompt_tokens", "Prompt tokens of admitted requests.")
         self._generation = counter("generation_tokens", "Tokens generated for clients.")
         self._steered = counter(
             "steered_tokens", "Tokens generated under steering.", ("kind", "intervention")
@@ -120,8 +120,8 @@ class Metrics:
             "Time between a completion's end and its toxicity score.",
             buckets=SCORING_SECONDS,
         )
-        self._dropped = counter("toxicity_dropped", "Completions that were not scored.")
-        self._baselines = counter(
+        self.not_scored = counter("toxicity_dropped", "Completions that were not scored.")
+        self.baselines = counter(
             "baselines",
             "Unsteered answers to steered requests, generated for comparison or dropped.",
             ("outcome",),
@@ -137,7 +137,7 @@ class Metrics:
         self._stack_labels: set[str] = set()
         registry.register(EngineState(engine, interventions, model))
         for outcome in get_args(BaselineOutcome):
-            self._baselines.labels(outcome)
+            self.baselines.labels(outcome)
 
     def watch_toxicity_queue(
         self, depth: Callable[[], int], longest_wait: Callable[[], float]
@@ -149,23 +149,7 @@ class Metrics:
     def expect(self, endpoint: str, outcomes: Sequence[str]) -> None:
         """Create a route's counters at 0, because a rate cannot see a series' first value."""
         for outcome in outcomes:
-            self._requests.labels(endpoint, outcome)
-
-    def first_token(self, seconds: float) -> None:
-        """Record that a completion's first token came `seconds` after the request."""
-        self._first_token.observe(seconds)
-
-    def next_token(self, seconds: float) -> None:
-        """Record that a further token of a completion came `seconds` after the one before."""
-        self._inter_token.observe(seconds)
-
-    def queued(self, seconds: float) -> None:
-        """Record that a completion's first step began `seconds` after its submission."""
-        self._queue.observe(seconds)
-
-    def admitted(self, prompt_tokens: int) -> None:
-        """Count the prompt tokens of a request whose completions were all admitted."""
-        self._prompt.inc(prompt_tokens)
+            self.requests.labels(endpoint, outcome)
 
     def generated(self, tokens: int, kind: str | None, intervention: str) -> None:
         """Count generated tokens; `kind` is None if nothing was edited."""
@@ -183,10 +167,6 @@ class Metrics:
         self._request_prompt.observe(prompt_tokens)
         self._request_generation.observe(generated_tokens)
 
-    def answered(self, endpoint: str, outcome: str) -> None:
-        """Count an ended HTTP request. `endpoint` is a route's template, not the client's path."""
-        self._requests.labels(endpoint, outcome).inc()
-
     def scored(self, intervention: str, arm: Arm, score: float, seconds: float) -> None:
         """Record a completion's toxicity score, 0 to 1, which came `seconds` after its end."""
         label = self._bounded(intervention)
@@ -195,14 +175,6 @@ class Metrics:
             if score >= threshold:
                 self._toxic.labels(label, arm, threshold).inc()
         self._scoring.observe(seconds)
-
-    def not_scored(self) -> None:
-        """Count a completion that was not scored: the queue was full, or the scorer failed."""
-        self._dropped.inc()
-
-    def baseline(self, outcome: BaselineOutcome) -> None:
-        """Count an unsteered answer beside a steered one, which was generated or given up."""
-        self._baselines.labels(outcome).inc()
 
     def render(self) -> bytes:
         """Return the metrics page, with the gauges as they are now."""

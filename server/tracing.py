@@ -128,10 +128,6 @@ class SteadyExporter(SpanExporter):
         """Close the connection."""
         self._exporter.shutdown()
 
-    def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Flush the wrapped exporter, as nothing waits here; return whether all was sent."""
-        return self._exporter.force_flush(timeout_millis)
-
 
 def _traces_url(endpoint: str) -> tuple[str, str]:
     """Return the URL to send spans to, and its name in the log, without a password."""

@@ -23,7 +23,8 @@ from typing import Final
 
 import torch
 
-from interventions.artifact import UnreadableArtifactError, read_artifact
+from interventions.artifact import read_artifact
+from interventions.catalogue import DIGEST_PREFIX
 from interventions.errors import (
     DamagedInterventionError,
     NameInUseError,
@@ -32,8 +33,9 @@ from interventions.errors import (
     RegistryError,
     UnknownInterventionError,
 )
+from interventions.header import UnreadableArtifactError
 from interventions.name_records import Version
-from interventions.registry import DIGEST_PREFIX, Registry
+from interventions.registry import Registry
 from interventions.watch import polling
 from tests.catalogues import damaged_files, history_of
 
@@ -128,7 +130,7 @@ class RacingServer:
             return
         assert self._registry.problem() is None
         for name, digest in self._default.items():
-            assert self._registry.get(name).digest == digest, "a default's name has moved"
+            assert self._registry.resolve(name).digest == digest, "a default's name has moved"
 
     def end(self) -> None:
         """Let go of everything."""

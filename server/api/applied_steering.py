@@ -7,7 +7,9 @@ from typing import Literal, TypeAlias
 
 from pydantic import JsonValue
 
-from interventions.registry import DIGEST_PREFIX, Entry, Registry, UnknownInterventionError
+from interventions.catalogue import DIGEST_PREFIX, Entry
+from interventions.errors import UnknownInterventionError
+from interventions.registry import Registry
 from server.api.default_steering import default_unavailable
 from server.api.errors import from_registry
 from server.engine.base import Edit, EngineError, UnservableInterventionError

@@ -62,7 +62,6 @@ async def create_chat_completion(request: Request, context: Context) -> Response
 
 
 def _check(chat: ChatRequest) -> None:
-    """Check the combinations of this endpoint's own fields."""
     if (field := chat.unsupported) is not None:
         message = f"This server does not support '{field}', unless they must not be called."
         raise invalid(message, field, UNSUPPORTED)

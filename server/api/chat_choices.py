@@ -12,7 +12,7 @@ from server.engine.base import FinishReason, ScoredToken, StepOutput, TokenLogpr
 
 @dataclass(slots=True)
 class ChatChoice:
-    """Implements server.api.frames.Choice."""
+    """Implements server.api.frames.Choice, which documents the methods."""
 
     index: int
     with_logprobs: bool
@@ -23,17 +23,14 @@ class ChatChoice:
     _opened: bool = False  # True once a chunk has given the role
 
     def empty_copy(self) -> "ChatChoice":
-        """Return an empty choice of the same index and format."""
         return ChatChoice(self.index, self.with_logprobs)
 
     def add(self, output: StepOutput) -> None:
-        """Append the output of one step."""
         self._texts.append(output.text)
         self._tokens.extend(self._quoted.take(output))
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
-        """Return the choice as it stands in an answer that is not streamed."""
         message: JsonValue = {
             "role": "assistant",
             "content": "".join(self._texts),
@@ -47,7 +44,6 @@ class ChatChoice:
         }
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """Return the choice's parts for a stream's next chunks: role, text and finish reason."""
         deltas: list[dict[str, JsonValue]] = []
         if not self._opened:
             self._opened = True

@@ -12,8 +12,6 @@ from server.engine.base import FinishReason, SpelledPrompt, StepOutput, TokenLog
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """A token in the lists of log-probabilities."""
-
     text: str
     logprob: float | None
     top: dict[str, JsonValue] | None
@@ -22,7 +20,7 @@ class _Scored:
 
 @dataclass(slots=True)
 class CompletionChoice:
-    """Implements server.api.frames.Choice."""
+    """Implements server.api.frames.Choice, which documents the methods."""
 
     index: int
     with_logprobs: bool
@@ -34,22 +32,18 @@ class CompletionChoice:
     _echoed: int = 0  # characters of the repeated prompt, before the completion
 
     def empty_copy(self) -> "CompletionChoice":
-        """Return an empty choice of the same index and format."""
         return CompletionChoice(self.index, self.with_logprobs, self.echo)
 
     def add(self, output: StepOutput) -> None:
-        """Append the output of one step."""
         text, tokens = self._take(output)
         self._texts.append(text)
         self._tokens.extend(tokens)
         self._finish_reason = output.finish_reason
 
     def body(self) -> dict[str, JsonValue]:
-        """Return the choice as it stands in an answer that is not streamed."""
         return self._choice("".join(self._texts), self._tokens, self._finish_reason)
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """Return the choice's part for a stream's next chunk, if the step has any."""
         text, tokens = self._take(output)
         if not (text or tokens or output.finish_reason):
             return ()

@@ -58,7 +58,6 @@ async def create_completion(request: Request, context: Context) -> Response:
 
 
 def _check(completion: CompletionRequest) -> None:
-    """Check the combinations of this endpoint's own fields."""
     if completion.best_of not in (None, completion.n):
         raise invalid(
             f"'best_of' is {completion.best_of}: this server supports only as many as 'n' "

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from interventions.registry import Entry, Registry, RegistryError
+from interventions.catalogue import Entry
+from interventions.errors import RegistryError
+from interventions.registry import Registry
 from server.api.errors import ApiError
 
 _FileState: TypeAlias = tuple[int, ...] | None  # None: there is no file

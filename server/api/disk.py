@@ -6,7 +6,8 @@ from typing import Final, TypeVar, TypeVarTuple
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from interventions.registry import Registry, StagedUpload
+from interventions.registry import Registry
+from interventions.staged_upload import StagedUpload
 
 # If the disk hangs, these threads hang, and not those that parse large requests or render metrics.
 THREADS: Final = 8

@@ -5,8 +5,9 @@ from typing import BinaryIO, Final
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from interventions.errors import disk_errors
-from interventions.registry import DIGEST_PREFIX, DamagedInterventionError, Entry, Registry
+from interventions.catalogue import DIGEST_PREFIX, Entry
+from interventions.errors import DamagedInterventionError, disk_errors
+from interventions.registry import Registry
 from server.api.disk import RegistryDisk
 
 _PIECE: Final = 1 << 18  # bytes

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from interventions.registry import (
+from interventions.errors import (
     DamagedInterventionError,
     NameInUseError,
     RegistryBusyError,

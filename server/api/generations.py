@@ -122,7 +122,7 @@ class GenerationGroup:
         self.compared = [Progress(request) for request in compared]
         self._prompt_tokens = prompt_tokens
         self._n = n
-        self._metrics.admitted(prompt_tokens * (2 if compared else 1))
+        self._metrics.prompt.inc(prompt_tokens * (2 if compared else 1))
 
     async def run(self, deliver: Deliver) -> None:
         """Pass every output and its index to `deliver`, until all generations have finished.
@@ -199,7 +199,7 @@ class GenerationGroup:
         """Update the metrics by an output: its tokens, doses, and the time since the last one."""
         metrics, steering = self._metrics, self._steering
         if output.queue_seconds is not None:
-            metrics.queued(output.queue_seconds)
+            metrics.queue.observe(output.queue_seconds)
         steered = bool(progress.request.edits)
         if output.doses:
             for label, dose in zip(steering.labels, output.doses, strict=True):
@@ -213,12 +213,12 @@ class GenerationGroup:
         metrics.generated(tokens, kind, label)
         if progress.last_token is None:
             progress.first_token_seconds = now - self._arrived
-            metrics.first_token(progress.first_token_seconds)
+            metrics.first_token.observe(progress.first_token_seconds)
             further, step = tokens - 1, 0.0
         else:
             further, step = tokens, (now - progress.last_token) / tokens
         for _ in range(further):
-            metrics.next_token(step)
+            metrics.next_token.observe(step)
         progress.last_token = now
 
     def _fill_record(self) -> None:

@@ -8,22 +8,13 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, JsonValue
 from starlette.responses import JSONResponse, Response
 
-from interventions.artifact import (
-    Artifact,
-    ArtifactError,
-    ArtifactLimits,
-    UnreadableArtifactError,
-    read_artifact,
-)
+from interventions.artifact import Artifact, read_artifact
+from interventions.catalogue import DIGEST_PREFIX, Entry
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
-from interventions.registry import (
-    DIGEST_PREFIX,
-    Entry,
-    InvalidNameError,
-    Registry,
-    StagedUpload,
-    UnknownInterventionError,
-)
+from interventions.errors import InvalidNameError, UnknownInterventionError
+from interventions.header import ArtifactError, ArtifactLimits, UnreadableArtifactError
+from interventions.registry import Registry
+from interventions.staged_upload import StagedUpload
 from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
 from server.api.documentation import upload_body

@@ -25,8 +25,6 @@ LAST_DRAIN_SECONDS: Final = 0.2  # the same while the server stops
 
 @dataclass(frozen=True, slots=True)
 class _BodyLimits:
-    """The limits of one body."""
-
     size: int  # bytes
     pause: float  # seconds without a byte
     seconds: float  # for the whole body, from the request's arrival

@@ -90,7 +90,6 @@ def _check_empty(value: object, param: str) -> None:
 
 
 def _parse_content(value: object, param: str) -> str:
-    """Return the string, or the parts' texts joined without a separator."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:

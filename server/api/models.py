@@ -68,7 +68,6 @@ def split_model(model: str, served: Sequence[str]) -> tuple[str, str | None]:
 
 
 def _model_not_found(model: str, served: Sequence[str]) -> ApiError:
-    """Return the error for a model that is not served."""
     return ApiError(
         404,
         f"The model '{model[:200]}' does not exist; this server has {', '.join(served)}.",

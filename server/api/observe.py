@@ -58,7 +58,7 @@ class RequestObserver:
         whole = complete or record.status >= 500
         record.outcome = state.get("outcome", outcome_of(record.status) if whole else "cancelled")
         record.error_code = state.get("error_code")  # set by the code that makes error envelopes
-        self._metrics.answered(record.endpoint, record.outcome)
+        self._metrics.requests.labels(record.endpoint, record.outcome).inc()
         for sink in self._sinks:
             try:
                 sink.record(record)

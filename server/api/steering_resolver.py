@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from interventions.catalogue import Entry
 from interventions.compatibility import IncompatibleArtifactError, check_shapes
+from interventions.errors import UnknownInterventionError
 from interventions.model import ModelDescription
-from interventions.registry import Entry, Registry, UnknownInterventionError
+from interventions.registry import Registry
 from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
 from server.api.applied_steering import (
     AppliedSteering,

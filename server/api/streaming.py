@@ -59,7 +59,6 @@ class CompletionStream(Response):
         self._conclude = conclude
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream to the end, to an error, or until the client is gone."""
         try:
             await unless_client_leaves(receive, self._stream(send))
         except (ClientGoneError, OSError):

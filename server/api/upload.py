@@ -8,7 +8,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from interventions.artifact import ArtifactError
+from interventions.header import ArtifactError
 from server.api.errors import ApiError, invalid
 
 FILE: Final = "file"

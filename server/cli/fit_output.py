@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from interventions.artifact import ArtifactError, write_artifact
+from interventions.artifact import write_artifact
+from interventions.header import ArtifactError
 from interventions.manifest import NAME_PATTERN, BaseModelReference, Manifest, TrainingValue
 from interventions.model import ModelDescription
 from server.cli.training_files import TrainingFileError

@@ -18,8 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
+from interventions.errors import RegistryDiskError, RegistryError
 from interventions.header import ArtifactLimits
-from interventions.registry import Registry, RegistryDiskError, RegistryError
+from interventions.registry import Registry
 from interventions.watch import polling
 from server.app import create_app
 from server.config import ConfigurationError, Settings

@@ -67,7 +67,7 @@ class ScoringQueue:
         """Have a text scored for the metrics only; it is dropped if too many wait."""
         job = Job(text, intervention, arm, time.monotonic())
         if self._closed or not self._backlog.offer(job):
-            self._metrics.not_scored()
+            self._metrics.not_scored.inc()
         self._changed.set()
 
     async def score(self, texts: Sequence[str], intervention: str, arm: Arm) -> list[float]:
@@ -97,7 +97,7 @@ class ScoringQueue:
             results = await asyncio.gather(*answers, return_exceptions=True)
         except asyncio.CancelledError:
             for _ in self._backlog.abandon(jobs):
-                self._metrics.not_scored()
+                self._metrics.not_scored.inc()
             raise
         scores: list[float] = []
         for result in results:
@@ -172,7 +172,7 @@ class ScoringQueue:
 
     def _fail(self, jobs: Sequence[Job], error: ScoringError) -> None:
         for job in jobs:
-            self._metrics.not_scored()
+            self._metrics.not_scored.inc()
             if job.answer is not None and not job.answer.done():
                 job.answer.set_exception(error)
 

@@ -17,9 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interventions.artifact import (
-    ArtifactError,
-    ArtifactLimits,
-    UnreadableArtifactError,
     artifact_digest,
     read_artifact,
     read_manifest,
@@ -27,6 +24,7 @@ from interventions.artifact import (
     write_artifact,
 )
 from interventions.bundled import bundled_artifacts
+from interventions.header import ArtifactError, ArtifactLimits, UnreadableArtifactError
 from interventions.layout import AffineShapes, RewardShapes
 from interventions.manifest import manifest_text
 from steering.affine import AffineMap, AffineParameters

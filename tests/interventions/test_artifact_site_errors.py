@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from interventions.artifact import ArtifactError, read_artifact, read_summary
+from interventions.artifact import read_artifact, read_summary
+from interventions.header import ArtifactError
 from tests.artifact_samples import (
     Entry,
     entry,

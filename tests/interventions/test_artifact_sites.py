@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from interventions.artifact import (
-    ArtifactError,
-    ArtifactLimits,
-    read_artifact,
-    read_summary,
-    write_artifact,
-)
+from interventions.artifact import read_artifact, read_summary, write_artifact
+from interventions.header import ArtifactError, ArtifactLimits
 from interventions.layout import AffineShapes, to_tensors
 from steering.affine import AffineMap, AffineParameters, Gate
 from steering.reward import RewardHead

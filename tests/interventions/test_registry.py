@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from interventions.artifact import ArtifactError, ArtifactLimits, read_artifact, write_artifact
-from interventions.layout import AffineShapes
-from interventions.registry import (
+from interventions.artifact import read_artifact, write_artifact
+from interventions.catalogue import Entry
+from interventions.errors import (
     DamagedInterventionError,
-    Entry,
     InvalidNameError,
-    Registry,
     RegistryDiskError,
     RegistryError,
     UnknownInterventionError,
 )
+from interventions.header import ArtifactError, ArtifactLimits
+from interventions.layout import AffineShapes
+from interventions.registry import Registry
 from tests.artifact_samples import (
     affine_manifest,
     affine_parameters,
@@ -97,7 +98,7 @@ def test_stores_and_resolves(registry: Registry, root: Path, make: Callable[[int
     ]
     assert entry.created == entry.history[0].at
     assert entry.created.tzinfo is not None
-    assert registry.resolve("detox") == registry.get("detox") == entry
+    assert registry.resolve("detox") == registry.resolve("detox") == entry
     assert registry.resolve(f"sha256:{entry.digest}") == entry
     assert registry.entries() == [entry]
     assert files(root) == {object_file(entry.digest), "names/detox.json"}
@@ -430,7 +431,7 @@ def test_many_threads(registry: Registry, make: Callable[[int], Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert [entry.name for entry in registry.entries()] == ["shared"]
-    for version in registry.get("shared").history:
+    for version in registry.resolve("shared").history:
         assert registry.load(version.digest).digest == version.digest
 
 

@@ -13,9 +13,10 @@ from typing import TypeAlias
 import pytest
 
 from interventions.artifact import read_artifact, write_artifact
+from interventions.catalogue import Entry
 from interventions.errors import RegistryDiskError
 from interventions.name_records import Version
-from interventions.registry import Entry, Registry
+from interventions.registry import Registry
 from tests.artifact_samples import affine_manifest, affine_parameters
 from tests.catalogues import damaged_files, history_of
 from tests.disk import FaultyDisk, WatchedDisk
@@ -308,7 +309,7 @@ def test_servers_that_start_on_a_full_disk(small_disk: Path, artifacts: Artifact
         upload(registry, artifacts[1], "b")
     fill(small_disk / "filler")
     with Registry(root) as one, Registry(root) as two:
-        digest = two.get("a").digest
+        digest = two.resolve("a").digest
         two.pin(digest)
         one.delete("a")
         one.heartbeat()
@@ -321,7 +322,7 @@ def test_servers_that_start_on_a_full_disk(small_disk: Path, artifacts: Artifact
         two.unpin(digest)
         for registry in (two, two, one):
             registry.heartbeat()
-        assert objects(root) == {one.get("b").digest}
+        assert objects(root) == {one.resolve("b").digest}
 
 
 def test_a_record_is_newer_than_the_mark_beside_it(
@@ -332,7 +333,7 @@ def test_a_record_is_newer_than_the_mark_beside_it(
     shutil.copytree(template, root)
     shutil.copy(root / "names" / "a.json", root / "names" / "a.deleted")
     with Registry(root) as registry:
-        assert registry.get("a").manifest == affine_manifest()
+        assert registry.resolve("a").manifest == affine_manifest()
         assert nothing_left(registry, root)
     shutil.copy(root / "names" / "a.json", root / "names" / "a.deleted")
     (root / "names" / "a.json").write_bytes(b"damaged")
@@ -389,7 +390,7 @@ def test_an_upload_in_place_of_a_damaged_record(
             assert stored <= objects(root), place
             assert not list((root / "tmp").iterdir()) or "unlink" in disk.refused, place
             upload(registry, artifacts[2], "b")
-            assert registry.get("b").digest in objects(root)
+            assert registry.resolve("b").digest in objects(root)
             assert not list((root / "tmp").iterdir())
 
 
@@ -399,7 +400,7 @@ def test_what_could_not_be_removed_goes_with_the_next_change(
     root = folder / "registry"
     shutil.copytree(template, root)
     with Registry(root) as registry:
-        digest = registry.get("a").history[0].digest
+        digest = registry.resolve("a").history[0].digest
         registry.pin(digest)
         registry.delete("a")
 
@@ -439,7 +440,7 @@ def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template
             full.before(operation, path)
 
         with Registry(root) as registry, pytest.MonkeyPatch.context() as patched:
-            old = registry.get("a")
+            old = registry.resolve("a")
             WatchedDisk(root, before).install(patched)
             with suppress(PowerCutError):
                 registry.delete("a")
@@ -448,7 +449,7 @@ def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template
             events = [version.event for version in history_of(registry, "a")]
             outcomes.append(events[-1] == "deleted")
             if not outcomes[-1]:
-                assert registry.get("a") == old
+                assert registry.resolve("a") == old
             assert nothing_left(registry, root)
             for digest in referred(registry):
                 assert registry.load(digest).digest == digest

@@ -105,7 +105,7 @@ def test_a_change_at_one_is_seen_by_all_when_they_look(servers: Servers, make: M
     entry = one.add(make(1), "a")
     assert not two.known("a")
     two.poll()
-    assert two.get("a") == entry
+    assert two.resolve("a") == entry
     assert two.load(entry.digest).digest == entry.digest
     moved = two.add(make(2), "a")
     one.poll()
@@ -150,10 +150,10 @@ def test_an_object_that_heals_is_seen(servers: Servers, make: Make) -> None:
     damaged = servers.open()
     assert damaged.entries() == []
     with pytest.raises(DamagedInterventionError):
-        damaged.get("a")
+        damaged.resolve("a")
     two.add(make(1), "a")
     damaged.poll()
-    assert damaged.get("a") == entry
+    assert damaged.resolve("a") == entry
     assert damaged_files(damaged) == ()
 
 
@@ -304,7 +304,7 @@ def test_a_default_keeps_its_name_at_every_server(
         NameInUseError, match=r"Another server's default .* on .* cannot be deleted"
     ):
         one.delete("a")
-    assert one.get("a") == entry
+    assert one.resolve("a") == entry
     if not by_digest:
         with pytest.raises(NameInUseError, match="point to another artifact"):
             one.add(make(2), "a")
@@ -313,7 +313,7 @@ def test_a_default_keeps_its_name_at_every_server(
     one.add(make(1), "a")  # as it is
     one.add(make(2), "b")
     assert one.delete("b")
-    assert one.get("a") == entry
+    assert one.resolve("a") == entry
     two.close()
     assert one.delete("a") == entry.digest
 
@@ -500,7 +500,7 @@ def test_a_lease_that_cannot_be_read_holds_everything(servers: Servers, make: Ma
             one.delete("a")
         one.heartbeat()
     path.write_bytes(whole)
-    entry = one.get("a")
+    entry = one.resolve("a")
     one.delete("a")
     path.write_bytes(b"{")
     one.heartbeat()
@@ -543,7 +543,7 @@ def test_a_lease_lives_on_while_another_server_is_slow(
             two.poll()
         clock.watch(one, 10)
     assert len(servers.leases) == 2
-    assert one.get("a") == entry
+    assert one.resolve("a") == entry
     assert two.delete("a") == entry.digest
 
 
@@ -665,11 +665,11 @@ def test_a_file_that_could_not_be_read_once_is_read_again(
     two.poll()
     two.poll()
     with pytest.raises(DamagedInterventionError):
-        two.get("a")
+        two.resolve("a")
     assert two.problem() is None
     monkeypatch.undo()
     two.poll()
-    assert two.get("a") == entry
+    assert two.resolve("a") == entry
     assert damaged_files(two) == ()
     two.add(make(2), "a")
     assert len(history_of(two, "a")) == 2

@@ -242,7 +242,7 @@ async def test_a_real_application_logs_what_it_generates(
             said = (await chat(client, messages=[user(SECRET)])).json()
     first, second = (json.loads(line) for line in stream.getvalue().splitlines())
     assert first["interventions"] == [
-        {"name": "maps", "digest": registry.get("maps").digest, "kind": "affine"}
+        {"name": "maps", "digest": registry.resolve("maps").digest, "kind": "affine"}
     ]
     assert (first["operation"], first["response_id"]) == ("text_completion", answer["id"])
     assert (first["model"], first["choices"]) == ("tiny+maps", 2)

@@ -128,7 +128,7 @@ async def test_steered_tokens_by_kind_and_name(
 ) -> None:
     await push(client, affine_artifact("maps"))
     await push(client, reward_artifact("head"))
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     maps, head = {"intervention": "maps"}, {"intervention": "head"}
     for fields in (
         {},
@@ -269,6 +269,6 @@ async def test_a_dose_has_the_name_of_its_own_edit(
 
 async def test_two_applications_count_apart(tiny_engine: TorchEngine, registry: Registry) -> None:
     first, second = Metrics(tiny_engine, registry, "tiny"), Metrics(tiny_engine, registry, "tiny")
-    first.answered("/x", "success")
+    first.requests.labels("/x", "success").inc()
     assert b'endpoint="/x"' in first.render()
     assert b'endpoint="/x"' not in second.render()

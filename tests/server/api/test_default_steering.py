@@ -76,7 +76,7 @@ async def test_its_name_can_neither_go_nor_move(
     for other in others:
         assert_in_use(await upload(client, other, "maps"), "maps")
     assert (await upload(client, path, "maps")).status_code == 200  # what it is already
-    assert registry.get("maps").digest == digest
+    assert registry.resolve("maps").digest == digest
     assert (await client.get("/ready")).status_code == 200
     assert await text_of(client) == expected
     # The others may have any other name.

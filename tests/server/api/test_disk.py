@@ -10,7 +10,7 @@ from typing import BinaryIO
 import httpx
 import pytest
 
-from interventions.artifact import UnreadableArtifactError
+from interventions.header import UnreadableArtifactError
 from interventions.registry import Registry
 from server.api import interventions
 from server.engine.torch.engine import TorchEngine
@@ -51,7 +51,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     for seed, name in enumerate(("maps", "old", "gone")):
         await push(client, affine_artifact(name, seed))
     content = bytes_of(affine_artifact("new", seed=3))
-    gone = registry.get("gone").digest
+    gone = registry.resolve("gone").digest
     fields: Json = {"steering": {"intervention": "gone"}, "max_tokens": 200, "ignore_eos": True}
     running = asyncio.create_task(text_of(client, **fields))
     await eventually(lambda: tiny_engine.stats().running == 1)
@@ -284,7 +284,7 @@ async def test_a_download_whose_file_is_missing(
     client: httpx.AsyncClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
     await push(client, affine_artifact("maps"))
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     registry.path(digest).unlink()
     response = await client.get("/v1/interventions/maps/artifact")
     assert response.status_code == 500

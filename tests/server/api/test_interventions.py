@@ -65,7 +65,7 @@ async def test_upload(
     assert body["limits"] == {"strength": [0.0, 1.0]}
     assert body["base_model"]["hidden_size"] == 32
     assert body["description"] == "random, for tests"
-    assert registry.get("maps").digest == digest
+    assert registry.resolve("maps").digest == digest
     again = await upload(client, content)
     assert again.status_code == 200
     assert again.json() == body
@@ -192,7 +192,7 @@ async def test_a_request_that_runs_keeps_what_was_deleted(
     registry: Registry,
 ) -> None:
     await push(client, affine_artifact("maps"))
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     fields: Json = {"steering": {"intervention": "maps"}, "max_tokens": 200, "ignore_eos": True}
     expected = await text_of(client, **fields)
     running = asyncio.create_task(text_of(client, **fields))
@@ -383,7 +383,7 @@ async def test_damaged_bytes_are_never_served(
     client: httpx.AsyncClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
     await push(client, affine_artifact("maps"))
-    path = registry.path(registry.get("maps").digest)
+    path = registry.path(registry.resolve("maps").digest)
     content = bytearray(bytes_of(path))
     content[-1] ^= 1
     _overwrite(path, bytes(content))

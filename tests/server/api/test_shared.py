@@ -93,7 +93,7 @@ async def test_a_deletion_right_after_an_upload_elsewhere(
     """As behind a load balancer that takes turns."""
     one, two = await replicas.start(), await replicas.start()
     await push(one.client, affine_artifact("maps"))
-    digest = one.registry.get("maps").digest
+    digest = one.registry.resolve("maps").digest
     deleted = await two.client.delete("/v1/interventions/maps")
     assert deleted.json() == {"name": "maps", "digest": digest, "deleted": True}
     again = await one.client.delete("/v1/interventions/maps")

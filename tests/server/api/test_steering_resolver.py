@@ -33,7 +33,7 @@ async def echo_of(client: httpx.AsyncClient, **fields: object) -> list[Json]:
 
 
 async def test_settings_are_echoed_in_full(stocked: httpx.AsyncClient, registry: Registry) -> None:
-    maps, head = registry.get("maps"), registry.get("head")
+    maps, head = registry.resolve("maps"), registry.resolve("head")
     stack = [{"intervention": "maps", "strength": 0.5}, {"intervention": "head", "iterations": 3}]
     assert await echo_of(stocked, steering=stack) == [
         {
@@ -103,7 +103,7 @@ async def test_the_order_of_a_stack_counts(
 
 
 async def test_by_digest_and_by_model(stocked: httpx.AsyncClient, registry: Registry) -> None:
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     expected = await text_of(stocked, steering={"intervention": "maps"})
     assert expected != await text_of(stocked)
     assert await text_of(stocked, steering={"intervention": f"sha256:{digest}"}) == expected
@@ -267,7 +267,7 @@ async def test_locked(
     default: dict[str, JsonValue] = {"intervention": "maps", "strength": 1}
     client = make_client(steering_policy="locked", default_steering=default)
     expected = await text_of(stocked, steering=default)
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     same: tuple[Json, ...] = (
         {},
         {"steering": default},
@@ -323,7 +323,7 @@ async def test_a_malformed_default_is_no_application(
 async def test_moving_a_name_moves_new_requests_only(
     stocked: httpx.AsyncClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
-    before = registry.get("maps").digest
+    before = registry.resolve("maps").digest
     old = await text_of(stocked, steering={"intervention": "maps"})
     await push(stocked, affine_artifact("maps", seed=5))
     new = await text_of(stocked, steering={"intervention": "maps"})

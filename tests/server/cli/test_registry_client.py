@@ -49,7 +49,7 @@ async def test_the_life_of_an_intervention(
     path = str(affine_artifact("maps"))
     pushed = await run("push", path)
     assert pushed.exit_code == 0, pushed.output
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     assert pushed.stdout.startswith(f"Stored maps (lineas, sha256:{digest})")
     again = await run("push", path)
     assert again.stdout.startswith("Already stored maps")
@@ -72,7 +72,7 @@ async def test_the_life_of_an_intervention(
 @pytest.mark.usefixtures("server")
 async def test_json_for_machines(affine_artifact: WriteArtifact, registry: Registry) -> None:
     pushed = await run("push", str(affine_artifact("maps")), "--json")
-    digest = registry.get("maps").digest
+    digest = registry.resolve("maps").digest
     assert json.loads(pushed.stdout)["digest"] == digest
     assert json.loads((await run("list", "--json")).stdout)["data"][0]["name"] == "maps"
     assert json.loads((await run("show", "maps", "--json")).stdout)["history"]
