@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.core import Bench, BenchmarkError, at_full_speed
 from server.engine.base import Edit, EngineError, Request, SamplingSettings
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 
@@ -105,7 +105,7 @@ def _begin(bench: Bench, sequences: list[EngineSequence]) -> _Arm:
     if isinstance(store.memory, SlabMemory):
         # Of its own, or slabs of one arm would lie between those of another, and no longer be
         # attended to in one call.
-        store.memory = SlabMemory(SlabShape.of(bench.loaded.model))
+        store.memory = SlabMemory(KVShape.of(bench.loaded.model))
     bench.core.admit(sequences, bench.parameters)
     _step(bench, len(sequences))
     arm = _Arm(sequences, scheduler.running)

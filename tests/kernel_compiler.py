@@ -39,7 +39,7 @@ MODELS = (
 )
 CASES = [Case(*model, decoding) for model, decoding in product(MODELS, (False, True))]
 _TENSORS = ("query", "keys", "values")
-_INDICES = ("owners", "firsts", "query_ends", "lengths", "tables")
+_INDICES = ("block_spans", "block_starts", "query_ends", "lengths", "tables")
 
 
 def compiled(case: Case, capability: int) -> dict[str, object]:

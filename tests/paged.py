@@ -12,8 +12,8 @@ from server.engine.torch import build
 from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex
-from server.engine.torch.attention.plan import KVPlan, KVWishes, plan_pages, plan_slabs, tiling_of
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.plan import KVOptions, KVPlan, plan_pages, plan_slabs, tiling_of
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda import paths as cuda_paths
 from server.engine.torch.options import EngineOptions
@@ -81,11 +81,11 @@ def use_pages(
     """Have engines on this machine use pages, attended to by a function, and graphs."""
     capture = EagerCapture()
 
-    def plan(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
-        shape = SlabShape.of(model)
-        if wishes.attention == "slabs":
-            return plan_slabs(shape, wishes)
-        return plan_pages(shape, wishes, tiling_of(model, shape), attend)
+    def plan(model: PreTrainedModel, options: KVOptions) -> KVPlan:
+        shape = KVShape.of(model)
+        if options.attention == "slabs":
+            return plan_slabs(shape, options)
+        return plan_pages(shape, options, tiling_of(model, shape), attend)
 
     monkeypatch.setattr(build, "plan_kv", plan)
     monkeypatch.setattr(build, "paths_of", lambda _device: cuda_paths)

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.model.loader import LoadedModel, describe, reference_attention
 from steering.sites import default_sites, match_sites
 
@@ -71,7 +71,7 @@ def step_bytes(loaded: LoadedModel, tokens: int) -> int:
     rows_only = 0 if tied else sum(each.nbytes for each in embeddings.parameters())
     module: nn.Module = model
     weights = sum(each.nbytes for each in module.parameters()) - rows_only
-    return weights + tokens * SlabShape.of(model).bytes_per_token
+    return weights + tokens * KVShape.of(model).bytes_per_token
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ from benchmarks.gpu.forms import form_of, graphs_of
 from benchmarks.gpu.model import step_bytes
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.rows import Rows
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.memory_plan import MemoryPlan, plan_memory
 from server.engine.torch.options import EngineOptions
 
@@ -94,7 +94,7 @@ def _tell_memory(bench: Bench, plan: MemoryPlan, place: Place, rows: Rows) -> No
     """Tell what memory was planned, what keys and values got, and what was used at most."""
     free, total = torch.cuda.mem_get_info(place.device)
     reserved = torch.cuda.memory_reserved(place.device)
-    stored = bench.core.scheduler.pool.capacity * SlabShape.of(bench.loaded.model).bytes_per_token
+    stored = bench.core.scheduler.pool.capacity * KVShape.of(bench.loaded.model).bytes_per_token
     rows.tell(
         keys_and_values_gb=round(stored / 1e9, 2),
         planned_interventions_gb=round(plan.bank / 1e9, 2),

@@ -8,8 +8,8 @@ import pytest
 from server.engine.base import Edit, Request, SamplingSettings
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.model.transfer import fetch
-from server.engine.torch.sampling import readout
+from server.engine.torch.model.transfer import to_host
+from server.engine.torch.sampling import row_results
 from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.staged_runner import StagedRunner
@@ -134,7 +134,7 @@ def test_a_step_waits_for_the_device_when_it_is_read_only(
         refuse_waits(False)
         try:
             waits[-1] += 1
-            return fetch(tree)
+            return to_host(tree)
         finally:
             refuse_waits(True)
 
@@ -146,7 +146,7 @@ def test_a_step_waits_for_the_device_when_it_is_read_only(
         finally:
             refuse_waits(False)
 
-    monkeypatch.setattr(readout, "fetch", allowed)
+    monkeypatch.setattr(row_results, "to_host", allowed)
     monkeypatch.setattr(core, "step", watched)
     replays = Replays(monkeypatch)
     load()

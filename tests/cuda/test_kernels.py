@@ -12,7 +12,7 @@ from server.engine.base import Request, SamplingSettings
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, Tiling
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.sampling.penalties import Penalties
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.sampler import Draw, sample
@@ -75,7 +75,7 @@ def test_attention_is_right_at_sizes_that_models_have(
     softcap: float | None,
 ) -> None:
     """With a window and without."""
-    shape = SlabShape(kv_heads, head_dim, dtype, (DEVICE,))
+    shape = KVShape(kv_heads, head_dim, dtype, (DEVICE,))
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else 1
     tiling = Tiling(heads, kv_heads, dtype.itemsize, processors)
     if GPU:
@@ -121,7 +121,7 @@ def test_penalties_on_the_device_have_the_bits_of_the_oracle(seed: int) -> None:
 def drawn_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """Drawn as a step does: rows that are not sure once more, sorted."""
     sampled = sample(logits, draws)
-    unsure = [row for row, sure in enumerate(sampled.sure.tolist()) if not sure]
+    unsure = [row for row, sure in enumerate(sampled.exact.tolist()) if not sure]
     if unsure:
         sampled = sample(logits, draws, sorted_rows=unsure)
     tokens: list[int] = sampled.tokens.tolist()

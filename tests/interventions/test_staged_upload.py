@@ -2,11 +2,11 @@ import torch
 
 from server.engine.torch.attention.paged_index import PagedIndex
 from server.engine.torch.attention.staging import (
+    index_to_device,
     route_tensors,
-    stage_index,
     with_route_tensors,
 )
-from server.engine.torch.model.transfer import Layout, stage
+from server.engine.torch.model.transfer import Layout, to_device
 from steering.route import Span, build_route
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
@@ -22,14 +22,14 @@ TENSORS = [
 
 
 def test_tensors_of_all_kinds_come_as_they_were() -> None:
-    for before, after in zip(TENSORS, stage(TENSORS, CPU), strict=True):
+    for before, after in zip(TENSORS, to_device(TENSORS, CPU), strict=True):
         assert (after.dtype, after.shape) == (before.dtype, before.shape)
         assert torch.equal(after, before)
 
 
 def test_what_is_staged_is_a_copy() -> None:
     source = torch.arange(4)
-    [staged] = stage([source], CPU)
+    [staged] = to_device([source], CPU)
     source.zero_()
     assert staged.tolist() == [0, 1, 2, 3]
 
@@ -50,15 +50,15 @@ def test_an_index_keeps_what_is_known_on_the_host() -> None:
         query_ends=one,
         lengths=two,
         tables=torch.ones(2, 3, dtype=torch.int32),
-        owners=three,
-        firsts=four,
+        block_spans=three,
+        block_starts=four,
         block_rows=16,
         splits=2,
         max_keys=4,
     )
-    moved = stage_index(index, CPU)
+    moved = index_to_device(index, CPU)
     assert (moved.block_rows, moved.splits, moved.max_keys) == (16, 2, 4)
-    for name in ("slots", "query_ends", "lengths", "tables", "owners", "firsts"):
+    for name in ("slots", "query_ends", "lengths", "tables", "block_spans", "block_starts"):
         before, after = getattr(index, name), getattr(moved, name)
         assert torch.equal(before, after), name
         assert after.dtype == before.dtype, name
@@ -72,7 +72,7 @@ def test_a_route_keeps_its_places() -> None:
     )
     spans = [Span(0, 2, 2, range(1), edits), Span(0, 1, 1, range(1, 2), edits[1:])]
     route = build_route(spans, CPU)
-    moved = with_route_tensors(route, stage(route_tensors(route), CPU), CPU)
+    moved = with_route_tensors(route, to_device(route_tensors(route), CPU), CPU)
     assert moved.affine is not None
     assert route.affine is not None
     assert (moved.affine.indices, moved.affine.used_slots) == ((0, 1), frozenset({1, 3}))

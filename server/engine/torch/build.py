@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from server.engine.torch.attention.paged_attention import PagedMemory
-from server.engine.torch.attention.plan import KVWishes, plan_kv
+from server.engine.torch.attention.plan import KVOptions, plan_kv
 from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.core import EngineCore
 from server.engine.torch.device_paths import EngineParts, paths_of
@@ -23,7 +23,7 @@ from server.engine.torch.self_test import (
     check_lm_head,
     dead_sites,
     reference_logits,
-    sites_a_batch,
+    sites_per_batch,
 )
 from server.engine.torch.site_probes import SiteProbes
 from server.engine.torch.step.runner import Runner
@@ -49,7 +49,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     paths.prepare(model, options)
     use_engine_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
-    kv = plan_kv(model, _wishes(loaded, options))
+    kv = plan_kv(model, _kv_options(loaded, options))
     memory = kv.memory
     paged = memory if isinstance(memory, PagedMemory) else None
     runner = Runner(model, hooks) if paged is None else StagedRunner(model, hooks, model.device)
@@ -60,7 +60,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         options.max_loaded_interventions,
         loaded.description,
         model.device,
-        SiteProbes(hooks, probe, sites_a_batch(memory)),
+        SiteProbes(hooks, probe, sites_per_batch(memory)),
     )
     prefixes = PrefixCache[list[Tensor]](kv.prefixes, options.prefix_cache)
     scheduler = Scheduler(
@@ -86,7 +86,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     )
 
 
-def _wishes(loaded: LoadedModel, options: EngineOptions) -> KVWishes:
+def _kv_options(loaded: LoadedModel, options: EngineOptions) -> KVOptions:
     """Return the operator's choices for the K/V memory.
 
     On a single GPU, if no size was given, the size is what the memory plan leaves.
@@ -98,7 +98,7 @@ def _wishes(loaded: LoadedModel, options: EngineOptions) -> KVWishes:
         plan = plan_memory(model, loaded.description.site_widths, options)
         logger.info("memory of the GPU: %s", plan.sentence())
         size = plan.keys_and_values
-    return KVWishes(options.attention, options.prefix_cache, size)
+    return KVOptions(options.attention, options.prefix_cache, size)
 
 
 def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool) -> int:

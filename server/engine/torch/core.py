@@ -17,10 +17,10 @@ from server.engine.torch.attention.backend import KVMemory
 from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.kv_store import KVStore
 from server.engine.torch.model.devices import is_dead
-from server.engine.torch.model.transfer import start_copy
-from server.engine.torch.sampling.answer import Answer
+from server.engine.torch.model.transfer import start_copy_to_host
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.postprocess import Delivery, Postprocessor
+from server.engine.torch.sampling.sequence_outputs import SequenceOutputs
 from server.engine.torch.scheduling.prefix_cache import PrefixCache
 from server.engine.torch.scheduling.scheduler import Scheduler, StepPlan
 from server.engine.torch.scheduling.sequence import Sequence
@@ -75,7 +75,7 @@ class EngineCore:
         self.edit_seconds = 0.0  # duration of the edits in them
         self._device = model.device
         self.store = KVStore(memory, prefixes)
-        self._answers: dict[Sequence, Answer] = {}
+        self._outputs: dict[Sequence, SequenceOutputs] = {}
         self._step_seconds = 0.0  # duration of the last step
 
     def prepare(self, parameters: Parameters) -> bool:
@@ -131,9 +131,9 @@ class EngineCore:
                 slots[digest] = self.interventions.hold(digest, parameters)
                 held.callback(self.interventions.unpin, digest)
             # Everything that may fail happens before the first sequence is queued.
-            answers = [Answer(sequence, self._detokenizer(sequence)) for sequence in sequences]
-            for sequence, answer in zip(sequences, answers, strict=True):
-                self._queue(sequence, answer, slots)
+            made = [SequenceOutputs(each, self._detokenizer(each)) for each in sequences]
+            for sequence, outputs in zip(sequences, made, strict=True):
+                self._queue(sequence, outputs, slots)
         if leader is not None:
             self.scheduler.leaders.discard(leader)
 
@@ -141,7 +141,9 @@ class EngineCore:
         request = sequence.request
         return Detokenizer(self._vocabulary, request.sampling.stop, request.prompt)
 
-    def _queue(self, sequence: Sequence, answer: Answer, slots: Mapping[str, int]) -> None:
+    def _queue(
+        self, sequence: Sequence, outputs: SequenceOutputs, slots: Mapping[str, int]
+    ) -> None:
         """Queue a sequence, and pin its interventions, which are in `slots`, on its behalf."""
         sequence.edits = tuple(
             SlottedEdit(slots[edit.digest], edit.settings)
@@ -149,7 +151,7 @@ class EngineCore:
         )
         for digest in sequence.digests:
             self.interventions.pin(digest)
-        self._answers[sequence] = answer
+        self._outputs[sequence] = outputs
         self.scheduler.add(sequence)
         self.store.prefixes.trim()
 
@@ -159,14 +161,14 @@ class EngineCore:
         Raises:
             Exception: one part could not be freed; all the others were.
         """
-        if (answer := self._answers.pop(sequence, None)) is None:
+        if (outputs := self._outputs.pop(sequence, None)) is None:
             return
         # An ExitStack calls back in reverse order, and goes on when one callback raises.
         with ExitStack() as freeing:
             for digest in sequence.digests:
                 freeing.callback(self.interventions.unpin, digest)
-            if answer.penalties is not None:
-                freeing.callback(self._penalties.free, answer.penalties)
+            if outputs.penalties is not None:
+                freeing.callback(self._penalties.free, outputs.penalties)
             freeing.callback(self.store.cache_and_free_lane, sequence)
             freeing.callback(self.scheduler.remove, sequence)
 
@@ -179,7 +181,7 @@ class EngineCore:
         """Remove every sequence, and empty the prefix cache."""
         self.store.clear()
         self.scheduler.leaders.clear()
-        for sequence in tuple(self._answers):
+        for sequence in tuple(self._outputs):
             self.remove(sequence)
 
     @property
@@ -239,14 +241,14 @@ class EngineCore:
 
     def _compute(self, plan: StepPlan) -> list[Delivery]:
         for sequence in self.store.allocate_lanes(plan):
-            self._answers[sequence].start()
+            self._outputs[sequence].mark_started()
         batch = build_batch(plan.chunks, self.store.lanes, self.store.memory, self._device)
         meter = self._meter(batch)
         began = time.perf_counter()
         logits = self._runner.run(batch, self.interventions.bank, meter)
         # Starts the copy; it is complete once the postprocessor has waited for the device.
-        doses = start_copy(meter.sums(logits.device)) if meter is not None else None
-        deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._answers)
+        doses = start_copy_to_host(meter.sums(logits.device)) if meter is not None else None
+        deliveries = self._postprocessor.run(plan.chunks, batch.rows, logits, self._outputs)
         self.store.cache_prompts(deliveries)
         if meter is None or doses is None:
             return deliveries
@@ -273,9 +275,9 @@ class EngineCore:
         scheduler.check()
         running = {*scheduler.running, *scheduler.background}
         sequences = {*running, *scheduler.waiting}
-        assert self._answers.keys() == sequences, "an answer without a sequence, or none for one"
+        assert self._outputs.keys() == sequences, "an answer without a sequence, or none for one"
         self.store.check(running)
-        penalties = (answer.penalties for answer in self._answers.values())
+        penalties = (outputs.penalties for outputs in self._outputs.values())
         self._penalties.check([each for each in penalties if each is not None])
         pins = Counter(digest for sequence in sequences for digest in sequence.digests)
         self.interventions.slots.check(pins)

@@ -68,7 +68,7 @@ class LoadedInterventions:
         new = self._probes.probe_some(parameters, seconds)
         self._check_alive(parameters)
         self.bank.allocate_sites({site: self._model.site_widths[site] for site in new})
-        return not self._probes.left(parameters)
+        return not self._probes.unprobed(parameters)
 
     def install(self, digest: str, parameters: Parameters) -> int:
         """Probe the sites that are left, put the intervention into a slot, and pin it.

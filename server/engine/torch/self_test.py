@@ -19,7 +19,7 @@ from server.engine.torch.model.loader import ModelLoadError
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.step.batch import build_batch
-from server.engine.torch.step.decoder import DecoderLayers, Probe
+from server.engine.torch.step.decoder import DecoderLayers, RecordedStep
 from server.engine.torch.step.runner import Runner
 from steering.affine import AffineMap, Gate
 from steering.bank import Bank
@@ -85,23 +85,23 @@ def check_forward(
 
 def record_layers(
     model: PreTrainedModel, layers: DecoderLayers, runner: Runner, memory: KVMemory
-) -> list[Probe]:
+) -> list[RecordedStep]:
     """Record the layers' inputs and outputs in a prefill of several tokens, and in a decode step.
 
-    The probes keep a lane of `memory` in use.
+    The recorded steps keep a lane of `memory` in use.
     """
     sequence = _sequence(_probe_prompt(model, _RECORDED_TOKENS + 1), ())
     lane = memory.lane()
     lane.reserve(_RECORDED_TOKENS + 1)
     lanes = {sequence: lane}
     bank = Bank(1, model.device)
-    probes = []
+    recorded = []
     for start, count in ((0, _RECORDED_TOKENS), (_RECORDED_TOKENS, 1)):
         batch = build_batch([Chunk(sequence, start, count)], lanes, memory, model.device)
-        with layers.recorded(count) as record:
+        with layers.recording(count) as trace:
             runner.run(batch, bank)
-        probes.append(Probe(record, batch.attention))
-    return probes
+        recorded.append(RecordedStep(trace, batch.attention))
+    return recorded
 
 
 def _has_windows(model: PreTrainedModel) -> bool:
@@ -121,7 +121,7 @@ def check_lm_head(model: PreTrainedModel, runner: Runner, memory: KVMemory, widt
         raise ModelLoadError("an edit before lm_head does not reach the logits")
 
 
-def sites_a_batch(memory: KVMemory) -> int:
+def sites_per_batch(memory: KVMemory) -> int:
     """Return how many sites one batch of `dead_sites` can probe."""
     return memory.probe_lanes - _UNEDITED
 
@@ -139,7 +139,7 @@ def dead_sites(
     """
     ordered = sorted(sites)
     dead: set[str] = set()
-    at_once = sites_a_batch(memory)
+    at_once = sites_per_batch(memory)
     for first in range(0, len(ordered), at_once):
         group = ordered[first : first + at_once]
         bank = Bank(len(group), model.device)

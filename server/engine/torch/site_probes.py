@@ -10,7 +10,7 @@ from typing import Final
 
 from steering.hooks import SteeringHooks
 
-_FEW: Final = 0.8  # share of a piece's allowed time; a piece that takes less lets the next grow
+_MOST_OF: Final = 0.8  # share of a piece's allowed time; a piece that takes less lets the next grow
 
 
 class SiteProbes:
@@ -33,7 +33,7 @@ class SiteProbes:
         self._probed: set[str] = set()
         self._dead: set[str] = set()
 
-    def left(self, sites: Collection[str]) -> list[str]:
+    def unprobed(self, sites: Collection[str]) -> list[str]:
         """Return the sites that have not been probed yet, sorted."""
         return sorted(set(sites) - self._probed)
 
@@ -43,7 +43,7 @@ class SiteProbes:
 
     def probe_all(self, sites: Collection[str]) -> None:
         """Probe all sites that have not been probed yet, however long it takes."""
-        self._try(self.left(sites))
+        self._hook_and_probe(self.unprobed(sites))
 
     def probe_some(self, sites: Collection[str], seconds: float) -> list[str]:
         """Probe at least one site that has not been probed, and as many as take about `seconds`.
@@ -53,17 +53,17 @@ class SiteProbes:
         Returns:
             The sites that were probed; empty if none was left.
         """
-        some = self.left(sites)[: self._at_once]
+        some = self.unprobed(sites)[: self._at_once]
         began = time.perf_counter()
-        self._try(some)
+        self._hook_and_probe(some)
         took = time.perf_counter() - began
         if took > seconds:
             self._at_once = max(1, len(some) // 2)
-        elif took < _FEW * seconds:
+        elif took < _MOST_OF * seconds:
             self._at_once = min(self._max_at_once, max(self._at_once, 2 * len(some)))
         return some
 
-    def _try(self, sites: list[str]) -> None:
+    def _hook_and_probe(self, sites: list[str]) -> None:
         for site in sites:
             self._hooks.install(site)
         # A probe that raises has shown nothing, so its sites still count as not probed.

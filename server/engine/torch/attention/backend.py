@@ -26,18 +26,18 @@ class AttentionStep(ABC):
         self.windows: set[int | None] = set()  # the windows that layers have asked for
 
     @staticmethod
-    def now() -> "AttentionStep":
-        """Return the step whose `current` context is active."""
-        return _CURRENT.get()
+    def active() -> "AttentionStep":
+        """Return the step whose `activate` context is entered."""
+        return _ACTIVE.get()
 
     @contextmanager
-    def current(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         """Make the model's attention use this step within the context."""
-        token = _CURRENT.set(self)
+        token = _ACTIVE.set(self)
         try:
             yield
         finally:
-            _CURRENT.reset(token)
+            _ACTIVE.reset(token)
 
     @abstractmethod
     def attend(
@@ -56,7 +56,7 @@ class AttentionStep(ABC):
 
 
 # A compiled layer calls its attention as an operator, to which a step cannot be passed.
-_CURRENT: ContextVar[AttentionStep] = ContextVar("steerserve_attention_step")
+_ACTIVE: ContextVar[AttentionStep] = ContextVar("steerserve_attention_step")
 
 
 class Lane(ABC):
@@ -103,9 +103,8 @@ class LaneSpan:
 class KVMemory(ABC):
     """Memory for the keys and values of all sequences."""
 
-    is_preallocated: (
-        bool  # whether all memory is allocated at the start, so that no lane can exceed the plan
-    )
+    # Whether all memory is allocated at the start, so that no lane can exceed the plan.
+    is_preallocated: bool
     # The device on which a step's tensors are built; None for the model's own.
     batch_device: torch.device | None = None
     probe_lanes: int  # lanes that the self-test may use besides those of the sequences
@@ -114,9 +113,12 @@ class KVMemory(ABC):
     def lane(self) -> Lane:
         """Make a lane that has no room yet."""
 
-    @abstractmethod
     def order(self, span: LaneSpan) -> tuple[bool, int, int]:
-        """Return a sort key for the spans of a step: its order suits attention best."""
+        """Return a sort key for the spans of a step: its order suits attention best.
+
+        All keys are equal where every order suits.
+        """
+        return False, 0, 0
 
     @abstractmethod
     def step(self, spans: Sequence[LaneSpan]) -> AttentionStep:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.engine.torch.attention.backend import Lane
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 
 PAGE: Final = 64  # tokens in a page, and the most keys in a tile of the kernel
 SCRATCH: Final = 0  # the page that no sequence owns: padding rows of a batch write to it
@@ -23,7 +23,7 @@ class OutOfPagesError(RuntimeError):
 class PagePool:
     """Holds all pages of an engine, whose layers must be on one device."""
 
-    def __init__(self, shape: SlabShape, pages: int) -> None:
+    def __init__(self, shape: KVShape, pages: int) -> None:
         """`pages` counts the scratch page.
 
         Raises:

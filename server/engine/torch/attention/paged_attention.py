@@ -19,7 +19,7 @@ from server.engine.torch.attention.paged_index import (
     Tiling,
     build_index,
 )
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 
 
 class PagedStep(AttentionStep):
@@ -59,9 +59,7 @@ class PagedMemory(KVMemory):
     batch_device = torch.device("cpu")
     probe_lanes = 6
 
-    def __init__(
-        self, shape: SlabShape, pages: int, tiling: Tiling, attend: PagedAttention
-    ) -> None:
+    def __init__(self, shape: KVShape, pages: int, tiling: Tiling, attend: PagedAttention) -> None:
         """`pages` counts the scratch page."""
         self.pool = PagePool(shape, pages)
         self.tiling = tiling
@@ -75,10 +73,6 @@ class PagedMemory(KVMemory):
     def lane(self) -> PagedLane:
         """Make a lane that has no pages yet."""
         return PagedLane(self.pool)
-
-    def order(self, span: LaneSpan) -> tuple[bool, int, int]:
-        """Return a sort key that puts decoding sequences first."""
-        return span.count > 1, 0, 0
 
     def step(self, spans: Sequence[LaneSpan]) -> PagedStep:
         """Make the attention of a step; its tensors are on the CPU."""

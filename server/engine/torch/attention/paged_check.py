@@ -17,8 +17,8 @@ from server.engine.torch.attention.backend import AttentionParams, LaneSpan
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, Tiling
-from server.engine.torch.attention.slab import SlabShape
-from server.engine.torch.attention.staging import stage_index
+from server.engine.torch.attention.slab import KVShape
+from server.engine.torch.attention.staging import index_to_device
 
 # The length of each sequence after each of four steps. In the last two, all sequences decode.
 _LENGTHS: Final = (
@@ -40,7 +40,7 @@ class WrongAttentionError(ArithmeticError):
 @torch.inference_mode()
 def check_pages(
     attend: PagedAttention,
-    shape: SlabShape,
+    shape: KVShape,
     tiling: Tiling,
     windowed: bool,
     softcap: float | None,
@@ -59,13 +59,13 @@ def check_pages(
 
 def _check(
     attend: PagedAttention,
-    shape: SlabShape,
+    shape: KVShape,
     tiling: Tiling,
     params: AttentionParams,
     lengths: Sequence[Sequence[int]],
 ) -> None:
     [device] = set(shape.devices)
-    one_layer = SlabShape(shape.kv_heads, shape.head_dim, shape.dtype, (device,))
+    one_layer = KVShape(shape.kv_heads, shape.head_dim, shape.dtype, (device,))
     pages = 1 + sum(-(-each[-1] // PAGE) for each in lengths)
     memory = PagedMemory(one_layer, pages, tiling, attend)
     # NaN shows in the output if the kernel reads a token that was never written.
@@ -92,7 +92,7 @@ def _check(
         step = memory.step(spans)
         query, key, value = (_packed([text[part] for text in texts], spans) for part in range(3))
         due = _packed(expected, spans)[0].transpose(0, 1)
-        index = stage_index(step.index, device)
+        index = index_to_device(step.index, device)
         # A decoding step may use any of these numbers of splits, each by a kernel of its own.
         for splits in SPLITS if all(span.count == 1 for span in spans) else (1,):
             moved = step.moved(replace(index, splits=splits))

@@ -22,20 +22,20 @@ SPLITS: Final = (1, 2, 4, 8, 16)
 class PagedIndex:
     """Says where a step's packed tokens are, and where their K and V are.
 
-    The packed tokens are n pieces, each of which is consecutive tokens of one sequence. A piece's
+    The packed tokens are n spans, each of which is consecutive tokens of one sequence. A span's
     queries are divided into blocks; each program attends for one block and one KV head, over all
     of its keys or one of several parts of them.
     """
 
     slots: Tensor  # (tokens,) int64: where each token's K and V go, page * 64 + place in the page
     query_ends: Tensor  # (n + 1,) int32: 0, then the cumulative number of tokens
-    lengths: Tensor  # (n,) int32: each piece's number of keys, those stored before included
-    tables: Tensor  # (n, pages) int32: the pages of each piece's sequence, in order
-    owners: Tensor  # (blocks,) int32: the piece that each block's queries belong to
-    firsts: Tensor  # (blocks,) int32: the number of each block's first query within its piece
+    lengths: Tensor  # (n,) int32: each span's number of keys, those stored before included
+    tables: Tensor  # (n, pages) int32: the pages of each span's sequence, in order
+    block_spans: Tensor  # (blocks,) int32: the span that each block's queries belong to
+    block_starts: Tensor  # (blocks,) int32: the number of each block's first query within its span
     block_rows: int  # a block's queries, times the heads that share a KV head, at most
     splits: int  # the number of programs that the keys of a block are divided among
-    max_keys: int  # the most keys that a piece has, or in a graph may have
+    max_keys: int  # the most keys that a span has, or in a graph may have
 
 
 PagedAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor, PagedIndex, AttentionParams], Tensor]
@@ -65,7 +65,7 @@ class Tiling:
         """Return the rows of a block, a power of two.
 
         Args:
-            max_queries: the number of queries of the step's longest piece.
+            max_queries: the number of queries of the step's longest span.
         """
         rows = _DECODING_ROWS if max_queries == 1 else _READING_ROWS[self.itemsize]
         return max(rows, 1 << (self.fold - 1).bit_length())
@@ -87,12 +87,12 @@ class Tiling:
 def build_index(
     tables: Tensor, starts: Sequence[int], counts: Sequence[int], tiling: Tiling
 ) -> PagedIndex:
-    """Build the index of a step's pieces, on the CPU.
+    """Build the index of a step's spans, on the CPU.
 
     Args:
-        tables: (n, pages) int32, the pages of each piece's sequence.
-        starts: for each piece, how many tokens of its sequence are stored already.
-        counts: the number of tokens of each piece.
+        tables: (n, pages) int32, the pages of each span's sequence.
+        starts: for each span, how many tokens of its sequence are stored already.
+        counts: the number of tokens of each span.
     """
     started, counted = torch.tensor(starts), torch.tensor(counts)
     lengths = started + counted
@@ -101,7 +101,7 @@ def build_index(
     block_rows = tiling.block_rows(max(counts))
     block = block_rows // tiling.fold
     blocks = (counted + block - 1) // block
-    owners, firsts = _owners(blocks)
+    block_spans, block_numbers = _owners(blocks)
     query_ends = torch.zeros(len(counts) + 1, dtype=torch.int32)
     query_ends[1:] = counted.cumsum(0)
     return PagedIndex(
@@ -109,11 +109,11 @@ def build_index(
         query_ends=query_ends,
         lengths=lengths.int(),
         tables=tables,
-        owners=owners.int(),
-        firsts=(firsts * block).int(),
+        block_spans=block_spans.int(),
+        block_starts=(block_numbers * block).int(),
         block_rows=block_rows,
         # A step with prompts has enough programs without splitting keys.
-        splits=tiling.splits(len(owners)) if max(counts) == 1 else 1,
+        splits=tiling.splits(len(block_spans)) if max(counts) == 1 else 1,
         max_keys=max_keys,
     )
 

@@ -15,7 +15,7 @@ from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, Tiling
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.model.devices import free_memory
 from server.engine.torch.model.fallback import fall_back, first_line
@@ -50,7 +50,7 @@ class KVPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class KVWishes:
+class KVOptions:
     """Holds what the operator asks of the memory for keys and values."""
 
     attention: AttentionChoice
@@ -58,7 +58,7 @@ class KVWishes:
     bytes: int | None  # its size; None for a share of the free memory
 
 
-def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
+def plan_kv(model: PreTrainedModel, options: KVOptions) -> KVPlan:
     """Make memory that suits a model and its device.
 
     Falls back to slabs, with a warning, where pages would suit both but do not work.
@@ -67,17 +67,17 @@ def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
         ModelLoadError: the memory would not hold a single block; or pages were asked for, but do
             not suit the device or the model, or do not work.
     """
-    shape = SlabShape.of(model)
+    shape = KVShape.of(model)
     unsuited = why_no_pages(model, shape)
-    if wishes.attention == "pages" and unsuited is not None:
+    if options.attention == "pages" and unsuited is not None:
         raise ModelLoadError(f"attention over pages cannot be used: {unsuited} (--attention)")
-    if wishes.attention == "slabs" or unsuited is not None:
-        return plan_slabs(shape, wishes)
+    if options.attention == "slabs" or unsuited is not None:
+        return plan_slabs(shape, options)
     tiling = tiling_of(model, shape)
     try:
         attend = checked_kernel(model, shape, tiling)
     except Exception as error:
-        if wishes.attention == "pages":
+        if options.attention == "pages":
             raise ModelLoadError(
                 f"attention over pages does not work here (--attention slabs does without): "
                 f"{first_line(error)}"
@@ -88,11 +88,11 @@ def plan_kv(model: PreTrainedModel, wishes: KVWishes) -> KVPlan:
             "attention over pages (--attention slabs does without)",
             "keys and values lie in slabs, which is slower, as with --attention slabs",
         )
-        return plan_slabs(shape, wishes)
-    return plan_pages(shape, wishes, tiling, attend)
+        return plan_slabs(shape, options)
+    return plan_pages(shape, options, tiling, attend)
 
 
-def why_no_pages(model: PreTrainedModel, shape: SlabShape) -> str | None:
+def why_no_pages(model: PreTrainedModel, shape: KVShape) -> str | None:
     """Say why a model on its device cannot use attention over pages; None if it can."""
     if model.device.type != "cuda":
         return "pages are for a GPU"
@@ -105,7 +105,7 @@ def why_no_pages(model: PreTrainedModel, shape: SlabShape) -> str | None:
     return None
 
 
-def tiling_of(model: PreTrainedModel, shape: SlabShape) -> Tiling:
+def tiling_of(model: PreTrainedModel, shape: KVShape) -> Tiling:
     """Return how a model's attention is divided among the multiprocessors of its GPU."""
     processors = 1
     if model.device.type == "cuda":
@@ -114,7 +114,7 @@ def tiling_of(model: PreTrainedModel, shape: SlabShape) -> Tiling:
     return Tiling(heads, shape.kv_heads, shape.dtype.itemsize, processors)
 
 
-def checked_kernel(model: PreTrainedModel, shape: SlabShape, tiling: Tiling) -> PagedAttention:
+def checked_kernel(model: PreTrainedModel, shape: KVShape, tiling: Tiling) -> PagedAttention:
     """Import the kernel for attention over pages, and check it on the device.
 
     Raises:
@@ -128,14 +128,14 @@ def checked_kernel(model: PreTrainedModel, shape: SlabShape, tiling: Tiling) -> 
     return attend
 
 
-def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
+def plan_slabs(shape: KVShape, options: KVOptions) -> KVPlan:
     """Plan slabs, which share their memory with the prefix cache.
 
     Raises:
         ModelLoadError: there is no room for a single block.
     """
     # The prefix cache's copy of a block takes whole pages of the operating system.
-    blocks = _bytes(shape, wishes) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
+    blocks = _bytes(shape, options) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
     blocks -= blocks // _SPARE  # room for tokens that are in memory twice while being moved
     page_tokens = max(Fraction(PAGE_BYTES, shape.head_bytes), Fraction(1))
     if page_tokens > _LARGEST_PAGE:
@@ -145,15 +145,15 @@ def plan_slabs(shape: SlabShape, wishes: KVWishes) -> KVPlan:
 
 
 def plan_pages(
-    shape: SlabShape, wishes: KVWishes, tiling: Tiling, attend: PagedAttention
+    shape: KVShape, options: KVOptions, tiling: Tiling, attend: PagedAttention
 ) -> KVPlan:
     """Plan pages, and allocate all of them now.
 
     Raises:
         ModelLoadError: there is no room for a single page, or the device lacks the memory.
     """
-    budget = _bytes(shape, wishes)
-    kept = int(budget * _PREFIX_SHARE) if wishes.prefix_cache else 0
+    budget = _bytes(shape, options)
+    kept = int(budget * _PREFIX_SHARE) if options.prefix_cache else 0
     pages = (budget - kept) // (shape.bytes_per_token * PAGE)
     # The self-test's lanes and the scratch page are not counted in the pool.
     spare = PagedMemory.probe_lanes + 1
@@ -178,10 +178,10 @@ def _whole(blocks: int) -> int:
     return blocks
 
 
-def _bytes(shape: SlabShape, wishes: KVWishes) -> int:
+def _bytes(shape: KVShape, options: KVOptions) -> int:
     """Return how many bytes the keys and values of all layers get."""
-    if wishes.bytes is not None:
-        return wishes.bytes
+    if options.bytes is not None:
+        return options.bytes
     # A block is spread over all layers, so the tightest device decides.
     tokens = min(
         int(free_memory(device) * _FREE_SHARE[device.type])

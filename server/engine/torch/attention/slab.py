@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention.backend import Lane
-from server.engine.torch.attention.mapped import KeptCopies, whole_pages
+from server.engine.torch.attention.mapped import TensorPool, whole_pages
 from server.engine.torch.attention.slab_rows import make_rows
 from server.engine.torch.model.devices import layer_devices
 
@@ -29,7 +29,7 @@ _PART_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class SlabShape:
+class KVShape:
     """The shape and dtype of a token's keys and values, and the device of each layer."""
 
     kv_heads: int
@@ -38,7 +38,7 @@ class SlabShape:
     devices: Sequence[torch.device]  # each layer's, in order
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "SlabShape":
+    def of(cls, model: PreTrainedModel) -> "KVShape":
         """Read the shape from a model's configuration, the devices from its modules."""
         config = model.config.get_text_config()
         heads = config.num_attention_heads
@@ -72,7 +72,7 @@ class SlabShape:
 class SlabGroup:
     """Holds slabs of one capacity, in the first rows of `layers` without a gap."""
 
-    def __init__(self, shape: SlabShape, capacity: int, number: int) -> None:
+    def __init__(self, shape: KVShape, capacity: int, number: int) -> None:
         """Raises OSError or torch.OutOfMemoryError if there is no memory."""
         self.capacity = capacity
         self.number = number  # counts groups in the order in which they were made
@@ -134,11 +134,11 @@ class SlabGroup:
 class SlabPool:
     """Holds all slabs of an engine, and allocates copies of their tokens."""
 
-    def __init__(self, shape: SlabShape) -> None:
+    def __init__(self, shape: KVShape) -> None:
         self.shape = shape
         self._groups: dict[int, list[SlabGroup]] = {}  # by capacity
         self._made = 0  # groups made so far
-        self._copies: dict[int, KeptCopies] = {}  # by number of tokens
+        self._copies: dict[int, TensorPool] = {}  # by number of tokens
 
     @property
     def bytes(self) -> int:
@@ -158,7 +158,7 @@ class SlabPool:
             return [layer.clone() for layer in layers]
         size = (len(layers), *layers[0].shape)
         if size[3] not in self._copies:
-            self._copies[size[3]] = KeptCopies(size, self.shape.dtype)
+            self._copies[size[3]] = TensorPool(size, self.shape.dtype)
         copies = self._copies[size[3]].take()
         for copied, layer in zip(copies, layers, strict=True):
             copied.copy_(layer)

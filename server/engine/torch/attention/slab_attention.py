@@ -20,7 +20,7 @@ from server.engine.torch.attention.backend import (
     Lane,
     LaneSpan,
 )
-from server.engine.torch.attention.slab import Slab, SlabGroup, SlabPool, SlabShape
+from server.engine.torch.attention.slab import KVShape, Slab, SlabGroup, SlabPool
 from server.engine.torch.attention.soft_cap import soft_capped_attention
 
 
@@ -65,7 +65,7 @@ class SlabMemory(KVMemory):
     is_preallocated = False
     probe_lanes = 18
 
-    def __init__(self, shape: SlabShape) -> None:
+    def __init__(self, shape: KVShape) -> None:
         self._pool = SlabPool(shape)
 
     @property

@@ -51,7 +51,7 @@ def engine_attention(
     _refuse_unknown(attention_mask, dropout, is_causal, others)
     if layer_index is None:
         params = AttentionParams(scaling, sliding_window, softcap)
-        return AttentionStep.now().attend(module.layer_idx, query, key, value, params), None
+        return AttentionStep.active().attend(module.layer_idx, query, key, value, params), None
     output: Tensor = torch.ops.steerserve.attend(
         query, key, value, layer_index, scaling, sliding_window, softcap
     )
@@ -69,7 +69,7 @@ def _attend(
 ) -> Tensor:
     """Attend for the current step; compiled graphs call this as the operator `attend`."""
     params = AttentionParams(scaling, window, softcap)
-    return AttentionStep.now().attend(int(layer), query, key, value, params).contiguous()
+    return AttentionStep.active().attend(int(layer), query, key, value, params).contiguous()
 
 
 def _attend_fake(query: Tensor, *_others: object) -> Tensor:

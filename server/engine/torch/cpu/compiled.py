@@ -28,7 +28,7 @@ from server.engine.torch.cpu.layer_graphs import (
     make_graphs,
 )
 from server.engine.torch.cpu.recurring import Habit
-from server.engine.torch.step.decoder import DecoderLayers, LayerCall, Probe
+from server.engine.torch.step.decoder import DecoderLayers, LayerCall, RecordedStep
 from steering.affine import MapTable
 from steering.bank import Bank
 from steering.dose import DoseMeter
@@ -48,7 +48,7 @@ class _Layer:
 
     variant: int  # index into the plan's variants
     tensors: Tensors  # the layer's own, and the maps of its sites
-    position: Tensor  # () int64, the layer's index
+    index: Tensor  # () int64, the layer's index
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,14 @@ class CompiledLayers:
     def __init__(
         self,
         layers: DecoderLayers,
-        one_token: Probe,
-        more_tokens: Probe,
+        one_token: RecordedStep,
+        more_tokens: RecordedStep,
         lm_head: nn.Module,
         habit: Habit,
     ) -> None:
         """`habit` says when a mix of edits is worth graphs, unless `expect` has named it."""
         self._layers = layers
-        self._probes = (one_token, more_tokens)
+        self._recorded = (one_token, more_tokens)
         self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _LayerPlan] = {}
         self._background = Background("compiler")
         self._graphs = GraphStore(self._ask, habit)
@@ -150,7 +150,7 @@ class CompiledLayers:
             for inside, table in found.items():
                 tensors |= named_tensors(inside, site_tensors(table))
             number = variants.setdefault(variant, len(variants))
-            planned.append(_Layer(number, tensors, layers.positions[index]))
+            planned.append(_Layer(number, tensors, layers.index_tensors[index]))
         return _LayerPlan(tuple(variants), planned)
 
     def _calls(
@@ -168,7 +168,7 @@ class CompiledLayers:
 
         def call_of(layer: _Layer) -> LayerCall:
             def call(*args: object, **kwargs: object) -> object:
-                kwargs["layer_index"] = layer.position
+                kwargs["layer_index"] = layer.index
                 return graph(layer.tensors, own, args, kwargs)
 
             return call
@@ -184,7 +184,7 @@ class CompiledLayers:
             return None  # it failed to compile without edits, which was logged
         try:
             with torch.inference_mode():
-                graphs = make_graphs(self._layers, self._probes, variant)
+                graphs = make_graphs(self._layers, self._recorded, variant)
         except Exception as error:
             warn_uncompiled("layers run", variant, error)
             return None

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from server.engine.torch.cpu.ahead import compare, compile_ahead
-from server.engine.torch.step.decoder import DecoderLayers, Probe, template_of
+from server.engine.torch.step.decoder import DecoderLayers, RecordedStep, template_of
 from steering.affine import AffineMap, Gate
 from steering.site_edit import SiteEdit, named_tensors, site_tensors
 from steering.site_maps import MapPart, SiteMaps
@@ -49,11 +49,13 @@ class Graphs:
     more_tokens: Graph
 
 
-def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant) -> Graphs:
+def make_graphs(
+    layers: DecoderLayers, recorded: Sequence[RecordedStep], variant: Variant
+) -> Graphs:
     """Compile a variant for one token and for several, and compare with the uncompiled layers.
 
     Args:
-        probes: of a forward pass of one token, and of one of several tokens.
+        recorded: a forward pass of one token, and one of several tokens.
 
     Raises:
         CompiledWronglyError: a graph gives other results.
@@ -69,22 +71,22 @@ def make_graphs(layers: DecoderLayers, probes: Sequence[Probe], variant: Variant
             named |= named_tensors(site.location, step)
         return functional_call(template, named, tuple(args), dict(kwargs), strict=True)
 
-    return Graphs(*(_graph(layers, variant, run, probe) for probe in probes))
+    return Graphs(*(_graph(layers, variant, run, each) for each in recorded))
 
 
-def _graph(layers: DecoderLayers, variant: Variant, run: Graph, probe: Probe) -> Graph:
+def _graph(layers: DecoderLayers, variant: Variant, run: Graph, recorded: RecordedStep) -> Graph:
     alike = [i for i, each in enumerate(layers.structure_of) if each == variant.structure]
-    maps, step = _example_maps(variant), _example_step(variant, probe.record.tokens)
+    maps, step = _example_maps(variant), _example_step(variant, recorded.trace.tokens)
 
     def inputs(index: int) -> _Inputs:
-        args, kwargs = probe.record.inputs[index]
+        args, kwargs = recorded.trace.inputs[index]
         tensors = {**layers.tensors[index], **maps}
-        return tensors, step, args, {**kwargs, "layer_index": layers.positions[index]}
+        return tensors, step, args, {**kwargs, "layer_index": layers.index_tensors[index]}
 
-    with probe.attention.current():
-        graph = _compiled_ahead(run, inputs(alike[0]), probe.record.tokens)
+    with recorded.attention.activate():
+        graph = _compiled_ahead(run, inputs(alike[0]), recorded.trace.tokens)
         for index in alike:
-            expected = run(*inputs(index)) if variant.sites else probe.record.outputs[index]
+            expected = run(*inputs(index)) if variant.sites else recorded.trace.outputs[index]
             compare(graph(*inputs(index)), expected)
     return graph
 

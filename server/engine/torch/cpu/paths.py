@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from transformers import PreTrainedModel
 
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.cpu.compiled import CompiledLayers
 from server.engine.torch.cpu.graph_store import HABIT
@@ -33,8 +33,9 @@ def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
 def _compiled_layers(parts: EngineParts, options: EngineOptions) -> CompiledLayers:
     loaded = parts.loaded
     model, widths = loaded.model, loaded.description.site_widths
-    # A separate memory, because the probes keep their lane: each new graph is checked with them.
-    memory = SlabMemory(SlabShape.of(model))
+    # A separate memory, because the recorded steps keep their lane: each new graph is checked with
+    # them.
+    memory = SlabMemory(KVShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, parts.eager, memory)
     habit = Habit.at_once() if options.compile_at_once else HABIT

@@ -32,8 +32,8 @@ class _Tensors:
     query_ends: Tensor  # (rows + 1,) int32
     lengths: Tensor  # (rows,) int32
     tables: Tensor  # (rows, pages) int32
-    owners: Tensor  # (rows,) int32
-    firsts: Tensor  # (rows,) int32, zeros
+    block_spans: Tensor  # (rows,) int32
+    block_starts: Tensor  # (rows,) int32, zeros
     edit_slots: Tensor  # (depth, rows) int64, the bank's slots
     strength: Tensor  # (depth, rows) float32
 
@@ -67,8 +67,8 @@ class DecodeInputs:
             query_ends=tensors.query_ends,
             lengths=tensors.lengths,
             tables=tensors.tables,
-            owners=tensors.owners,
-            firsts=tensors.firsts,
+            block_spans=tensors.block_spans,
+            block_starts=tensors.block_starts,
             block_rows=tiling.block_rows(1),
             splits=tiling.splits(self.shape.rows),
             max_keys=self.shape.pages * PAGE,
@@ -119,7 +119,7 @@ class DecodeInputs:
         host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
         tensors = _Tensors(*self._layout.views(host))
         torch.arange(self.shape.rows + 1, out=tensors.query_ends)
-        torch.arange(self.shape.rows, out=tensors.owners)
+        torch.arange(self.shape.rows, out=tensors.block_spans)
         # A padding row sees one key, its own, which it writes to the scratch page.
         tensors.slots.fill_(SCRATCH * PAGE)
         tensors.lengths.fill_(1)

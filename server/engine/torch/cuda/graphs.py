@@ -23,7 +23,7 @@ from server.engine.torch.cuda.capture import Capture
 from server.engine.torch.cuda.decode_inputs import DecodeInputs, DecodeShape
 from server.engine.torch.cuda.decoder_call import Decoder
 from server.engine.torch.model.devices import is_dead
-from server.engine.torch.model.transfer import stage
+from server.engine.torch.model.transfer import to_device
 from server.engine.torch.step.batch import Batch
 from server.engine.torch.step.graph_keys import MAX_DEPTH, GraphKey, buckets
 from server.engine.torch.step.staged_runner import StagedRunner, paged_step
@@ -188,7 +188,7 @@ class GraphRunner(StagedRunner):
 
     def _tail(self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
         """Compute logits from the decoder's hidden states, with the reward edits."""
-        logits_rows, *rewards = stage(
+        logits_rows, *rewards = to_device(
             [batch.logits_rows, *route_tensors(_rewards(batch.route))], self._device
         )
         route = with_route_tensors(_rewards(batch.route), rewards, self._device)
@@ -219,21 +219,21 @@ class GraphRunner(StagedRunner):
         inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
         step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
         route = inputs.route()
-        with step.current():
+        with step.activate():
             captured = self._decoder.call_of(self._model, inputs)
 
         def compute() -> Sequence[Tensor]:
             meter = DoseMeter(key.rows, 0)
             indices = () if route.affine is None else route.affine.indices
             doses = meter.affine_doses(indices, self._device)
-            with step.current(), self._hooks.routed(self._bank, route, meter):
+            with step.activate(), self._hooks.routed(self._bank, route, meter):
                 hidden: Tensor = captured.call().last_hidden_state
             return hidden, doses
 
         replay, (hidden, doses) = self._capture(compute)
         vocabulary: int = self._model.config.get_text_config().vocab_size
         inputs.fill_example(vocabulary, slot)
-        with step.current(), self._hooks.routed(self._bank, route):
+        with step.activate(), self._hooks.routed(self._bank, route):
             expected = self._decoder.call_of(self._model, inputs).hidden
         replay()
         difference = float((hidden - expected).float().norm() / expected.float().norm())

@@ -32,8 +32,8 @@ def _attend_kernel(
     query,  # (tokens, heads, head_dim)
     keys,  # (pages, page, kv_heads, head_dim)
     values,  # the same shape
-    owners,  # (blocks,) int32, the sequence of each block of queries
-    firsts,  # (blocks,) int32, the number of each block's first query within its sequence's piece
+    block_spans,  # (blocks,) int32, the span that each block's queries belong to
+    block_starts,  # (blocks,) int32, the number of each block's first query within its span
     query_ends,  # (n + 1,) int32, 0 and then the cumulative number of queries
     lengths,  # (n,) int32, the number of keys of each sequence
     tables,  # (n, table_stride) int32, the pages of each sequence
@@ -61,11 +61,11 @@ def _attend_kernel(
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    owner = tl.load(owners + block)
-    first = tl.load(firsts + block)
-    start = tl.load(query_ends + owner)
-    count = tl.load(query_ends + owner + 1) - start
-    length = tl.load(lengths + owner)
+    span = tl.load(block_spans + block)
+    first = tl.load(block_starts + block)
+    start = tl.load(query_ends + span)
+    count = tl.load(query_ends + span + 1) - start
+    length = tl.load(lengths + span)
     # A row is one query of one of the heads that share the KV head.
     row = tl.arange(0, block_rows)
     number = first + row // fold
@@ -95,7 +95,7 @@ def _attend_kernel(
     column = tl.arange(0, block_keys)
     for tile in range(from_tile, to_tile):
         key = tile * block_keys + column
-        stored = tl.load(tables + owner.to(tl.int64) * table_stride + tile * block_keys // page)
+        stored = tl.load(tables + span.to(tl.int64) * table_stride + tile * block_keys // page)
         inside = (tile * block_keys) % page + column
         at = ((stored.to(tl.int64) * page + inside) * kv_heads + kv_head) * head_dim
         written = key < last  # memory behind them is uninitialized, and may be NaN
@@ -191,15 +191,15 @@ def _attend(
                 (index.splits, tokens, heads),
             )
         )
-    _attend_kernel[(len(index.owners), kv_heads, index.splits)](
+    _attend_kernel[(len(index.block_spans), kv_heads, index.splits)](
         parts,
         maxima,
         sums,
         query,
         keys,
         values,
-        index.owners,
-        index.firsts,
+        index.block_spans,
+        index.block_starts,
         index.query_ends,
         index.lengths,
         index.tables,

@@ -46,7 +46,7 @@ class Layout:
         return torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
-def stage(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Return tensors of the CPU on a device. They are all brought there in one copy."""
     layout = Layout.of(tensors)
     host = layout.host_buffer(device)
@@ -55,7 +55,9 @@ def stage(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return layout.views(host.to(device, non_blocking=True))
 
 
-def send(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def device_tensor(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return numbers as a tensor on a device: (n,) of `dtype`, or of torch's choice for None."""
     tensor = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
@@ -63,30 +65,30 @@ def send(values: Sequence[float], device: torch.device, dtype: torch.dtype | Non
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def fetch(tree: T) -> T:
+def to_host(tree: T) -> T:
     """Return a tree of named tuples with its tensors copied to the host. Waits for the devices.
 
     Values that are neither tensors nor named tuples stay as they are.
     """
     devices: set[torch.device] = set()
-    fetched: T = _fetched(tree, devices)
+    copied: T = _start_copies(tree, devices)
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
-    return fetched
+    return copied
 
 
-def _fetched(tree: Any, devices: set[torch.device]) -> Any:
+def _start_copies(tree: Any, devices: set[torch.device]) -> Any:
     """Start the copies to the host, and add the devices that must be waited for to `devices`."""
     if isinstance(tree, Tensor):
         if tree.is_cuda:
             devices.add(tree.device)
-        return start_copy(tree)
+        return start_copy_to_host(tree)
     if isinstance(tree, tuple):
-        return type(tree)(*(_fetched(each, devices) for each in tree))
+        return type(tree)(*(_start_copies(each, devices) for each in tree))
     return tree
 
 
-def start_copy(tensor: Tensor) -> Tensor:
+def start_copy_to_host(tensor: Tensor) -> Tensor:
     """Start to copy a tensor to the host. The copy is complete once its device was waited for."""
     if not tensor.is_cuda:
         return tensor

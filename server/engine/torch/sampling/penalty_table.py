@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from server.engine.torch.model.transfer import stage
+from server.engine.torch.model.transfer import to_device
 from server.engine.torch.sampling.penalties import Entry, Penalties
 
 _LEAST: Final = 64  # places of the first table, and of the smallest segment
@@ -106,7 +106,7 @@ class PenaltyTable:
             for start, penalties in zip(starts, owners, strict=True)
             for place, entry in penalties.unsent.items()
         }
-        spans, lengths, places, entries = stage(
+        spans, lengths, places, entries = to_device(
             [
                 torch.tensor(list(zip(changed, shifts, strict=True))),
                 torch.tensor(counts),

@@ -13,10 +13,10 @@ from server.engine.base import (
     StepOutput,
     TokenLogprobs,
 )
-from server.engine.torch.sampling.answer import Answer
 from server.engine.torch.sampling.penalty_table import PenaltyTable
-from server.engine.torch.sampling.readout import Drawn, read_out
+from server.engine.torch.sampling.row_results import DrawnToken, draw_and_score
 from server.engine.torch.sampling.sampler import RowLogprobs
+from server.engine.torch.sampling.sequence_outputs import SequenceOutputs
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.step.batch import Row
@@ -42,9 +42,9 @@ class Postprocessor:
         chunks: Sequence[Chunk],
         rows: Sequence[Row],
         logits: Tensor,
-        answers: Mapping[EngineSequence, Answer],
+        outputs: Mapping[EngineSequence, SequenceOutputs],
     ) -> list[Delivery]:
-        """Score prompts, draw tokens, make text. Waits for the device as `read_out` does.
+        """Score prompts, draw tokens, make text. Waits for the device as `draw_and_score` does.
 
         Args:
             logits: (rows, vocabulary) float32, in the order of `rows`.
@@ -55,16 +55,20 @@ class Postprocessor:
         read = [chunk.sequence for chunk in chunks if chunk.completes and not chunk.draws]
         for chunk in chunks:
             chunk.sequence.computed_tokens += chunk.count
-        draws = [answers[row.sequence].draw() for row in rows if row.draws]
-        readout = read_out(rows, logits, draws, self._penalties)
-        lost = {row.sequence: _not_a_number(row) for row in readout.not_numbers}
-        lost |= self._score(readout.scored, lost, answers)
+        draws = [outputs[row.sequence].next_draw() for row in rows if row.draws]
+        results = draw_and_score(rows, logits, draws, self._penalties)
+        lost = {row.sequence: _not_a_number(row) for row in results.not_finite}
+        lost |= self._score(results.scored, lost, outputs)
         return [
             *lost.items(),
-            *((sequence, answers[sequence].read()) for sequence in read if sequence not in lost),
             *(
-                (drawn.sequence, self._append(answers[drawn.sequence], drawn))
-                for drawn in readout.drawn
+                (sequence, outputs[sequence].only_output())
+                for sequence in read
+                if sequence not in lost
+            ),
+            *(
+                (drawn.sequence, self._append(outputs[drawn.sequence], drawn))
+                for drawn in results.drawn
                 if drawn.sequence not in lost
             ),
         ]
@@ -73,7 +77,7 @@ class Postprocessor:
         self,
         scored: Sequence[tuple[Row, RowLogprobs]],
         lost: Collection[EngineSequence],
-        answers: Mapping[EngineSequence, Answer],
+        outputs: Mapping[EngineSequence, SequenceOutputs],
     ) -> dict[EngineSequence, EngineError]:
         """Store the prompts' log-probabilities. Return the sequences for which that failed."""
         failed: dict[EngineSequence, EngineError] = {}
@@ -82,16 +86,16 @@ class Postprocessor:
                 continue
             try:
                 token = row.sequence.tokens[row.position + 1]
-                answers[row.sequence].score(self._logprobs(token, value))
+                outputs[row.sequence].add_prompt_logprobs(self._logprobs(token, value))
             except Exception:
                 failed[row.sequence] = _text_failed()
         return failed
 
-    def _append(self, answer: Answer, drawn: Drawn) -> StepOutput | EngineError:
+    def _append(self, outputs: SequenceOutputs, drawn: DrawnToken) -> StepOutput | EngineError:
         token, row = drawn.token, drawn.logprobs
         try:
             found = None if row is None else self._logprobs(token, row)
-            return answer.append(token, found, self._eos_tokens)
+            return outputs.append_token(token, found, self._eos_tokens)
         except Exception:
             return _text_failed()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from server.engine.base import SamplingSettings
-from server.engine.torch.model.transfer import send
+from server.engine.torch.model.transfer import device_tensor
 from server.engine.torch.sampling.penalties import Penalties
 
 # Rows whose log-probabilities are computed at once. It bounds the memory: prompts can have many
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
     tokens: Tensor  # (rows,) int64
     # (rows,) bool; false if the filters may keep tokens beyond the `_BEST` that were drawn from.
     # Such a row must be drawn again, with its whole vocabulary sorted.
-    sure: Tensor
+    exact: Tensor
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] = ()) -> Sample:
@@ -64,24 +64,24 @@ def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] =
     Args:
         logits: (rows, vocabulary) float32, with the draws' penalties applied. A row whose largest
             logit is not finite gives an arbitrary token.
-        sorted_rows: rows whose whole vocabulary is sorted; these are always sure.
+        sorted_rows: rows whose whole vocabulary is sorted; these are always exact.
     """
     tokens = logits.argmax(dim=-1)
-    sure = torch.ones_like(tokens, dtype=torch.bool)
-    by_way: dict[_Way, list[int]] = {}
+    exact = torch.ones_like(tokens, dtype=torch.bool)
+    by_method: dict[_Method, list[int]] = {}
     for row, draw in enumerate(draws):
         if not draw.greedy:
-            by_way.setdefault(_way(draw, row in sorted_rows), []).append(row)
-    for way, rows in by_way.items():
-        places = send(rows, logits.device)
-        tokens[places], sure[places] = way(logits[places], [draws[row] for row in rows])
-    return Sample(tokens, sure)
+            by_method.setdefault(_method(draw, row in sorted_rows), []).append(row)
+    for method, rows in by_method.items():
+        places = device_tensor(rows, logits.device)
+        tokens[places], exact[places] = method(logits[places], [draws[row] for row in rows])
+    return Sample(tokens, exact)
 
 
-_Way: TypeAlias = Callable[[Tensor, Sequence[Draw]], tuple[Tensor, Tensor]]
+_Method: TypeAlias = Callable[[Tensor, Sequence[Draw]], tuple[Tensor, Tensor]]
 
 
-def _way(draw: Draw, sort: bool) -> _Way:
+def _method(draw: Draw, sort: bool) -> _Method:
     if not draw.filtered:
         return _draw_of_all
     return _draw_of_sorted if sort else _draw_of_best
@@ -100,16 +100,16 @@ def _draw_of_best(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor
     scaled = _scaled(logits, draws)
     vocabulary = scaled.shape[-1]
     ordered, order = scaled.topk(min(_BEST, vocabulary), dim=-1)
-    weights, sure = _filter(ordered, scaled.logsumexp(dim=-1, keepdim=True), draws)
+    weights, exact = _filter(ordered, scaled.logsumexp(dim=-1, keepdim=True), draws)
     tokens = order.gather(-1, _invert(weights, draws)[:, None])[:, 0]
-    return tokens, sure if vocabulary > _BEST else torch.ones_like(sure)
+    return tokens, exact if vocabulary > _BEST else torch.ones_like(exact)
 
 
 def _draw_of_sorted(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     ordered, order = _scaled(logits, draws).sort(dim=-1, descending=True, stable=True)
-    weights, sure = _filter(ordered, ordered.logsumexp(dim=-1, keepdim=True), draws)
+    weights, exact = _filter(ordered, ordered.logsumexp(dim=-1, keepdim=True), draws)
     tokens = order.gather(-1, _invert(weights, draws)[:, None])[:, 0]
-    return tokens, torch.ones_like(sure)
+    return tokens, torch.ones_like(exact)
 
 
 def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     """
 
     def column(values: Sequence[float]) -> Tensor:
-        return send(values, ordered.device)[:, None]
+        return device_tensor(values, ordered.device)[:, None]
 
     size = ordered.shape[-1]
     min_p = column([draw.settings.min_p for draw in draws])
@@ -143,8 +143,8 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     )
     weights = _fixed(torch.where(kept, (ordered - whole).exp(), 0.0))
     nucleus = weights.cumsum(dim=-1) - weights < nucleus_ends
-    sure = ends | (only_top_p & ~nucleus[:, -1:])
-    return torch.where(nucleus, weights, 0), sure[:, 0]
+    exact = ends | (only_top_p & ~nucleus[:, -1:])
+    return torch.where(nucleus, weights, 0), exact[:, 0]
 
 
 def _nucleus_end(top_p: float) -> int:
@@ -172,7 +172,9 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
     """
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    uniform = send([draw.uniform for draw in draws], weights.device, torch.float64)[:, None]
+    uniform = device_tensor([draw.uniform for draw in draws], weights.device, torch.float64)[
+        :, None
+    ]
     # The product may be rounded up to the total itself, which no cumulative sum exceeds. A target
     # of total - 1 is always exceeded within the row, even if the total is 0.
     target = torch.minimum((uniform * total).long(), total - 1)
@@ -183,7 +185,7 @@ def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Return logits over temperature, with each row's best at 0 so that nothing overflows."""
     # Division by a number below float32's normal range overflows; 1e-5 is greedy in effect.
     temperatures = [max(draw.settings.temperature, 1e-5) for draw in draws]
-    column = send(temperatures, logits.device, torch.float32)[:, None]
+    column = device_tensor(temperatures, logits.device, torch.float32)[:, None]
     return (logits - logits.amax(dim=-1, keepdim=True)) / column
 
 

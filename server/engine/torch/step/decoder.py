@@ -17,7 +17,7 @@ LayerCall: TypeAlias = Callable[..., object]
 
 
 @dataclass(slots=True)
-class Record:
+class LayerTrace:
     """The layers' inputs and outputs in one forward pass of `tokens` tokens."""
 
     tokens: int
@@ -26,10 +26,10 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """A recorded forward pass, with which a graph is compiled and checked."""
+class RecordedStep:
+    """A recorded forward pass, with which graphs are compiled and checked."""
 
-    record: Record
+    trace: LayerTrace
     attention: AttentionStep
 
 
@@ -41,7 +41,7 @@ class DecoderLayers:
         self._prefix = f"{path}."
         self.tensors = [_tensors(module) for module in self.modules]
         # Each layer's index as a tensor, for graphs that several layers share.
-        self.positions = [torch.tensor(index) for index in range(len(self.modules))]
+        self.index_tensors = [torch.tensor(index) for index in range(len(self.modules))]
         # Layers of one structure differ in nothing but their tensors.
         self.structures: list[nn.Module] = []  # a template of each structure
         self.structure_of: list[int] = []  # by layer, its structure's index
@@ -51,7 +51,7 @@ class DecoderLayers:
                 signatures.append(signature)
                 self.structures.append(template_of(module))
             self.structure_of.append(signatures.index(signature))
-        self._own: list[LayerCall] = [module.forward for module in self.modules]
+        self._originals: list[LayerCall] = [module.forward for module in self.modules]
         self._calls: Sequence[LayerCall | None] = [None] * len(self.modules)
         for index, module in enumerate(self.modules):
             module.forward = self._dispatch(index)
@@ -77,25 +77,25 @@ class DecoderLayers:
             self._calls = before
 
     @contextmanager
-    def recorded(self, tokens: int) -> Iterator[Record]:
+    def recording(self, tokens: int) -> Iterator[LayerTrace]:
         """Record the forward pass, of `tokens` tokens, that is run within the context."""
-        record = Record(tokens, [], [])
+        trace = LayerTrace(tokens, [], [])
 
         def recorder(compute: LayerCall) -> LayerCall:
             def call(*args: object, **kwargs: object) -> object:
                 output = compute(*args, **kwargs)
-                record.inputs.append((args, kwargs))
-                record.outputs.append(output)
+                trace.inputs.append((args, kwargs))
+                trace.outputs.append(output)
                 return output
 
             return call
 
-        with self.replaced_by([recorder(compute) for compute in self._own]):
-            yield record
+        with self.replaced_by([recorder(compute) for compute in self._originals]):
+            yield trace
 
     def _dispatch(self, index: int) -> LayerCall:
         def forward(*args: object, **kwargs: object) -> object:
-            return (self._calls[index] or self._own[index])(*args, **kwargs)
+            return (self._calls[index] or self._originals[index])(*args, **kwargs)
 
         return forward
 

@@ -63,7 +63,7 @@ class Runner:
         """
         tokens = batch.input_ids.numel()
         with ExitStack() as step:
-            step.enter_context(batch.attention.current())
+            step.enter_context(batch.attention.activate())
             step.enter_context(self._hooks.routed(bank, batch.route, meter))
             if self.compiled is not None:
                 step.enter_context(self.compiled.step(bank, batch.route, tokens, meter))

@@ -13,7 +13,7 @@ from server.engine.torch.attention.staging import (
     with_index_tensors,
     with_route_tensors,
 )
-from server.engine.torch.model.transfer import stage
+from server.engine.torch.model.transfer import to_device
 from server.engine.torch.step.batch import Batch
 from server.engine.torch.step.runner import Runner
 from steering.bank import Bank
@@ -44,7 +44,7 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     step = paged_step(batch)
     of_index, of_route = index_tensors(step.index), route_tensors(batch.route)
     inputs = [batch.input_ids, batch.position_ids, batch.logits_rows]
-    moved = stage([*inputs, *of_index, *of_route], device)
+    moved = to_device([*inputs, *of_index, *of_route], device)
     input_ids, position_ids, logits_rows, *rest = moved
     return replace(
         batch,

@@ -113,7 +113,7 @@ def test_a_request_that_finishes_is_freed(
     with monkeypatch.context() as broken:
         failed = break_it(broken, owner, name)
         outputs = []
-        while ending in core._answers:
+        while ending in core._outputs:
             outputs += core.step()
         assert failed, "it was not reached"
     assert isinstance(outputs[-1][1], StepOutput)
@@ -141,7 +141,7 @@ async def test_a_request_that_is_cancelled_is_freed_and_nothing_is_kept_silent(
 
         def cancel() -> list[str]:
             failed = break_it(broken, owner, name)
-            [ending] = engine._core._answers
+            [ending] = engine._core._outputs
             engine._thread.tell(lambda: engine._core.cancel(ending))
             return failed
 

@@ -60,7 +60,7 @@ SITES = [f"layer.{number}" for number in range(40)]
 def pieces_of(clock: Clock, seconds: float) -> list[int]:
     probes = SiteProbes(NoHooks(), clock.probe, max_at_once=16)
     clock.pieces.clear()
-    while probes.left(SITES):
+    while probes.unprobed(SITES):
         probes.probe_some(SITES, seconds)
     assert sorted(itertools.chain.from_iterable(clock.pieces)) == sorted(SITES)
     return [len(piece) for piece in clock.pieces]
@@ -88,7 +88,7 @@ def test_each_site_is_tried_once_and_its_outcome_is_kept(clock: Clock) -> None:
     probes = SiteProbes(hooks, clock.probe, max_at_once=16)
     probes.probe_all(SITES[:5])
     assert probes.dead(SITES) == ["layer.3"]
-    assert not set(probes.left(SITES)) & set(SITES[:5])
+    assert not set(probes.unprobed(SITES)) & set(SITES[:5])
     assert probes.probe_some(SITES[:5], 1) == []
     assert hooks.installed == SITES[:5]
     assert clock.pieces == [SITES[:5]]

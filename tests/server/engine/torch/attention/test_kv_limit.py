@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from server.engine.base import Request, SamplingSettings, StepOutput
-from server.engine.torch.attention.mapped import PAGE_BYTES, KeptCopies, Mapping, whole_pages
-from server.engine.torch.attention.plan import KVWishes, plan_slabs
-from server.engine.torch.attention.slab import Slab, SlabGroup, SlabPool, SlabShape
+from server.engine.torch.attention.mapped import PAGE_BYTES, Mapping, TensorPool, whole_pages
+from server.engine.torch.attention.plan import KVOptions, plan_slabs
+from server.engine.torch.attention.slab import KVShape, Slab, SlabGroup, SlabPool
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.kv_store import KVStore
 from server.engine.torch.scheduling.prefix_cache import PrefixCache
@@ -25,9 +25,9 @@ from server.engine.torch.scheduling.sequence import Sequence
 CPU = torch.device("cpu")
 # Heads of 128, 160 and 512 bytes a token: pages end with a token, or within one.
 SHAPES = [
-    SlabShape(2, 64, torch.bfloat16, [CPU] * 3),
-    SlabShape(1, 80, torch.bfloat16, [CPU] * 3),
-    SlabShape(2, 128, torch.float32, [CPU] * 2),
+    KVShape(2, 64, torch.bfloat16, [CPU] * 3),
+    KVShape(1, 80, torch.bfloat16, [CPU] * 3),
+    KVShape(2, 128, torch.float32, [CPU] * 2),
 ]
 ids = [f"{shape.head_bytes} bytes a head" for shape in SHAPES]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -36,16 +36,16 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class Watched:
     """An engine's books and memory, whose bytes are looked at whenever they are largest."""
 
-    def __init__(self, shape: SlabShape, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        kv = plan_slabs(shape, KVWishes("slabs", prefix_cache=True, bytes=limit))
+    def __init__(self, shape: KVShape, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        kv = plan_slabs(shape, KVOptions("slabs", prefix_cache=True, bytes=limit))
         assert isinstance(kv.memory, SlabMemory)
         self.memory, self.limit, self.peak = kv.memory, limit, 0
         prefixes = PrefixCache[list[Tensor]](kv.prefixes, enabled=True)
         self.store = KVStore(kv.memory, prefixes)
         self.scheduler = Scheduler(kv.pool, 16, 512, 1000, find_cached=prefixes.find)
-        take, move = KeptCopies.take, SlabGroup.move
+        take, move = TensorPool.take, SlabGroup.move
 
-        def taking(copies: KeptCopies) -> Tensor:
+        def taking(copies: TensorPool) -> Tensor:
             taken = take(copies)
             self.look()
             return taken
@@ -57,7 +57,7 @@ class Watched:
             self.look(2 * shape.kv_heads * (part * shape.head_bytes + PAGE_BYTES))
             move(group, row, target, target_row, tokens)
 
-        monkeypatch.setattr(KeptCopies, "take", taking)
+        monkeypatch.setattr(TensorPool, "take", taking)
         monkeypatch.setattr(SlabGroup, "move", moving)
 
     def look(self, beside: int = 0) -> None:
@@ -106,7 +106,7 @@ def requests(seed: int, longest: int) -> Iterator[Sequence]:
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_comes_no_more_is_taken_than_the_limit_and_everybody_ends(
-    shape: SlabShape, seed: int, monkeypatch: pytest.MonkeyPatch
+    shape: KVShape, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 2500 * shape.bytes_per_token
     watched = Watched(shape, limit, monkeypatch)
@@ -125,7 +125,7 @@ def test_whatever_comes_no_more_is_taken_than_the_limit_and_everybody_ends(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_the_longest_sequence_that_fits_has_all_of_the_memory(
-    shape: SlabShape, monkeypatch: pytest.MonkeyPatch
+    shape: KVShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(shape, 2000 * shape.bytes_per_token, monkeypatch)
     pool = watched.scheduler.pool
@@ -141,7 +141,7 @@ def test_the_longest_sequence_that_fits_has_all_of_the_memory(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_what_is_freed_is_given_back(shape: SlabShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_freed_is_given_back(shape: KVShape, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(shape, 3000 * shape.bytes_per_token, monkeypatch)
     for sequence in (next(requests(seed, 900)) for seed in range(8)):
         watched.scheduler.add(sequence)
@@ -180,7 +180,7 @@ def store(slab: Slab, tokens: int) -> None:
 
 @linux
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_what_is_counted_is_what_the_system_has_given(shape: SlabShape) -> None:
+def test_what_is_counted_is_what_the_system_has_given(shape: KVShape) -> None:
     pool = SlabPool(shape)
     slabs = [Slab(pool) for _ in range(4)]
     for slab, tokens in zip(slabs, (1, 40, 64, 33), strict=True):
@@ -208,7 +208,7 @@ def test_what_is_counted_is_what_the_system_has_given(shape: SlabShape) -> None:
 
 @linux
 def test_copies_give_back_what_they_took() -> None:
-    copies = KeptCopies((3, 1000), torch.float32)
+    copies = TensorPool((3, 1000), torch.float32)
     kept = [copies.take() for _ in range(100)]
     for number, each in enumerate(kept):
         each[:] = number

@@ -12,10 +12,10 @@ from server.engine.torch.attention.page_pool import (
     PagedLane,
     PagePool,
 )
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 
 CPU = torch.device("cpu")
-SHAPE = SlabShape(2, 8, torch.float32, (CPU, CPU))
+SHAPE = KVShape(2, 8, torch.float32, (CPU, CPU))
 
 
 def lane_of(pool: PagePool, tokens: int) -> PagedLane:
@@ -63,7 +63,7 @@ def test_who_wants_more_pages_than_there_are_is_told() -> None:
 
 def test_layers_on_several_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="one device"):
-        PagePool(SlabShape(2, 8, torch.float32, (CPU, torch.device("meta"))), 2)
+        PagePool(KVShape(2, 8, torch.float32, (CPU, torch.device("meta"))), 2)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 16), (60, 70), (64, 128), (100, 700), (511, 512)])
@@ -99,7 +99,7 @@ def test_a_layer_shows_what_is_stored_where_the_table_says() -> None:
 def test_lanes_keep_what_they_hold_whoever_comes_grows_and_goes(
     steps: Sequence[tuple[int, int]],
 ) -> None:
-    pool = PagePool(SlabShape(1, 1, torch.float32, (CPU,)), 800)
+    pool = PagePool(KVShape(1, 1, torch.float32, (CPU,)), 800)
     lanes: dict[int, PagedLane] = {}
     for name, tokens in steps:
         if name in lanes and tokens % 3 == 0:

@@ -8,14 +8,14 @@ from server.engine.torch.attention.backend import AttentionParams, LaneSpan
 from server.engine.torch.attention.page_pool import PAGE, PagedLane
 from server.engine.torch.attention.paged_attention import PagedMemory, PagedStep
 from server.engine.torch.attention.paged_index import Tiling
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
-from server.engine.torch.attention.staging import stage_index
+from server.engine.torch.attention.staging import index_to_device
 from tests.paged import paged_reference
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 CPU = torch.device("cpu")
-SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (CPU, CPU))
+SHAPE = KVShape(KV_HEADS, WIDTH, torch.float32, (CPU, CPU))
 TILING = Tiling(HEADS, KV_HEADS, 4, processors=8)
 
 
@@ -103,7 +103,7 @@ def test_a_step_that_is_moved_tells_the_windows_that_were_asked_for() -> None:
     step = memory.step([LaneSpan(lane, 0, 1)])
     assert isinstance(step, PagedStep)
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    moved = step.moved(stage_index(step.index, CPU))
+    moved = step.moved(index_to_device(step.index, CPU))
     moved.attend(0, token, token, token, AttentionParams(None, 3, None))
     assert step.windows == {3}
 

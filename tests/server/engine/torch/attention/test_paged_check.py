@@ -10,10 +10,10 @@ from torch import Tensor
 from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.paged_check import WrongAttentionError, check_pages
 from server.engine.torch.attention.paged_index import SPLITS, PagedAttention, PagedIndex, Tiling
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from tests.paged import paged_reference
 
-SHAPE = SlabShape(2, 8, torch.float32, (torch.device("cpu"),) * 3)
+SHAPE = KVShape(2, 8, torch.float32, (torch.device("cpu"),) * 3)
 TILING = Tiling(4, 2, 4, processors=8)
 
 

@@ -10,7 +10,7 @@ from server.engine.torch import build, memory_plan
 from server.engine.torch.attention import plan as kv_plan
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.paged_check import WrongAttentionError
-from server.engine.torch.attention.plan import KVWishes, plan_kv
+from server.engine.torch.attention.plan import KVOptions, plan_kv
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.build import build_core
 from server.engine.torch.memory_plan import plan_memory
@@ -23,8 +23,8 @@ from tests.paged import paged_reference
 GIGABYTE = 10**9
 
 
-def wishes(attention: AttentionChoice = "automatic", size: int | None = 2 * 10**7) -> KVWishes:
-    return KVWishes(attention, prefix_cache=True, bytes=size)
+def options(attention: AttentionChoice = "automatic", size: int | None = 2 * 10**7) -> KVOptions:
+    return KVOptions(attention, prefix_cache=True, bytes=size)
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 def test_a_cpu_has_slabs_and_refuses_pages(load_tiny: LoadTiny) -> None:
     model = load_tiny().model
-    assert isinstance(plan_kv(model, wishes()).memory, SlabMemory)
-    assert isinstance(plan_kv(model, wishes("slabs")).memory, SlabMemory)
+    assert isinstance(plan_kv(model, options()).memory, SlabMemory)
+    assert isinstance(plan_kv(model, options("slabs")).memory, SlabMemory)
     with pytest.raises(ModelLoadError, match=r"pages are for a GPU \(--attention\)"):
-        plan_kv(model, wishes("pages"))
+        plan_kv(model, options("pages"))
 
 
 def test_pages_that_pass_their_check_are_used(
@@ -57,10 +57,10 @@ def test_pages_that_pass_their_check_are_used(
     monkeypatch.setattr(kv_plan, "_KERNEL", "tests.paged")
     monkeypatch.setattr("tests.paged.attend_pages", paged_reference, raising=False)
     for attention in ("automatic", "pages"):
-        memory = plan_kv(suited.model, wishes(attention)).memory
+        memory = plan_kv(suited.model, options(attention)).memory
         assert isinstance(memory, PagedMemory)
         assert memory.attend is paged_reference
-    assert isinstance(plan_kv(suited.model, wishes("slabs")).memory, SlabMemory)
+    assert isinstance(plan_kv(suited.model, options("slabs")).memory, SlabMemory)
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,20 @@ def test_pages_that_fail_their_check_are_replaced_by_slabs_with_a_warning(
 ) -> None:
     failing(monkeypatch, error)
     with caplog.at_level(logging.WARNING):
-        assert isinstance(plan_kv(suited.model, wishes()).memory, SlabMemory)
+        assert isinstance(plan_kv(suited.model, options()).memory, SlabMemory)
     [record] = caplog.records
     assert "--attention slabs" in record.message
     assert str(error).splitlines()[0] in record.message
     assert "and more" not in record.message
     with pytest.raises(ModelLoadError, match="attention over pages does not work here"):
-        plan_kv(suited.model, wishes("pages"))
+        plan_kv(suited.model, options("pages"))
 
 
 def test_a_machine_without_triton_has_slabs(
     suited: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kv_plan, "_KERNEL", "no_such_module")
-    assert isinstance(plan_kv(suited.model, wishes()).memory, SlabMemory)
+    assert isinstance(plan_kv(suited.model, options()).memory, SlabMemory)
     assert "ModuleNotFoundError" in caplog.text
 
 
@@ -98,7 +98,7 @@ def test_a_device_that_has_failed_serves_nothing(
     failing(monkeypatch, torch.AcceleratorError("an illegal memory access was encountered"))
     monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
     with pytest.raises(ModelLoadError, match=r"--attention slabs does without.*an illegal"):
-        plan_kv(suited.model, wishes(attention))
+        plan_kv(suited.model, options(attention))
 
 
 def test_memory_that_the_device_has_not_is_said(
@@ -111,7 +111,7 @@ def test_memory_that_the_device_has_not_is_said(
     monkeypatch.setattr(kv_plan, "PagedMemory", fail)
     fail.probe_lanes = 6  # type: ignore[attr-defined]
     with pytest.raises(ModelLoadError, match="--kv-cache-gb"):
-        plan_kv(suited.model, wishes())
+        plan_kv(suited.model, options())
 
 
 def test_the_plan_has_room_for_interventions_a_step_and_graphs(
@@ -144,11 +144,11 @@ def test_on_one_gpu_keys_and_values_get_what_the_plan_leaves(
     loaded = load_tiny()
     monkeypatch.setattr(memory_plan, "free_memory", lambda _device: 2 * GIGABYTE)
     options = EngineOptions()
-    assert build._wishes(loaded, options).bytes is None, "a CPU has no plan"
+    assert build._kv_options(loaded, options).bytes is None, "a CPU has no plan"
     monkeypatch.setattr(type(loaded.model), "device", torch.device("cuda", 0))
     plan = plan_memory(loaded.model, loaded.description.site_widths, options)
-    assert build._wishes(loaded, options).bytes == plan.keys_and_values
-    assert build._wishes(loaded, replace(options, kv_cache_gb=0.5)).bytes == GIGABYTE // 2
+    assert build._kv_options(loaded, options).bytes == plan.keys_and_values
+    assert build._kv_options(loaded, replace(options, kv_cache_gb=0.5)).bytes == GIGABYTE // 2
 
 
 def test_a_gpu_without_room_says_what_to_lower(load_tiny: LoadTiny) -> None:

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.attention.slab import KVShape, Slab, SlabPool
 
 CPU = torch.device("cpu")
-SHAPE = SlabShape(2, 8, torch.float32, (CPU, CPU))
+SHAPE = KVShape(2, 8, torch.float32, (CPU, CPU))
 
 
 def fill(slab: Slab, value: float, tokens: int) -> None:
@@ -47,7 +47,7 @@ def test_a_slab_is_at_most_half_again_as_large_as_what_it_is_for(tokens: int) ->
 
 
 def test_each_layer_keeps_its_keys_and_values_on_its_own_device() -> None:
-    slab = Slab(SlabPool(SlabShape(2, 8, torch.float32, (CPU, torch.device("meta")))))
+    slab = Slab(SlabPool(KVShape(2, 8, torch.float32, (CPU, torch.device("meta")))))
     slab.reserve(1)
     assert [slab.layer(index).device.type for index in range(2)] == ["cpu", "meta"]
 

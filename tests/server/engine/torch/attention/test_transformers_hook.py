@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.attention.slab import KVShape, Slab, SlabPool
 from server.engine.torch.attention.slab_attention import SlabSpan, SlabStep, decoding_order
 from server.engine.torch.attention.transformers_hook import (
     UnsupportedAttentionError,
@@ -14,7 +14,7 @@ from server.engine.torch.attention.transformers_hook import (
 )
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
-SHAPE = SlabShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)
+SHAPE = KVShape(KV_HEADS, WIDTH, torch.float32, (torch.device("cpu"),) * 2)
 LAYER = SimpleNamespace(layer_idx=1)
 
 
@@ -78,7 +78,7 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             torch.cat(parts, dim=1)[None]
             for parts in zip(*(item[2] for item in packed), strict=True)
         )
-        with SlabStep(segments).current():
+        with SlabStep(segments).activate():
             output, weights = engine_attention(
                 LAYER,
                 query,
@@ -110,5 +110,5 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
 def test_what_would_change_the_result_is_refused(asked: dict[str, object], named: str) -> None:
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
     step = SlabStep([SlabSpan(slab_of(1, SlabPool(SHAPE)), 0, 1)])
-    with step.current(), pytest.raises(UnsupportedAttentionError, match=named):
+    with step.activate(), pytest.raises(UnsupportedAttentionError, match=named):
         engine_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]

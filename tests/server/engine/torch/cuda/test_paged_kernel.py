@@ -17,7 +17,7 @@ from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE, SCRATCH
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex, Tiling
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from tests.paged import paged_reference
 
 triton = pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
@@ -56,7 +56,7 @@ def test_prompts_and_decoding_equal_plain_arithmetic(
 
     Not in bfloat16, which Triton's interpreter multiplies as integers.
     """
-    shape = SlabShape(kv_heads, head_dim, dtype, (CPU,))
+    shape = KVShape(kv_heads, head_dim, dtype, (CPU,))
     tiling = Tiling(heads, kv_heads, dtype.itemsize, processors=1)
     check_pages(kernel, shape, tiling, softcap is not None, softcap, LENGTHS)
 
@@ -72,8 +72,8 @@ def decoding_index(lengths: list[int], splits: int) -> PagedIndex:
         query_ends=torch.arange(len(lengths) + 1, dtype=torch.int32),
         lengths=torch.tensor(lengths, dtype=torch.int32),
         tables=pages.int()[:, None].expand(-1, 4).contiguous(),
-        owners=rows,
-        firsts=torch.zeros_like(rows),
+        block_spans=rows,
+        block_starts=torch.zeros_like(rows),
         block_rows=16,
         splits=splits,
         max_keys=PAGE,

@@ -11,7 +11,7 @@ import torch
 from accelerate import dispatch_model
 
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.build import build_core
@@ -66,7 +66,7 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
     for site in SITES:
         hooks.install(site)
     edits = tuple(SlottedEdit(slot, edit.settings) for slot, edit in enumerate(EDITS, start=1))
-    shape = SlabShape.of(loaded.model)
+    shape = KVShape.of(loaded.model)
     memory = SlabMemory(shape)
     slabs = {}
     for prompt in PROMPTS[:2]:

@@ -111,7 +111,7 @@ def test_bfloat16_log_probabilities_in_a_mixed_batch_are_within_tolerance_of_tho
     alone = [generate(core, [sequence], parameters)[0] for sequence in sequences()]
     if isinstance(layers, CompiledLayers):
         # Nothing runs uncompiled now: all that is wanted here was expected, and is probed.
-        monkeypatch.setattr(layers._layers, "_own", [pytest.fail] * 30)
+        monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 30)
     for one, other in zip(alone, generate(core, sequences(), parameters), strict=True):
         assert (
             abs(one[0].logprobs[0].chosen.logprob - other[0].logprobs[0].chosen.logprob) < TOLERANCE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.model.transfer import stage
+from server.engine.torch.model.transfer import to_device
 from server.engine.torch.sampling import penalty_table
 from server.engine.torch.sampling.penalties import Penalties
 from server.engine.torch.sampling.penalty_table import PenaltyTable
@@ -101,9 +101,9 @@ def test_a_step_sends_what_is_new_whatever_was_seen_before(monkeypatch: pytest.M
 
     def counted(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         sent.append(sum(tensor.numel() for tensor in tensors))
-        return stage(tensors, device)
+        return to_device(tensors, device)
 
-    monkeypatch.setattr(penalty_table, "stage", counted)
+    monkeypatch.setattr(penalty_table, "to_device", counted)
     table, prompt = PenaltyTable(CPU), tuple(range(250))
     drawings = [Drawing(SETTINGS[0], prompt) for _ in range(3)]
     for token in range(30):
@@ -117,7 +117,7 @@ def test_a_step_sends_what_is_new_whatever_was_seen_before(monkeypatch: pytest.M
     assert set(sent[1:]) == {3 * 3 + 2 * 5}
 
 
-@pytest.mark.parametrize("name", ["_packed", "stage", "_changed"])
+@pytest.mark.parametrize("name", ["_packed", "to_device", "_changed"])
 @pytest.mark.parametrize("draws", [1, 100])
 def test_a_step_that_fails_loses_nothing_of_anybody(
     monkeypatch: pytest.MonkeyPatch, name: str, draws: int

@@ -24,7 +24,7 @@ def drawn_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     table = PenaltyTable(logits.device)
     logits = table.penalize(logits, [draw.penalties for draw in draws])
     sampled = sample(logits, draws)
-    unsure = [row for row, sure in enumerate(sampled.sure.tolist()) if not sure]
+    unsure = [row for row, sure in enumerate(sampled.exact.tolist()) if not sure]
     tokens = sample(logits, draws, sorted_rows=unsure).tokens if unsure else sampled.tokens
     drawn: list[int] = tokens.tolist()
     return drawn

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 from server.engine.base import Edit, EngineError, Request, SamplingSettings, StepOutput
-from server.engine.torch.attention.slab import Slab, SlabPool, SlabShape
+from server.engine.torch.attention.slab import KVShape, Slab, SlabPool
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.options import EngineOptions
@@ -34,7 +34,7 @@ from tests.tiny import tiny_model
 SIZE = 16
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
 TEXT = tuple(b"The quick brown fox jumps over the lazy dog, then it sleeps, and dreams.")
-SHAPE = SlabShape(1, 2, torch.float32, (torch.device("cpu"),) * 2)
+SHAPE = KVShape(1, 2, torch.float32, (torch.device("cpu"),) * 2)
 BLOCK = SIZE * 256  # bytes of a block of the tiny Llama
 OPTIONS = EngineOptions(
     kv_cache_gb=40 * BLOCK / 1e9, max_batch_size=8, max_batch_tokens=64, check_invariants=True

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from server.engine.base import Request, SamplingSettings
-from server.engine.torch.model.transfer import fetch
-from server.engine.torch.sampling import readout
+from server.engine.torch.model.transfer import to_host
+from server.engine.torch.sampling import row_results
 from server.engine.torch.sampling.penalty_table import PenaltyTable
-from server.engine.torch.sampling.readout import Readout, read_out
+from server.engine.torch.sampling.row_results import RowResults, draw_and_score
 from server.engine.torch.sampling.sampler import Draw
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.batch import Row
@@ -20,14 +20,14 @@ T = TypeVar("T")
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was fetched, each time that the device was waited for."""
-    fetched: list[object] = []
+    copied: list[object] = []
 
     def counted(tree: T) -> T:
-        fetched.append(tree)
-        return fetch(tree)
+        copied.append(tree)
+        return to_host(tree)
 
-    monkeypatch.setattr(readout, "fetch", counted)
-    return fetched
+    monkeypatch.setattr(row_results, "to_host", counted)
+    return copied
 
 
 def sequence(sampling: SamplingSettings) -> Sequence:
@@ -38,9 +38,9 @@ def logits_of(rows: int, spread: float = 3.0) -> torch.Tensor:
     return spread * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
 
-def read(rows: list[Row], logits: torch.Tensor) -> Readout:
+def read(rows: list[Row], logits: torch.Tensor) -> RowResults:
     draws = [Draw(row.sequence.request.sampling, 0.4) for row in rows if row.draws]
-    return read_out(rows, logits, draws, PenaltyTable(logits.device))
+    return draw_and_score(rows, logits, draws, PenaltyTable(logits.device))
 
 
 def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
@@ -59,7 +59,7 @@ def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
     expected = logits.log_softmax(-1)
     found = read(rows, logits)
     assert len(waits) == 1
-    assert not found.not_numbers
+    assert not found.not_finite
     assert [row.position for row, _ in found.scored] == [0, 1]
     for (row, value), token in zip(found.scored, (6, 7), strict=True):
         assert value.sampled == pytest.approx(float(expected[row.position, token]))
@@ -103,9 +103,9 @@ def test_a_row_that_is_no_number_is_named_and_harms_nobody(
     [expected] = read([Row(kept, 2)], logits[1:]).drawn
     logits[0, 7] = value
     found = read([Row(lost, 2), Row(kept, 2)], logits)
-    assert [row.sequence for row in found.not_numbers] == [lost]
+    assert [row.sequence for row in found.not_finite] == [lost]
     assert found.drawn[1] == expected
 
 
 def test_a_step_without_rows_says_nothing() -> None:
-    assert read([], logits_of(0)) == Readout([], [], [])
+    assert read([], logits_of(0)) == RowResults([], [], [])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.engine.torch.model.transfer import fetch, send
+from server.engine.torch.model.transfer import device_tensor, to_host
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.sampler import Draw, RowLogprobs, Sample, Scores, sample, score
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
@@ -19,7 +19,7 @@ from server.engine.torch.step.batch import Row
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnToken:
     """The next token of a sequence, and its log-probabilities if the request asked for them."""
 
     sequence: EngineSequence
@@ -28,15 +28,15 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Readout:
+class RowResults:
     """The results of all rows of a step.
 
-    All results of a sequence that has a row in `not_numbers` are invalid.
+    All results of a sequence that has a row in `not_finite` are invalid.
     """
 
-    not_numbers: list[Row]  # rows whose largest logit is not finite
+    not_finite: list[Row]  # rows whose largest logit is not finite
     scored: list[tuple[Row, RowLogprobs]]  # with the log-probabilities of the prompts' next tokens
-    drawn: list[Drawn]
+    drawn: list[DrawnToken]
 
 
 class _Computed(NamedTuple):
@@ -49,9 +49,9 @@ class _Computed(NamedTuple):
     scores: Scores | None  # of the drawn tokens
 
 
-def read_out(
+def draw_and_score(
     rows: Sequence[Row], logits: Tensor, draws: Sequence[Draw], penalties: PenaltyTable
-) -> Readout:
+) -> RowResults:
     """Draw tokens, and compute log-probabilities.
 
     Waits for the device once, or twice if a row's filters keep unusually many tokens.
@@ -65,25 +65,25 @@ def read_out(
     drawn = [i for i, row in enumerate(rows) if row.draws]
     finite = logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
     prompts = _score_prompts(rows, logits, scored) if scored else None
-    wanted = {
+    logprob_counts = {
         i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
     }
     drawn_from = penalties.penalize(_select(logits, drawn), [draw.penalties for draw in draws])
-    unsure: list[int] = []
+    inexact: list[int] = []
     while True:
-        sampled = sample(drawn_from, draws, sorted_rows=unsure)
-        scores = _score_drawn(logits, drawn, sampled, wanted) if wanted else None
-        computed = fetch(_Computed(finite, sampled, prompts, scores))
-        unsure = [place for place, sure in enumerate(computed.sample.sure.tolist()) if not sure]
-        if not unsure:
+        sampled = sample(drawn_from, draws, sorted_rows=inexact)
+        scores = _score_drawn(logits, drawn, sampled, logprob_counts) if logprob_counts else None
+        computed = to_host(_Computed(finite, sampled, prompts, scores))
+        inexact = [place for place, exact in enumerate(computed.sample.exact.tolist()) if not exact]
+        if not inexact:
             break
-    logprobs = _by_row(computed.scores, wanted)
+    logprobs = _by_row(computed.scores, logprob_counts)
     prompt_counts = {i: rows[i].sequence.request.sampling.prompt_logprobs or 0 for i in scored}
-    return Readout(
+    return RowResults(
         [row for row, whole in zip(rows, computed.finite.tolist(), strict=True) if not whole],
         [(rows[i], found) for i, found in _by_row(computed.prompts, prompt_counts).items()],
         [
-            Drawn(rows[i].sequence, token, logprobs.get(i))
+            DrawnToken(rows[i].sequence, token, logprobs.get(i))
             for i, token in zip(drawn, computed.sample.tokens.tolist(), strict=True)
         ],
     )
@@ -94,15 +94,17 @@ def _score_prompts(rows: Sequence[Row], logits: Tensor, scored: Sequence[int]) -
     prompts = [rows[i] for i in scored]
     tokens = [row.sequence.tokens[row.position + 1] for row in prompts]
     most = max(row.sequence.request.sampling.prompt_logprobs or 0 for row in prompts)
-    return score(_select(logits, scored), send(tokens, logits.device, torch.int64), most)
+    return score(_select(logits, scored), device_tensor(tokens, logits.device, torch.int64), most)
 
 
 def _score_drawn(
-    logits: Tensor, drawn: Sequence[int], sampled: Sample, wanted: Mapping[int, int]
+    logits: Tensor, drawn: Sequence[int], sampled: Sample, logprob_counts: Mapping[int, int]
 ) -> Scores:
-    """Score the drawn tokens of the rows in `wanted`."""
-    tokens = _select(sampled.tokens, [place for place, i in enumerate(drawn) if i in wanted])
-    return score(_select(logits, list(wanted)), tokens, max(wanted.values()))
+    """Score the drawn tokens of the rows in `logprob_counts`."""
+    tokens = _select(
+        sampled.tokens, [place for place, i in enumerate(drawn) if i in logprob_counts]
+    )
+    return score(_select(logits, list(logprob_counts)), tokens, max(logprob_counts.values()))
 
 
 def _by_row(scores: Scores | None, counts: Mapping[int, int]) -> dict[int, RowLogprobs]:
@@ -115,4 +117,4 @@ def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """Return some rows of a tensor, in order; without a copy if they are all or none."""
     if len(rows) == len(tensor):
         return tensor
-    return tensor[send(rows, tensor.device)] if rows else tensor[:0]
+    return tensor[device_tensor(rows, tensor.device)] if rows else tensor[:0]

@@ -11,7 +11,7 @@ from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.text.detokenizer import Detokenizer
 
 
-class Answer:
+class SequenceOutputs:
     """Keeps a sequence's state beside its tokens: random numbers, penalties, text and scores.
 
     A preemption does not change it.
@@ -29,7 +29,7 @@ class Answer:
         self._queue_seconds: float | None = None  # reported in the first output only
         self._cached_tokens = 0  # reported in the first output only
 
-    def start(self) -> None:
+    def mark_started(self) -> None:
         """Record that the sequence starts to run, or starts again after a preemption.
 
         The tokens that count as computed at this point were found in the prefix cache.
@@ -39,16 +39,16 @@ class Answer:
             self._cached_tokens = self._sequence.computed_tokens
             self._submitted = None
 
-    def draw(self) -> Draw:
+    def next_draw(self) -> Draw:
         """Return how to draw the next token, with the request's next random number."""
         return Draw(self._sequence.request.sampling, self._random.random(), self.penalties)
 
-    def score(self, logprobs: TokenLogprobs) -> None:
+    def add_prompt_logprobs(self, logprobs: TokenLogprobs) -> None:
         """Store the log-probabilities of the prompt's next token."""
         self._prompt_logprobs.append(logprobs)
         self._sequence.scored_prompt_tokens += 1
 
-    def append(
+    def append_token(
         self, token: int, logprobs: TokenLogprobs | None, eos_tokens: frozenset[int]
     ) -> StepOutput:
         """Append a drawn token to the sequence. The last output returned has a finish reason."""
@@ -67,7 +67,7 @@ class Answer:
             return self._output((token,), text, logprobs, reason)
         return self._output((token,), text, logprobs, None)
 
-    def read(self) -> StepOutput:
+    def only_output(self) -> StepOutput:
         """Return the only output of a request without a completion, whose prompt is computed."""
         return self._output((), "", None, "length")
 
