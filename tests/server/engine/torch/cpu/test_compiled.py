@@ -72,7 +72,9 @@ async def test_any_mix_on_compiled_layers_equals_the_oracle(
     await everything_compiled(engine)
     layers = compiled_of(engine)
     assert everything_made(layers), "some graphs could not be made"
-    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)  # nothing runs uncompiled now
+    monkeypatch.setattr(
+        layers._layers, "_originals", [pytest.fail] * 2
+    )  # nothing runs uncompiled now
     oracle = Oracle(tiny_model(family))
     cases = [(prompt, edits) for edits in FEW.values() for prompt in PROMPTS]
     mixed = await asyncio.gather(*(generate(engine, *case) for case in cases))
@@ -89,7 +91,9 @@ async def test_gates_and_inputs_are_compiled_too(
     await everything_compiled(engine)
     layers = compiled_of(engine)
     assert everything_made(layers), "some graphs could not be made"
-    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)  # nothing runs uncompiled now
+    monkeypatch.setattr(
+        layers._layers, "_originals", [pytest.fail] * 2
+    )  # nothing runs uncompiled now
     outputs = await generate(engine, PROMPTS[0], edits)
     oracle = Oracle(tiny_model("llama"))
     assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], edits))
