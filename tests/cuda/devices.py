@@ -1,4 +1,4 @@
-"""The device that these tests run on: a GPU, or the CPU in a dry run; and what they share."""
+"""The device of the GPU tests (a GPU, or the CPU in a dry run), and helpers that they share."""
 
 from typing import Final, Protocol
 
@@ -17,11 +17,11 @@ DEVICE: Final = torch.device("cuda", 0) if GPU else torch.device("cpu")
 MARKS: Final = [
     pytest.mark.cuda,
     pytest.mark.skipif(not (GPU or DRY_RUN), reason="needs a GPU"),
-    # Which torch says where it is told to refuse waits, and errors are made of warnings here.
+    # torch warns so in set_sync_debug_mode, and pytest turns warnings into errors.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 
-# Where pages do not work, an engine that was told to use them says why.
+# With attention="pages", an engine on which pages do not work raises an error that says why.
 OPTIONS = EngineOptions(
     *(20, 64), kv_cache_gb=0.05, attention="pages", prefill_tokens=64, check_invariants=True
 )
@@ -34,13 +34,13 @@ class LoadOnDevice(Protocol):
 
 
 def refuse_waits(refuse: bool) -> None:
-    """Have torch raise where the host would wait for the GPU, or let it wait again."""
+    """Make torch raise where the host would wait for the GPU, or let it wait again."""
     if GPU:
         torch.cuda.set_sync_debug_mode("error" if refuse else "default")
 
 
 def graphs_of(core: EngineCore) -> GraphRunner:
-    """The runner of an engine that has made its graphs."""
+    """Return the runner of an engine, which must have made graphs and given up none."""
     runner = core._runner
     assert isinstance(runner, GraphRunner), "no graphs were made; the log says why"
     assert runner.graphs > 0
@@ -49,12 +49,12 @@ def graphs_of(core: EngineCore) -> GraphRunner:
 
 
 def assert_none_given_up(runner: GraphRunner) -> None:
-    """Every graph that was wanted so far could be made."""
+    """Assert that no graph was given up after a failed capture."""
     assert None not in runner._graphs.values()
 
 
 def make_all(core: EngineCore) -> None:
-    """Make the graphs that are pending, as the engine does while it has no work."""
+    """Make all pending graphs, as an idle engine does."""
     while core.make_pending():
         pass
     assert core.compiling == 0
@@ -62,7 +62,7 @@ def make_all(core: EngineCore) -> None:
 
 
 class Replays:
-    """Counts the steps that were replayed, of all engines."""
+    """Counts the steps that any engine replays from a graph."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Affine edits by the kernel on a GPU, without an engine around them."""
+"""Tests the affine kernel on a GPU, without an engine."""
 
 import importlib
 import os
@@ -25,9 +25,9 @@ pytestmark = MARKS
 
 Edit: TypeAlias = Callable[[Batch, Tensor | None], Tensor]
 INTERPRETED = not GPU and os.environ.get("TRITON_INTERPRET") == "1"
-# Triton's interpreter multiplies bfloat16 as integers.
+# Triton's interpreter multiplies bfloat16 numbers as integers, so bfloat16 is left out there.
 DTYPES = [torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,))]
-# SmolLM2, Llama 8B and 70B, and inside a block of Llama 8B; and a width that nothing divides.
+# Widths of SmolLM2, Llama 8B and 70B, Llama 8B's MLP, and an odd one.
 WIDTHS, TOKENS = ((576, 4096, 8192, 14336, 1001), 300) if GPU else ((32, 100), 7)
 ULP = {torch.float32: 2e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -38,7 +38,7 @@ def plainly(batch: Batch, doses: Tensor | None) -> Tensor:
 
 @pytest.fixture
 def edit() -> Edit:
-    """The kernel; in a dry run without Triton's interpreter, plain arithmetic."""
+    """Return the kernel or, in a dry run without Triton's interpreter, torch's operators."""
     if not (GPU or INTERPRETED):
         return plainly
     kernel = importlib.import_module("steering.kernels.affine_triton").edit_stacks_triton
@@ -48,7 +48,10 @@ def edit() -> Edit:
 
 
 def share_that_differs(found: Tensor, expected: Tensor) -> float:
-    """Of the coordinates: a value at the edge of a support may be on either side of it."""
+    """Return the share of coordinates that differ by more than rounding.
+
+    Callers allow a few, because rounding may move a value across the bound of a support.
+    """
     ulp = ULP[expected.dtype]
     close = torch.isclose(found.float(), expected.float(), rtol=2 * ulp, atol=10 * ulp)
     return 1 - float(close.float().mean())
@@ -57,7 +60,7 @@ def share_that_differs(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_stacks_of_all_sorts_of_maps_are_right(edit: Edit, width: int, dtype: torch.dtype) -> None:
-    """Beside each other, with a stack's doses, which leave the edits as they are."""
+    """Edits and doses of a mixed batch are right, and asking for doses does not change edits."""
     maps = random_maps(width)
     batch = random_batch(table_of(maps, DEVICE), TOKENS, 4, dtype)
     doses, plain_doses = batch.new_doses(), batch.new_doses()
@@ -74,7 +77,7 @@ def test_stacks_of_all_sorts_of_maps_are_right(edit: Edit, width: int, dtype: to
 def test_a_token_has_the_same_bits_in_every_batch(
     edit: Edit, width: int, dtype: torch.dtype
 ) -> None:
-    """Alone, beside others, and where rows lie apart or at odd addresses."""
+    """A token's bits do not depend on the other tokens, nor on its rows' strides and alignment."""
     batch = random_batch(table_of(random_maps(width), DEVICE), TOKENS, 3, dtype)
     found = bits_of(edit(batch, None))
     for which in (slice(1), slice(5, 6), slice(1, TOKENS)):
@@ -103,10 +106,10 @@ def test_a_token_without_a_map_keeps_its_bits(edit: Edit, dtype: torch.dtype) ->
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_graph_follows_slots_and_strengths_in_its_buffers(edit: Edit, dtype: torch.dtype) -> None:
-    """With the bits of a launch: replayed for other activations, slots, strengths and maps."""
+    """A replay with other activations, slots, strengths and maps gives the bits of a launch."""
     table = table_of(random_maps(WIDTHS[0]), DEVICE)
     captured = random_batch(table, 16, 4, dtype)
-    # Parts of larger buffers, as a bucket's are.
+    # Views of larger buffers, like the inputs of an engine's graphs.
     slots = torch.zeros(4, 64, dtype=torch.int64, device=DEVICE)[:, :16]
     strength = torch.zeros(4, 64, device=DEVICE)[:, :16]
     static = Batch(torch.zeros_like(captured.activations), slots, strength, table)
@@ -128,13 +131,13 @@ def test_a_graph_follows_slots_and_strengths_in_its_buffers(edit: Edit, dtype: t
         assert torch.equal(bits_of(found), bits_of(expected))
         assert torch.equal(doses, expected_doses)
         seen.append(found.clone())
-        table.bias.mul_(2)  # as another map in the slot would
+        table.bias.mul_(2)  # as if other maps were loaded into the slots
     assert not torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_steps_of_all_shapes_share_one_kernel(edit: Edit) -> None:
-    """Which is compiled while a server starts, and not while requests wait."""
+    """No shape of a step compiles another kernel, which requests would have to wait for."""
     kernel = importlib.import_module("steering.kernels.affine_triton")._edit_kernel
     table = table_of(random_maps(640), DEVICE)
     kernels = kernel.device_caches[DEVICE.index][0]

@@ -1,4 +1,4 @@
-"""Engines on a GPU give what the oracle gives, whatever else runs and wherever keys lie."""
+"""Tests engines on a GPU against the oracle, in mixed batches, with pages and with slabs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,21 +28,22 @@ from tests.stepped import finish, sequence
 
 pytestmark = MARKS
 
-# Of log-probabilities, the largest difference and the median; several times what rounding weights
-# and activations gave on a CPU. The largest is of edits that have no jumps.
+# The largest and the median difference that is allowed between log-probabilities: several times
+# what rounding of weights and activations caused on a CPU. The largest applies only to edits
+# without jumps.
 TOLERANCES = {"float32": (0.01, 0.001), "float16": (0.02, 0.02), "bfloat16": (0.3, 0.1)}
 
 
 def jumps(name: str) -> bool:
-    """Whether an edit has a jump somewhere, so that rounding may change one token's much.
+    """Return whether an edit has a discontinuity, at which rounding may change a token a lot.
 
-    A map has where its support ends, a reward's gradient where a unit of the head becomes active.
+    A map has one where its support ends, a reward's gradient where a hidden unit becomes active.
     """
     return any(edit.digest in ("supported", "r", "wide") for edit in STACKS[name])
 
 
 def assert_small(differences: Sequence[float], name: str, dtype: str) -> None:
-    """What log-probabilities differ by is what rounding explains."""
+    """Assert that differences of log-probabilities are no larger than rounding explains."""
     largest, middle = TOLERANCES[dtype]
     assert median(differences) < middle, name
     assert jumps(name) or max(differences) < largest, name
@@ -51,7 +52,7 @@ def assert_small(differences: Sequence[float], name: str, dtype: str) -> None:
 def assert_near_oracle(
     oracle: Oracle, prompt: bytes, name: str, outputs: list[StepOutput], family: str, dtype: str
 ) -> None:
-    """The oracle, given the tokens that were drawn, gives them the same log-probabilities."""
+    """Assert that the oracle gives the engine's tokens nearly the same log-probabilities."""
     tokens, found = tokens_of(outputs), torch.tensor(logprobs_of(outputs))
     stack = stack_of(family, STACKS[name])
     logits = oracle.logits([*prompt, *tokens], len(prompt), stack, last=len(tokens) + 1)
@@ -60,7 +61,7 @@ def assert_near_oracle(
 
 
 def assert_alike(some: list[StepOutput], others: list[StepOutput], name: str, dtype: str) -> None:
-    """The same log-probabilities and tokens up to a near tie, where rounding may decide."""
+    """Assert equal tokens and log-probabilities up to a near tie, which rounding may decide."""
     differences = []
     for one, other in zip(some, others, strict=True):
         if one.token_ids != other.token_ids:
@@ -90,11 +91,11 @@ def test_any_mix_in_one_batch_equals_the_oracle(
     family: str,
     dtype: str,
 ) -> None:
-    """As steps are where no graph is made yet, and then by graphs."""
+    """The steps run first without graphs, then as replays of graphs."""
     replays = Replays(monkeypatch)
     core = build_core(load_on_device(family, dtype), OPTIONS)
     cases = [(PROMPTS[number % len(PROMPTS)], name) for number, name in enumerate(STACKS)]
-    # In float32 on the CPU, with weights that were rounded as the engine's.
+    # The oracle runs in float32 on the CPU, with weights rounded to the engine's dtype.
     rounded = load_model(str(tiny_folders[family]), dtype).model
     oracle = Oracle(rounded.float())  # type: ignore[no-untyped-call]
     for replayed in (0, NEW_TOKENS // 2):
@@ -109,7 +110,7 @@ def test_any_mix_in_one_batch_equals_the_oracle(
 def test_a_request_gets_in_a_mix_what_it_gets_alone(load_on_device: LoadOnDevice) -> None:
     core = build_core(load_on_device(dtype="float16"), OPTIONS)
     names = ("base", "a", "b then a", "r", "a and r", "four")
-    for _ in range(2):  # the second time by graphs
+    for _ in range(2):  # first without graphs, then as replays of graphs
         mixed = finish(core, [sequence(PROMPTS[0], STACKS[name]) for name in names])
         for name, outputs in zip(names, mixed, strict=True):
             [alone] = finish(core, [sequence(PROMPTS[0], STACKS[name])])

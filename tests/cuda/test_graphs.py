@@ -1,4 +1,4 @@
-"""Steps that are replayed on a GPU, and that no step waits for it."""
+"""Tests steps that are replayed from CUDA graphs, and that steps do not wait for the GPU."""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 pytestmark = MARKS
 
-# All prompts are read in one step, so that all sequences decode together to the end.
+# All prompts are prefilled in one step, so that all sequences decode together to the end.
 TOGETHER = replace(
     OPTIONS, dose_interval=0, prefix_cache=False, max_batch_tokens=512, prefill_tokens=512
 )
@@ -39,7 +39,7 @@ TOGETHER = replace(
 def test_replayed_steps_give_what_others_give(
     load_on_device: LoadOnDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a bucket that is full, so that shapes are equal; in float32, whose rounding shows less."""
+    """The batch fills its graph's size, so that shapes are equal with and without graphs."""
     names = ("base", "a", "b then a", "r", "a and r", "a support", "four", "wide")
     replays = Replays(monkeypatch)
 
@@ -64,7 +64,7 @@ def test_replayed_steps_give_what_others_give(
 def test_edits_in_graphs_follow_settings_without_another_capture(
     load_on_device: LoadOnDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs for one edit at the default sites are there from the start."""
+    """The graphs that are made at start already hold one edit at the default sites."""
     replays = Replays(monkeypatch)
     core = build_core(
         load_on_device(), replace(OPTIONS, dose_interval=0, max_loaded_interventions=2)
@@ -106,7 +106,7 @@ def test_what_is_loaded_later_is_in_no_graph_of_before(
 def test_a_step_waits_for_the_device_when_it_is_read_only(
     load_on_device: LoadOnDevice, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """Prompts and decoding, steered in all ways; once all graphs are made."""
+    """With all graphs made, a step of prefill or decoding waits for the GPU at most once."""
     core = build_core(load_on_device(), replace(OPTIONS, cuda_graphs=graphs, dose_interval=2))
 
     def load() -> None:
@@ -123,7 +123,7 @@ def test_a_step_waits_for_the_device_when_it_is_read_only(
         sequences = [sequence(PROMPTS[0], STACKS[name]) for name in names]
         finish(core, [*sequences, *map(Sequence.of, asked)])
 
-    for _ in range(3):  # with the prefix cache, no schedule is as the one before
+    for _ in range(3):  # the prefix cache makes the schedules differ
         load()
         if graphs:
             make_all(core)

@@ -1,4 +1,4 @@
-"""Attention's kernel, penalties and draws on a GPU, without an engine around them."""
+"""Tests paged attention, penalties and sampling on a GPU, without an engine."""
 
 import importlib
 import random
@@ -22,7 +22,7 @@ from tests.paged import paged_reference
 
 pytestmark = MARKS
 
-# A dry run on a CPU takes less of everything.
+# A dry run on a CPU uses smaller sizes.
 LENGTHS = ((1, 2, 3), (7, 130, 131), (PAGE - 1, PAGE, PAGE + 1))
 ROWS, VOCABULARY = (128, 128_256) if GPU else (16, 20_000)
 PENALTIES = (
@@ -41,13 +41,13 @@ SETTINGS = (
     SamplingSettings(1, temperature=0.7, top_p=0.9),
     SamplingSettings(1, top_k=40),
     SamplingSettings(1, min_p=0.05, temperature=1.5),
-    SamplingSettings(1, top_p=0.999),  # of so wide a row, more than are sorted at first
+    SamplingSettings(1, top_p=0.999),  # needs more tokens than are sorted at first
 )
 
 
 @pytest.fixture
 def attend() -> PagedAttention:
-    """The kernel, which is there where Triton is; in a dry run, plain arithmetic."""
+    """Return the Triton kernel or, in a dry run, the slow reference."""
     if not GPU:
         return paged_reference
     kernel: PagedAttention = importlib.import_module(
@@ -74,7 +74,7 @@ def test_attention_is_right_at_sizes_that_models_have(
     head_dim: int,
     softcap: float | None,
 ) -> None:
-    """With a window and without."""
+    """Attention is checked with a sliding window and without."""
     shape = KVShape(kv_heads, head_dim, dtype, (DEVICE,))
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else 1
     tiling = Tiling(heads, kv_heads, dtype.itemsize, processors)
@@ -86,7 +86,7 @@ def test_attention_is_right_at_sizes_that_models_have(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_penalties_on_the_device_have_the_bits_of_the_oracle(seed: int) -> None:
-    """While sequences that sit steps out are beside them, and some end."""
+    """Penalties stay right while some sequences skip steps and others end."""
     chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     table = PenaltyTable(DEVICE)
     requests = [
@@ -99,7 +99,7 @@ def test_penalties_on_the_device_have_the_bits_of_the_oracle(seed: int) -> None:
     for _ in range(40):
         rows = chosen.sample(sorted(living), chosen.randint(1, len(living)))
         logits = 5 * torch.randn(len(rows) + 1, 300, generator=generator)
-        # Not NaN: its bits are not the same on all devices.
+        # NaN is left out, because its bits differ between devices.
         logits[:, 7] = chosen.choice((torch.inf, -torch.inf, 3e38, -0.0, 0.0))
         found = table.penalize(logits.to(DEVICE), [*(living[row] for row in rows), None])
         expected = [
@@ -110,7 +110,7 @@ def test_penalties_on_the_device_have_the_bits_of_the_oracle(seed: int) -> None:
             found.cpu().view(torch.int32), torch.stack([*expected, logits[-1]]).view(torch.int32)
         )
         for row in rows:
-            token = chosen.randrange(chosen.choice((3, 300)))  # often one that it has
+            token = chosen.randrange(chosen.choice((3, 300)))  # often a repeated token
             completions[row].append(token)
             living[row].push(token)
         if len(living) > 3 and chosen.random() < 0.2:
@@ -119,7 +119,7 @@ def test_penalties_on_the_device_have_the_bits_of_the_oracle(seed: int) -> None:
 
 
 def drawn_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Drawn as a step does: rows that are not sure once more, sorted."""
+    """Draw a token for each row as a step does: uncertain rows are sorted and drawn again."""
     sampled = sample(logits, draws)
     unsure = [row for row, sure in enumerate(sampled.exact.tolist()) if not sure]
     if unsure:
@@ -129,7 +129,7 @@ def drawn_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
 
 
 def wide_rows() -> tuple[Tensor, list[Draw]]:
-    """Logits on the device, and draws with a seed each."""
+    """Return random logits on the device, and for each row a draw with its own seed."""
     logits = 3 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(0))
     draws = [
         Draw(SETTINGS[row % len(SETTINGS)], random.Random(row).random()) for row in range(ROWS)
@@ -146,7 +146,7 @@ def test_the_same_seeds_give_the_same_tokens_in_every_run() -> None:
 
 
 def test_the_same_seeds_give_the_same_tokens_in_every_batch() -> None:
-    """In another order, and beside fewer rows."""
+    """A row's token does not depend on the rows' order or number."""
     logits, draws = wide_rows()
     first = drawn_tokens(logits, draws)
     assert drawn_tokens(logits.flip(0), draws[::-1]) == first[::-1]

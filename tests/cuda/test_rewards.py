@@ -1,4 +1,4 @@
-"""Rows refined by reward heads on a GPU, by kernels, beside the equations."""
+"""Tests the kernels that refine rows by reward heads on a GPU against the paper's equations."""
 
 import importlib
 import os
@@ -29,14 +29,14 @@ from tests.tiny import random_head
 
 pytestmark = MARKS
 
-# As wide as a model of 7B; a dry run on a CPU takes less of everything.
+# The hidden size of a 7B model; a dry run on a CPU uses smaller sizes.
 WIDTH = 4096 if GPU else 32
 UNITS = (1024, 256, 1000, 2048) if GPU else (24, 100, 64)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    """The kernels; in a dry run, interpreted, in few programs."""
+    """Return the module of the kernels, which a dry run interprets with large blocks."""
     if DRY_RUN and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton interprets kernels where TRITON_INTERPRET=1 only")
     pytest.importorskip("triton")
@@ -58,9 +58,10 @@ def settings_of(count: int, most: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def assert_edits_equal(found: Tensor, expected: Tensor, h: Tensor) -> None:
-    """All rows' but for those of units that are zero but for rounding, which pass when they like.
+    """Assert that rows got the expected edits, up to units whose activation is nearly zero.
 
-    Such a unit moves a row by less than a thirtieth of its edit.
+    Rounding decides whether such a unit is on. It moves a row by less than a thirtieth of its
+    edit.
     """
     difference = (found - expected).norm(dim=1)
     edit = (expected - h).norm(dim=1)
@@ -98,7 +99,7 @@ def test_a_head_all_of_whose_units_flip_in_each_step(kernels: ModuleType) -> Non
 def test_rows_have_the_same_bits_whoever_is_beside_them(
     kernels: ModuleType, heads: Sequence[RewardHead]
 ) -> None:
-    """In every run; heads in another order; and fewer rows of a head, one of which is no number."""
+    """A row's bits do not depend on the run, the heads' order, its head's other rows, or NaNs."""
     refine = filled(heads, kernels, DEVICE)
     h, how = random_rows(9, WIDTH).to(DEVICE), settings_of(9)
     found = refined_by(refine, h, [(1, 2), (2, 5), (3, 2)], how)
@@ -118,7 +119,7 @@ def test_rows_have_the_same_bits_whoever_is_beside_them(
 def test_rows_without_a_head_are_left_alone(
     kernels: ModuleType, heads: Sequence[RewardHead]
 ) -> None:
-    """Whatever they hold: of a slot that was never filled, and of one that was emptied."""
+    """Rows of never filled and of emptied slots keep their bits, NaN and -0.0 included."""
     refine = filled(heads, kernels, DEVICE)
     refine.put(2, None)
     h, how = random_rows(4, WIDTH).to(DEVICE), settings_of(4)
@@ -132,7 +133,7 @@ def test_rows_without_a_head_are_left_alone(
 
 
 def test_the_host_waits_for_nothing(kernels: ModuleType, heads: Sequence[RewardHead]) -> None:
-    """While it fills and empties slots, and refines rows of several heads, and of one."""
+    """The host does not wait for the GPU to empty and fill slots, nor to refine rows."""
     refine = filled(heads, kernels, DEVICE)
     n = 2 * TILE_ROWS
     batches: Sequence[Rows] = ([(1, n)], [(1, 3), (2, n - 3)])
@@ -154,7 +155,7 @@ def test_the_host_waits_for_nothing(kernels: ModuleType, heads: Sequence[RewardH
 def test_a_graph_is_replayed_for_other_rows_heads_and_settings(
     kernels: ModuleType, heads: Sequence[RewardHead]
 ) -> None:
-    """In the same tensors, and with a slot that holds another head than when it was captured."""
+    """A replay reads the new contents of its buffers, and a slot's new head."""
     refine = filled(heads, kernels, DEVICE)
     n = 9
     batches: Sequence[Rows] = ([(1, n)], [(2, 1), (1, 5), (3, 3)], [(3, 4), (4, 5)], [(2, 9)])
