@@ -1,6 +1,6 @@
-"""The memory for keys and values never takes more than its limit, and gives back what is freed.
+"""Tests that KV memory never exceeds its limit, and that freed memory is given back.
 
-Scheduler, store, prefix cache and slabs as the engine has them, and a model that only stores.
+The scheduler, the KV store, the prefix cache and the slabs are real; no model computes the keys.
 """
 
 import random
@@ -23,7 +23,7 @@ from server.engine.torch.scheduling.scheduler import Scheduler
 from server.engine.torch.scheduling.sequence import Sequence
 
 CPU = torch.device("cpu")
-# Heads of 128, 160 and 512 bytes a token: pages end with a token, or within one.
+# Heads of 128, 160 and 512 bytes per token: 160 does not divide a page.
 SHAPES = [
     KVShape(2, 64, torch.bfloat16, [CPU] * 3),
     KVShape(1, 80, torch.bfloat16, [CPU] * 3),
@@ -34,7 +34,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 class Watched:
-    """An engine's books and memory, whose bytes are looked at whenever they are largest."""
+    """A scheduler and a KV store whose memory is compared with the limit whenever it may peak."""
 
     def __init__(self, shape: KVShape, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         kv = plan_slabs(shape, KVOptions("slabs", prefix_cache=True, bytes=limit))
@@ -66,7 +66,7 @@ class Watched:
         assert taken <= self.limit, f"{taken} bytes are taken of {self.limit}"
 
     def step(self) -> int:
-        """One step, whose computing stores what it would; how many sequences have ended."""
+        """Run a step that writes ones as keys and values; return how many sequences have ended."""
         plan = self.scheduler.schedule()
         self.store.allocate_lanes(plan)
         self.look()
@@ -92,7 +92,7 @@ class Watched:
 
 
 def requests(seed: int, longest: int) -> Iterator[Sequence]:
-    """Prompts of all lengths, many of which begin alike."""
+    """Yield requests with prompts of many lengths, many of which share a prefix."""
     draw = random.Random(seed)
     while True:
         length = draw.choice((1, 15, 16, 17, 31, 33, 64, 65, draw.randint(1, longest // 2)))
@@ -159,7 +159,7 @@ def test_what_is_freed_is_given_back(shape: KVShape, monkeypatch: pytest.MonkeyP
 
 
 def resident(*parts: Mapping) -> int:
-    """Bytes of some mappings that are in memory, as the system counts them."""
+    """Return how many bytes of the mappings are in physical memory, by /proc/self/pagemap."""
     found = 0
     with Path("/proc/self/pagemap").open("rb") as pages:
         for mapping in parts:
@@ -168,7 +168,7 @@ def resident(*parts: Mapping) -> int:
             entries = torch.frombuffer(
                 bytearray(pages.read(size // PAGE_BYTES * 8)), dtype=torch.int64
             )
-            found += int((entries < 0).sum()) * PAGE_BYTES  # the highest bit: it is there
+            found += int((entries < 0).sum()) * PAGE_BYTES  # bit 63 says that the page is present
     return found
 
 
@@ -191,9 +191,9 @@ def test_what_is_counted_is_what_the_system_has_given(shape: KVShape) -> None:
         return resident(*(rows._mapping for group in groups for rows in group._rows))  # type: ignore[attr-defined]
 
     assert given() == pool.bytes > 0
-    store(slabs[3], 300)  # it moves
+    store(slabs[3], 300)  # moves the slab to a group with longer rows
     assert given() == pool.bytes
-    slabs[0].free()  # another takes its place
+    slabs[0].free()  # another slab's row moves into its place
     assert given() == pool.bytes
     slabs[2].truncate(20)
     assert given() == pool.bytes
@@ -202,7 +202,7 @@ def test_what_is_counted_is_what_the_system_has_given(shape: KVShape) -> None:
     assert all(bool((each == 1).all()) for each in copy)
     del copy
     assert given() == pool.bytes
-    # Last, as what is read is there, too, and takes nothing.
+    # This check is the last one, because pages that are only read count as present, too.
     assert not slabs[2].layer(0)[:, :, 20:].any()
 
 

@@ -25,7 +25,7 @@ def lane_of(pool: PagePool, tokens: int) -> PagedLane:
 
 
 def numbered(start: int, end: int) -> list[torch.Tensor]:
-    """What a lane stores of some tokens, each with its own number."""
+    """Return keys and values, in a lane's layout, whose numbers are their tokens' positions."""
     tokens = torch.arange(start, end, dtype=torch.float32)
     return [tokens[None, None, :, None, None].expand(2, 2, -1, 2, 8)]
 

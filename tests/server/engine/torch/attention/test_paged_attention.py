@@ -1,4 +1,4 @@
-"""Attention over pages against that over slabs, which is held to transformers' own."""
+"""Tests attention over pages against attention over slabs, which has tests of its own."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ TILING = Tiling(HEADS, KV_HEADS, 4, processors=8)
 
 
 def expected(texts: list[list[Tensor]], window: int | None) -> list[Tensor]:
-    """(tokens, heads, width) of each: what the CPU's own backend gives, a sequence at a time."""
+    """Return each sequence's attention over slabs, (tokens, heads, width), one call each."""
     outputs = []
     for query, key, value in texts:
         memory = SlabMemory(SHAPE)

@@ -1,4 +1,4 @@
-"""Attention over pages that is wrong on the device is noticed."""
+"""Tests that the check at start notices wrong paged attention."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ def changed(
     change: Callable[[Tensor, PagedIndex], None] = lambda _output, _index: None,
     params: Callable[[AttentionParams], AttentionParams] = lambda params: params,
 ) -> PagedAttention:
-    """The reference, which is asked for something else, or whose output is changed."""
+    """Return the slow reference with changed parameters or a changed output."""
 
     def attend(
         query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, asked: AttentionParams
@@ -76,7 +76,7 @@ def test_reading_what_nobody_has_written_is_noticed() -> None:
     def greedy(
         query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, params: AttentionParams
     ) -> Tensor:
-        unseen = values[index.tables.flatten().long()].sum() * 0  # NaN where any is
+        unseen = values[index.tables.flatten().long()].sum() * 0  # 0, or NaN if any value is NaN
         return paged_reference(query, keys, values, index, params) + unseen
 
     with pytest.raises(WrongAttentionError, match="off by nan"):

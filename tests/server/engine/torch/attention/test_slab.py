@@ -53,7 +53,7 @@ def test_each_layer_keeps_its_keys_and_values_on_its_own_device() -> None:
 
 
 def test_what_no_token_was_stored_in_is_zero_whoever_had_it_before() -> None:
-    """Attention reads beyond a sequence's end, masks that, and must not meet what is no number."""
+    """Attention also reads beyond a sequence's end, and its mask would not remove a NaN there."""
     pool = SlabPool(SHAPE)
     neighbour, first = Slab(pool), Slab(pool)
     neighbour.reserve(10)
@@ -76,7 +76,7 @@ def test_what_is_read_can_be_written_elsewhere() -> None:
     fill(source, 5.0, 40)
     copy.write(16, source.read(0, 16))
     fill(source, 6.0, 40)
-    assert (copy.layer(1)[:, :, 16:32] == 6.0).all()  # 5 and the layer's number
+    assert (copy.layer(1)[:, :, 16:32] == 6.0).all()  # `fill` adds the layer's index, 1, to 5
     assert not copy.layer(1)[:, :, :16].any()
 
 

@@ -1,4 +1,4 @@
-"""The slab backend against arithmetic written out."""
+"""Tests the attention that transformers' layers call, over slabs, against a simple reference."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,10 @@ def slab_of(tokens: int, pool: SlabPool) -> Slab:
 def reference(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
 ) -> Tensor:
-    """(heads, n, width) each, one sequence from its first token on: a query at a time."""
+    """Return causal attention, (heads, n, width), for one whole sequence, query by query.
+
+    The query, key and value have the shape (heads, n, width) too.
+    """
     output = torch.zeros_like(query)
     for head in range(HEADS):
         shared = head // (HEADS // KV_HEADS)

@@ -1,4 +1,4 @@
-"""Compiled layers against the oracle, and what happens where they cannot be had."""
+"""Tests compiled layers against the oracle, and engines where compiling fails."""
 
 import asyncio
 import logging
@@ -31,7 +31,8 @@ from tests.steered import (
 from tests.tiny import tiny_model
 
 OPTIONS = EngineOptions(
-    # As many slots as the probe has tokens: a compiler must not take one for the other.
+    # 13 slots, as many as the recorded prefill has tokens: the compiler must not take the two
+    # sizes for one.
     kv_cache_gb=0.02,
     compile_layers=True,
     compile_at_once=True,
@@ -39,7 +40,7 @@ OPTIONS = EngineOptions(
     max_loaded_interventions=12,
 )
 SECONDS = 120.0
-# Of each, the graphs are made as soon as they are asked for.
+# With compile_at_once, graphs for a stack are made as soon as a request uses it.
 FEW: Mapping[str, tuple[Edit, ...]] = {
     name: STACKS[name]
     for name in ("base", "a", "a at another strength", "b", "a on the prompt", "r", "a and r")
@@ -53,7 +54,7 @@ def compiled_of(engine: TorchEngine) -> compiled.CompiledLayers:
 
 
 def everything_made(layers: compiled.CompiledLayers) -> bool:
-    """Whether all graphs that were asked for are there."""
+    """Return whether all requested graphs could be made."""
     graphs = layers._graphs
     return all(graphs.has(variant) for variant in {*graphs._lasting, *graphs._used})
 
@@ -62,12 +63,12 @@ async def everything_compiled(engine: TorchEngine) -> None:
     assert await asyncio.to_thread(compiled_of(engine).wait, SECONDS), "it takes too long"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # whose layers are not alike
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # layers differ: window, attention scale
 async def test_any_mix_on_compiled_layers_equals_the_oracle(
     start_engine: StartEngine, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await start_engine(interventions_of(family), family, OPTIONS)
-    for edits in FEW.values():  # eager, until what it asks for is there
+    for edits in FEW.values():  # runs uncompiled until the stack's graphs are made
         await generate(engine, PROMPTS[1], edits)
     await everything_compiled(engine)
     layers = compiled_of(engine)
@@ -100,7 +101,7 @@ async def test_gates_and_inputs_are_compiled_too(
 
 
 def logprobs_beside(core: EngineCore, *stacks: tuple[Edit, ...]) -> list[list[float]]:
-    """The log-probabilities of equal prompts that are admitted, and so computed, together."""
+    """Return the log-probabilities of equal prompts, one for each stack, computed in one batch."""
     sampling = replace(GREEDY, max_tokens=6)
     requests = [Request(f"{i}", tuple(PROMPTS[0]), sampling, each) for i, each in enumerate(stacks)]
     core.admit([Sequence.of(request) for request in requests], interventions_of())
@@ -113,7 +114,7 @@ def logprobs_beside(core: EngineCore, *stacks: tuple[Edit, ...]) -> list[list[fl
 
 
 def test_who_is_not_steered_has_the_base_models_bits_whoever_else_is(load_tiny: LoadTiny) -> None:
-    """A step that edits runs on another graph than one that does not."""
+    """A step with edits runs another graph than one without, yet an unsteered row stays equal."""
     core = build_core(load_tiny(), OPTIONS)
     layers = core._runner.compiled
     assert isinstance(layers, compiled.CompiledLayers)
@@ -174,7 +175,10 @@ async def test_without_a_compiler_layers_run_as_they_are_and_one_sentence_says_s
 async def test_a_graph_that_is_wrong_for_a_layer_is_not_used(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """This GPT-2 scales a layer's attention by the layer's number, which is no tensor."""
+    """The tiny GPT-2 scales each layer's attention by a constant, so one graph cannot serve two.
+
+    The patch makes the compiler believe that all layers have the same structure.
+    """
     monkeypatch.setattr(decoder, "_signature", lambda _layer: "all alike")
     with caplog.at_level(logging.WARNING):
         engine = await start_engine(interventions_of("gpt2"), "gpt2", OPTIONS)
@@ -188,8 +192,8 @@ async def test_a_graph_that_is_wrong_for_a_layer_is_not_used(
 async def test_a_slot_that_is_filled_anew_steers_as_what_it_holds_now(
     start_engine: StartEngine,
 ) -> None:
-    """At other sites, too: `b` lacks one of those of `a`."""
-    # Made first: a compiler that runs meanwhile draws from the same random numbers as the model.
+    """The interventions differ in their sites too: `b` lacks a site of `a`."""
+    # The model is made before the engine, whose compiler draws from the same random generator.
     oracle = Oracle(tiny_model("llama"))
     options = replace(OPTIONS, max_loaded_interventions=1)
     engine = await start_engine(interventions_of(), "llama", options)

@@ -1,4 +1,4 @@
-"""Which mixes of edits get graphs of their own, how many, and which of them go."""
+"""Tests which mixes of edits get compiled graphs, how many are kept, and which are dropped."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ def variant(number: int) -> Variant:
 
 
 class Compiler:
-    """Makes graphs of nothing, when it is told to."""
+    """A store, its clock, and a stand-in for the compiler that makes dummy graphs on demand."""
 
     def __init__(self, habit: Habit = HABIT, most: int = 3) -> None:
         self.now = 0.0
@@ -71,7 +71,7 @@ def test_there_are_so_many_at_most_and_those_in_use_stay() -> None:
     for number in range(3):
         compiler.store.find(variant(number))
     compiler.make_all()
-    for _ in range(1000):  # a minute and more: nobody gives way to anybody
+    for _ in range(1000):  # 250 seconds; a variant is dropped after 300 without use
         for number in range(5):
             compiler.steps(variant(number), 1)
     assert compiler.asked == [variant(number) for number in range(3)]

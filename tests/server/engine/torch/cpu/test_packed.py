@@ -1,4 +1,4 @@
-"""Linear layers on packed weights, joined where they read the same input."""
+"""Tests linear layers with packed weights, which are joined if they read the same input."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def packed_layers(model: PreTrainedModel) -> dict[str, PackedLinear]:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The outputs of each product that a packed layer has computed."""
+    """Return a list to which each product of a packed layer adds the number of its outputs."""
     counted: list[int] = []
     multiply = PackedLinear.multiply
 
@@ -78,7 +78,7 @@ def test_who_reads_the_same_input_is_one_product(products: list[int]) -> None:
 
 @torch.inference_mode()
 def test_outputs_are_of_the_rows_that_are_given() -> None:
-    """Whoever asks with other rows than the last, or twice with the same, gets his own."""
+    """A joined layer may be called with other rows than the last, or twice with the same."""
     model = bfloat16("qwen2")  # with biases
     attention = model.get_submodule("model.layers.0.self_attn")
     names = ("q_proj", "k_proj", "v_proj")
@@ -189,14 +189,14 @@ def test_lm_head_multiplies_single_rows_compiled(products: list[int]) -> None:
     head, row = packed_layers(model)["lm_head"], one_row_of(model)
     several = torch.cat([row, -row], dim=1)
     expected = head(several).float()
-    # A step's hook is not for the row that it is compiled with, on another thread.
+    # The hook edits rows of the current step, so compiling, on another thread, must not call it.
     hook = head.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     compile_head(head)
     hook.remove()
     products.clear()
     assert torch.allclose(head(row).float(), expected[:, :1], atol=0.02, rtol=0.02)
     assert not products
-    assert torch.equal(head(several).float(), expected)  # as before
+    assert torch.equal(head(several).float(), expected)  # still by the packed product
     assert len(products) == 1
 
 
