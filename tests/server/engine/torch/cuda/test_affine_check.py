@@ -1,4 +1,4 @@
-"""What edits sites on a GPU: tried before it is used."""
+"""Tests that the affine kernel is checked at start, and used only if it is right."""
 
 import importlib
 import logging
@@ -19,14 +19,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The kernels that come to be used, in place of registering them for the whole process."""
+    """Return a list that collects the kernels put to use; none is registered in the process."""
     kernels: list[object] = []
     monkeypatch.setattr(affine_check, "use_kernel_on_gpus", kernels.append)
     return kernels
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, kernel: object) -> None:
-    """Have a function be the kernel."""
+    """Make a function stand in for the kernel."""
     module = SimpleNamespace(edit_stacks_triton=kernel)
     monkeypatch.setattr(importlib, "import_module", lambda _name: module)
 

@@ -1,6 +1,7 @@
-"""Decoding by replayed graphs: what they hold, when they are made, and what is done without them.
+"""Tests decoding by replayed graphs: their contents, when they are made, and steps without them.
 
-On a CPU, where a stand-in computes again what was captured; what a GPU adds is in `tests/cuda`.
+The tests run on a CPU, where a stand-in for a graph calls the captured function again. Tests on a
+GPU are in `tests/cuda`.
 """
 
 import re
@@ -54,7 +55,7 @@ def graphs_of(core: EngineCore) -> GraphRunner:
 def test_replayed_steps_give_the_bits_of_steps_that_are_not(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In buckets that are full, so that shapes are equal."""
+    """The batch fills its graph's size, so that shapes are equal with and without graphs."""
     capture = use_pages(monkeypatch)
 
     def logprobs(core: EngineCore) -> list[list[float]]:
@@ -62,7 +63,7 @@ def test_replayed_steps_give_the_bits_of_steps_that_are_not(
         sequences.append(sequence(PROMPTS[0], STACKS["wide"]))
         return [logprobs_of(each) for each in finish(core, sequences)]
 
-    # All prompts are read in one step, so that all sequences decode together to the end.
+    # All prompts are prefilled in one step, so that all sequences decode together to the end.
     options = replace(
         OPTIONS, dose_interval=0, prefix_cache=False, max_batch_tokens=512, prefill_tokens=512
     )
@@ -165,7 +166,7 @@ def test_deeper_stacks_than_memory_was_planned_for_have_no_graph(
 
 
 def test_a_model_that_gives_its_decoder_more_than_inputs_has_no_graph(load_tiny: LoadTiny) -> None:
-    """What it would have made of one step's inputs would be another step's too."""
+    """A graph would freeze an extra tensor that the model computes from one step's inputs."""
     model = load_tiny().model
     decoder = Decoder(model)
     forward = model.model.forward
@@ -192,7 +193,7 @@ def test_a_graph_that_nobody_can_use_any_longer_is_not_made(
     core = build_core(load_tiny(), replace(OPTIONS, max_loaded_interventions=2))
     finish(core, [sequence(PROMPTS[0], STACKS["b then a"])])
     assert core.compiling
-    for digest in ("r", "wide"):  # they take the slots
+    for digest in ("r", "wide"):  # evict both interventions of the pending graph
         finish(core, [sequence(PROMPTS[0], STACKS[digest])])
     captured = capture.captured
     assert not core.make_pending()
@@ -261,7 +262,7 @@ def test_base_graphs_outlive_what_is_loaded(
     capture = use_pages(monkeypatch)
     core = build_core(load_tiny(), OPTIONS)
     made = capture.captured
-    # Without edits, and with one at the default sites.
+    # Each size has a graph without edits and one with an edit at the default sites.
     assert made == 2 * len(buckets(OPTIONS.max_batch_size)) == graphs_of(core).graphs
     core.interventions.slots.check({})
     for maps in core.interventions.bank._sites.values():
@@ -353,7 +354,7 @@ def test_buckets_are_powers_of_two_and_the_largest(most: int, expected: tuple[in
 def test_a_replayed_step_runs_the_decoder_once(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the graph; what makes the logits of its hidden states does not compute them again."""
+    """The graph runs the decoder; computing logits from its hidden states must not run it again."""
     use_pages(monkeypatch)
     loaded = load_tiny()
     core = build_core(loaded, OPTIONS)

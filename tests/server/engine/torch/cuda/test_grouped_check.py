@@ -1,4 +1,4 @@
-"""What refines rows on a GPU: tried before it is used, and compiled for GPUs that are not there."""
+"""Tests that reward kernels are checked before use, and that they compile for absent GPUs."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ UNITS = (24, 100)
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The kernels, interpreted, in few programs."""
+    """Return the module of the kernels, which Triton interprets here with large blocks."""
     pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
     if torch.cuda.is_available():
         pytest.skip("they are compiled here, and not interpreted")
@@ -79,7 +79,7 @@ def test_without_triton_there_is_none(
 
 
 def test_the_kernels_compile_for_an_a100_and_an_h100() -> None:
-    """Of heads of 1024 units; several programs fit onto a multiprocessor."""
+    """For heads of 1024 units, three programs of each kernel but one fit on a multiprocessor."""
     pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
     made = subprocess.run(
         [sys.executable, "-m", "tests.reward_kernel_compiler", "80", "90"],
@@ -97,5 +97,5 @@ def test_the_kernels_compile_for_an_a100_and_an_h100() -> None:
             1 if row["kernel"] == "climb" else 3
         ), row
         assert row["spilled"] <= 64, row
-        # Matrices are read 16 bytes at once.
+        # The kernels that read matrices copy 16 bytes at once.
         assert row["widest_copy"] == (16 if row["kernel"] in ("units", "motion", "finish") else 0)

@@ -1,6 +1,6 @@
-"""The attention kernel, interpreted on the CPU and compiled for GPUs that are not there.
+"""Tests the attention kernel, interpreted on the CPU and compiled for GPUs that are not present.
 
-What it computes on a GPU is in `tests/cuda`.
+Its tests on a GPU are in `tests/cuda`.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.paged import paged_reference
 
 triton = pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
 CPU = torch.device("cpu")
-# Of each sequence: the tokens after each step, in the last of which all decode.
+# Each sequence's length after each of three steps; in the last step all sequences decode.
 LENGTHS = ((1, 2, 3), (PAGE - 1, PAGE, PAGE + 1))
 KIBIBYTE = 1024
 
@@ -52,9 +52,9 @@ def test_prompts_and_decoding_equal_plain_arithmetic(
     dtype: torch.dtype,
     softcap: float | None,
 ) -> None:
-    """Heads that share keys or not, sizes that are no powers of two, windows, soft caps.
+    """Covers shared and own keys of heads, sizes that are no powers of two, windows, soft caps.
 
-    Not in bfloat16, which Triton's interpreter multiplies as integers.
+    bfloat16 is left out, because Triton's interpreter multiplies it as integers.
     """
     shape = KVShape(kv_heads, head_dim, dtype, (CPU,))
     tiling = Tiling(heads, kv_heads, dtype.itemsize, processors=1)
@@ -62,7 +62,7 @@ def test_prompts_and_decoding_equal_plain_arithmetic(
 
 
 def decoding_index(lengths: list[int], splits: int) -> PagedIndex:
-    """Sequences of one page each; rows of length 1 at the end pad, as in a captured graph."""
+    """Return the index of a decode step with one page a sequence; length 1 marks a padding row."""
     rows = torch.arange(len(lengths), dtype=torch.int32)
     pages = torch.tensor(
         [number + 1 if length > 1 else SCRATCH for number, length in enumerate(lengths)]
@@ -84,7 +84,7 @@ def decoding_index(lengths: list[int], splits: int) -> PagedIndex:
 def test_contents_of_the_index_may_change_where_its_shapes_and_addresses_do_not(
     kernel: PagedAttention, splits: int
 ) -> None:
-    """What a graph needs: lengths, pages and padding are read when the kernel runs."""
+    """A CUDA graph needs this: lengths, pages and padding must be read when the kernel runs."""
     random = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 5, PAGE, 1, 16, generator=random)
     query = torch.randn(4, 2, 16, generator=random)
@@ -120,7 +120,7 @@ def test_a_sequences_result_has_the_same_bits_whoever_is_beside_it(
 
 
 def test_strided_queries_are_read_where_they_are(kernel: PagedAttention) -> None:
-    """As transformers gives them: heads before tokens."""
+    """transformers passes queries as transposed views, in memory with heads before tokens."""
     random = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 3, PAGE, 2, 16, generator=random)
     index = replace(decoding_index([100, 40], 1), slots=torch.tensor([0, 1]))
@@ -131,7 +131,7 @@ def test_strided_queries_are_read_where_they_are(kernel: PagedAttention) -> None
 
 
 def test_it_compiles_for_an_a100_and_an_h100() -> None:
-    """And for smaller GPUs of the A100's generation, whose shared memory has 99 KiB."""
+    """The limit of 99 KiB shared memory lets smaller GPUs of the A100's generation run it too."""
     made = subprocess.run(
         [sys.executable, "-m", "tests.kernel_compiler", "80", "90"],
         check=True,

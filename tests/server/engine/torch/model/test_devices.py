@@ -1,7 +1,7 @@
-"""A model over several devices: everything follows the layer that it belongs to.
+"""Tests models over several devices: maps, slabs and heads are on the device of their layer.
 
-Where there is one CPU and no GPU, `meta` is a second device as far as placement goes: it refuses
-to compute with tensors of another, and it gives no numbers.
+On a machine without a GPU, `meta` stands in for a second device: it checks placement, because it
+refuses tensors of other devices, but it computes no values.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ EDITS = (
 
 
 def split_over(loaded: LoadedModel, second: str) -> None:
-    """Put the second layer and all that follows on another device, as accelerate would."""
+    """Put the second layer and all later modules on another device, by accelerate."""
     places = {
         "model.embed_tokens": "cpu",
         "model.rotary_emb": "cpu",
@@ -90,7 +90,7 @@ def test_hooks_bank_and_slabs_follow_their_layers_device(
 
 
 def test_a_dispatched_model_gives_what_it_gives_undispatched(load_tiny: LoadTiny) -> None:
-    """Both "devices" are the CPU, so that there are numbers to compare."""
+    """Both "devices" are the CPU, so that there are values to compare."""
 
     def tokens(loaded: LoadedModel) -> list[list[int]]:
         core = build_core(loaded, TINY_OPTIONS)

@@ -1,4 +1,4 @@
-"""The embedded model: found, verified, converted once, and steered in bfloat16."""
+"""Tests that the embedded model is found, verified and converted once, and steered in bfloat16."""
 
 import importlib.util
 import sys
@@ -27,7 +27,7 @@ SETTINGS: dict[str, AffineSettings | RewardSettings] = {
     "reward": RewardSettings(0.5, 5),
 }
 NEW_TOKENS = 12
-TOLERANCE = 0.25  # two steps of bfloat16 between 16 and 32, where this model's best logits lie
+TOLERANCE = 0.25  # two bfloat16 steps between 16 and 32, the range of this model's best logits
 
 
 def silent(_sentence: str) -> None:
@@ -110,7 +110,7 @@ def test_bfloat16_log_probabilities_in_a_mixed_batch_are_within_tolerance_of_tho
 
     alone = [generate(core, [sequence], parameters)[0] for sequence in sequences()]
     if isinstance(layers, CompiledLayers):
-        # Nothing runs uncompiled now: all that is wanted here was expected, and is probed.
+        # All graphs that these requests need are made, so no layer may run uncompiled from now on.
         monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 30)
     for one, other in zip(alone, generate(core, sequences(), parameters), strict=True):
         assert (
@@ -123,7 +123,7 @@ def test_bfloat16_log_probabilities_in_a_mixed_batch_are_within_tolerance_of_tho
                 abs(first.logprobs[0].chosen.logprob - second.logprobs[0].chosen.logprob)
                 < TOLERANCE
             )
-    # A neighbour's steering does not change a single bit of who has none.
+    # Steering one request must not change a bit of an unsteered one in the same batch.
     both = [[sequences()[place] for place in places] for places in ((0, 4), (0, 5))]
     beside_base, beside_steered = (generate(core, each, parameters)[0] for each in both)
     assert [output.logprobs[0] for output in beside_base] == [

@@ -1,4 +1,4 @@
-"""Which models are the same, by their weights and what their configuration makes of them."""
+"""Tests model fingerprints: a hash of the weights and one of the configuration that matters."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def fingerprint(folder: Path, dtype: str = "float32") -> str:
 
 
 def changed(folder: Path, to: Path, **fields: object) -> Path:
-    """A copy of a model whose configuration has these fields."""
+    """Copy a model's folder, and set these fields of its configuration."""
     shutil.copytree(folder, to)
     path = to / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -67,7 +67,7 @@ def test_equal_weights_under_another_configuration_are_another_model(
         {"eos_token_id": [5, 6], "pad_token_id": None},
         {"id2label": {"0": "x"}, "output_attentions": False},
         {"rms_norm_eps": 9.999999974752427e-07},  # 1e-6 as a float32
-        {"num_hidden_layers": 2, "hidden_act": "silu"},  # spelt out, as they are
+        {"num_hidden_layers": 2, "hidden_act": "silu"},  # the values that the model has anyway
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -117,7 +117,7 @@ def test_a_bundled_artifact_names_no_place_on_a_machine(path: Path) -> None:
 
 @pytest.mark.embedded
 def test_the_bundled_artifacts_are_of_the_embedded_model() -> None:
-    """Their fingerprints are older than the configuration's part, and are no warning."""
+    """Their fingerprints lack the configuration's part, and this gives no warning."""
     description = load_model("embedded", "bfloat16").description
     for path in bundled_artifacts():
         assert read_manifest(path).base_model.fingerprint == description.fingerprint.split("-")[0]

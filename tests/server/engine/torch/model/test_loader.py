@@ -102,7 +102,7 @@ def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
 def test_a_model_that_lacks_weights_is_refused(
     tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """transformers would make them up."""
+    """transformers alone would initialise missing weights at random."""
     folder = _copy_of(tiny_folders["llama"], tmp_path)
     _rewrite(folder, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"))
     with pytest.raises(ModelLoadError, match=r"lacks 1 .*layers\.1\.self_attn\.q_proj"):

@@ -1,4 +1,4 @@
-"""Penalties that stay on the device: bit for bit what each row's oracle says, and nothing lost."""
+"""Tests penalties that are kept on the device: they equal the oracle's bit for bit."""
 
 import random
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ SETTINGS = (
 
 @dataclass(eq=False)
 class Drawing:
-    """A request in the middle of its completion."""
+    """A request in the middle of its completion, and its penalties."""
 
     settings: SamplingSettings
     prompt: tuple[int, ...]
@@ -49,7 +49,10 @@ class Drawing:
 def assert_as_the_oracle_says(
     table: PenaltyTable, drawings: Sequence[Drawing | None], logits: Tensor | None = None
 ) -> None:
-    """Bit for bit, and the logits themselves stay as they are: log-probabilities are of these."""
+    """Assert that penalized rows equal the oracle's bit for bit, and that `logits` is unchanged.
+
+    Log-probabilities are computed from the unchanged logits.
+    """
     if logits is None:
         logits = 5 * torch.randn(len(drawings), VOCABULARY)
     before = logits.clone()
@@ -66,8 +69,8 @@ def assert_as_the_oracle_says(
 def test_whoever_comes_and_goes_each_row_is_the_oracles(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Random sequences, some of which sit a step out, end, and are followed by others."""
-    monkeypatch.setattr(penalty_table, "_LEAST", 2)  # outgrown after a few draws
+    """Random sequences start, skip steps and end, and every row equals the oracle's."""
+    monkeypatch.setattr(penalty_table, "_LEAST", 2)  # makes segments too small after a few draws
     chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     table, living = PenaltyTable(CPU), list[Drawing]()
     for _ in range(150):
@@ -80,7 +83,7 @@ def test_whoever_comes_and_goes_each_row_is_the_oracles(
         logits[:, 7] = chosen.choice((torch.inf, -torch.inf, torch.nan, 3e38, -0.0, 0.0))
         assert_as_the_oracle_says(table, [*drawing, None], logits)
         for each in drawing:
-            each.push(chosen.randrange(chosen.choice((3, VOCABULARY))))  # often one that it has
+            each.push(chosen.randrange(chosen.choice((3, VOCABULARY))))  # often a repeated token
         for each in tuple(living):
             if chosen.random() < 0.05:
                 living.remove(each)
@@ -110,10 +113,11 @@ def test_a_step_sends_what_is_new_whatever_was_seen_before(monkeypatch: pytest.M
         assert_as_the_oracle_says(table, drawings)
         drawings[0].push(255 + token)
         drawings[1].push(token)
-        drawings[1].push(token)  # of two changes in one place the last counts
+        drawings[1].push(token)  # two changes of one entry are sent as one
     assert len(sent) == 30, "one copy a step"
     assert sent[0] > 3 * 250
-    # Of each row its number, where it is and its length; of each change, where and its entry.
+    # 3 numbers for each of the 3 rows (row, start and length of its segment), and 5 for each of the
+    # 2 changes (place and entry).
     assert set(sent[1:]) == {3 * 3 + 2 * 5}
 
 
@@ -122,7 +126,7 @@ def test_a_step_sends_what_is_new_whatever_was_seen_before(monkeypatch: pytest.M
 def test_a_step_that_fails_loses_nothing_of_anybody(
     monkeypatch: pytest.MonkeyPatch, name: str, draws: int
 ) -> None:
-    """Before the changes are applied, or after; with segments that were outgrown, or without."""
+    """The step fails before or after its changes are applied, with or without outgrown segments."""
 
     def failing(*_: object) -> None:
         raise RuntimeError("no memory")
@@ -145,7 +149,7 @@ def test_a_step_that_fails_loses_nothing_of_anybody(
 
 
 def test_what_ended_leaves_room_for_others() -> None:
-    """A table is as long as what lives needs, however many have come and gone."""
+    """The table's length depends on the living sequences only, not on how many have ended."""
     table, stays = PenaltyTable(CPU), Drawing(SETTINGS[0], (1, 2, 3))
     for length in (*range(0, 250, 5), *range(0, 250, 5)):
         passing = Drawing(SETTINGS[0], tuple(range(length)))

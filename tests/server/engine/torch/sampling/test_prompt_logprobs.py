@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: the steered model's, however the prompt is cut into chunks."""
+"""Tests prompt log-probabilities: they are the steered model's, for any division into chunks."""
 
 import asyncio
 from dataclasses import replace
@@ -28,7 +28,7 @@ SCORED = replace(GREEDY, max_tokens=3, prompt_logprobs=2)
 
 
 def assert_scores(outputs: list[StepOutput], prompt: bytes, edits: tuple[Edit, ...]) -> None:
-    """Every token of the prompt but the first has the oracle's log-probability, and the best."""
+    """Assert that each prompt token but the first has the oracle's log-probability and top 2."""
     oracle = Oracle(tiny_model("llama"))
     logits = oracle.logits(prompt, len(prompt), stack_of("llama", edits))
     expected = logits.log_softmax(-1)
@@ -49,7 +49,7 @@ def assert_scores(outputs: list[StepOutput], prompt: bytes, edits: tuple[Edit, .
 async def test_each_stack_scores_prompts_as_the_oracle_does(
     start_engine: StartEngine, budget: int
 ) -> None:
-    """Together in one batch; unequal prompts, cut at awkward places."""
+    """The requests run in one batch; their prompts differ in length and are cut into chunks."""
     options = EngineOptions(
         kv_cache_gb=0.02, max_batch_size=4, max_batch_tokens=budget, check_invariants=True
     )
@@ -118,7 +118,7 @@ async def test_an_edit_that_leaves_no_finite_logits_in_the_prompt_fails_its_own_
 async def test_scores_may_begin_later_in_the_prompt(
     start_engine: StartEngine, budget: int, first: int
 ) -> None:
-    """They are those of the whole prompt, also where its beginning is read from the cache."""
+    """The scores equal those of the whole prompt, though its beginning is read from the cache."""
     options = EngineOptions(
         kv_cache_gb=0.02, max_batch_size=4, max_batch_tokens=budget, check_invariants=True
     )
