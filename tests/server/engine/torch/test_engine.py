@@ -1,4 +1,4 @@
-"""The engine's life: admission, cancellation, failures, and what is freed at the end."""
+"""Tests the engine's admission, cancellation and failures, and that it frees what requests held."""
 
 import asyncio
 import contextlib
@@ -80,7 +80,7 @@ async def test_a_finished_request_frees_everything(start_engine: StartEngine) ->
     assert stats == EngineStats(
         running=0, waiting=0, kv_cache_usage=0, slots_used=2, prefix_cache_queries=len(PROMPT)
     )
-    generation.cancel()  # harmless now
+    generation.cancel()  # does nothing after the end
     assert engine.ready
 
 
@@ -261,7 +261,7 @@ async def test_requests_are_admitted_all_or_none(start_engine: StartEngine) -> N
     options = EngineOptions(kv_cache_gb=0.02, max_waiting=3, max_loaded_interventions=2)
     engine = await start_engine(INTERVENTIONS, options=options)
     sampling = SamplingSettings(4, 0, ignore_eos=True)
-    # An idle engine takes at once what one client may ask for, whatever the queue's bound.
+    # An idle engine admits all requests of one call, even if they are more than the queue's bound.
     generations = await engine.submit([request(sampling)] * 5)
     assert [len(await finish(generation)) for generation in generations] == [4] * 5
     holder = await submit(engine, request(ENDLESS, PROMPT, affine("a")))
@@ -280,7 +280,7 @@ async def test_requests_are_admitted_all_or_none(start_engine: StartEngine) -> N
 async def test_stacks_that_compete_for_slots_never_hold_and_wait(
     start_engine: StartEngine,
 ) -> None:
-    """Each gets all of its slots or none, so that some stack always runs."""
+    """A request gets all of its slots or none, so that two requests never block each other."""
     options = EngineOptions(kv_cache_gb=0.02, max_loaded_interventions=2)
     engine = await start_engine(INTERVENTIONS, options=options)
     stacks = [("a", "b"), ("b", "wide"), ("wide", "a")] * 4
@@ -309,7 +309,7 @@ async def test_settings_that_do_nothing_are_never_loaded(load_tiny: LoadTiny) ->
     await engine.start()
     nothing = (
         Edit("a", AffineSettings(0.0)),
-        Edit("a", AffineSettings(1e-60)),  # which is 0 in float32
+        Edit("a", AffineSettings(1e-60)),  # a strength that is 0 in float32
         Edit("r", RewardSettings(0.0, 5, 0.0)),
         Edit("r", RewardSettings(0.5, 0, 0.0)),
     )
@@ -428,7 +428,7 @@ async def test_a_dead_engine_says_so_to_everybody(
 async def test_a_device_that_computes_nothing_more_ends_the_engine(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such an error of CUDA comes again in every step; whoever starts servers has to know."""
+    """Some CUDA errors recur in every later step, so the engine must report that it is dead."""
     engine = await start_engine(INTERVENTIONS)
 
     def broken(*_args: object) -> None:

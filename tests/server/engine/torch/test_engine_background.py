@@ -1,4 +1,4 @@
-"""Background work takes what nobody else wants, and is ended when somebody does."""
+"""Tests background requests: they use free room only, and end when other requests need it."""
 
 import asyncio
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tests.serving import eventually
 from tests.steered import GREEDY, PROMPTS, generate, tokens_of
 
 LONG = replace(GREEDY, max_tokens=150)
-BLOCK = 16 * 256  # bytes of sixteen tokens of the tiny Llama
+BLOCK = 16 * 256  # bytes of the keys and values of 16 tokens of the tiny Llama
 OPTIONS = EngineOptions(
     kv_cache_gb=48 * BLOCK / 1e9, max_batch_size=4, max_batch_tokens=32, check_invariants=True
 )
@@ -54,7 +54,7 @@ async def test_it_is_ended_for_a_request_that_wants_its_place(start_engine: Star
 
 
 async def test_it_is_ended_for_a_request_that_grows(start_engine: StartEngine) -> None:
-    # Two of them can begin, and one can end.
+    # The memory suffices for two sequences to begin, but for only one to reach its end.
     options = replace(OPTIONS, kv_cache_gb=15 * BLOCK / 1e9)
     engine = await start_engine({}, options=options)
     background = await submit(engine)
@@ -78,12 +78,12 @@ async def test_it_is_not_begun_without_room(start_engine: StartEngine) -> None:
 
 
 async def test_its_admission_is_in_nobodys_way(start_engine: StartEngine) -> None:
-    """The bound is on requests, and a request alone is never too many."""
+    """A background request that is being admitted does not count against the queue's bound."""
     engine = await start_engine({}, options=replace(OPTIONS, max_waiting=1))
     short = replace(GREEDY, max_tokens=1)
     for _ in range(20):
         background = asyncio.create_task(submit(engine))
-        await asyncio.sleep(0)  # it is on its way now
+        await asyncio.sleep(0)  # lets the background request's admission begin
         assert len(await generate(engine, PROMPTS[0], sampling=short)) == 1
         (await background).cancel()
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was fetched, each time that the device was waited for."""
+    """Return a list to which each wait for the device adds what was fetched."""
     copied: list[object] = []
 
     def counted(tree: T) -> T:
@@ -76,7 +76,7 @@ def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
 
 
 def test_who_keeps_unusually_much_is_sorted_alone(waits: list[object]) -> None:
-    """Its neighbours draw what they draw without it."""
+    """A row whose filters keep many tokens is drawn a second time, with other rows unchanged."""
     flat = sequence(SamplingSettings(4, top_p=0.99, logprobs=1))
     peaked = sequence(SamplingSettings(4, top_p=0.5, logprobs=1))
     logits = torch.cat((logits_of(1, spread=0.01), logits_of(1)))

@@ -20,7 +20,7 @@ def draw(uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float 
 
 
 def drawn_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
-    """Drawn as a step does: rows that are not sure once more, sorted."""
+    """Draw a token for each row as a step does: uncertain rows are sorted and drawn again."""
     table = PenaltyTable(logits.device)
     logits = table.penalize(logits, [draw.penalties for draw in draws])
     sampled = sample(logits, draws)
@@ -31,7 +31,7 @@ def drawn_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
 
 
 def shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
-    """How often each token is drawn, over uniform numbers that cover [0, 1) evenly."""
+    """Return each token's share of the draws for uniform numbers that cover [0, 1) evenly."""
     rows = 1000
     draws = [draw((row + 0.5) / rows, temperature, top_k, top_p) for row in range(rows)]
     drawn = torch.tensor(drawn_tokens(LOGITS.repeat(rows, 1), draws))
@@ -89,7 +89,7 @@ CASES = (
 
 @pytest.mark.parametrize("together", [False, True], ids=["each alone", "all in one batch"])
 def test_every_combination_draws_as_the_oracle_says(together: bool) -> None:
-    """Uniform numbers that cover [0, 1) evenly meet each token as often as it is probable."""
+    """With uniform numbers that cover [0, 1) evenly, a token's share is its probability."""
     random = torch.Generator().manual_seed(0)
     prompt, completion = (0, 1, 1, 6), (2, 3, 3, 3, 6)
     grid = 400
@@ -124,7 +124,7 @@ WIDE_CASES = (
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 8.0])
 def test_a_wide_vocabulary_is_drawn_from_as_the_oracle_says(spread: float) -> None:
-    """Whether what the filters keep is among the best tokens that are looked at first, or not."""
+    """The filters keep fewer or more tokens than the number that is sorted at first."""
     vocabulary = 3000
     random = torch.Generator().manual_seed(3)
     logits = spread * torch.randn(len(WIDE_CASES), vocabulary, generator=random)
@@ -201,7 +201,7 @@ WEIGHED = (
 
 
 def in_chunks(values: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """A cumulative sum whose additions are in another order, as another launch may have them."""
+    """Return a cumulative sum that adds in another order than torch, as another device may."""
     assert dim == -1
     parts = [torch.cumsum(part, -1) for part in torch.split(values, 7, dim=-1)]
     ends = accumulate((part[..., -1:] for part in parts), initial=torch.zeros_like(values[..., :1]))
@@ -226,7 +226,7 @@ def test_draws_do_not_depend_on_the_order_in_which_weights_are_added_up(
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0, 40.0])
 def test_the_drawn_token_is_exactly_the_one_at_the_uniform_number(spread: float) -> None:
-    """Integers of Python, from the same probabilities."""
+    """The expected token is computed with Python's integers from the same probabilities."""
     random = torch.Generator().manual_seed(6)
     logits = spread * torch.randn(64, 2000, generator=random)
     uniforms = torch.rand(64, generator=random, dtype=torch.float64).tolist()
@@ -242,7 +242,7 @@ def test_the_drawn_token_is_exactly_the_one_at_the_uniform_number(spread: float)
 
 @pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75, 0.9, 0.999, math.nextafter(1, 0), 1.0])
 def test_the_nucleus_is_exactly_what_is_needed_to_reach_top_p(top_p: float) -> None:
-    """The last of what is kept is drawn at the end of the uniform numbers."""
+    """The largest uniform number draws the last token of the nucleus."""
     logits = -math.log(2) * torch.arange(30.0)
     settings = SamplingSettings(1, top_p=top_p, top_k=30)
     [last] = drawn_tokens(logits[None], [Draw(settings, math.nextafter(1, 0))])
@@ -253,7 +253,7 @@ def test_the_nucleus_is_exactly_what_is_needed_to_reach_top_p(top_p: float) -> N
 
 
 def test_a_sum_that_rounding_made_larger_than_one_drops_nothing() -> None:
-    """Where top-p is not asked for, every token that top-k keeps can be drawn."""
+    """Without top-p, every token that top-k keeps can be drawn."""
     logits = 6 * torch.randn(400, 60, generator=torch.Generator().manual_seed(8))
     kept = logits.topk(40, sorted=True)
     weights = (kept.values - kept.values.logsumexp(-1, keepdim=True)).exp().double()
@@ -266,7 +266,7 @@ def test_a_sum_that_rounding_made_larger_than_one_drops_nothing() -> None:
 def test_tokens_without_weight_are_never_drawn_and_the_best_always_can_be(
     case: SamplingSettings,
 ) -> None:
-    """Also where all others weigh less than is counted, and at both ends of a row."""
+    """The best token is tried at both ends of a row, with other weights that round to zero."""
     for best in (0, 700, 1499):
         for rest in (-40.0, -1e4, -torch.inf):
             logits = torch.full((3, 1500), rest)
@@ -302,7 +302,7 @@ def test_logprobs_are_of_the_model_and_not_of_the_filters() -> None:
 
 
 def test_the_log_probability_of_a_long_text_is_that_of_double_precision() -> None:
-    """Errors that all point to the same side would add up; `log_softmax` has such."""
+    """Over a long text, errors of one sign add up; `log_softmax` in float32 has such errors."""
     random = torch.Generator().manual_seed(9)
     logits = 3 * torch.randn(128, 49_152, generator=random)
     tokens = torch.randint(logits.shape[1], (len(logits),), generator=random)

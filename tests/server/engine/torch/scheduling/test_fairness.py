@@ -1,4 +1,4 @@
-"""Who waits for whom: decodes for nobody, short prompts not for long ones, and all alike."""
+"""Tests the scheduler's fairness: decodes never wait, and short prompts pass long ones."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_a_decode_has_its_token_in_every_step_however_many_prompts_come() -> Non
         schedule.add(sequence(500))
         chunks = step(schedule)
         assert all(counts(chunks)[each] == 1 for each in decoding)
-        # A prompt's last token alone is like a decode's.
+        # A chunk of one token may be a prompt's last, so only longer ones are counted as prefill.
         assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= 32
 
 
@@ -106,11 +106,11 @@ def test_shares_use_up_the_budget_and_the_oldest_has_half(left: list[int], budge
 @given(data=st.data(), sizes=st.lists(st.integers(1, 200), min_size=1, max_size=10))
 @hypothesis_settings(max_examples=100)
 def test_steered_and_unsteered_requests_wait_alike(data: st.DataObject, sizes: list[int]) -> None:
-    """Whoever of them is steered, and how, the plans are the same."""
+    """The scheduler's plans do not depend on which requests are steered, and how."""
     steered = data.draw(st.lists(st.sampled_from(((), *STACKS)), min_size=10, max_size=10))
 
     def plans(stacks: list[tuple[Edit, ...]]) -> list[list[tuple[int, int, int]]]:
-        # Little memory, so that some yield.
+        # The memory is small, so that some sequences are preempted.
         schedule = Scheduler(BlockPool(20, 16), 8, 48, 256, prefill_tokens=20)
         for size, edits in zip(sizes, stacks, strict=False):
             schedule.add(sequence(size, 60, *edits))

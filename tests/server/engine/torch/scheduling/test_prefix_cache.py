@@ -1,4 +1,4 @@
-"""Keys of blocks, what is kept of them and for whom, and that nothing wrong is ever kept."""
+"""Tests the prefix cache: its blocks' keys, which blocks it keeps and finds, and its evictions."""
 
 import hypothesis.strategies as st
 import pytest
@@ -35,7 +35,7 @@ SIZE = 16
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
 TEXT = tuple(b"The quick brown fox jumps over the lazy dog, then it sleeps, and dreams.")
 SHAPE = KVShape(1, 2, torch.float32, (torch.device("cpu"),) * 2)
-BLOCK = SIZE * 256  # bytes of a block of the tiny Llama
+BLOCK = SIZE * 256  # bytes of a block: the tiny Llama's keys and values take 256 bytes a token
 OPTIONS = EngineOptions(
     kv_cache_gb=40 * BLOCK / 1e9, max_batch_size=8, max_batch_tokens=64, check_invariants=True
 )
@@ -62,7 +62,7 @@ edits_of_a_request = st.lists(
 
 
 def per_token(prompt_length: int, count: int, edits: list[Edit]) -> list[list[tuple[int, float]]]:
-    """By the engine's own route: the slots and strengths that each token meets, in order."""
+    """Return each token's slots and strengths, in order, by the engine's own route."""
     slotted = tuple(SlottedEdit(ord(edit.digest), edit.settings) for edit in edits)
     span = Span(0, count, prompt_length, range(count), slotted)
     affine = build_route([span], torch.device("cpu")).affine
@@ -201,7 +201,7 @@ def test_cached_blocks_give_way_the_least_recently_used_first() -> None:
     first, second = sequence(32), sequence(48)
     second.tokens[0] += 1
     cache.save(first, slab())
-    cache.save(second, slab())  # the second block of the first has to go
+    cache.save(second, slab())  # evicts the second block of `first`
     assert (len(cache), pool.free_blocks, pool.usage) == (4, 4, 0)
     assert (cache.find(sequence(48)), cache.find(second)) == (16, 32)
     assert pool.allocate("somebody", 2 * SIZE), "cached blocks are free"
@@ -302,11 +302,11 @@ def test_a_client_that_leaves_leaves_what_is_whole(load_tiny: LoadTiny) -> None:
         core.step()
     core.remove(leaving)
     core.check()
-    assert len(core.store.prefixes) == 3  # 20 + 29 tokens
+    assert len(core.store.prefixes) == 3  # full blocks of 20 + 29 tokens
 
 
 def test_a_prompt_that_is_not_whole_is_not_kept(load_tiny: LoadTiny) -> None:
-    """No logits have shown yet that its keys and values are numbers."""
+    """No logits of the prompt have shown yet that its keys and values are finite."""
     core = build_core(load_tiny(), OPTIONS)
     leaving = submit(core, TEXT * 2)
     core.step()

@@ -1,4 +1,4 @@
-"""Thousands of mixed requests that begin alike: each gets what an empty cache would have given."""
+"""Tests that 3,000 mixed requests with shared prefixes get the answers of an empty cache."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +24,10 @@ from steering.settings import AffineSettings
 from tests.conftest import LoadTiny
 from tests.steered import GREEDY, STACKS, interventions_of, tokens_of
 
-BLOCK = 16 * 256  # bytes of sixteen tokens of the tiny Llama
-ROUNDS, REQUESTS = 30, 100  # 3,000 requests; a round's prompts continue answers of the one before
-# Few blocks and slots: interventions evict each other, and so do cached blocks. Prompts come in
-# pieces of awkward sizes.
+BLOCK = 16 * 256  # bytes of the keys and values of 16 tokens of the tiny Llama
+ROUNDS, REQUESTS = 30, 100  # many prompts of a round continue answers of the round before
+# Blocks and slots are so few that cached blocks evict each other, and so do interventions. The
+# chunks of prompts do not end at blocks' ends.
 TIGHT = EngineOptions(
     kv_cache_gb=70 * BLOCK / 1e9,
     max_batch_size=16,
@@ -48,12 +48,13 @@ MIXES: dict[str, tuple[Edit, ...]] = {
         Edit("a", AffineSettings(0.9, "prompt")),
         Edit("b", AffineSettings(0.8, "generated")),
     ),
-    # "b" acts after the last keys and values only: their order shows nothing.
+    # Stacks in two orders use "supported", because "b" edits only a site after the last layer's
+    # keys and values, so that cached blocks would not show the order.
     "a, then support": (Edit("a", AffineSettings(0.5)), Edit("supported", AffineSettings(0.7))),
     "support, then a": (Edit("supported", AffineSettings(0.7)), Edit("a", AffineSettings(0.5))),
     "a twice": (Edit("a", AffineSettings(0.5)), Edit("a", AffineSettings(0.5))),
 }
-# Rounds favour these in turn: those of a row have keys that differ by one thing.
+# Rounds favour these groups in turn; mixes of one group have nearly equal keys.
 KIN = (
     ("base", "r", "wide", "r with other settings"),
     ("a on the prompt", "a everywhere", "a on what is generated", "a more weakly on the prompt"),
@@ -78,7 +79,7 @@ class Case:
 
 @dataclass(eq=False)
 class Traffic:
-    """Requests that arrive at random moments, and of which some leave before their end."""
+    """Runs requests that arrive at random moments; some are cancelled before their end."""
 
     core: EngineCore
     random: random.Random
@@ -97,13 +98,13 @@ class Traffic:
             if self.random.random() < 0.05:
                 self._take_memory()
             if self.answers and self.random.random() < 0.03:
-                self.core.remove(self.random.choice(list(self.answers)))  # its client left
+                self.core.remove(self.random.choice(list(self.answers)))  # as if a client left
 
         self.core.scheduler.pool.release(self)
         self.core.check()
 
     def _take_memory(self) -> None:
-        """Hold nearly all that is free, so that sequences yield, or let go of it again."""
+        """Hold nearly all free blocks, so that sequences are preempted, or release them again."""
         pool = self.core.scheduler.pool
         held = pool.free_blocks
         pool.release(self)
@@ -111,7 +112,7 @@ class Traffic:
             pool.allocate(self, (pool.free_blocks - 1) * pool.block_size)
 
     def _admit(self, sequence: EngineSequence) -> bool:
-        """False where it has to come again."""
+        """Admit a request, and return False if it must be admitted again later."""
         try:
             self.core.admit([sequence], interventions_of())
         except BankFullError:
@@ -131,7 +132,7 @@ class Traffic:
 
 
 class EmptyCache:
-    """What each case gives where nothing is ever found; computed once."""
+    """Computes each case's answer once, on an engine without a prefix cache."""
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
@@ -152,7 +153,10 @@ class EmptyCache:
 def texts(
     source: random.Random, before: Sequence[tuple[Case, list[int]]], favoured: Sequence[str]
 ) -> Iterator[Case]:
-    """Prompts that begin as others do: the shared text, changed somewhere or not, or an answer."""
+    """Yield cases whose prompts begin with the shared text or with an earlier prompt and answer.
+
+    One prompt in ten has one token changed.
+    """
     while True:
         mix = source.choice(favoured if source.random() < 0.7 else list(MIXES))
         text, lengths = SHARED, LENGTHS
@@ -168,7 +172,7 @@ def texts(
 
 
 def assert_same(found: list[StepOutput], expected: list[StepOutput], case: Case) -> None:
-    """Equal tokens and log-probabilities up to the first near tie."""
+    """Assert equal tokens and log-probabilities up to the first near tie."""
     assert len(found) == case.new_tokens
     for one, other in zip(found, expected, strict=True):
         [mine], [wanted] = one.logprobs, other.logprobs
@@ -180,14 +184,14 @@ def assert_same(found: list[StepOutput], expected: list[StepOutput], case: Case)
 
 
 def contaminate(load_tiny: LoadTiny, rounds: int, seed: int) -> Traffic:
-    """Serve rounds of requests and compare each with the answer of an empty cache."""
+    """Serve rounds of requests, and compare each answer with that of an engine without a cache."""
     source = random.Random(seed)
     traffic = Traffic(build_core(load_tiny(), TIGHT), source)
     empty = EmptyCache(build_core(load_tiny(), EMPTY))
     before: list[tuple[Case, list[int]]] = []
     for number in range(rounds):
         made = texts(source, before, KIN[number // 2 % len(KIN)])
-        # Some prompts come twice at once.
+        # Some prompts occur several times in a round.
         cases = source.choices([next(made) for _ in range(REQUESTS * 3 // 4)], k=REQUESTS)
         expected = empty.of(cases)
         sequences = [case.sequence(background=source.random() < 0.05) for case in cases]
@@ -217,7 +221,8 @@ Touches = list[tuple[str, float, int, int]]
 WEAKER: dict[str, Callable[[Touches], Touches]] = {
     "no digest": lambda touches: [("", *rest) for _, *rest in touches],  # type: ignore[misc]
     "no strength": lambda touches: [(digest, 0.0, *place) for digest, _, *place in touches],  # type: ignore[misc]
-    # A first or last place left out seldom shows in traffic: test_prefix_cache notices.
+    # Keys without the first or last edited offset would seldom show here; tests of the keys
+    # themselves, in test_prefix_cache.py, notice.
     "no order": sorted,
     "no second edit": lambda touches: touches[:1],
     "no edits": lambda _: [],
@@ -228,7 +233,7 @@ WEAKER: dict[str, Callable[[Touches], Touches]] = {
 def test_a_key_that_leaves_something_out_is_noticed(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, weaker: str
 ) -> None:
-    """Else the test above would show nothing."""
+    """Shows that the traffic detects weakened keys: without this, equal answers prove nothing."""
     whole = KeyChain._touches
     monkeypatch.setattr(
         KeyChain, "_touches", lambda chain, block: WEAKER[weaker](whole(chain, block))

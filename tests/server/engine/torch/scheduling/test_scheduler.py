@@ -74,7 +74,7 @@ def test_background_takes_little_of_a_step_that_others_wait_for() -> None:
     chunks = step(schedule)
     assert [chunk.sequence for chunk in chunks] == [request, background]
     assert counts(chunks) == [3, BACKGROUND_TOKENS]
-    assert counts(step(schedule)) == [1, BACKGROUND_TOKENS]  # with the request's last token
+    assert counts(step(schedule)) == [1, BACKGROUND_TOKENS]  # the request's last token is drawn
     assert counts(step(schedule)) == [40 - 2 * BACKGROUND_TOKENS, 32 - (40 - 2 * BACKGROUND_TOKENS)]
 
 
@@ -91,7 +91,7 @@ def test_an_empty_queue_takes_what_one_client_asks_for_at_once() -> None:
     schedule = scheduler(batch=1, waiting=2)
     schedule.check_room(5)
     schedule.add(sequence(1))
-    schedule.check_room(5)  # the one that is here will run
+    schedule.check_room(5)  # the one that is queued will run, so the queue counts as empty
     schedule.add(sequence(1))
     schedule.check_room(1)
     with pytest.raises(QueueFullError):
@@ -108,7 +108,7 @@ def test_what_could_start_at_once_does_not_wait() -> None:
 
 
 def test_what_has_a_place_but_no_memory_waits() -> None:
-    # Three blocks: one each, and one to spare for each that runs beside the one that starts.
+    # Of three blocks, two sequences hold one each, and one stays spare for the first to grow.
     schedule = scheduler(blocks=3, batch=8, waiting=2)
     for _ in range(2 + 2):
         schedule.check_room(1)
@@ -138,7 +138,7 @@ def test_a_sequence_holds_the_blocks_of_the_tokens_that_it_has() -> None:
     for _ in range(9):
         step(schedule)
         held.append(4 - schedule.pool.free_blocks)
-    # Room is made when the step that computes a token begins.
+    # A block is taken in the step that computes its first token.
     assert held == [2, 2, 3, 3, 3, 3, 4, 4, 0]
 
 
@@ -189,7 +189,7 @@ def test_a_sequence_may_have_to_yield_itself() -> None:
     schedule.add(old_grows_too)
     step(schedule)
     assert young in schedule.running
-    old.tokens += [0, 0]  # it needs its second block only now
+    old.tokens += [0, 0]  # makes `old` need its second block in the next step
     plan = schedule.schedule()
     assert plan.preempted == [young]
     assert list(schedule.waiting) == [young, old_grows_too], "it does not lose its place"
@@ -268,7 +268,7 @@ def test_a_prompt_that_is_only_read_draws_nothing() -> None:
 
 
 def places(schedule: Scheduler) -> list[Chunk]:
-    """The next step's chunks, as they are before the step changes their sequences."""
+    """Run a step, and return its chunks with copies of their sequences from before the step."""
     chunks = [
         Chunk(_copy(chunk.sequence), chunk.start, chunk.count)
         for chunk in schedule.schedule().chunks

@@ -1,4 +1,4 @@
-"""Whatever arrives, is cancelled, fails or ends in whatever order, the scheduler's books add up."""
+"""Tests the scheduler's invariants under random arrivals, cancellations and ends of sequences."""
 
 from collections import deque
 
@@ -16,7 +16,7 @@ BLOCK_SIZE = 4
 
 
 class Scheduling(RuleBasedStateMachine):
-    """The scheduler as the engine drives it, beside a model of what must be true of it."""
+    """Drives the scheduler as the engine does, and compares it with a simple model of its state."""
 
     @initialize(
         blocks=st.integers(2, 8),
@@ -30,7 +30,7 @@ class Scheduling(RuleBasedStateMachine):
         self.living: deque[Sequence] = deque()  # in order of arrival
         self.background: list[Sequence] = []
         self.finished: list[Sequence] = []
-        self.stored: dict[Sequence, int] = {}  # tokens whose K/V a sequence has
+        self.stored: dict[Sequence, int] = {}  # number of a sequence's tokens with stored K/V
 
     @rule(data=st.data(), scored=st.booleans())
     def arrive(self, data: st.DataObject, scored: bool) -> None:
@@ -61,7 +61,7 @@ class Scheduling(RuleBasedStateMachine):
         self, data: st.DataObject, scored: bool, background: bool = False
     ) -> Sequence:
         room = self.pool.capacity
-        # Mostly short prompts with long completions: those outgrow the pool together.
+        # Short prompts with long completions are favoured, because together they outgrow the pool.
         prompt = data.draw(st.integers(1, 4) | st.integers(1, room), "prompt")
         longest = room - prompt
         max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
@@ -144,13 +144,14 @@ class Scheduling(RuleBasedStateMachine):
         assert held <= self.pool.blocks - self.pool.free_blocks, "K/V without a block"
 
     def teardown(self) -> None:
-        """Nobody starves: what is left comes to an end, in as many steps as it has tokens."""
+        """Assert that all remaining sequences end within a bounded number of steps."""
         if not hasattr(self, "scheduler"):
             return
         for sequence in tuple(self.background):
             self._end(sequence)
         work = sum(sequence.max_length for sequence in self.living)
-        # A preempted sequence's tokens are computed again; each preemption lets another go on.
+        # Preempted sequences' tokens are computed again, but each preemption lets another sequence
+        # go on, so the bound is the number of tokens times the number of sequences.
         for _ in range(work * (len(self.living) + 1)):
             if not self.living:
                 break

@@ -10,7 +10,7 @@ def test_the_least_recently_used_slot_that_nobody_pins_is_taken() -> None:
     assert sorted(slots.values()) == [1, 2, 3]
     for digest in "abc":
         table.unpin(digest)
-    assert table.pin("a") == slots["a"]  # used again, and held
+    assert table.pin("a") == slots["a"]  # makes `a` the most recently used
     table.unpin("a")
     assert table.take("d") == slots["b"]
     assert table.pin("b") is None
