@@ -1,4 +1,4 @@
-"""A request that follows another: its place in the queue is taken with the other's."""
+"""Tests followers: requests whose place in the queue is reserved when their leader is admitted."""
 
 import asyncio
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.serving import eventually
 from tests.tiny import random_maps
 
 PROMPT = tuple(b"hello world")
-# One runs, and two wait beside a follower's place.
+# One request runs, and three may wait: two if one place is reserved for a follower.
 NARROW = EngineOptions(
     kv_cache_gb=0.02, max_batch_size=1, max_waiting=3, check_invariants=True, prefix_cache=False
 )
@@ -43,7 +43,7 @@ async def finish(generation: TorchGeneration) -> list[StepOutput]:
 
 
 async def fill(engine: TorchEngine) -> list[TorchGeneration]:
-    """Have one run, and as many wait as may."""
+    """Submit endless requests until the queue is full: one runs, and the others wait."""
     endless = [await submit(engine, ENDLESS)]
     await anext(aiter(endless[0]))
     while True:
@@ -116,7 +116,7 @@ async def test_a_follower_that_is_refused_can_come_again(start_engine: StartEngi
     leader = await submit(engine, LEADER)
     with pytest.raises(EngineError, match="Token ids"):
         await leader.follow(replace(SHORT, prompt=(-1,)))
-    # What it is edited by is read first, as for every request.
+    # The follower's intervention is loaded before its admission, as for every request.
     steered = replace(SHORT, edits=(Edit("a", AffineSettings(1.0)),))
     assert len(await finish(await leader.follow(steered))) == 2
 

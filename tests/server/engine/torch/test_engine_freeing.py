@@ -1,4 +1,4 @@
-"""Whatever fails while a request ends, all that it held is freed, and the engine goes on."""
+"""Tests that a failure while a request ends leaves nothing allocated, and the engine running."""
 
 import asyncio
 import logging
@@ -30,13 +30,13 @@ from tests.stepped import sequence as plain
 SAMPLING = SamplingSettings(
     20, temperature=0, ignore_eos=True, repetition_penalty=1.2, frequency_penalty=0.1
 )
-# What only fills the cache: it may fail before it has done anything.
+# Functions that only fill the prefix cache; they may fail before they have done anything.
 OPTIONAL = (
     (Slab, "read"),
     (KeyChain, "first"),
     (PrefixCache, "save"),
 )
-# What frees: it does what it is for, and then fails, as by an allocation of its own.
+# Functions that free resources; the tests let them do so, and then raise.
 FREEING = (
     (Scheduler, "remove"),
     (KVStore, "end"),
@@ -48,7 +48,7 @@ FREEING = (
 
 
 class NoMemoryError(RuntimeError):
-    """As torch raises where there is no memory."""
+    """Stands in for the RuntimeError that torch raises when memory is exhausted."""
 
 
 def break_before(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
@@ -83,7 +83,7 @@ Break = Callable[[pytest.MonkeyPatch, type, str], list[str]]
 
 
 def admitted(core: EngineCore) -> Sequence:
-    """A request that holds a slot, a lane, penalties and blocks, and has decoded a little."""
+    """Admit a request that holds a slot, a lane, penalties and KV blocks; decode a few tokens."""
     made = Sequence.of(Request("x", tuple(PROMPTS[0]), SAMPLING, STACKS["a"]))
     core.admit([made], interventions_of())
     while len(made.tokens) < 36:
@@ -92,7 +92,7 @@ def admitted(core: EngineCore) -> Sequence:
 
 
 def assert_whole(core: EngineCore) -> None:
-    """Nothing is left of anybody, and the next one is answered."""
+    """Assert that no request holds anything, and that a new request is answered."""
     core.check()
     assert not core.has_work
     assert core.interventions.slots.pins == 0

@@ -1,4 +1,4 @@
-"""Memory runs out: sequences yield, are computed anew, and give what they would have given."""
+"""Tests preemption: preempted sequences are recomputed, and their results do not change."""
 
 import asyncio
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tests.steered import (
 from tests.tiny import tiny_model
 
 NEW_TOKENS = 64
-BLOCK = 16 * 256  # bytes of sixteen tokens of the tiny Llama
+BLOCK = 16 * 256  # bytes of the keys and values of 16 tokens of the tiny Llama
 TIGHT = EngineOptions(
     kv_cache_gb=20 * BLOCK / 1e9,  # six of the sequences below can start, and three can end
     max_batch_size=13,
@@ -41,7 +41,7 @@ CASES = [
 async def test_results_are_the_oracles_after_preemptions(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every kind of stack, whose positions stay relative to the request's own prompt."""
+    """A preempted request's edits keep their positions, relative to its own prompt."""
     engine = await start_engine(interventions_of(), options=TIGHT)
     yielded = preemptions(engine, monkeypatch)
     sampling = replace(GREEDY, max_tokens=NEW_TOKENS)

@@ -1,4 +1,4 @@
-"""The five promises about numbers (DESIGN, section 3): alone, then interleaved, then compared."""
+"""Tests steered engines against the oracle, alone and in mixed batches, and for equal bits."""
 
 import asyncio
 from dataclasses import replace
@@ -50,7 +50,7 @@ async def test_each_stack_alone_equals_the_oracle(start_engine: StartEngine, fam
 async def test_any_mix_in_one_batch_equals_the_oracle(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Unequal lengths, arriving at different times, prefilled in chunks of awkward sizes."""
+    """The requests differ in length, arrive at different times, and are prefilled in chunks."""
     options = EngineOptions(kv_cache_gb=0.02, max_batch_size=19, max_batch_tokens=19)
     engine = await start_engine(interventions_of(family), family, options)
     batches: list[int] = []
@@ -101,9 +101,9 @@ async def test_settings_that_do_nothing_give_the_bits_of_an_engine_with_nothing_
     start_engine: StartEngine, edit: Edit
 ) -> None:
     bare = await start_engine({})
-    base = [await generate(bare, PROMPTS[0]) for _ in range(2)]  # computed, and found
+    base = [await generate(bare, PROMPTS[0]) for _ in range(2)]  # the second by the prefix cache
     engine = await start_engine(interventions_of())
-    await generate(engine, PROMPTS[1], STACKS["four"])  # hooks are installed now
+    await generate(engine, PROMPTS[1], STACKS["four"])  # installs the hooks
     await generate(engine, PROMPTS[1], STACKS["a"])
     assert logprobs_of(await generate(engine, PROMPTS[0], (edit,))) == logprobs_of(base[0])
     assert logprobs_of(await generate(engine, PROMPTS[0])) == logprobs_of(base[1])
@@ -114,8 +114,8 @@ async def test_settings_that_do_nothing_give_the_bits_of_an_engine_with_nothing_
 def test_a_row_keeps_its_bits_whatever_its_neighbours_ask_for(
     load_tiny: LoadTiny, mine: str
 ) -> None:
-    """In batches of equal shape. A head's rows are a shape too, so neighbours of a row that
-    uses a head use another one.
+    """The batches have equal shapes. The number of a head's rows is a shape too, so neighbours of a
+    row with a head use another head.
     """
     core = build_core(load_tiny(), replace(TINY_OPTIONS, prefix_cache=False))
 

@@ -1,6 +1,6 @@
-"""The engine on pages and replayed steps, as on a GPU, with slow functions in place of its kernels.
+"""Tests the engine with pages and replayed steps on a CPU, with slow stand-ins for GPU kernels.
 
-What a GPU adds is in `tests/cuda`.
+Tests on a GPU are in `tests/cuda`.
 """
 
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_any_mix_in_one_batch_equals_the_oracle(
     ]
     oracle = Oracle(tiny_model(family))
     expected = [expected_of(oracle, family, prompt, edits) for prompt, edits in cases]
-    # As steps are where no graph is made yet, and then by graphs.
+    # The steps run first without graphs, then as replays of graphs.
     for replayed in (0, NEW_TOKENS // 2):
         capture.replayed = 0
         outputs = finish(core, [sequence(prompt, edits) for prompt, edits in cases], family)
@@ -77,7 +77,7 @@ def test_doses_are_measured_in_replayed_steps_too(
         found = [output.doses for each in outputs for output in each]
         return [dose for each in found if each is not None for dose in each if dose is not None]
 
-    # Without a prefix cache, so that the same tokens are edited each time.
+    # The prefix cache is off, so that the same tokens are edited each time.
     options = replace(OPTIONS, dose_interval=1, prefix_cache=False)
     expected = doses(build_core(load_tiny(), options))
     capture = use_pages(monkeypatch)

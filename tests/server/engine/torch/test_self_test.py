@@ -1,4 +1,4 @@
-"""The engine refuses to serve what it would compute wrongly, or not steer."""
+"""Tests that the engine refuses models that it computes wrongly, and sites that it cannot steer."""
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ def widths() -> dict[str, int]:
 
 def test_a_site_whose_edit_does_not_reach_the_logits_is_refused(load_tiny: LoadTiny) -> None:
     loaded = load_tiny()
-    # The last layer's MLP gives nothing, whatever comes in.
+    # With these weights, the last layer's MLP returns zeros for any input.
     with torch.no_grad():
         loaded.model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()
     core = build_core(loaded, TINY_OPTIONS)
     with pytest.raises(UnservableInterventionError, match=rf"{SITES[1]} does not reach"):
         core.interventions.install("a", random_maps(1))
-    with pytest.raises(UnservableInterventionError):  # the second time it is known
+    with pytest.raises(UnservableInterventionError):  # the second time by the remembered result
         core.interventions.install("a", random_maps(1))
     assert core.interventions.slots.used == 0
     assert core.interventions.install("b", random_maps(1, sites=SITES[:1])) == 1
@@ -73,7 +73,10 @@ def test_attention_that_raises_is_a_model_that_cannot_be_served(
 def test_a_window_that_the_attention_is_not_told_of_is_refused(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in models that put their window into the mask alone; no short test would show it."""
+    """Some models put their window into the mask alone, which the engine's attention ignores.
+
+    A short probe does not reach the window, so its logits would not show the error.
+    """
     loaded = load_tiny("llama")
     monkeypatch.setattr(loaded.model.config, "sliding_window", 100, raising=False)
     with pytest.raises(ModelLoadError, match="sliding windows"):

@@ -1,4 +1,7 @@
-"""Sites that are new are probed between steps, a few at a time, by whoever is steered there."""
+"""Tests probes of new sites: they run between steps, a few sites at a time.
+
+A probe shows whether an edit at a site reaches the logits.
+"""
 
 import asyncio
 import itertools
@@ -24,7 +27,7 @@ EDITS = (Edit("many", AffineSettings(0.1)),)
 
 
 class Clock:
-    """A clock that goes on by what each probe is said to take."""
+    """A fake clock, and a fake probe that advances it by a fixed time for each site."""
 
     def __init__(self, seconds_a_site: float) -> None:
         self.now = 0.0
@@ -38,7 +41,7 @@ class Clock:
 
 
 class NoHooks(SteeringHooks):
-    """Hooks into no model."""
+    """Records the sites at which hooks are installed, without a model."""
 
     def __init__(self) -> None:
         self.installed: list[str] = []
@@ -71,7 +74,7 @@ def test_pieces_grow_while_they_take_little_time_and_no_further_than_a_batch(clo
 
 
 def test_pieces_stay_as_short_as_they_may_take(clock: Clock) -> None:
-    # The fourth has taken 0.09 s, and the next of four takes 0.05 s.
+    # A piece of 8 sites takes 0.09 s, which is too long in both cases; one of 4 takes 0.05 s.
     assert pieces_of(clock, seconds=0.08)[:6] == [1, 2, 4, 8, 4, 8]
     assert pieces_of(clock, seconds=0.06)[:6] == [1, 2, 4, 4, 4, 4]
 
@@ -95,19 +98,19 @@ def test_each_site_is_tried_once_and_its_outcome_is_kept(clock: Clock) -> None:
 
 
 def all_sites(load_tiny: LoadTiny) -> dict[str, AffineMap]:
-    """Maps at all outputs of the tiny Llama's modules."""
+    """Return maps for the outputs of all of the tiny Llama's modules."""
     widths = load_tiny().description.site_widths
     outputs = [site for site in sorted(widths) if not site.endswith(".input")]
     return {site: random_maps(1, widths[site], (site,))[site] for site in outputs}
 
 
 class Events:
-    """What an engine does between the steps that others wait for, in order."""
+    """Records an engine's steps and probes in their order, while a request decodes."""
 
     def __init__(
         self, engine: TorchEngine, running: TorchGeneration, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.running = running  # who waits for the steps
+        self.running = running  # the request that decodes
         self.order: list[str] = []
         self.probed: list[str] = []
         core, probes = engine._core, engine._core.interventions._probes
@@ -126,7 +129,7 @@ class Events:
         monkeypatch.setattr(probes, "_probe", probing)
 
     def most_between_steps(self) -> int:
-        """Sites that were probed between two steps, at most; somebody waited for each step."""
+        """Return the largest number of sites probed between two steps; a request must still run."""
         assert not self.running.ended
         runs = itertools.groupby(self.order, key=lambda event: event == "step")
         return max(
@@ -140,7 +143,7 @@ class Events:
 async def busy(
     start_engine: StartEngine, load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[TorchEngine, Events]]:
-    """An engine that decodes for somebody, where a probe takes longer than a step."""
+    """Start an engine that decodes for a request; a zero time limit keeps pieces at one site."""
     many = all_sites(load_tiny)
     engine = await start_engine({"many": many, "others": dict(list(many.items())[::2])})
     sampling = replace(GREEDY, max_tokens=480, logprobs=None)

@@ -1,4 +1,4 @@
-"""2,000 short mixed requests over real sockets, a third of whose clients leave at some moment."""
+"""Soak test: 2,000 short mixed requests over sockets; almost a third of the clients leave early."""
 
 import asyncio
 import json
@@ -30,11 +30,11 @@ from tests.tiny import random_head, random_maps, tiny_model, tiny_tokenizer
 REQUESTS = 2_000
 CLIENTS = 32
 LEAVING = 0.3
-PHASE = 100  # requests that choose between the same two ways of steering, or none
-COMPARED = 12  # tokens of an answer that are compared; hardly any has more
+PHASE = 100  # number of consecutive requests that draw from the same two kinds of steering, or none
+COMPARED = 12  # tokens of an answer that are compared with the oracle; few answers are longer
 LONG = 120
-# Few blocks, which a few long answers outgrow, and slots for all but one intervention: requests
-# yield to each other, interventions evict each other, and the queue is full at times.
+# A few long answers outgrow the KV blocks, and there is one slot fewer than interventions: requests
+# are preempted, interventions evict each other, and the queue is full at times.
 OPTIONS = EngineOptions(
     kv_cache_gb=24 * 16 * 256 / 1e9,
     max_batch_size=24,
@@ -66,7 +66,7 @@ STEERING: dict[str, tuple[JsonValue, Stack]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One request, and when its client leaves."""
+    """The settings of one request, and the time after which its client leaves."""
 
     chat: bool
     prompt: str
@@ -75,7 +75,7 @@ class Job:
     n: int
     stream: bool
     leaves_after: float | None  # seconds
-    compare: bool  # with the base model
+    compare: bool  # whether it also asks for the base model's answer
 
     @cached_property
     def path(self) -> str:
@@ -120,7 +120,7 @@ class Job:
 
 @dataclass
 class Expected:
-    """The oracle's greedy tokens, made once for each prompt and steering."""
+    """Computes the oracle's greedy tokens once for each prompt and steering."""
 
     engine: TorchEngine
     oracle: Oracle = field(default_factory=lambda: Oracle(tiny_model("llama")))
@@ -130,7 +130,7 @@ class Expected:
     made: dict[tuple[bool, str, str], list[str]] = field(default_factory=dict)
 
     def tokens(self, job: Job) -> list[str]:
-        """The texts of the longest answer's tokens, up to the first near tie."""
+        """Return the texts of the first COMPARED tokens, up to the first near tie."""
         key = (job.chat, job.prompt, job.steering)
         if key not in self.made:
             prompt = (
@@ -172,7 +172,7 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
     jobs = [Job.random(source, number) for number in range(REQUESTS)]
     expected = Expected(engine)
     outcomes: Counter[str] = Counter()
-    # Before the clock of anybody who leaves starts.
+    # All expected tokens are computed now, so that this takes no time from requests with a limit.
     for job in jobs:
         expected.tokens(job)
         expected.tokens(replace(job, steering="none"))
@@ -191,7 +191,7 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
         async with asyncio.TaskGroup() as clients:
             for _ in range(CLIENTS):
                 clients.create_task(client_of(queue))
-        # In the crowd hardly a baseline has room; after it, this one's does.
+        # Baselines rarely find room under load, so one more request follows it.
         await client_of([Job(False, "x", "maps", 3, 1, False, None, False)])
         await eventually(lambda: idle(engine) and not app.state.context.scoring.depth)
         page = app.state.context.metrics.render().decode()
@@ -206,7 +206,11 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
 
 
 async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> str:
-    """Send a request until it is taken; compare its answer, or leave in the middle."""
+    """Send a request until it is admitted, and check its answer, unless its client leaves before.
+
+    Returns:
+        The outcome, as a name to count.
+    """
     outcome = "completed"
     while True:
         try:
@@ -218,7 +222,7 @@ async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> st
             break
         outcome = "refused, then completed"
         await asyncio.sleep(0.1)
-    # The steered choices, then the base model's.
+    # The steered choices come first, then the base model's.
     jobs = [job] * job.n + [replace(job, steering="none")] * (job.n if job.compare else 0)
     for tokens, told in zip(answers, jobs, strict=True):
         clear = expected.tokens(told)[: job.tokens]
@@ -228,7 +232,7 @@ async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> st
 
 
 async def ask(connection: httpx.AsyncClient, job: Job) -> list[list[str]] | None:
-    """The tokens of each choice; None where the server is too busy."""
+    """Return the tokens of each choice, or None if the server is too busy."""
     answers: list[list[str]] = [[] for _ in range(job.n * (1 + job.compare))]
     async with connection.stream("POST", job.path, json=job.body) as response:
         if response.status_code in (429, 503):
@@ -249,7 +253,7 @@ async def ask(connection: httpx.AsyncClient, job: Job) -> list[list[str]] | None
 
 
 def take(body: Any, job: Job, answers: list[list[str]]) -> None:
-    """Add the tokens of an answer's or a chunk's choices, and of those that it is compared with."""
+    """Add the tokens of a response or chunk to `answers`: its choices, then the base model's."""
     assert "error" not in body, body
     compared: list[Any] = []
     if comparison := body.get("comparison"):

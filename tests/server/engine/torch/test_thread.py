@@ -1,4 +1,4 @@
-"""The engine thread: what it runs between two steps, and what callers get when it has ended."""
+"""Tests the engine thread: calls between two steps, and the errors after it has ended."""
 
 import itertools
 import threading
@@ -14,7 +14,7 @@ SECONDS = 20
 
 
 class Steps:
-    """Steps that never end, or none; each event in its order."""
+    """A fake engine core with endless steps, or none, which records events in their order."""
 
     def __init__(self, has_work: bool = True) -> None:
         self.has_work = has_work
@@ -78,7 +78,7 @@ def test_whoever_waits_hears_that_the_thread_was_told_to_stop(piece: bool) -> No
     waiting: list[Future[None]] = [call(lambda: None)]
     thread.stop()
     steps.begin.set()
-    # The first piece still has its turn after the step that was computed.
+    # The first piece may still run after the current step, so only the last future is checked.
     waiting += [call(lambda: None) for _ in range(2)]
     with pytest.raises(ShuttingDownError):
         waiting[-1].result(SECONDS)

@@ -17,7 +17,7 @@ VOCABULARY = Vocabulary(TOKENIZER)
 
 
 def run(text: str | bytes, *stop: str) -> tuple[list[str], bool]:
-    """The pieces that come out for each token, the end's included."""
+    """Detokenize one token a byte; return each token's piece and the end's, and if it stopped."""
     data = text.encode() if isinstance(text, str) else text
     detokenizer = Detokenizer(VOCABULARY, stop)
     pieces = []
@@ -30,7 +30,7 @@ def run(text: str | bytes, *stop: str) -> tuple[list[str], bool]:
 
 
 def _byte_tokens() -> dict[int, int]:
-    """A byte -> the token of the tiny tokenizer that stands for it."""
+    """Return byte -> its token in the tiny tokenizer."""
     letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
     names = {byte: chr(byte) for byte in letters}
     others = [byte for byte in range(256) if byte not in names]
@@ -51,7 +51,7 @@ def test_pieces_join_to_the_text(text: str) -> None:
 
 @given(st.binary(max_size=20))
 def test_bytes_that_are_no_text_give_what_the_tokenizer_gives(data: bytes) -> None:
-    """But for a character at the end that is not whole."""
+    """An incomplete character at the end gives no text, unlike in the tokenizer."""
     pieces, _ = run(data)
     unfinished = len(_unfinished(data))
     whole = data[: len(data) - unfinished]
@@ -59,7 +59,7 @@ def test_bytes_that_are_no_text_give_what_the_tokenizer_gives(data: bytes) -> No
 
 
 def _unfinished(data: bytes) -> bytes:
-    """The bytes at the end that may yet become a character."""
+    """Return the bytes at the end that may still become a character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data)
     return decoder.getstate()[0]
@@ -80,7 +80,7 @@ def test_a_character_comes_when_it_is_whole() -> None:
 def test_text_ends_before_the_first_stop_string_and_nothing_of_it_is_shown(
     text: str, stop: list[str]
 ) -> None:
-    # What a stop string ends depends on when it is complete: the first prefix that has one.
+    # The text is cut in the shortest prefix that contains a stop string, at the first one in it.
     expected, ends = text, False
     for length in range(1, len(text) + 1):
         found = [place for s in stop if (place := text[:length].find(s)) >= 0]
@@ -98,7 +98,7 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
-    """As Llama's: words with a mark for the space, and bytes for what is no word."""
+    """Return a tokenizer like Llama's: words with a mark for the space, and tokens for bytes."""
     vocabulary = {"<unk>": 0, "\u2581a": 1, "b": 2, "\u2581": 3}
     vocabulary |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
@@ -135,12 +135,12 @@ def test_special_tokens_give_no_text(token: int) -> None:
 
 @given(st.lists(st.sampled_from([1, 2, 3]), min_size=1), st.lists(st.sampled_from([1, 2, 3])))
 def test_a_completion_goes_on_from_its_prompt(prompt: list[int], completion: list[int]) -> None:
-    """Also where the decoder would strip the blank that a text begins with."""
+    """A completion keeps its leading space, which the decoder strips only at a text's beginning."""
     tokenizer = byte_fallback_tokenizer()
     detokenizer = Detokenizer(Vocabulary(tokenizer), (), prompt)
     text = "".join([*map(detokenizer.push, completion), detokenizer.finish()])
     whole = tokenizer.decode([*prompt, *completion])
-    # What a decoder strips at the beginning of the whole is nobody's.
+    # The decoder strips a space at the beginning of the whole text, so both sides are stripped.
     assert whole.endswith(text)
     assert whole.lstrip() == (tokenizer.decode(prompt) + text).lstrip()
 
@@ -164,7 +164,7 @@ def test_what_a_prompt_began_and_nobody_ends_is_nobodys() -> None:
     assert (detokenizer.push(BYTES[ord("b")]), detokenizer.offset) == ("b", 0)
     detokenizer = Detokenizer(VOCABULARY, (), [BYTES[ord("a")], *euro[:1]])
     assert (detokenizer.push(euro[1]), detokenizer.offset) == ("", 0)
-    # The model has made a part of it.
+    # The completion has one of the broken character's bytes, so it shows the replacement character.
     assert (detokenizer.push(BYTES[ord("b")]), detokenizer.offset) == ("\ufffdb", 1)
 
 
@@ -195,7 +195,10 @@ TOKENS = {piece: TOKENIZER.get_vocab()[piece] for piece in PIECES}
 
 
 def emit(pieces: list[str], *stop: str, ends: bool = False) -> tuple[list[str], bool]:
-    """What comes out for each of some pieces; `ends` if the last one ends the text."""
+    """Push tokens given by name, and return each one's text and the end's, and if it stopped.
+
+    `ends`: whether the last token is the end token.
+    """
     detokenizer = Detokenizer(VOCABULARY, stop)
     out = []
     for place, piece in enumerate(pieces, 1):
@@ -213,7 +216,7 @@ def emit(pieces: list[str], *stop: str, ends: bool = False) -> tuple[list[str], 
         ("b<bos>a", "a"),
         ("os>", "ab"),
         ("aa", None),
-        ("ba", "a"),  # in the text that is shown
+        ("ba", "a"),  # the shown text has no <bos> between b and a
         ("a<bos>b", None),
     ],
 )
@@ -226,7 +229,7 @@ def test_a_stop_string_may_have_special_tokens_in_it(stop: str, text: str | None
 def test_what_comes_before_the_end_token_may_be_part_of_a_stop_string() -> None:
     assert emit(["a", "b", "<eos>"], "b<eos>", ends=True) == (["a", "", "", ""], True)
     assert emit(["a", "b", "<eos>"], "b<bos>", ends=True) == (["a", "", "", "b"], False)
-    # Also an end token that is text by itself is none here.
+    # An end token that is no special token gives no text either.
     assert emit(["a", "b"], ends=True) == (["a", "", ""], False)
 
 
@@ -253,12 +256,16 @@ def test_no_stop_string_is_ever_shown_and_nothing_else_is_lost(
 
 
 def _ends(pieces: list[str]) -> list[int]:
-    """How much was emitted after each of them."""
+    """Return the number of characters up to the end of each piece."""
     return [*accumulate(map(len, pieces))]
 
 
 def _stops_at(marked: list[tuple[str, bool]], stop: str) -> int | None:
-    """Where it is found first in what was emitted, with what is hidden or without."""
+    """Return where the stop string begins, with or without hidden special tokens; None if absent.
+
+    Args:
+        marked: characters, each with whether it is shown.
+    """
     readings = [[*range(len(marked))], [at for at, (_, shown) in enumerate(marked) if shown]]
     found = []
     for places in readings:
@@ -269,13 +276,13 @@ def _stops_at(marked: list[tuple[str, bool]], stop: str) -> int | None:
 
 
 def test_a_text_that_is_held_back_for_long_does_not_cost_more_and_more() -> None:
-    # Only the first of them may come; all the others begin as what is held back does.
+    # Only the first stop string can be completed by "a"s, but each "a" also begins the others.
     stops = ["a" * 1000, *(f"ab{number:02}" + "a" * 996 for number in range(31))]
     waiting = StopStrings(stops)
     began = time.process_time()
     shown = "".join(waiting.push("a", shown=True) for _ in range(998))
     assert shown == ""
-    for _ in range(20):  # each time, all of it is released
+    for _ in range(20):  # each "c" releases all of the text that was held back
         assert waiting.push("c" + "a" * 998, shown=True)
-    # It took 4.6 s when each stop string was compared with every end of the text.
+    # Comparing each stop string with every end of the text took 4.6 s.
     assert time.process_time() - began < 2
