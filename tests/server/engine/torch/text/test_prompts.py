@@ -1,4 +1,4 @@
-"""Texts and conversations as token ids."""
+"""Tests the conversion of texts and conversations to token ids."""
 
 import pytest
 

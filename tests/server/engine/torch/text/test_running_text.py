@@ -1,4 +1,4 @@
-"""Where tokens begin in a text, with characters of several tokens and tokens of no character."""
+"""Tests the offsets of tokens in a text, where a character may take several tokens."""
 
 import codecs
 from collections.abc import Sequence
@@ -21,28 +21,31 @@ TINY = tiny_tokenizer()
 
 @pytest.fixture(scope="module")
 def embedded() -> Prompts:
-    """Prompts of the embedded model, by its own tokenizer."""
+    """Make `Prompts` with the embedded model's tokenizer."""
     file = embedded_model_folder(print) / "tokenizer.json"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))  # type: ignore[no-untyped-call]
     return Prompts(tokenizer, 1000)
 
 
 def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
-    """What tokens stand for, special ones left out."""
+    """Return the tokens' bytes, without special tokens."""
     return b"".join(
         vocabulary.scored(token, 0).bytes for token in tokens if token not in vocabulary.special
     )
 
 
 def unfinished(data: bytes) -> int:
-    """How many bytes at the end may yet become a character."""
+    """Return how many bytes at the end may still become a character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data)
     return len(decoder.getstate()[0])
 
 
 def check_offsets(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> None:
-    """A completion's text is what its bytes say, and every token begins where its offset says."""
+    """Assert that a completion's text is its bytes decoded, and that its tokens' offsets are right.
+
+    A token's text must begin at its offset in the completion's text.
+    """
     vocabulary = Vocabulary(tokenizer)
     detokenizer = Detokenizer(vocabulary, (), prompt)
     pieces, offsets = [], []
@@ -63,14 +66,14 @@ def check_offsets(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) ->
         try:
             visible.bytes.decode()
         except UnicodeDecodeError:
-            # It is part of the character that is there, if that became one.
+            # The token holds part of a character, so only an upper bound of its offset is known.
             some = bytes_of(vocabulary, tokens[: place + 1])
             assert offset <= len(some.decode(errors="replace"))
         else:
             assert text[offset:].startswith(visible.text)
 
 
-# Bytes that are often parts of characters, and letters.
+# Tokens of bytes, among which letters and parts of characters of 2 to 4 bytes are frequent.
 TINY_TOKENS = st.lists(
     st.one_of(
         st.sampled_from(TINY("a\u00e9\u20ac\U0001f600\ufffd")["input_ids"]), st.integers(0, 258)
@@ -79,7 +82,7 @@ TINY_TOKENS = st.lists(
 )
 
 
-# ED A9 begins a surrogate, which UTF-8 may not have: two U+FFFD, and not one, come before the "a".
+# ED A9 begins a surrogate, which is invalid in UTF-8, so it decodes to two U+FFFD instead of one.
 @example([], [169, 102, 64])
 @example([], [169, 102, 102, 64])
 @given(TINY_TOKENS, TINY_TOKENS)
@@ -97,7 +100,7 @@ def test_offsets_of_the_embedded_models_tokens(embedded: Prompts, data: st.DataO
     check_offsets(tokenizer, data.draw(tokens), data.draw(tokens))
 
 
-# Its tokenizer has no tokens for some bytes, and drops them.
+# Texts that the embedded model's tokenizer has tokens for; it drops some other bytes.
 KNOWN = st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cc", "Cs"]), max_size=12)
 
 
@@ -125,7 +128,7 @@ def test_tokens_of_one_character_all_begin_where_it_does() -> None:
 
 
 def check_spelled(prompts: Prompts, prompt: str | list[int]) -> None:
-    """Every token of a prompt begins where its offset says, in the text that is echoed."""
+    """Assert that each token of a prompt begins at its offset in the echoed text."""
     spelled = prompts.spell(prompt)
     vocabulary = prompts._vocabulary
     assert len(spelled.offsets) == len(spelled.tokens)
@@ -133,7 +136,7 @@ def check_spelled(prompts: Prompts, prompt: str | list[int]) -> None:
     for token, offset in zip(spelled.tokens, spelled.offsets, strict=True):
         assert offset <= len(spelled.text)
         scored = vocabulary.scored(token, 0)
-        if scored.text.encode() == scored.bytes:  # and not the name of a part of a character
+        if scored.text.encode() == scored.bytes:  # false for a part of a character
             assert spelled.text[offset:].startswith(scored.text)
 
 
@@ -165,7 +168,7 @@ def test_offsets_in_a_prompt_of_the_embedded_model(embedded: Prompts, text: str)
 
 
 def test_a_tokenizer_that_leaves_blanks_out_of_its_spans_and_adds_tokens() -> None:
-    """As those of GPT-2 and Llama 3 do."""
+    """The tokenizer's settings are those of GPT-2's and Llama 3's."""
     tokenizer = tiny_tokenizer()
     backend = tokenizer.backend_tokenizer
     backend.post_processor = processors.Sequence(
@@ -190,7 +193,7 @@ def test_a_prompt_that_ends_within_a_character_is_told_without_it() -> None:
     assert (spelled.text, spelled.offsets) == ("a", (0, 1, 1))
     replaced = prompts.spell(prompts.tokenize("\ufffd"))
     assert (replaced.text, replaced.offsets) == ("\ufffd", (0, 0, 0))
-    assert prompts.spell(tokens[1:]).first_token == "\u00e2"  # the name of its only byte
+    assert prompts.spell(tokens[1:]).first_token == "\u00e2"  # the byte-level name of byte E2
 
 
 def test_what_cannot_be_served_is_not_spelled() -> None:

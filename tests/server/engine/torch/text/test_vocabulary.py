@@ -1,4 +1,4 @@
-"""Tokens by themselves, in each of the usual kinds of vocabularies."""
+"""Tests the text and bytes of single tokens, in SentencePiece and byte-level vocabularies."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -8,7 +8,7 @@ from tests.tiny import tiny_tokenizer
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's and Gemma's: blanks as \u2581, bytes as <0x..>."""
+    """Return a tokenizer like Llama 2's and Gemma's: \u2581 for a space, <0x..> for a byte."""
     words = ["\u2581the", "cat", "<0xC3>", "<0xA9>", "\u2581", "\u2581\ufffd"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     strip = decoders.Strip(content=" ", left=1, right=0)
@@ -21,13 +21,13 @@ def sentencepiece() -> Tokenizer:
 @pytest.mark.parametrize(
     ("token", "text", "data"),
     [
-        (0, " the", b" the"),  # also where it is the first of a text
+        (0, " the", b" the"),  # keeps the space, although a decoder strips it at a text's beginning
         (1, "cat", b"cat"),
         (2, "<0xC3>", b"\xc3"),
         (3, "<0xA9>", b"\xa9"),
         (4, " ", b" "),
-        (5, " \ufffd", b" \xef\xbf\xbd"),  # it means the replacement character
-        (6, "", b""),  # no token
+        (5, " \ufffd", b" \xef\xbf\xbd"),  # the vocabulary's own replacement character
+        (6, "", b""),  # an id without a token
     ],
 )
 def test_tokens_of_sentencepiece(token: int, text: str, data: bytes) -> None:
@@ -64,6 +64,6 @@ def test_a_special_token_is_its_name() -> None:
 
 def test_the_special_tokens_are_known() -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
-    tokenizer.add_tokens(["<think>"])  # added, and not special: texts show it
+    tokenizer.add_tokens(["<think>"])  # an added token that is not special
     names = {tokenizer.id_to_token(token) for token in Vocabulary(tokenizer).special}
     assert names == {"<eos>", "<bos>", "<pad>"}
