@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def maps_of(*maps: AffineMap, width: int = WIDTH) -> SiteMaps:
-    """A site's, from slot 1 on."""
+    """Return a site's maps, in slots from 1 on."""
     site = SiteMaps(len(maps) + 1, width, CPU)
     for slot, each in enumerate(maps, 1):
         site.put(slot, each)
@@ -25,7 +25,7 @@ def maps_of(*maps: AffineMap, width: int = WIDTH) -> SiteMaps:
 
 
 def edited_by(site_map: AffineMap, z: Tensor, strength: float = 1.0) -> Tensor:
-    """Every row of z by one map."""
+    """Return z with every row edited by one map."""
     slots = torch.ones(len(z), dtype=torch.int64)
     maps = maps_of(site_map, width=z.shape[1])
     return edit_tokens(z, slots, torch.full((len(z),), strength), maps.table)
@@ -61,7 +61,7 @@ def test_a_coordinate_outside_the_support_keeps_its_bits() -> None:
 
 
 def test_a_map_gives_the_same_bits_beside_maps_that_have_more() -> None:
-    """A support or a gate of another slot changes nothing for those without."""
+    """Maps with a support or a gate in other slots do not change a plain map's bits."""
     plain = random_maps(1, sites=("site",))["site"]
     gated = random_maps(2, sites=("site",), gate=True)["site"]
     supported = random_maps(3, sites=("site",), support=True)["site"]
@@ -95,7 +95,7 @@ def test_a_slot_that_is_filled_again_forgets_its_gate() -> None:
 
 @pytest.mark.parametrize("doses", [False, True])
 def test_the_operator_keeps_torch_s_rules(doses: bool) -> None:
-    """Its schema, its shapes for a compiler, and what it changes in place."""
+    """torch's own check covers the operator's schema, its fake shapes and its in-place changes."""
     table = maps_of(*random_maps(1, support=True, gate=True).values()).table
     z = torch.randn(4, WIDTH).bfloat16()
     slots = torch.tensor([[0, 1, 2, 1], [1, 0, 0, 2]])

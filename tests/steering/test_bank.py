@@ -68,7 +68,7 @@ def test_a_slot_without_a_map_at_a_site_leaves_it_alone(bank: Bank) -> None:
 
 
 def test_a_slot_that_is_filled_again_forgets_what_it_held(bank: Bank) -> None:
-    bank.put(2, random_maps(6))  # the map before had a support
+    bank.put(2, random_maps(6))  # replaces maps with a support
     z = 5 * torch.randn(1, 1, WIDTH)
     route = build_route(one_token_each(affine_edit(2)), CPU)
     expected = oracles.affine(z[0, 0], random_maps(6)[SITE], 1.0)
@@ -126,7 +126,7 @@ def test_the_identity_cannot_be_replaced(bank: Bank, slot: int) -> None:
 
 
 def test_slots_can_be_filled_after_an_edit_on_another_device(bank: Bank) -> None:
-    """What an edit moves there, in the mode that the model runs in, stays changeable."""
+    """An edit in inference mode moves the site's table to the device; slots stay writable."""
     route = build_route(one_token_each(affine_edit(1), affine_edit(2)), CPU)
     with torch.inference_mode():
         edited = bank.edit_site(SITE, torch.zeros(1, 2, WIDTH, device="meta"), route)
@@ -137,7 +137,7 @@ def test_slots_can_be_filled_after_an_edit_on_another_device(bank: Bank) -> None
 
 
 def test_maps_are_read_for_what_the_step_s_maps_have(bank: Bank) -> None:
-    """A gate or a support that no token of a step uses costs it nothing."""
+    """A step's edit does not get gates or supports that none of its tokens uses."""
     bank.put(4, random_maps(4, gate=True))
 
     def read(*slots: int) -> set[str]:
@@ -152,7 +152,7 @@ def test_maps_are_read_for_what_the_step_s_maps_have(bank: Bank) -> None:
 
 
 def test_kernels_refine_rows_by_the_heads_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the bank uses them on a GPU; interpreted."""
+    """On a GPU, the bank refines rows by these kernels; here Triton interprets them."""
     pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
     if torch.cuda.is_available():
         pytest.skip("they are compiled here, and not interpreted")
@@ -164,7 +164,7 @@ def test_kernels_refine_rows_by_the_heads_of_their_slots(monkeypatch: pytest.Mon
     for slot, head in heads.items():
         bank.put(slot, head)
     bank.put(3, heads[4])
-    bank.put(3, random_maps(1))  # a head that goes
+    bank.put(3, random_maps(1))  # removes the slot's head
     bank.put(3, heads[3])
     settings = RewardSettings(0.5, 2), RewardSettings(0.1, 4, 0.5)
     stacks = [(SlottedEdit(3 + row % 2, settings[row // 2]),) for row in range(4)]

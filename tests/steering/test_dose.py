@@ -1,4 +1,4 @@
-"""The dose of every edit: how large it is beside what it edits."""
+"""Tests doses: the size of an edit relative to the edited vector, ‖edit‖ / ‖activation‖."""
 
 import time
 from dataclasses import replace
@@ -58,10 +58,10 @@ def test_each_edit_of_each_span_has_the_mean_of_its_own_tokens_and_sites() -> No
     h = torch.randn(3, WIDTH)
     spans = [
         Span(0, 2, 2, range(1), (AFFINE, REWARD)),
-        Span(0, 3, 3, range(1, 1), ()),  # no rows, and nothing edited
-        Span(1, 2, 2, range(1, 2), (ON_PROMPT,)),  # its second token is no prompt's
+        Span(0, 3, 3, range(1, 1), ()),  # has no logits row and no edit
+        Span(1, 2, 2, range(1, 2), (ON_PROMPT,)),  # its second token is generated, so not edited
         Span(5, 1, 2, range(2, 3), (ON_PROMPT, FIRST_SITE)),
-        Span(0, 1, 5, range(3, 3), (REWARD,)),  # has no row yet
+        Span(0, 1, 5, range(3, 3), (REWARD,)),  # has no logits row, so no reward edit
     ]
     first = z["first"]
 
@@ -97,12 +97,12 @@ def test_the_second_of_a_stack_is_measured_on_what_the_first_left() -> None:
 
 
 def test_an_edit_of_nothing_is_a_number() -> None:
-    """A zero vector has no direction to be large beside; the mean must stay a number."""
+    """The dose of an edited zero vector is a finite maximum, so that means stay finite."""
     zero = torch.zeros(1, WIDTH)
     spans = [Span(0, 1, 1, range(1), (AFFINE, REWARD))]
     [doses] = measured(spans, dict.fromkeys(SITES, zero), zero)
     assert doses == (MAX_DOSE, MAX_DOSE)
-    huge = torch.full((1, WIDTH), 1e30)  # whose norm is not a number in float32
+    huge = torch.full((1, WIDTH), 1e30)  # its norm overflows in float32
     [doses] = measured(spans, dict.fromkeys(SITES, huge), huge)
     assert all(dose is not None and 0 <= dose <= MAX_DOSE for dose in doses)
 
@@ -119,7 +119,7 @@ async def engine_with(loaded: LoadedModel, options: EngineOptions) -> TorchEngin
 
 
 async def test_the_engine_tells_what_its_edits_did(load_tiny: LoadTiny) -> None:
-    """As seen from outside: before the engine's own hooks, and after them."""
+    """The expected doses come from activations recorded by hooks before the engine's own."""
     loaded = load_tiny()
     edit = Edit("a", AffineSettings(0.6))
     maps = interventions_of()["a"]
@@ -137,7 +137,7 @@ async def test_the_engine_tells_what_its_edits_did(load_tiny: LoadTiny) -> None:
         for site in maps
     ]
     engine = await engine_with(loaded, replace(TINY_OPTIONS, dose_interval=1))
-    await outputs(engine, b"x", (edit,))  # its sites have been probed now
+    await outputs(engine, b"x", (edit,))  # probes the sites, so that this is not recorded below
     seen.clear()
     found = await outputs(engine, PROMPTS[0], (edit,))
     for handle in handles:
@@ -174,7 +174,7 @@ def test_measuring_is_not_counted_among_the_edits(monkeypatch: pytest.MonkeyPatc
     with meter.timing_edits():
         meter.add_reward_doses(0, z, 2 * z, torch.zeros(1, dtype=torch.int64))
     assert meter.measuring_seconds == 1
-    assert meter.edit_seconds == 2  # of the three between its beginning and its end
+    assert meter.edit_seconds == 2  # three seconds in all, less one for measuring
 
 
 @pytest.mark.parametrize(("interval", "measured"), [(0, 0), (5, 4), (16, 1)])
@@ -196,7 +196,7 @@ async def test_measuring_changes_no_number(load_tiny: LoadTiny) -> None:
     answers = []
     for interval in (0, 1):
         engine = await engine_with(load_tiny(), replace(TINY_OPTIONS, dose_interval=interval))
-        for edits in STACKS.values():  # one at a time: at equal shapes
+        for edits in STACKS.values():  # one at a time, so that shapes are equal
             answer = await outputs(engine, PROMPTS[0], edits)
             assert any(output.doses for output in answer) == bool(interval and edits)
             answers += [replace(each, doses=(), queue_seconds=None) for each in answer]

@@ -1,6 +1,6 @@
-"""Rows of many heads as a GPU refines them, interpreted on the CPU, beside the oracle.
+"""Tests the kernels that refine rows of many heads, interpreted on the CPU, against the oracle.
 
-What the kernels compute on a GPU is in `tests/cuda`.
+Their tests on a GPU are in `tests/cuda`.
 """
 
 import importlib
@@ -33,7 +33,7 @@ from tests.refinement import SETTINGS, columns
 from tests.tiny import random_head
 
 pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
-# Of numbers that are none, which the interpreter leaves to NumPy.
+# Triton's interpreter computes with NumPy, which warns about infinities and NaNs.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
@@ -50,7 +50,7 @@ def kernels() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def large(kernels: ModuleType) -> Iterator[ModuleType]:
-    """The kernels in few programs."""
+    """Return the module of the kernels with large blocks, which are interpreted faster."""
     with pytest.MonkeyPatch.context() as patch:
         use_few_programs(patch, kernels)
         yield kernels
@@ -59,7 +59,7 @@ def large(kernels: ModuleType) -> Iterator[ModuleType]:
 def oracle(
     heads: Sequence[RewardHead], h: Tensor, rows: Rows, how: Sequence[RewardSettings]
 ) -> Tensor:
-    """Each row by itself, by the slow reference."""
+    """Return the rows, each refined by itself by the slow reference."""
     of_rows = [heads[slot - 1] for slot, count in rows for _ in range(count)]
     each = zip(h, of_rows, how, strict=True)
     return torch.stack([oracles.reward(row, head, own) for row, head, own in each])
@@ -70,7 +70,7 @@ def test_tiles_divide_the_rows_of_each_head(rows: list[tuple[int, int]]) -> None
     slots, counts = tiles(rows)
     assert slots == [slot for slot, count in rows for _ in range(count)]
     begins = [place for place, count in enumerate(counts) if count]
-    # They follow each other, and none reaches beyond its head.
+    # Tiles cover all rows without gaps, and none contains rows of two heads.
     assert [place + counts[place] for place in begins] == [
         *begins[1:],
         *([len(slots)] * bool(begins)),
@@ -158,7 +158,7 @@ def test_a_head_all_of_whose_units_flip_in_each_step(large: ModuleType, known: b
 
 
 def test_heads_in_another_order_give_the_same_rows(large: ModuleType) -> None:
-    """To the bit; and so do other rows beside them, and fewer of the same head."""
+    """A row's bits do not depend on the heads' order, nor on the number of its head's rows."""
     heads = [random_head(seed, 36, units) for seed, units in enumerate((24, 100, 40))]
     h, how = random_rows(9, 36), mixed_settings(9)
     refine = filled(heads, large, CPU)
@@ -193,7 +193,7 @@ def test_numbers_that_are_none_show_and_harm_no_neighbour(
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_reward_that_is_not_a_number_shows(large: ModuleType, known: bool) -> None:
-    """It must not leave a row as it is: that would be the base model, in silence."""
+    """A NaN reward must not leave a row unedited, which would silently be the base model's row."""
     w2 = torch.tensor([3e38, -3e38]).repeat(12)
     head = replace(random_head(0), w1=torch.ones(24, 32), w2=w2)
     h = torch.linspace(0.5, 1, 32).repeat(5, 1)
@@ -206,7 +206,7 @@ def test_a_reward_that_is_not_a_number_shows(large: ModuleType, known: bool) -> 
 
 
 def test_a_unit_that_is_not_a_number_shows(large: ModuleType) -> None:
-    """Others' rewards beside it are numbers, and would close the gap as if it were not there."""
+    """A NaN hidden unit must give a NaN row; dropping it would give a wrong but finite reward."""
     head = random_head(0)
     head.w1[3] = torch.zeros(32)
     head.w1[3, :2] = torch.tensor([1.2e19, -1.2e19])
@@ -220,7 +220,7 @@ def test_a_unit_that_is_not_a_number_shows(large: ModuleType) -> None:
 def test_a_unit_at_minus_infinity_is_off(large: ModuleType, known: bool) -> None:
     head = random_head(0)
     head.w1[3] = torch.zeros(32)
-    head.w1[3, 0] = -1.8e19  # whose square is finite: the head is prepared
+    head.w1[3, 0] = -1.8e19  # its square is finite, so the head can be prepared
     h, how = random_rows(5, 32), mixed_settings(5)
     h[:, 0] = 2e19
     assert ((h @ head.w1.T)[:, 3] == -torch.inf).all()
@@ -230,7 +230,7 @@ def test_a_unit_at_minus_infinity_is_off(large: ModuleType, known: bool) -> None
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_row_that_has_done_its_steps_is_left_alone(large: ModuleType, known: bool) -> None:
-    """Even where a step of it would overflow, and where it holds zeros with a sign."""
+    """A row without steps left keeps its bits, even if another step would overflow."""
     usual = random_head(1)
     head = replace(usual, w2=torch.full_like(usual.w2, 3e38))
     h = random_rows(5, 32)
@@ -244,7 +244,7 @@ def test_a_row_that_has_done_its_steps_is_left_alone(large: ModuleType, known: b
 
 
 def test_rows_without_a_head_are_left_alone(large: ModuleType) -> None:
-    """Whatever they hold: those of a slot that was never filled, and of one that was emptied."""
+    """Rows of never filled and of emptied slots keep their bits, NaN and -0.0 included."""
     heads = [random_head(1), random_head(2)]
     refine = filled(heads, large, CPU)
     refine.put(2, None)
@@ -271,7 +271,7 @@ def test_slots_are_filled_and_emptied(large: ModuleType) -> None:
         assert refine.max_units == most
         assert refine.has_heads([2, 2])
         assert not refine.has_heads([1, 2])
-        # The slot's head alone, whose number is 2.
+        # Slot 2's head is `heads[1]`; no row uses `heads[0]`.
         expected = expected_of([head, head], h, rows, how)
         torch.testing.assert_close(refined_by(refine, h, rows, how), expected)
     refine.put(2, None)
@@ -291,7 +291,7 @@ def test_rows_are_read_however_they_lie_in_memory(large: ModuleType, known: bool
 def test_contents_of_the_index_may_change_where_its_shapes_and_addresses_do_not(
     large: ModuleType,
 ) -> None:
-    """What a graph needs: slots, tiles and settings are read when the kernels run."""
+    """A CUDA graph needs this: slots, tiles and settings must be read when the kernels run."""
     heads = [random_head(1), random_head(2, 32, 100)]
     refine = filled(heads, large, CPU)
     slots, counts = index_of([(1, 5)], CPU)

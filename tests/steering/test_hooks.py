@@ -57,7 +57,7 @@ def test_site_widths_are_those_of_the_modules_that_give_a_vector_a_token(family:
     assert widths["model.norm"] == WIDTH
     assert widths["model.layers.1.self_attn.o_proj.input"] == head_outputs_width(family)
     assert widths["model.layers.0.mlp.down_proj.input"] == 48
-    assert widths["model.layers.0.self_attn.input"] == WIDTH  # which is given by name
+    assert widths["model.layers.0.self_attn.input"] == WIDTH  # passed as a keyword argument
     assert not {"lm_head", "lm_head.input", "model.embed_tokens.input"} & widths.keys()
     assert "model.rotary_emb" not in widths
 

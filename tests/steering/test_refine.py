@@ -1,4 +1,4 @@
-"""Rows of several heads, by the equations and by a prepared head, beside the oracle."""
+"""Tests rows refined by the paper's equations and by prepared heads against the oracle."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ SLOW = RewardSettings(eta=0.3, iterations=20, direction_scale=1.0)
 
 
 Counted = Sequence[tuple[RewardHead, int]]
-"""Heads, and how many rows each edits."""
+"""Pairs of a head and the number of rows that it edits."""
 
 
 @pytest.fixture(scope="module", params=["plain", "prepared", "one thread", "7 threads"])
@@ -47,7 +47,7 @@ def refined_by(
 
 
 def expected_of(h: Tensor, heads: Counted, settings: Sequence[RewardSettings]) -> Tensor:
-    """Each row by itself, by the slow reference."""
+    """Return the rows, each refined by itself by the slow reference."""
     of_rows = [head for head, count in heads for _ in range(count)]
     rows = zip(h, of_rows, settings, strict=True)
     return torch.stack([oracles.reward(row, head, own) for row, head, own in rows])
@@ -82,7 +82,7 @@ def test_each_row_is_refined_by_its_own_head_and_settings(
 def test_many_steps_that_flip_many_units_equal_the_reference(
     is_prepared: bool, counts: Sequence[int]
 ) -> None:
-    """As wide as a real head, whose gradient is kept from step to step."""
+    """The head has as many hidden units as ARGRE's, so that many of them flip."""
     heads = [(random_head(place, 96, 1024), count) for place, count in enumerate(counts)]
     rows = sum(counts)
     h = random_rows(rows, 96)
@@ -92,7 +92,7 @@ def test_many_steps_that_flip_many_units_equal_the_reference(
     b1 = torch.cat([head.b1.expand(count, -1) for head, count in heads])
     before, after = (torch.einsum("rmd,rd->rm", w1, each) + b1 for each in (h, refined))
     assert (((before > 0) != (after > 0)).sum(dim=1) > 20).all()
-    # A unit that is zero but for rounding may pass a step earlier or later.
+    # A unit whose activation is nearly zero may flip one step earlier or later by rounding.
     difference = (refined - expected).norm(dim=1) / (expected - h).norm(dim=1)
     assert (difference < 0.02).all()
     assert difference.median() < 1e-5
@@ -122,7 +122,7 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(
 def test_a_heads_rows_have_the_same_bits_beside_another_head(
     is_prepared: bool, count: int, units: int, others: int
 ) -> None:
-    """Alone, then beside it, before and after, then compared."""
+    """The head's rows come before or after the other head's, which takes fewer or more steps."""
     head, another = (random_head(seed, 96, size) for seed, size in ((1, units), (2, others)))
     h, neighbours = random_rows(count, 96), random_rows(3, 96, 1)
     alone = refined_by(h, [(head, count)], [FEW] * count, is_prepared)
@@ -145,7 +145,7 @@ def test_a_heads_rows_have_the_same_bits_beside_another_head(
 
 
 def test_a_row_that_has_done_its_steps_is_left_alone(is_prepared: bool) -> None:
-    """Even where a step of it would overflow, and where it holds zeros with a sign."""
+    """A row without steps left keeps its bits, even if another step would overflow."""
     head = random_head(1)
     steep = replace(head, w2=torch.full_like(head.w2, 3e38))
     none, one = RewardSettings(0.5, 0, 0.0), RewardSettings(0.5, 1, 0.0)
@@ -184,7 +184,7 @@ def test_weights_whose_products_overflow_are_refined_by_the_equations(
 
 
 def test_a_reward_that_is_not_a_number_shows(is_prepared: bool) -> None:
-    """It must not leave the row as it is: that would be the base model, in silence."""
+    """A NaN reward must not leave a row unedited, which would silently be the base model's row."""
     w2 = torch.tensor([3e38, -3e38]).repeat(12)
     head = replace(random_head(0), w1=torch.ones(24, WIDTH), w2=w2)
     assert head.prepare().prepared is not None
@@ -196,7 +196,7 @@ def test_a_reward_that_is_not_a_number_shows(is_prepared: bool) -> None:
 
 
 def test_a_unit_that_is_not_a_number_shows(is_prepared: bool) -> None:
-    """Others' rewards beside it are numbers, and would close the gap as if it were not there."""
+    """A NaN hidden unit must give a NaN row; dropping it would give a wrong but finite reward."""
     head = random_head(0)
     head.w1[3] = torch.zeros(WIDTH)
     head.w1[3, :2] = torch.tensor([1.2e19, -1.2e19])
@@ -210,7 +210,7 @@ def test_a_unit_that_is_not_a_number_shows(is_prepared: bool) -> None:
 def test_a_unit_at_minus_infinity_is_off(is_prepared: bool) -> None:
     head = random_head(0)
     head.w1[3] = torch.zeros(WIDTH)
-    head.w1[3, 0] = -1.8e19  # whose square is finite: the head is prepared
+    head.w1[3, 0] = -1.8e19  # its square is finite, so the head can be prepared
     assert head.prepare().prepared is not None
     h = random_rows(1)
     h[0, 0] = 2e19
@@ -222,7 +222,7 @@ def test_a_unit_at_minus_infinity_is_off(is_prepared: bool) -> None:
 
 @pytest.mark.parametrize("width", [96, 100])
 def test_rows_are_given_back_and_not_changed(is_prepared: bool, width: int) -> None:
-    """However they lie in memory."""
+    """Rows may be contiguous or strided; the input stays unchanged."""
     for h in (random_rows(3, width), random_rows(width, 3).T):
         before = h.clone()
         refined = refined_by(h, [(random_head(1, width), 3)], [FEW] * 3, is_prepared)

@@ -21,7 +21,7 @@ def test_a_step_without_edits_has_an_empty_route() -> None:
 
 
 def test_positions_are_relative_to_the_requests_own_prompt() -> None:
-    """A span that crosses from the prompt into what was generated, as after a recomputation."""
+    """A recomputed request's span may contain both prompt and generated tokens."""
     slots = {}
     for positions in ("all", "prompt", "generated"):
         edit = SlottedEdit(3, AffineSettings(1.0, positions))

@@ -1,4 +1,4 @@
-"""ARGRE fits: direction, path and loss against loops; ranking; determinism; padding."""
+"""Tests ARGRE fits: direction, path and loss against loops; ranking; determinism; padding."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ _SETTINGS = ArgreSettings(hidden_units=32, learning_rate=5e-3)
 
 
 def _pairs(count: int, seed: int, width: int = 8) -> tuple[list[Tensor], list[Tensor]]:
-    """Positives lie further along the first axis than negatives; the rest is noise."""
+    """Return random hidden states of pairs: positives are shifted by 2 along the first axis."""
     generator = torch.Generator().manual_seed(seed)
     sides: list[list[Tensor]] = []
     for shift in (1.0, -1.0):
@@ -131,7 +131,8 @@ def test_only_tokens_that_both_texts_have_train_the_head() -> None:
     positives = [torch.randn(length + 4, 8) for length in lengths]
     others = [rows.clone() for rows in positives]
     for rows, length in zip(others, lengths, strict=True):
-        rows[length:-1] = torch.randn(3, 8)  # neither common nor last
+        # These tokens are beyond the negative's length, and not the last, which sets the direction.
+        rows[length:-1] = torch.randn(3, 8)
     head, _ = fit_argre(positives, negatives, _SETTINGS)
     other, _ = fit_argre(others, negatives, _SETTINGS)
     assert torch.equal(head.w1, other.w1)

@@ -1,4 +1,4 @@
-"""LinEAS fits: the loss, what is active when, recovery of a known map, determinism."""
+"""Tests LinEAS fits: loss, recovery of a known map, use of maps while fitting, determinism."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def _sentences(count: int, seed: int, low: int = 1, high: int = 64) -> list[Toke
 
 
 class _Toy(nn.Module):
-    """Token i of the vocabulary is a row of a table; two sites in a row that change nothing."""
+    """A model that looks up a token's row in a table, and passes it through two identity sites."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _Toy(nn.Module):
 
 
 def _shifted_toy() -> tuple[_Toy, list[TokenIds], list[TokenIds]]:
-    """Sentences of one token each; target row = 1.5 * source row - 2, so a map exists."""
+    """Return a model, and source and target sentences of one token: target = 1.5 * source - 2."""
     torch.manual_seed(1)
     source = torch.randn(32, 6)
     toy = _Toy(torch.cat([source, 1.5 * source - 2]))
@@ -113,7 +113,7 @@ def test_a_mean_is_over_a_sentences_own_tokens() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_familys_default_sites_are_read_and_edited_in_batches(family: str) -> None:
-    """Padded and together as well as each alone, also where a block folds its tokens (OPT)."""
+    """A padded batch gives the means of single sentences, in OPT too, which flattens its batch."""
     model, sites, sentences = tiny_model(family), family_sites(family), _sentences(4, 3)
     together = collect_token_means(model, sites, sentences, batch_size=4)
     for row, sentence in enumerate(sentences):

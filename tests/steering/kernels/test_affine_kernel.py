@@ -1,6 +1,6 @@
-"""The kernel of affine edits, interpreted on the CPU and compiled for GPUs that are not there.
+"""Tests the affine kernel, interpreted on the CPU and compiled for GPUs that are not present.
 
-What it computes on a GPU is in `tests/cuda`.
+Its tests on a GPU are in `tests/cuda`.
 """
 
 import json
@@ -38,7 +38,7 @@ from tests.affine_batches import (
 pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
 CPU = torch.device("cpu")
 WIDTH = 32
-# The interpreter warns of it, and errors are made of warnings here.
+# Triton's interpreter warns about NaN and overflow, and pytest turns warnings into errors.
 ODD = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 Edit: TypeAlias = Callable[[Batch, Tensor | None], Tensor]
 
@@ -67,9 +67,9 @@ def table(sorts: tuple[Sort, ...] = SORTS, width: int = WIDTH) -> MapTable:
 def test_stacks_of_all_sorts_of_maps_equal_the_oracle(
     edit: Edit, width: int, dtype: torch.dtype
 ) -> None:
-    """Beside each other, and beside tokens with none.
+    """A batch mixes tokens with maps of all sorts and tokens without a map.
 
-    Not in bfloat16, which Triton's interpreter multiplies as integers.
+    bfloat16 is left out, because Triton's interpreter multiplies it as integers.
     """
     maps = random_maps(width)
     batch = random_batch(table_of(maps, CPU), 12, 4, dtype)
@@ -96,7 +96,7 @@ def test_a_table_may_lack_what_no_map_has(edit: Edit, sorts: tuple[Sort, ...], d
 
 @pytest.mark.parametrize("width", [32, 100])
 def test_inputs_are_read_where_they_lie(edit: Edit, width: int) -> None:
-    """Rows apart from each other or at odd addresses; parts of a graph's buffers."""
+    """Inputs may be strided or unaligned views, such as parts of a graph's buffers."""
     batch = random_batch(table(width=width), 5, 2)
     doses = batch.new_doses()
     expected = bits_of(edit(batch, doses))
@@ -120,7 +120,7 @@ def test_inputs_are_read_where_they_lie(edit: Edit, width: int) -> None:
 @ODD
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_token_without_a_map_keeps_its_bits(edit: Edit, dtype: torch.dtype) -> None:
-    """In slot 0 or in one that has no map at this site, alone and beside tokens with a map."""
+    """Tokens of slot 0, and of a slot without a map here, keep their bits in any batch."""
     maps = random_maps(WIDTH)
     batch = Batch(
         odd_rows(4, WIDTH, dtype, CPU),
@@ -146,8 +146,8 @@ def test_a_coordinate_outside_the_support_keeps_its_bits(edit: Edit) -> None:
 
 @ODD
 def test_what_is_no_number_stays_where_it_is(edit: Edit) -> None:
-    """A gate that is none changes what its map changes, and no coordinate outside the support."""
-    width = 5  # three more are read, which must not count
+    """A gate that is NaN changes its map's coordinates, but none outside the map's support."""
+    width = 5  # the kernel reads 8 columns, of which 3 must not count
     maps = random_maps(width)
     zero, one = torch.zeros(width), torch.ones(width)
     maps[5] = AffineMap(one, one, low=9 * one, high=8 * one, gate=Gate(one, zero[0]))
@@ -195,7 +195,7 @@ def test_a_token_has_the_same_bits_whoever_is_beside_it(
 
 
 def test_it_compiles_for_an_a100_and_an_h100() -> None:
-    """What a program holds is in registers, but for a little of the widest rows."""
+    """The compiled kernel spills no registers, except a few for the widest rows."""
     made = subprocess.run(
         [sys.executable, "-m", "tests.affine_compiler", "80", "90"],
         check=True,
