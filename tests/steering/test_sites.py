@@ -1,4 +1,4 @@
-"""The table of default sites, and matching patterns against module paths."""
+"""Tests the table of default sites, and matching of patterns against module paths."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from steering.sites import (
     match_sites,
 )
 
-_LAYERS = 11  # so that layer 10 must come after layer 2
+_LAYERS = 11  # more than ten, so that numeric order (2 before 10) differs from alphabetical order
 
 _TINY_ROPE: dict[str, Any] = {
     "vocab_size": 16,
