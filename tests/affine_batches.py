@@ -1,4 +1,4 @@
-"""Batches of tokens with stacks of affine maps of every sort, and what is right for them."""
+"""Builds batches of tokens edited by stacks of affine maps, and their expected results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PATTERNS: Final = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-# Not a number in many ways, infinite, and zero with a sign.
+# Bit patterns of several NaNs, of infinity and of -0.0.
 ODD_BITS: Final = {
     torch.float32: (0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x400000 + 5, 0x7F800000, -(2**31)),
     torch.float16: (0x7E00, 0x7C01, 0x7FFF, -0x200 + 5, 0x7C00, -(2**15)),
@@ -25,7 +25,7 @@ ODD_BITS: Final = {
 
 
 class Sort(NamedTuple):
-    """What a map has beside weights and biases."""
+    """Says whether a map has a support and whether it has a gate."""
 
     support: bool
     gate: bool
@@ -40,7 +40,7 @@ SORTS: Final = (PLAIN, SUPPORTED, GATED, BOTH)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What an edit of n tokens at one site takes, but for doses."""
+    """The arguments of an affine edit of n tokens at one site, without the dose accumulator."""
 
     activations: Tensor  # (n, d)
     slots: Tensor  # (depth, n) int64
@@ -48,18 +48,18 @@ class Batch:
     table: MapTable
 
     def tokens(self, which: slice) -> "Batch":
-        """Some of the tokens."""
+        """Return the batch of the tokens in a slice."""
         return Batch(
             self.activations[which], self.slots[:, which], self.strength[:, which], self.table
         )
 
     def new_doses(self) -> Tensor:
-        """(2, depth, n) float32: none yet."""
+        """Return a dose accumulator of zeros, (2, depth, n) float32: sums and counts."""
         return torch.zeros(2, *self.slots.shape, device=self.slots.device)
 
 
 def random_map(width: int, sort: Sort, random: torch.Generator) -> AffineMap:
-    """A map that changes much, with a support that half of the coordinates are in."""
+    """Return a random map with large changes; a support, if any, excludes many coordinates."""
     weight, bias, low, high, gate = torch.randn(5, width, generator=random)
     return AffineMap(
         1 + weight / 2,
@@ -71,13 +71,13 @@ def random_map(width: int, sort: Sort, random: torch.Generator) -> AffineMap:
 
 
 def random_maps(width: int, sorts: Sequence[Sort] = SORTS, seed: int = 0) -> dict[int, AffineMap]:
-    """By slot, maps of some sorts: slot 0 has none, nor has the slot after the last of them."""
+    """Return a random map for each sort, by slot, from slot 1 on."""
     random = torch.Generator().manual_seed(seed)
     return {slot: random_map(width, sort, random) for slot, sort in enumerate(sorts, start=1)}
 
 
 def table_of(maps: Mapping[int, AffineMap], device: torch.device) -> MapTable:
-    """What an edit reads."""
+    """Return the table that an edit reads: slot 0 and the slot after the last map are empty."""
     width = next(iter(maps.values())).weight.numel()
     site = SiteMaps(max(maps) + 2, width, device)
     for slot, each in maps.items():
@@ -92,7 +92,7 @@ def random_batch(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Batch:
-    """Tokens with every stack of a table's slots as likely as any; strengths from -1 to 2."""
+    """Return random tokens, each with a uniformly drawn stack of slots; strengths from -1 to 2."""
     random = torch.Generator().manual_seed(seed)
     count, width = table.delta.shape
     device = table.delta.device
@@ -106,13 +106,13 @@ def random_batch(
 
 
 def odd_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, width) of numbers that arithmetic or a cast would change."""
+    """Return a (rows, width) tensor of NaNs, infinities and -0.0, whose bits arithmetic changes."""
     bits = torch.tensor(ODD_BITS[dtype], dtype=PATTERNS[dtype])
     return bits.repeat(rows * width)[: rows * width].view(rows, width).to(device).view(dtype)
 
 
 def by_oracle(batch: Batch, maps: Mapping[int, AffineMap]) -> tuple[Tensor, Tensor]:
-    """A token at a time: the edited activations, and the doses; both on the CPU."""
+    """Return the edited activations and the doses, computed token by token on the CPU."""
     rows = batch.activations.float().cpu().clone()
     doses = torch.zeros(2, *batch.slots.shape)
     for token in range(len(rows)):
@@ -131,5 +131,5 @@ def by_oracle(batch: Batch, maps: Mapping[int, AffineMap]) -> tuple[Tensor, Tens
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """The same as integers, which tell -0.0 from 0.0 and one NaN from another."""
+    """Return the tensor's bits as integers, which tell -0.0 from 0.0 and one NaN from another."""
     return tensor.contiguous().view(PATTERNS[tensor.dtype])

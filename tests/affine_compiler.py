@@ -1,4 +1,6 @@
-"""Compiles the kernel of affine edits for GPUs that are not there, and prints its needs as JSON.
+"""Compiles the affine kernel for GPUs that are not present, and prints its resource use as JSON.
+
+The arguments are compute capabilities:
 
 python -m tests.affine_compiler 80 90
 """
@@ -18,7 +20,7 @@ from triton.compiler import ASTSource
 
 from steering.kernels.affine_triton import _constants, _edit_kernel, _options
 
-WIDTHS = (576, 4096, 8192, 28672)  # SmolLM2, Llama 8B, Llama 70B and inside its blocks
+WIDTHS = (576, 4096, 8192, 28672)  # of SmolLM2, Llama 8B, Llama 70B, and Llama 70B's MLP
 DTYPES = ("bf16", "fp32")  # as Triton writes them
 _TABLES = ("delta", "bias", "low", "high", "gate_weight")  # float32
 _OTHERS = {"slots": "*i64", "flags": "*i32"} | dict.fromkeys(
@@ -27,9 +29,9 @@ _OTHERS = {"slots": "*i64", "flags": "*i32"} | dict.fromkeys(
 
 
 def compiled(capability: int, width: int, dtype: str, has_doses: bool) -> dict[str, object]:
-    """A thread's registers, and the bytes that it keeps in memory for want of more."""
+    """Return the kernel's registers and spilled bytes per thread, and its shared memory."""
     constants = _constants(width, has_doses)
-    # What the launcher lets Triton know of addresses: all may be read 16 bytes at a time.
+    # The launcher tells Triton that these addresses are multiples of 16 bytes.
     aligned = dict.fromkeys(("edited", "activations"), f"*{dtype}") | dict.fromkeys(
         _TABLES, "*fp32"
     )

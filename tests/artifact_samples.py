@@ -1,4 +1,4 @@
-"""Small artifacts for tests, and safetensors files written by hand, right or wrong."""
+"""Builds small artifacts, and safetensors files by hand, which may be invalid."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ M = TypeVar("M", AffineManifest, RewardManifest)
 
 
 def manifest_fields(kind: str = "affine", name: str = "sample") -> Json:
-    """A complete manifest as JSON fields."""
+    """Return a complete manifest as JSON fields."""
     defaults: Mapping[str, object] = {"strength": 0.5, "positions": "all"}
     limits: Mapping[str, object] = {"strength": [0, 1]}
     if kind == "reward":
@@ -46,12 +46,12 @@ def manifest_fields(kind: str = "affine", name: str = "sample") -> Json:
 
 
 def affine_manifest(name: str = "sample", **changed: object) -> AffineManifest:
-    """A manifest of kind affine, with top-level fields replaced."""
+    """Return a manifest of kind affine, with top-level fields replaced."""
     return _parsed(AffineManifest, manifest_fields("affine", name) | changed)
 
 
 def reward_manifest(name: str = "sample", **changed: object) -> RewardManifest:
-    """A manifest of kind reward, with top-level fields replaced."""
+    """Return a manifest of kind reward, with top-level fields replaced."""
     return _parsed(RewardManifest, manifest_fields("reward", name) | changed)
 
 
@@ -62,7 +62,7 @@ def _parsed(kind: type[M], fields: Json) -> M:
 
 
 def affine_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
-    """Two sites, the second with a support."""
+    """Return random maps for two sites, the second with a support."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias, other = torch.randn(3, width, generator=generator)
     return {
@@ -72,7 +72,7 @@ def affine_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
 
 
 def gated_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
-    """Two sites, an output and an input: one with a gate, one with a gate and a support."""
+    """Return random gated maps for a module's output and another's input, this with a support."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias, first, second = torch.randn(4, width, generator=generator)
     opens, closes = torch.randn(2, generator=generator)
@@ -84,7 +84,7 @@ def gated_parameters(seed: int = 0, width: int = 4) -> dict[str, AffineMap]:
 
 
 def reward_head(seed: int = 0, units: int = 3, width: int = 4) -> RewardHead:
-    """A random head."""
+    """Return a random reward head."""
     generator = torch.Generator().manual_seed(seed)
     return RewardHead(
         w1=torch.randn(units, width, generator=generator),
@@ -99,7 +99,7 @@ def reward_head(seed: int = 0, units: int = 3, width: int = 4) -> RewardHead:
 def same_parameters(
     left: AffineParameters | RewardHead, right: AffineParameters | RewardHead
 ) -> bool:
-    """Whether parameters are bit for bit equal."""
+    """Return whether two interventions' parameters are equal."""
     if isinstance(left, RewardHead) and isinstance(right, RewardHead):
         fields = ("w1", "b1", "w2", "b2", "direction", "positive_reward")
         return all(torch.equal(getattr(left, name), getattr(right, name)) for name in fields)
@@ -129,17 +129,17 @@ def _same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
 
 
 def floats(*values: float) -> bytes:
-    """float32 bytes."""
+    """Return the values' float32 bytes."""
     return torch.tensor(values, dtype=torch.float32).numpy().tobytes()
 
 
 def entry(shape: list[int], values: list[float]) -> Entry:
-    """A float32 tensor of a handmade file."""
+    """Return a float32 tensor for a handmade file."""
     return "F32", shape, floats(*values)
 
 
 def affine_entries() -> dict[str, Entry]:
-    """The tensors of a valid handmade affine file of one site."""
+    """Return the tensors of a valid handmade affine file with one site."""
     return {
         "sites.model.layers.0.norm.weight": entry([2], [1, 2]),
         "sites.model.layers.0.norm.bias": entry([2], [3, 4]),
@@ -147,7 +147,7 @@ def affine_entries() -> dict[str, Entry]:
 
 
 def map_entries(site: str, width: int = 2) -> dict[str, Entry]:
-    """The tensors of a handmade map at a site."""
+    """Return the tensors of a handmade map at a site."""
     return {
         f"sites.{site}.weight": entry([width], [1.5] * width),
         f"sites.{site}.bias": entry([width], [0.25] * width),
@@ -155,12 +155,12 @@ def map_entries(site: str, width: int = 2) -> dict[str, Entry]:
 
 
 def support_entries(site: str) -> dict[str, Entry]:
-    """The tensors of a handmade support of the map at a site of width 2."""
+    """Return the tensors of a handmade support for the map at a site of width 2."""
     return {f"sites.{site}.{part}": entry([2], [1, 1]) for part in ("low", "high")}
 
 
 def gate_entries(site: str, width: int = 2) -> dict[str, Entry]:
-    """The tensors of a handmade gate of the map at a site."""
+    """Return the tensors of a handmade gate for the map at a site."""
     return {
         f"sites.{site}.gate.weight": entry([width], [-0.5] * width),
         f"sites.{site}.gate.bias": entry([], [0.75]),
@@ -168,7 +168,7 @@ def gate_entries(site: str, width: int = 2) -> dict[str, Entry]:
 
 
 def reward_entries(units: int = 3, width: int = 2) -> dict[str, Entry]:
-    """The tensors of a valid handmade reward file."""
+    """Return the tensors of a valid handmade reward file."""
     return {
         "head.0.weight": entry([units, width], [0.5] * (units * width)),
         "head.0.bias": entry([units], [0.5] * units),
@@ -180,7 +180,7 @@ def reward_entries(units: int = 3, width: int = 2) -> dict[str, Entry]:
 
 
 def header_fields(entries: Mapping[str, Entry], metadata: object) -> Json:
-    """The header of a handmade file, as fields."""
+    """Return the JSON fields of a handmade safetensors file's header."""
     fields: Json = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape, data) in entries.items():
@@ -191,19 +191,19 @@ def header_fields(entries: Mapping[str, Entry], metadata: object) -> Json:
 
 
 def with_header(header: bytes, data: bytes) -> bytes:
-    """A file of a header and of the tensors' bytes."""
+    """Return a safetensors file's bytes: the header's length, the header, the tensors' bytes."""
     return len(header).to_bytes(8, "little") + header + data
 
 
 def handmade(entries: Mapping[str, Entry], kind: str = "affine") -> bytes:
-    """The bytes of a safetensors file written without the library."""
+    """Return a safetensors file's bytes, made without the safetensors library."""
     metadata = {"manifest": json.dumps(manifest_fields(kind))}
     header = json.dumps(header_fields(entries, metadata)).encode()
     return with_header(header, b"".join(data for _, _, data in entries.values()))
 
 
 def write(folder: Path, data: bytes) -> Path:
-    """The bytes in a file."""
+    """Write the bytes to a file in the folder, and return its path."""
     path = folder / "file.safetensors"
     path.write_bytes(data)
     return path

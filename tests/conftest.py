@@ -1,11 +1,12 @@
-"""Fixtures: a tiny random model, served by the real engine, behind the real application."""
+"""Fixtures that serve a tiny random model with the real engine and the real application."""
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-# Triton's kernels run without a GPU, slowly, if it reads this when transformers imports it.
+# Triton reads this when it is imported (transformers does that): without a GPU, it then
+# interprets its kernels on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
 import httpx
@@ -26,7 +27,7 @@ from tests.manifests import manifest_of
 from tests.serving import Script, ScriptedGeneration, build_app
 from tests.tiny import CHAT_TEMPLATE, random_head, random_maps, save_families, save_tiny
 
-# Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
+# Threads do not speed up operations on tiny tensors, and wait for each other on a busy machine.
 torch.set_num_threads(1)
 
 # A busy machine takes longer than Hypothesis' 200 ms for an example now and then.
@@ -39,13 +40,13 @@ TINY_OPTIONS = EngineOptions(
 
 
 class LoadTiny(Protocol):
-    """Loads a tiny model in float32. Engines put hooks into a model, so each has its own."""
+    """Loads a tiny model in float32: a new one each time, since engines put hooks into theirs."""
 
     def __call__(self, family: str = "llama") -> LoadedModel: ...
 
 
 class StartEngine(Protocol):
-    """Starts an engine on a tiny model, with interventions by digest."""
+    """Starts an engine on a tiny model, with the given interventions by digest."""
 
     async def __call__(
         self,
@@ -68,7 +69,7 @@ class WriteArtifact(Protocol):
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A folder with a tiny random model of each family, and the Llama with a chat template."""
+    """Save a tiny random model of each family, and a Llama with a chat template; return folders."""
     root = tmp_path_factory.mktemp("models")
     folders = save_families(root)
     folders["llama-chat"] = save_tiny(root / "tiny-chat", chat_template=CHAT_TEMPLATE)
@@ -110,7 +111,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 async def tiny_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[TorchEngine]:
-    """A started engine on the tiny Llama that reads its interventions from `registry`."""
+    """Start an engine on the tiny Llama that reads its interventions from `registry`."""
     engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS)
     await engine.start()
     yield engine
@@ -119,7 +120,7 @@ async def tiny_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[
 
 @pytest.fixture
 def affine_artifact(tmp_path: Path, load_tiny: LoadTiny) -> WriteArtifact:
-    """Write random affine maps that fit the tiny Llama."""
+    """Return a function that writes random affine maps that fit the tiny Llama."""
 
     def write(
         name: str, seed: int = 0, limits: dict[str, tuple[float, float]] | None = None
@@ -136,7 +137,7 @@ def affine_artifact(tmp_path: Path, load_tiny: LoadTiny) -> WriteArtifact:
 
 @pytest.fixture
 def reward_artifact(tmp_path: Path, load_tiny: LoadTiny) -> WriteArtifact:
-    """Write a random reward head that fits the tiny Llama."""
+    """Return a function that writes a random reward head that fits the tiny Llama."""
 
     def write(
         name: str, seed: int = 0, limits: dict[str, tuple[float, float]] | None = None
@@ -152,7 +153,7 @@ def reward_artifact(tmp_path: Path, load_tiny: LoadTiny) -> WriteArtifact:
 
 
 class MakeClient(Protocol):
-    """A client of an application on the tiny engine, with other settings than the defaults."""
+    """Makes a client of an application that has the given settings and runs on the tiny engine."""
 
     def __call__(self, **settings: JsonValue) -> httpx.AsyncClient: ...
 
@@ -174,13 +175,13 @@ async def make_client(tiny_engine: TorchEngine, registry: Registry) -> AsyncIter
 
 @pytest.fixture
 def client(make_client: MakeClient) -> httpx.AsyncClient:
-    """A client of an application with the default settings; the model is called "tiny"."""
+    """Make a client of an application with the default settings; the model is called "tiny"."""
     return make_client()
 
 
 @pytest.fixture
 async def chat_engine(load_tiny: LoadTiny, registry: Registry) -> AsyncIterator[TorchEngine]:
-    """The tiny Llama with a chat template."""
+    """Start an engine on the tiny Llama with a chat template."""
     engine = TorchEngine(
         load_tiny("llama-chat"), lambda digest: registry.load(digest).parameters, TINY_OPTIONS
     )
@@ -200,7 +201,7 @@ async def chat_client(
 
 @pytest.fixture
 def script(chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """What the engine was asked for, once."""
+    """Have `chat_engine` record the requests that it gets, and answer the first with "one"."""
     script = Script([ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))])
     monkeypatch.setattr(chat_engine, "submit", script.submit)
     return script

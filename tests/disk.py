@@ -1,4 +1,4 @@
-"""A registry's disk under a test's control: every change of it is counted, refused or held up."""
+"""Lets a test watch, refuse or delay each operation that changes a registry's disk."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-# What changes a disk, by its name in `os`; pathlib calls these too.
+# The functions of `os` that change a disk; pathlib calls these too.
 OPERATIONS: Final = (
     "open",
     "write",
@@ -28,11 +28,11 @@ FOLDER_SYNC: Final = "fsync of a folder"
 
 
 class WatchedDisk:
-    """Tells `before` of every operation in a folder that changes it, by its name and its path.
+    """Calls `before` with the name and the path of each operation that changes a folder.
 
-    `open` comes as `create` where it may make a file, and not at all where it does not. `before`
-    may raise, and the operation is not done then (but `close` is: a descriptor is gone whatever
-    happens), or wait.
+    An `open` that may create a file is named `create`; other opens are not reported. `before` may
+    wait. It may also raise, and the operation is then not done, except for `close`: that closes
+    the descriptor first, as the system does even when it reports an error.
     """
 
     def __init__(self, root: Path, before: Callable[[str, Path], None]) -> None:
@@ -41,7 +41,7 @@ class WatchedDisk:
         self._opened: dict[int, Path] = {}
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Watch until the patches are undone."""
+        """Replace the functions of `os` until the patches are undone."""
         for name in OPERATIONS:
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
 
@@ -102,22 +102,25 @@ class WatchedDisk:
 
 
 class FaultyDisk:
-    """Refuses one operation, or all from there on; counts those that it lets through."""
+    """Fails one operation, or that and all later ones, and records every operation."""
 
     def __init__(self, number: int, fails: int, *, lasting: bool) -> None:
-        """From the operation with this number on (from 0), with this number as the error's.
+        """Make a disk that fails at one operation.
 
         Args:
-            lasting: all that come after fail too; those that need no room succeed on a full disk.
+            number: the operation's number, counted from 0.
+            fails: the error's errno. Where it means a full disk, operations that need no space
+                succeed.
+            lasting: whether all later operations fail too.
         """
         self._number = number
         self._fails = fails
         self._lasting = lasting
-        self.done: list[str] = []  # what was done or refused
+        self.done: list[str] = []  # every operation that was asked for, refused ones too
         self.refused: list[str] = []
 
     def before(self, operation: str, path: Path) -> None:
-        """Refuse an operation, or not."""
+        """Record an operation, and raise OSError if it is one that fails."""
         number = len(self.done)
         self.done.append(f"{operation} {path.name}")
         if self._fails in (errno.ENOSPC, errno.EDQUOT) and operation not in NEEDS_ROOM:
@@ -128,10 +131,10 @@ class FaultyDisk:
 
 
 class SlowDisk:
-    """Holds up one kind of operation until it is told to go on."""
+    """Makes one kind of operation wait until `go_on` is set."""
 
     def __init__(self, held: str) -> None:
-        """Make it on the thread of the event loop, which must ask for no operation of any kind."""
+        """Take the calling thread for the event loop's, whose operations go to `on_the_loop`."""
         self._held = held
         self._loop = threading.current_thread()
         self.go_on = threading.Event()
@@ -139,7 +142,7 @@ class SlowDisk:
         self.on_the_loop: list[str] = []  # the operations that the loop's thread asked for
 
     def before(self, operation: str, path: Path) -> None:
-        """Wait, if it is that operation."""
+        """Wait if the operation is of the kind that is held and another thread asks for it."""
         if threading.current_thread() is self._loop:
             self.on_the_loop.append(f"{operation} {path}")
         elif operation == self._held:

@@ -1,4 +1,4 @@
-"""What an engine holds, and that in the end it holds nothing."""
+"""Checks that an engine has given back all that its requests held."""
 
 import asyncio
 from typing import Final
@@ -9,7 +9,7 @@ _COMPILE_SECONDS: Final = 120.0
 
 
 def idle(engine: TorchEngine) -> bool:
-    """Nothing runs, waits, or holds memory, slots or places in the queue."""
+    """Return whether no request runs, waits or holds KV blocks, slots or a place in the queue."""
     stats = engine.stats()
     return (
         (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
@@ -21,7 +21,7 @@ def idle(engine: TorchEngine) -> bool:
 
 
 async def close_checked(engine: TorchEngine) -> None:
-    """Close an engine whose books must add up, whatever a test has done to it."""
+    """Close an engine; check its invariants before and after, and that it is idle at the end."""
     core = engine._core
     if engine.ready:
         await asyncio.wrap_future(engine._thread.call(core.check))
@@ -29,5 +29,5 @@ async def close_checked(engine: TorchEngine) -> None:
     core.check()
     assert idle(engine)
     if (layers := core._runner.compiled) is not None:
-        # torch's compiler serves one thread at a time, and the next test may want it.
+        # torch's compiler serves one thread at a time, and the next test may need it.
         assert await asyncio.to_thread(layers.wait, _COMPILE_SECONDS), "it compiles without end"

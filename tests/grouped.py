@@ -1,4 +1,4 @@
-"""Rows refined by `GroupedRefinement`, and by the equations. Needs no more than torch."""
+"""Refines rows by `GroupedRefinement` and by the paper's equations; imports torch, not Triton."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -11,11 +11,11 @@ from steering.grouped_refinement import GroupedRefinement, RefinementKernels, ti
 from steering.reward import RewardHead, apply_reward
 
 Rows = Sequence[tuple[int, int]]
-"""Slots, and how many rows each one's head edits, after the rows of the head before it."""
+"""Pairs of a slot and the number of consecutive rows that its head edits, in the rows' order."""
 
 
 def use_few_programs(patch: pytest.MonkeyPatch, launches: ModuleType) -> None:
-    """Have kernels use large blocks: the interpreter's time is a program's, not a number's."""
+    """Make the kernels use large blocks: the interpreter's time grows with the programs' number."""
     patch.setattr(launches, "UNITS_BLOCK", {"block_units": 128, "block_columns": 64})
     patch.setattr(launches, "MOTION_BLOCK", {"block_units": 64, "block_columns": 256})
     patch.setattr(launches, "FINISH_BLOCK", {"block_units": 64, "block_columns": 128})
@@ -25,7 +25,7 @@ def use_few_programs(patch: pytest.MonkeyPatch, launches: ModuleType) -> None:
 def filled(
     heads: Sequence[RewardHead], kernels: RefinementKernels, device: torch.device
 ) -> GroupedRefinement:
-    """Heads in slots from 1 on; slots 0 and 15 are empty."""
+    """Return a refinement with the heads in slots from 1 on, in 16 slots."""
     refine = GroupedRefinement(16, device, kernels)
     for slot, head in enumerate(heads, 1):
         prepared = head.to(device).prepare().prepared
@@ -35,7 +35,7 @@ def filled(
 
 
 def index_of(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Slots and counts, as a route has them."""
+    """Return two int32 tensors as in a route: each row's slot; the size of the tile it begins."""
     slots, tile_sizes = (
         torch.tensor(each, dtype=torch.int32, device=device) for each in tiles(rows)
     )
@@ -49,11 +49,11 @@ def refined_by(
     settings: tuple[Tensor, Tensor],
     known: bool = False,
 ) -> Tensor:
-    """Rows refined.
+    """Return the rows refined by their heads.
 
     Args:
-        settings: (n, 1), direction scales; and (n, most), step sizes.
-        known: whether the host knows whose rows they are.
+        settings: direction scales, (n, 1), and step sizes, (n, most iterations).
+        known: whether the host is given `rows`; otherwise only the device knows the heads.
     """
     return refine(h, rows if known else None, *index_of(rows, h.device), *settings)
 
@@ -61,7 +61,7 @@ def refined_by(
 def expected_of(
     heads: Sequence[RewardHead], h: Tensor, rows: Rows, settings: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """The same, head after head."""
+    """Return the rows refined one head after another by `apply_reward`."""
     expected = []
     first = 0
     for slot, count in rows:
@@ -78,21 +78,22 @@ def random_rows(count: int, width: int, seed: int = 0) -> Tensor:
 
 
 def mixed_settings(count: int, most: int = 6) -> tuple[Tensor, Tensor]:
-    """Different settings of rows, some of which have no direction, no steps, or steps of 0."""
+    """Return settings that differ by row; some rows have no direction, no steps, or steps of 0."""
     row = torch.arange(count)
     scales = (row % 3) * 0.4
     steps = (row % (most + 1))[:, None]
     eta = (0.5 * (row % 5) / 4)[:, None]
-    # Parts of one table, as a route has them.
+    # Both are views of one table, as in a route.
     sizes = torch.where(torch.arange(most) < steps, eta, 0.0)
     table = torch.cat((scales[:, None], sizes), dim=1)
     return table[:, :1], table[:, 1:]
 
 
 def flipping_head(width: int, units: int) -> RewardHead:
-    """A head all of whose units flip in each step of 1, of rows whose first number is 0.3.
+    """Return a head whose units all flip in each step of size 1 of a row that starts with 0.3.
 
-    Half are on where that is above 0, half where it is below, and each step goes past it.
+    Half of the units are on where the row's first number is positive, half where it is negative,
+    and each step changes that number's sign.
     """
     w1 = torch.zeros(units, width)
     w1[:, 0] = torch.tensor([1.0, -1.0]).repeat(units // 2)

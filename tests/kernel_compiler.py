@@ -1,4 +1,6 @@
-"""Compiles the attention kernel for GPUs that are not there, and prints what came of it as JSON.
+"""Compiles the attention kernels for GPUs that are not present; prints their resources as JSON.
+
+The arguments are compute capabilities:
 
 python -m tests.kernel_compiler 80 90
 """
@@ -21,19 +23,19 @@ from server.engine.torch.cuda.paged_kernel import _attend_kernel, _combine_kerne
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model's attention, in prompts or decoding."""
+    """The shape of a model's attention, in prefill or decoding."""
 
     dtype: str  # as Triton writes it
     heads: int
     kv_heads: int
     head_dim: int
-    bounded: bool  # by a window and a soft cap
+    bounded: bool  # whether there are a sliding window and a soft cap
     decoding: bool
 
 
 MODELS = (
     ("bf16", 32, 8, 128, False),  # Llama 3 8B, Mistral 7B
-    ("bf16", 32, 32, 96, True),  # Phi-3 mini, whose heads are no power of two
+    ("bf16", 32, 32, 96, True),  # Phi-3 mini, whose head_dim is no power of two
     ("bf16", 8, 4, 256, True),  # Gemma-2 2B
     ("fp32", 14, 2, 64, False),  # Qwen2.5 0.5B
 )
@@ -43,7 +45,7 @@ _INDICES = ("block_spans", "block_starts", "query_ends", "lengths", "tables")
 
 
 def compiled(case: Case, capability: int) -> dict[str, object]:
-    """What the kernel takes of a multiprocessor, and whether it uses tensor cores."""
+    """Return the kernel's shared memory and code size, and whether it uses tensor cores."""
     itemsize = 4 if case.dtype == "fp32" else 2
     tiling = Tiling(case.heads, case.kv_heads, itemsize, processors=108)
     splits = 8 if case.decoding else 1
@@ -78,7 +80,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
 
 
 def combine_compiled(capability: int) -> dict[str, object]:
-    """The same of the kernel that combines what was split."""
+    """Return the shared memory and the code size of the kernel that combines the splits."""
     constants = {"head_dim": 96, "block_dim": 128, "splits": 16}
     types = {"output": "*bf16", "rows": "i32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in _combine_kernel.arg_names}

@@ -1,4 +1,4 @@
-"""The application on a real socket, run by the server that `steerserve serve` runs."""
+"""Serves the application on a real socket, with the server class of `steerserve serve`."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from server.lifecycle import Server
 from tests.serving import eventually
 
-SEND_BUFFER = 4096  # what a reader does not take must soon be felt
+SEND_BUFFER = 4096  # bytes; small, so that a slow reader soon blocks the server
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LiveServer:
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """The server's address."""
         return f"http://127.0.0.1:{self.port}"
 
 
@@ -34,7 +34,7 @@ class LiveServer:
 async def live(app: FastAPI) -> AsyncIterator[LiveServer]:
     """Serve an application; stop it at the end if it has not stopped by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        # It would change the loggers of the whole test run.
+        # uvicorn's logging configuration would change the loggers of the whole test run.
         patch.setattr(uvicorn.Config, "configure_logging", lambda _: None)
         server = Server(app)
     with socket.create_server(("127.0.0.1", 0)) as listener:

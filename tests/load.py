@@ -1,4 +1,4 @@
-"""Clients that ask for steered completions again and again, and judge every answer."""
+"""Runs clients that ask for steered completions again and again, and check every answer."""
 
 import json
 import threading
@@ -17,21 +17,21 @@ PAUSE_SECONDS = 0.1  # after each answer, so that a server may start beside the 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request and what became of it, in seconds by time.monotonic()."""
+    """The result of one request; times are seconds of time.monotonic()."""
 
     streamed: bool
     begun: float
     ended: float
-    problem: str | None = None  # None: the whole steered answer came, once
+    problem: str | None = None  # what was wrong; None if the complete steered answer came
 
     def running_at(self, moment: float) -> bool:
-        """Whether the request was on its way then."""
+        """Return whether the request was running at a moment."""
         return self.begun <= moment <= self.ended
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What the answers are to be."""
+    """The expected answers."""
 
     digest: str  # of the intervention `maps`
     expected: Mapping[str, str]  # the steered text, by prompt
@@ -39,25 +39,25 @@ class Questions:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests at an address, and what became of them."""
+    """Requests to a server, and their outcomes."""
 
     url: str
     questions: Questions
     outcomes: list[Outcome] = field(default_factory=list)
 
     def problems(self) -> list[Outcome]:
-        """The requests that did not get their answer."""
+        """Return the requests that did not get the expected answer."""
         return [outcome for outcome in self.outcomes if outcome.problem is not None]
 
     def wait_for(self, further: int, seconds: float = 60) -> None:
-        """Wait until so many further requests have ended."""
+        """Wait until `further` more requests have ended."""
         deadline, count = time.monotonic() + seconds, len(self.outcomes) + further
         while len(self.outcomes) < count:
             assert time.monotonic() < deadline, f"{len(self.outcomes)} of {count} requests"
             time.sleep(0.02)
 
     def run(self, stopped: threading.Event, number: int) -> None:
-        """Ask one question after the other; every other one for a stream."""
+        """Send one request after the other until stopped; every second one asks for a stream."""
         with httpx.Client(base_url=self.url, timeout=60) as client:
             while not stopped.is_set():
                 number += 1
@@ -82,7 +82,7 @@ class Load:
 
 
 def body(prompt: str, *, stream: bool = False, steered: bool = True) -> dict[str, object]:
-    """A request whose answer is always the same."""
+    """Return the body of a greedy request, whose answer is always the same."""
     return {
         "model": "tiny-llama",
         "prompt": prompt,
@@ -95,7 +95,7 @@ def body(prompt: str, *, stream: bool = False, steered: bool = True) -> dict[str
 
 
 def text_at(url: str, prompt: str, *, steered: bool = True) -> str:
-    """What one server answers, asked alone."""
+    """Return a server's text for a prompt, asked outside the load."""
     answer = httpx.post(f"{url}/v1/completions", json=body(prompt, steered=steered), timeout=60)
     text, steering = _read(answer.raise_for_status().json())
     assert bool(steering) == steered
@@ -104,7 +104,7 @@ def text_at(url: str, prompt: str, *, steered: bool = True) -> str:
 
 @contextmanager
 def under_load(load: Load, clients: int) -> Iterator[Load]:
-    """So many clients at once; at the end each still gets its last answer."""
+    """Run `clients` clients at once; at the end, wait for each one's last answer."""
     stopped = threading.Event()
     threads = [
         threading.Thread(target=load.run, args=(stopped, 5 * number)) for number in range(clients)
@@ -124,7 +124,10 @@ def _read(answer: Any) -> tuple[str, list[dict[str, str]]]:
 
 
 def _read_stream(text: str) -> tuple[str, list[dict[str, str]]]:
-    """The text of all chunks and the last one's steering; a stream without an end has no text."""
+    """Return the joined text of a stream and its last chunk's steering.
+
+    A stream without its end marker gives an error as its text, and no steering.
+    """
     events = [event.removeprefix("data: ") for event in text.split("\n\n")]
     *chunks, done, nothing = events
     if (done, nothing) != ("[DONE]", "") or "[DONE]" in chunks:
