@@ -1,4 +1,4 @@
-"""Manifests of the tiny interventions."""
+"""Makes manifests for the interventions of tiny test models."""
 
 from datetime import UTC, datetime
 
@@ -14,7 +14,7 @@ def manifest_of(
     name: str,
     limits: dict[str, tuple[float, float]] | None = None,
 ) -> Manifest:
-    """A manifest that fits the parameters and the model; `limits` replace the default ones."""
+    """Return a manifest that fits the parameters and the model, with the given limits if any."""
     common = {
         "format": "steerserve/1",
         "name": name,

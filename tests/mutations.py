@@ -1,4 +1,4 @@
-"""Makes bad input of good: JSON with something wrong in it, and files with wrong bytes."""
+"""Makes invalid input from valid input: JSON with wrong values, and files with wrong bytes."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 Json: TypeAlias = dict[str, object]
 
-# What programs that are wrong, or mean harm, put where something else belongs.
+# Values that buggy or hostile clients send in place of the right ones.
 STRANGE: Final[tuple[object, ...]] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 0.5, -0.0, 1e308, 5e-324),
     *("", " ", "\0", "\ufeff", "\ud7ff", "😀" * 9, "../..", "sha256:", "tiny+", "a" * 5000, "NaN"),
@@ -17,7 +17,7 @@ STRANGE: Final[tuple[object, ...]] = (
 
 
 def mutated_json(valid: Json, chance: random.Random) -> Json:
-    """A copy of an object in which one to three places are changed, removed, added or moved."""
+    """Return a copy in which one to three values are changed, removed, added or nested."""
     changed = copy.deepcopy(valid)
     for _ in range(chance.randint(1, 3)):
         _change(changed, chance)
@@ -51,7 +51,7 @@ def _put(container: object, key: object, value: object) -> None:
 
 
 def _places(value: object) -> Iterator[tuple[dict[str, object] | list[object], str | int]]:
-    """Every place in which a value of a document is: what holds it, and by which key or index."""
+    """Yield the container and the key or index of each value in a document."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield value, key
@@ -63,10 +63,10 @@ def _places(value: object) -> Iterator[tuple[dict[str, object] | list[object], s
 
 
 def mutated_bytes(valid: bytes, chance: random.Random, end: int | None = None) -> bytes:
-    """A copy of some bytes in which a few are changed, removed, doubled or put elsewhere.
+    """Return a copy of the bytes in which a few are changed, removed or doubled.
 
     Args:
-        end: where changes end; None for anywhere.
+        end: the index before which changes are made, apart from cuts at the end; None for anywhere.
     """
     data = bytearray(valid)
     for _ in range(chance.randint(1, 4)):
@@ -88,6 +88,6 @@ def mutated_bytes(valid: bytes, chance: random.Random, end: int | None = None) -
 
 
 def spelled(value: Json, chance: random.Random) -> bytes:
-    """An object as a body, now and then with wrong bytes."""
+    """Return an object as a JSON body, whose bytes are mutated three times in ten."""
     body = json.dumps(value, ensure_ascii=chance.random() < 0.5).encode(errors="surrogatepass")
     return mutated_bytes(body, chance) if chance.random() < 0.3 else body

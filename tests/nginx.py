@@ -1,4 +1,4 @@
-"""A real nginx with the committed configuration, in front of servers that a test has started."""
+"""Runs a real nginx with the committed configuration, in front of a test's servers."""
 
 import re
 import subprocess
@@ -16,12 +16,12 @@ from tests.prometheus import tool
 FOLDER = Path(__file__).parent.parent / "docker" / "nginx"
 CONFIGURATION = FOLDER / "steerserve.conf"
 SERVERS = FOLDER / "servers.conf"
-FAIL_SECONDS = 2  # for which nginx sends nothing to a server that has failed, as in servers.conf
+FAIL_SECONDS = 2  # time in which nginx sends nothing to a failed server (its fail_timeout)
 START_SECONDS = 20
 STOP_SECONDS = 20
 
-# What a distribution's own nginx.conf has around the committed file. Workers keep the user that
-# owns the test's folder.
+# A main configuration like a distribution's, which includes the committed file. Workers keep the
+# user that owns the test's folder.
 _MAIN = """
 daemon off;
 user root;
@@ -47,14 +47,14 @@ _LINE = re.compile(
 
 @dataclass(frozen=True)
 class Passage:
-    """One request's line in the log: where it was tried, in order, and how it ended."""
+    """One request's line in the access log: the servers tried, in order, and the result."""
 
     method: str
     path: str
     status: int
     addresses: tuple[str, ...]
     statuses: tuple[str, ...]
-    sent: tuple[int, ...]  # bytes, to each
+    sent: tuple[int, ...]  # bytes sent to each of `addresses`
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NginxProcess:
     folder: Path
 
     def passages(self) -> list[Passage]:
-        """The requests that have ended, in the order of their ends."""
+        """Return the requests that have ended, in the order in which they ended."""
         log = (self.folder / "access.log").read_text()
         found = list(_LINE.finditer(log))
         assert len(found) == len(log.splitlines()), log
@@ -84,10 +84,10 @@ class NginxProcess:
 
 
 def write_configuration(folder: Path, port: int, servers: Sequence[str]) -> Path:
-    """The committed configuration with other places: the port, the log and the servers.
+    """Write the committed configuration with another port, log folder and list of servers.
 
     Args:
-        servers: host:port of each; the parameters are those of the committed list.
+        servers: host:port of each; they get parameters like those of the committed list.
     """
     text = CONFIGURATION.read_text()
     for given, other in (
@@ -107,7 +107,7 @@ def write_configuration(folder: Path, port: int, servers: Sequence[str]) -> Path
 
 
 def idle_seconds() -> float:
-    """How long nginx keeps a connection to a server that no request needs."""
+    """Return how long nginx keeps an idle connection to a server, by the configuration."""
     (value,) = re.findall(
         r"upstream steerserve \{.*?^    keepalive_timeout (\d+)s;.*?^\}",
         CONFIGURATION.read_text(),
@@ -118,7 +118,7 @@ def idle_seconds() -> float:
 
 @contextmanager
 def nginx(folder: Path, servers: Sequence[str]) -> Iterator[NginxProcess]:
-    """nginx in front of servers, each as host:port, none of which has to be there yet."""
+    """Run nginx in front of servers, given as host:port; they need not have started."""
     port = free_port()
     path = write_configuration(folder, port, servers)
     with (folder / "output.log").open("ab") as output:
@@ -132,7 +132,7 @@ def nginx(folder: Path, servers: Sequence[str]) -> Iterator[NginxProcess]:
         _wait(process, f"http://127.0.0.1:{port}", folder)
         yield NginxProcess(process, f"http://127.0.0.1:{port}", folder)
     finally:
-        process.terminate()  # no more than that: its workers would outlive it
+        process.terminate()  # not kill(), which its worker processes would outlive
         assert process.wait(STOP_SECONDS) == 0
 
 
@@ -141,7 +141,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, folder: Path) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, (folder / "output.log").read_text()
         try:
-            httpx.get(f"{url}/metrics", timeout=2)  # which nginx answers itself
+            httpx.get(f"{url}/metrics", timeout=2)  # a path that nginx answers itself
         except httpx.TransportError:
             time.sleep(0.02)
         else:
@@ -150,5 +150,5 @@ def _wait(process: subprocess.Popen[bytes], url: str, folder: Path) -> None:
 
 
 def _values(text: str) -> tuple[str, ...]:
-    """Of one try each: nginx separates them by commas, or by colons after an error page."""
+    """Return the values of each try, which nginx separates by commas, or by colons."""
     return tuple(value for value in re.split(", | : ", text) if value != "-")

@@ -1,4 +1,4 @@
-"""Slow references, obviously right: what every fast path of the project is held to."""
+"""Slow, simple references that the fast implementations are compared with."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ Stack: TypeAlias = Sequence[
 
 
 def affine(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
-    """One token's vector: strength * T(z) + (1 - strength) * z, coordinate by coordinate.
+    """Return strength * T(z) + (1 - strength) * z for one token, coordinate by coordinate.
 
-    A gate scales the strength.
+    T(z) is weight * z + bias. A gate scales the strength.
     """
     strength *= gate(z, site_map)
     edited = z.clone()
@@ -38,7 +38,7 @@ def affine(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
 
 
 def gate(z: Tensor, site_map: AffineMap) -> float:
-    """The sigmoid of one token's product with a gate; 1 where the map has none."""
+    """Return a gate's sigmoid for one token, or 1 if the map has no gate."""
     if site_map.gate is None:
         return 1.0
     product = sum(a * b for a, b in zip(site_map.gate.weight.tolist(), z.tolist(), strict=True))
@@ -46,7 +46,7 @@ def gate(z: Tensor, site_map: AffineMap) -> float:
 
 
 def affine_rows(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
-    """(n, d): the same formula, a row at a time, for models too wide for the loop above."""
+    """Return `affine` of each row of an (n, d) tensor, without a loop over coordinates."""
     strengths = torch.tensor([[strength * gate(row, site_map)] for row in z])
     mapped = site_map.weight * z + site_map.bias
     edited = strengths * mapped + (1 - strengths) * z
@@ -56,12 +56,12 @@ def affine_rows(z: Tensor, site_map: AffineMap, strength: float) -> Tensor:
 
 
 def reward_of(h: Tensor, head: RewardHead) -> Tensor:
-    """r(h) of one vector."""
+    """Return the reward r(h) of one vector."""
     return head.w2 @ torch.relu(head.w1 @ h + head.b1) + head.b2
 
 
 def reward(h: Tensor, head: RewardHead, settings: RewardSettings) -> Tensor:
-    """One row, its gradient by autograd."""
+    """Return one row refined by a reward head, whose gradient comes from autograd."""
     gap = head.positive_reward - reward_of(h, head)
     if gap > 0:
         h = h + settings.direction_scale * gap * head.direction
@@ -76,7 +76,10 @@ def reward(h: Tensor, head: RewardHead, settings: RewardSettings) -> Tensor:
 def sampling_probabilities(
     logits: Sequence[float], prompt: Sequence[int], completion: Sequence[int], how: SamplingSettings
 ) -> list[float]:
-    """Each token's probability of being drawn next, a token at a time, in the documented order."""
+    """Return each token's probability of being drawn next.
+
+    The order: bias, penalties, temperature, min_p, top_k, top_p.
+    """
     values = list(logits)
     for token, bias in how.logit_bias:
         values[token] += bias
@@ -102,7 +105,13 @@ def sampling_probabilities(
 
 
 def mean_log_ratio(steered: Tensor, base: Tensor, tokens: Sequence[int]) -> float:
-    """Of tokens, each by its row of (tokens, vocabulary) logits, in double precision, in nats."""
+    """Return the mean over tokens of log p_steered - log p_base, in nats.
+
+    Args:
+        steered: (tokens, vocabulary) logits of the steered model, one row for each token.
+        base: the base model's logits, of the same shape.
+        tokens: the token ids.
+    """
     total = 0.0
     for mine, other, token in zip(steered.double(), base.double(), tokens, strict=True):
         total += float(mine.log_softmax(-1)[token] - other.log_softmax(-1)[token])
@@ -110,14 +119,14 @@ def mean_log_ratio(steered: Tensor, base: Tensor, tokens: Sequence[int]) -> floa
 
 
 def dose(before: Tensor, after: Tensor) -> float:
-    """‖edit‖ / ‖activation‖ of one vector."""
+    """Return ‖edit‖ / ‖activation‖ for one vector."""
     edit: list[float] = (after - before).tolist()
     activation: list[float] = before.tolist()
     return math.hypot(*edit) / math.hypot(*activation)
 
 
 class Oracle:
-    """Hugging Face's model, one request at a time, its whole text recomputed for every token."""
+    """Runs Hugging Face's model on one request at a time, without a KV cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -128,9 +137,9 @@ class Oracle:
     def logits(
         self, tokens: Sequence[int], prompt_length: int, stack: Stack = (), last: int = 0
     ) -> Tensor:
-        """(tokens, vocabulary) float32: the edited model's logits after every token.
+        """Return the edited model's logits after each token, (tokens, vocabulary) float32.
 
-        With `last`, only after so many at the end.
+        With `last` above 0, return those after the last `last` tokens only.
         """
         with ExitStack() as hooks, torch.no_grad():
             for site in dict.fromkeys(site for site in _sites(stack)):
@@ -145,7 +154,7 @@ class Oracle:
     def greedy(
         self, prompt: Sequence[int], new_tokens: int, stack: Stack = ()
     ) -> tuple[list[int], list[Tensor]]:
-        """The tokens that greedy decoding gives, and the logits that each was chosen from."""
+        """Return greedily decoded tokens, and the row of logits that each was chosen from."""
         tokens = list(prompt)
         chosen_from = []
         for _ in range(new_tokens):
@@ -162,7 +171,7 @@ def _sites(stack: Stack) -> list[str]:
 
 
 def _hook_site(model: nn.Module, site: str, stack: Stack, prompt_length: int) -> RemovableHandle:
-    """Edit what a module gives, or, at "<path>.input", the first argument of its calls."""
+    """Edit a module's output or, at "<path>.input", the first argument of its calls."""
 
     def edit(given: Any) -> Any:
         if isinstance(given, tuple):
@@ -213,7 +222,7 @@ def _edit_rows(stack: Stack) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[
 def penalized(
     logits: Tensor, prompt: Sequence[int], completion: Sequence[int], how: SamplingSettings
 ) -> Tensor:
-    """One row's logits with bias and penalties, a token at a time, every number a float32."""
+    """Return one row's logits with bias and penalties, computed token by token in float32."""
     changed = logits.clone()
     bias: dict[int, float] = {}
     for token, added in how.logit_bias:

@@ -1,4 +1,4 @@
-"""What attention over pages computes, slowly and on any device, and engines that run on it."""
+"""A slow reference for paged attention, and patches that make CPU engines use pages and graphs."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,7 +22,7 @@ from server.engine.torch.options import EngineOptions
 def paged_reference(
     query: Tensor, keys: Tensor, values: Tensor, index: PagedIndex, params: AttentionParams
 ) -> Tensor:
-    """Attend one sequence after the other; see `PagedAttention`."""
+    """Attend one sequence after the other, with the arguments of a paged attention kernel."""
     output = torch.full_like(query, torch.nan)
     for place, (first, last) in enumerate(pairwise(index.query_ends.tolist())):
         length = int(index.lengths[place])
@@ -33,7 +33,7 @@ def paged_reference(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """One sequence; its last query stands at its last key."""
+    """Attend for one sequence, whose last query has the position of its last key."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1).float(), value.repeat_interleave(shared, 1)
     scores = torch.einsum("qhd,khd->hqk", query.float(), key)
@@ -55,7 +55,7 @@ OPTIONS = EngineOptions(
 
 
 class EagerCapture:
-    """In place of CUDA graphs: what was captured is computed again."""
+    """Stands in for CUDA graph capture: a replay calls the captured function again."""
 
     def __init__(self) -> None:
         self.captured = 0
@@ -78,7 +78,7 @@ class EagerCapture:
 def use_pages(
     monkeypatch: pytest.MonkeyPatch, attend: PagedAttention = paged_reference
 ) -> EagerCapture:
-    """Have engines on this machine use pages, attended to by a function, and graphs."""
+    """Make engines on this machine use CUDA's paths: pages, read by `attend`, and (fake) graphs."""
     capture = EagerCapture()
 
     def plan(model: PreTrainedModel, options: KVOptions) -> KVPlan:
@@ -90,13 +90,13 @@ def use_pages(
     monkeypatch.setattr(build, "plan_kv", plan)
     monkeypatch.setattr(build, "paths_of", lambda _device: cuda_paths)
     monkeypatch.setattr(cuda_paths, "CudaCapture", lambda _device: capture)
-    # Triton interprets its kernels here, which is slow; they have tests of their own.
+    # Triton would interpret its kernels here, which is slow; the kernels have their own tests.
     monkeypatch.setattr(cuda_paths, "_use_kernels", lambda _parts: None)
     return capture
 
 
 def make_all(core: EngineCore) -> None:
-    """Make the graphs that are pending, as an engine does while it has no work."""
+    """Make all pending graphs, as an idle engine does."""
     while core.make_pending():
         pass
     assert core.compiling == 0

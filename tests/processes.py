@@ -1,4 +1,4 @@
-"""Starting the `steerserve` command as a user does, in a process of its own."""
+"""Starts the `steerserve` command as a user does, in a process of its own."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ STOP_SECONDS = 60
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A running server, its address and what it prints."""
+    """A running server, its address, and the file that its output goes to."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -49,9 +49,10 @@ def steerserve(
     port: int | None = None,
     registry: Path | None = None,
 ) -> Iterator[ServerProcess]:
-    """`steerserve serve` on a free port, its registry and its log in `folder` if not given.
+    """Run `steerserve serve`, on a free port if none is given, with its log in `folder`.
 
-    A server that the test has not stopped itself must stop cleanly at the end.
+    The registry is in `folder` too unless one is given. A server that the test has not stopped
+    itself must stop cleanly at the end.
     """
     port = free_port() if port is None else port
     command = [sys.executable, "-m", module, "serve", "--port", str(port), *arguments]
@@ -60,7 +61,7 @@ def steerserve(
         process = subprocess.Popen(
             [*command, "--registry", str(registry or folder / "registry")],
             cwd=ROOT,
-            # Compiling takes the processors from what the tests want to see.
+            # Layers are not compiled, because that would slow down what the tests measure.
             env={
                 **os.environ,
                 "HF_HUB_OFFLINE": "1",
@@ -84,7 +85,7 @@ def steerserve(
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

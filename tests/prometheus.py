@@ -1,4 +1,4 @@
-"""A real Prometheus, in a process of its own."""
+"""Runs a real Prometheus in a process of its own."""
 
 import re
 import shutil
@@ -22,9 +22,9 @@ STOP_SECONDS = 30
 
 
 def tool(name: str) -> str:
-    """The path of a program that no wheel brings; without it, the test is skipped.
+    """Return the path of a program that is not installed by pip; skip the test if it is missing.
 
-    With STEERSERVE_TEST_ALL it fails instead: where everything is to be tested, nothing is skipped.
+    With STEERSERVE_TEST_ALL set, a missing program fails the test instead.
     """
     path = shutil.which(name)
     if path is None and TEST_ALL.read():
@@ -43,7 +43,7 @@ class PrometheusProcess:
     log: Path
 
     def wait_for(self, expression: str, seconds: float) -> list[Series]:
-        """Wait until an expression gives something, or fail."""
+        """Wait until a query returns a series, or fail after `seconds`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = self.api.query(expression)
@@ -55,7 +55,7 @@ class PrometheusProcess:
 
 @contextmanager
 def prometheus(folder: Path, target: str) -> Iterator[PrometheusProcess]:
-    """A Prometheus with the project's rules that scrapes `target` (host:port) every second."""
+    """Run a Prometheus with the project's rules that scrapes `target` (host:port) every second."""
     program = tool("prometheus")
     log = folder / "prometheus.log"
     with log.open("ab") as output:
@@ -81,7 +81,7 @@ def prometheus(folder: Path, target: str) -> Iterator[PrometheusProcess]:
 
 
 def _write_config(folder: Path, target: str) -> Path:
-    """The configuration for a server on this machine, with another target and a scrape a second."""
+    """Write docker/prometheus/local.yml with another target and a scrape each second."""
     config = yaml.safe_load((FOLDER / "local.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(FOLDER / path) for path in config["rule_files"]]
@@ -93,7 +93,7 @@ def _write_config(folder: Path, target: str) -> Path:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Wait until it answers; returns its address, whose port it has chosen itself."""
+    """Wait until Prometheus answers, and return its address, whose port it has chosen itself."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()

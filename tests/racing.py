@@ -1,7 +1,7 @@
-"""Servers that change one registry at random, to be killed and suspended by a test.
+"""Runs servers that change one registry at random while a test kills and suspends them.
 
-Run as a script, this file is the servers' parent: it imports once (seconds, because of torch) and
-forks a server for every plan that it is given.
+Run as a script, this file is the servers' parent process: it imports torch once, which takes
+seconds, and forks a server for each plan that it reads from stdin.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ from interventions.watch import polling
 from tests.catalogues import damaged_files, history_of
 
 NAMES: Final = ("a", "b", "c")
-SHARED: Final = 3  # artifacts that every server uploads now and then; all others are new
-FAILED: Final = 3  # exit status
+SHARED: Final = 3  # number of artifacts that all servers upload; every other upload is new
+FAILED: Final = 3  # exit status of a server that has found a fault
 _CHUNK_BYTES: Final = 512
 _LONGEST_PAUSE: Final = 0.03  # seconds
 _LONG: Final = 0.4  # seconds
@@ -50,31 +50,31 @@ _MOST_HELD: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one server shall do."""
+    """The arguments of one server."""
 
     root: str  # the registry
-    template: str  # an artifact, of which others are made
-    journal: str  # the file to write to
-    number: int  # another one for every server of a registry
+    template: str  # path of an artifact from which others are made
+    journal: str  # path of the file to which the server writes its events
+    number: int  # unique among the servers of a registry
     seed: int
-    clock_speed: float = 1.0  # with 60, a lease lives for a second
-    forgiving: bool = False  # the lease may die while the server lives, which then is no fault
+    clock_speed: float = 1.0  # at 60, a lease expires after a second
+    forgiving: bool = False  # whether the lease may expire while the server lives
 
 
 def version_bytes(template: bytes, number: int) -> bytes:
-    """Make a valid artifact for each number: the last float32 of the template is replaced."""
+    """Return an artifact with its own digest for each number: its last float32 is the number."""
     return template[:-4] + struct.pack("<f", number)
 
 
 def fingerprint(versions: Sequence[Version]) -> str:
-    """Digest a name's history, or the beginning of one."""
+    """Return a hash of a name's history, or of the beginning of one."""
     return hashlib.sha256(repr(versions).encode()).hexdigest()
 
 
 class Journal(logging.Handler):
-    """Writes what a server does, a line at once, so that a killed one's journal is whole.
+    """Writes a server's events to a file, each line in one write, so that a kill cuts none.
 
-    It is a log's handler too: whatever the registry logs is a fault, unless kills bring it about.
+    It is also the registry's log handler: a warning is a fault, unless it is one that kills cause.
     """
 
     def __init__(self, path: str, *, forgiving: bool) -> None:
@@ -89,18 +89,18 @@ class Journal(logging.Handler):
         os.write(self._descriptor, f"{line}\n".encode())
 
     def emit(self, record: logging.LogRecord) -> None:
-        """End the server, unless the message is one to expect."""
+        """End the server, unless the message is an expected one."""
         if not record.getMessage().startswith(self._expected):
             self.fail(logging.Formatter().format(record))
 
     def fail(self, reason: str) -> None:
-        """End the server at once, as a failure."""
+        """Write the reason and end the process at once with status FAILED."""
         self.write("failed", reason=reason)
         os._exit(FAILED)
 
 
 class RacingServer:
-    """One server: each `act` is one random operation."""
+    """Performs one random operation on the registry in each `act`."""
 
     def __init__(self, registry: Registry, plan: Plan, journal: Journal) -> None:
         self._registry = registry
@@ -113,7 +113,7 @@ class RacingServer:
         self._default: dict[str, str] = {}
 
     def act(self) -> None:
-        """Do something, and check what must hold at any time."""
+        """Perform a random operation, then check the registry's invariants."""
         operations = {
             self._upload: 4,
             self._delete: 3,
@@ -133,7 +133,7 @@ class RacingServer:
             assert self._registry.resolve(name).digest == digest, "a default's name has moved"
 
     def end(self) -> None:
-        """Let go of everything."""
+        """Unpin every pinned digest."""
         while self._held:
             self._let_go()
 
@@ -186,7 +186,7 @@ class RacingServer:
         )
 
     def _use(self) -> None:
-        """Resolve, pin, load, and unpin now or later."""
+        """Resolve, pin and load a digest, and unpin it now or later."""
         entries = self._registry.entries()
         if not entries or len(self._held) == _MOST_HELD:
             return
@@ -196,7 +196,7 @@ class RacingServer:
         try:
             digest = self._registry.resolve(self._random.choice(references)).digest
             if self._random.random() < 0.03:
-                time.sleep(_LONG)  # until a deletion is shown, and others have beaten twice
+                time.sleep(_LONG)  # lets deletions show and other servers renew leases twice
             elif self._random.random() < 0.3:
                 self._pause()
             self._registry.pin(digest)
@@ -249,7 +249,7 @@ class RacingServer:
 
 
 def run_server(plan: Plan) -> None:
-    """Change the registry until SIGTERM, the parent's end, or something that is wrong."""
+    """Change the registry until SIGTERM, until the parent has ended, or until a fault."""
     parent = os.getppid()
     journal = Journal(plan.journal, forgiving=plan.forgiving)
     logging.getLogger("interventions").addHandler(journal)
@@ -271,7 +271,7 @@ def run_server(plan: Plan) -> None:
 
 
 def serve_plans() -> None:
-    """Fork a server for each plan on stdin and tell its process; wait for each process given."""
+    """Read commands from stdin: fork a server and print its pid, or wait for a pid's exit code."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         word, _, rest = line.partition(" ")
@@ -288,7 +288,7 @@ def serve_plans() -> None:
 
 
 def plan_line(plan: Plan) -> str:
-    """Write a plan as `serve_plans` reads it."""
+    """Return the line with which `serve_plans` starts a server for a plan."""
     return f"start {json.dumps(asdict(plan))}\n"
 
 

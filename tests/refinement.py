@@ -1,4 +1,4 @@
-"""Settings of rows that reward heads refine."""
+"""Makes reward settings for rows: a hypothesis strategy, and tensors as in a route."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ SETTINGS = st.builds(
 
 
 def columns(settings: Sequence[RewardSettings]) -> tuple[Tensor, Tensor]:
-    """Each row's, as a route has them: parts of one table."""
+    """Return direction scales, (n, 1), and step sizes, (n, most iterations): views of one table."""
     most = max(row.iterations for row in settings)
     etas = [[row.eta if step < row.iterations else 0.0 for step in range(most)] for row in settings]
     scales = [row.direction_scale for row in settings]

@@ -1,4 +1,6 @@
-"""Compiles rewards' kernels for GPUs that are not there, and prints what came of it as JSON.
+"""Compiles the reward kernels for GPUs that are not present; prints their resources as JSON.
+
+The arguments are compute capabilities:
 
 python -m tests.reward_kernel_compiler 80 90
 """
@@ -22,11 +24,11 @@ from steering.kernels import reward_triton as launches
 from steering.kernels.reward_rows import climb_kernel, move_kernel
 from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
 
-UNITS: Final = 1024  # of ARGRE's heads
+UNITS: Final = 1024  # number of hidden units of ARGRE's heads
 _TYPES: Final = {"table": "*i64", "slots": "*i32", "tile_sizes": "*i32"} | dict.fromkeys(
     ("width", "max_units", "motion_stride", "scales_stride", "sizes_stride", "most"), "i32"
 )
-# What differs from step to step, as parts of one table do.
+# Arguments whose alignment differs from step to step, because they are views of one table.
 _UNALIGNED: Final = {
     "scales",
     "sizes",
@@ -76,7 +78,7 @@ CASES = (
 
 
 def compiled(case: Case, capability: int) -> dict[str, object]:
-    """What a kernel takes of a multiprocessor, and how many bytes it reads ahead at once."""
+    """Return a kernel's shared memory, threads, registers, spills and widest cp.async, in bytes."""
     names = case.kernel.arg_names
     signature = {
         name: "constexpr" if name in case.constants else _TYPES.get(name, "*fp32") for name in names
@@ -100,7 +102,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
 
 
 def _assembler(ptx: str) -> str:
-    """What the assembler that comes with Triton says of a kernel."""
+    """Return the verbose output of Triton's own ptxas for a kernel."""
     [target] = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     with TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
