@@ -1,10 +1,10 @@
-"""What a step does to its sequences, without a model."""
+"""Advances a scheduler's sequences as an engine's step does, without a model."""
 
 from server.engine.torch.scheduling.scheduler import Chunk, Scheduler
 
 
 def step(schedule: Scheduler) -> list[Chunk]:
-    """One step's chunks, as if they were computed; sequences that finish are removed."""
+    """Schedule a step, count its chunks as computed, remove finished sequences; return chunks."""
     chunks = schedule.schedule().chunks
     sampling = [chunk.sequence for chunk in chunks if chunk.draws]
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Scorers for tests, and applications that score with them."""
+"""A fake clock, a fake scorer, and clients of applications that score with it."""
 
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +15,7 @@ from tests.serving import build_app
 
 @dataclass
 class FakeClock:
-    """A clock that stands still unless a test moves it."""
+    """A clock that returns `now`, which only a test changes."""
 
     now: float = 100.0
 
@@ -24,15 +24,15 @@ class FakeClock:
 
 
 def score_of(text: str) -> float:
-    """What `TestScorer` says of a text: some number that depends on all of it."""
+    """Return the score that `TestScorer` gives a text, which depends on all of its bytes."""
     return sum(text.encode()) % 101 / 100
 
 
 @dataclass
 class TestScorer:
-    """Scores at once, and remembers what it was asked; or fails; or waits until it may go on.
+    """Scores texts and records them in `texts`.
 
-    Closed, it fails.
+    It waits while `may_go_on` is not set, and raises where `fails` is set or after `close`.
     """
 
     __test__ = False
@@ -61,7 +61,7 @@ class TestScorer:
 async def scored_client(
     engine: Engine, registry: Registry, scorer: TestScorer, **settings: object
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application that serves "tiny" and scores what it says."""
+    """Make a client of an application that serves the model "tiny" and scores generated text."""
     app = build_app(engine, registry, scorer, **settings)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (

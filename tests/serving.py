@@ -1,4 +1,4 @@
-"""Driving the application in tests: requests, streams, real sockets, and engines that misbehave."""
+"""Builds the application, sends it requests, reads its streams, and scripts its engine."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ from server.toxicity.scorer import Scorer
 
 Json = dict[str, object]
 
-# Every sampling field that both endpoints share, and what it means to the engine.
+# Every sampling field that completions and chat share; SAMPLING is what the engine gets for them.
 SAMPLING_FIELDS: Json = {
     "temperature": 0.5,
     "top_p": 0.9,
@@ -63,7 +63,7 @@ SAMPLING = SamplingSettings(
 def build_app(
     engine: Engine, registry: Registry, scorer: Scorer | None = None, **settings: object
 ) -> FastAPI:
-    """An application that serves "tiny"."""
+    """Build an application that serves the model "tiny"."""
     given = Settings.model_validate({"served_model_names": ("tiny",), **settings})
     metrics = Metrics(engine, registry, "tiny")
     scoring = None if scorer is None else ScoringQueue(scorer, metrics, given.toxicity_queue_size)
@@ -81,18 +81,18 @@ async def push(client: httpx.AsyncClient, path: Path, name: str | None = None) -
 
 
 def bytes_of(path: Path) -> bytes:
-    """A small file's bytes, for coroutines."""
+    """Return a small file's bytes; coroutines call it, in which ruff forbids Path.read_bytes."""
     return path.read_bytes()
 
 
 async def complete(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
-    """A short greedy completion, with some fields added or replaced."""
+    """Ask for a short greedy completion, with some fields added or replaced."""
     body = {"model": "tiny", "prompt": "Hello", "max_tokens": 6, "temperature": 0, **fields}
     return await client.post("/v1/completions", json=body)
 
 
 async def text_of(client: httpx.AsyncClient, **fields: object) -> str:
-    """The text of a completion that must succeed."""
+    """Return the text of a completion, which must succeed."""
     response = await complete(client, **fields)
     assert response.status_code == 200, response.text
     text: str = response.json()["choices"][0]["text"]
@@ -100,19 +100,19 @@ async def text_of(client: httpx.AsyncClient, **fields: object) -> str:
 
 
 def user(content: object = "Hello", **fields: object) -> Json:
-    """A user's message."""
+    """Return a chat message of the user."""
     return {"role": "user", "content": content, **fields}
 
 
 async def chat(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
-    """A short greedy chat completion, with some fields added or replaced."""
+    """Ask for a short greedy chat completion, with some fields added or replaced."""
     messages = [{"role": "user", "content": "Hello"}]
     body = {"model": "tiny", "messages": messages, "max_tokens": 6, "temperature": 0, **fields}
     return await client.post("/v1/chat/completions", json=body)
 
 
 def usage(prompt: int, completion: int, cached: int = 0) -> Json:
-    """OpenAI's count of tokens."""
+    """Return OpenAI's `usage` object for these numbers of tokens."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -122,7 +122,7 @@ def usage(prompt: int, completion: int, cached: int = 0) -> Json:
 
 
 def error_of(response: httpx.Response) -> Json:
-    """The error of an answer, which must be in OpenAI's envelope and nothing else."""
+    """Return the error of a response, whose body must be OpenAI's error envelope and no more."""
     body = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
@@ -132,7 +132,7 @@ def error_of(response: httpx.Response) -> Json:
 
 
 def events(stream: str) -> list[str]:
-    """The data of each server-sent event."""
+    """Return the data of each server-sent event."""
     *blocks, rest = stream.split("\n\n")
     assert rest == ""
     assert all(block.startswith("data: ") for block in blocks)
@@ -140,21 +140,21 @@ def events(stream: str) -> list[str]:
 
 
 def chunks(stream: str) -> list[Json]:
-    """The chunks of a stream that must end as it should."""
+    """Return the chunks of a stream, which must end with [DONE]."""
     *data, last = events(stream)
     assert last == "[DONE]"
     return [json.loads(item) for item in data]
 
 
 async def metric(client: httpx.AsyncClient, sample: str) -> float:
-    """The value of a sample, with its labels as the metrics page prints them; 0 if absent."""
+    """Return the value of a sample, named with its labels as /metrics prints them; 0 if absent."""
     page = (await client.get("/metrics")).text
     values = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
     return sum(float(value) for name, _, value in values if name == f"steerserve_{sample}")
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
+    """Wait until a condition holds, for at most 20 seconds."""
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - conditions of any kind, none of them an event
             await asyncio.sleep(0.005)
@@ -162,7 +162,10 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 @dataclass
 class ScriptedGeneration:
-    """Yields given outputs, then raises, ends, or (with neither) never says anything again."""
+    """Yields the given outputs, then raises `error`, or ends if the last output is the final one.
+
+    Without an error and a final output, it waits for ever.
+    """
 
     outputs: tuple[StepOutput, ...] = ()
     error: Exception | None = None
@@ -185,7 +188,7 @@ class ScriptedGeneration:
 
 @dataclass
 class Script:
-    """What `Engine.submit` does instead, request by request: give a generation, or raise."""
+    """Replaces `Engine.submit`: for each request, returns the next generation or raises it."""
 
     steps: list[ScriptedGeneration | EngineError]
     submitted: list[Request] = field(default_factory=list)
@@ -204,14 +207,14 @@ class Script:
 def logprobs_of(
     text: str, logprob: float, best: Mapping[str, float], offset: int = 0
 ) -> TokenLogprobs:
-    """A token that an engine chose, and the best ones at its place in the given order."""
+    """Return the log-probabilities of a chosen token and of the best ones, in the given order."""
     top = tuple(ScoredToken(other, other.encode(), value) for other, value in best.items())
     return TokenLogprobs(ScoredToken(text, text.encode(), logprob), top, offset)
 
 
 @dataclass
 class Connection:
-    """One request straight into the application, whose client leaves when it is told to."""
+    """Sends one request to the application without a socket, and disconnects at `leave`."""
 
     body: Json
     path: str = "/v1/completions"
@@ -220,7 +223,7 @@ class Connection:
     _given: bool = False
 
     async def run(self, app: FastAPI) -> None:
-        """The request's whole life."""
+        """Run the application on the request, to its end."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},

@@ -1,4 +1,4 @@
-"""Requests with all kinds of steering on the tiny models, and what the oracle says of each."""
+"""Requests with all kinds of steering for the tiny models, and the oracle's results for them."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ PROJECTION = {"gpt2": "c_proj", "opt": "out_proj", "opt-350m": "out_proj"}
 
 @cache
 def interventions_of(family: str = "llama") -> Mapping[str, Parameters]:
-    """By digest, at the family's default sites, and before its head."""
+    """Return interventions by digest: maps at the family's sites, and heads before its lm_head."""
     sites, width = family_sites(family), head_width(family)
     attention = ATTENTION.get(family, "model.layers.1.self_attn")
     projection = PROJECTION.get(family, "o_proj")
@@ -111,7 +111,7 @@ def logprobs_of(outputs: list[StepOutput]) -> list[float]:
 
 
 def stack_of(family: str, edits: Sequence[Edit]) -> Stack:
-    """The edits as the oracle takes them."""
+    """Return the edits in the form that the oracle takes."""
     return [(interventions_of(family)[edit.digest], edit.settings) for edit in edits]
 
 
@@ -128,7 +128,7 @@ def expected_of(
 def assert_equal_to_oracle(
     outputs: list[StepOutput], expected: list[int], logits: list[torch.Tensor]
 ) -> None:
-    """Equal greedy tokens up to the first near tie, and equal log-probabilities."""
+    """Assert that tokens and log-probabilities equal the oracle's, up to the first near tie."""
     for place, (token, logprob, best, row) in enumerate(
         zip(tokens_of(outputs), logprobs_of(outputs), expected, logits, strict=True)
     ):
@@ -140,7 +140,7 @@ def assert_equal_to_oracle(
 
 
 def preemptions(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> list[EngineSequence]:
-    """Who has yielded, from now on; each with the tokens that it had."""
+    """Return a list to which each sequence preempted from now on is added, as a copy."""
     scheduler = engine._core.scheduler
     yielded: list[EngineSequence] = []
     preempt = scheduler._preempt_youngest.__func__  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Requests on an engine's core, a step after the other, without a thread."""
+"""Runs requests on an engine's core step by step, in the test's own thread."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from tests.steered import GREEDY, NEW_TOKENS, interventions_of
 
 
 def sequence(prompt: bytes, edits: tuple[Edit, ...] = (), tokens: int = NEW_TOKENS) -> Sequence:
-    """A request that decodes greedily."""
+    """Return the sequence of a request that decodes greedily."""
     sampling = replace(GREEDY, max_tokens=tokens)
     return Sequence.of(Request("test", tuple(prompt), sampling, edits))
 
@@ -17,7 +17,7 @@ def sequence(prompt: bytes, edits: tuple[Edit, ...] = (), tokens: int = NEW_TOKE
 def finish(
     core: EngineCore, sequences: list[Sequence], family: str = "llama"
 ) -> list[list[StepOutput]]:
-    """Admit sequences together; all that each puts out."""
+    """Admit sequences together, run them to their ends, and return the outputs of each."""
     core.admit(sequences, interventions_of(family))
     outputs: dict[Sequence, list[StepOutput]] = {each: [] for each in sequences}
     while core.has_work:

@@ -1,4 +1,4 @@
-"""The documentation is held to the code."""
+"""Tests that the documentation agrees with the code."""
 
 import json
 import re
@@ -17,7 +17,8 @@ from server.environment import variable_name
 from server.variables import OTHER_VARIABLES
 
 ROOT = Path(__file__).parent.parent
-# Name variables that are none: as examples of mistakes, or as Kubernetes names its own.
+# Files that name variables which do not exist: as examples of mistakes, or because Kubernetes sets
+# variables of that form.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
 DOCS = ("interventions", "observability", "options", "scaling", "security", "serving", "structures")
 README = (ROOT / "README.md").read_text()
@@ -113,7 +114,7 @@ def test_variables_that_are_no_settings_are_read_through_their_table() -> None:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_described_in_a_sentence(name: str) -> None:
     field = Settings.model_fields[name]
-    # No character that a table, or the markup of the help, would take for its own.
+    # Excludes characters that are markup in a Markdown table or in the command's help.
     assert re.fullmatch(r"[A-Z][^|<>\[\]`]+\.", field.description or "")
     if field.default in (None, ()):
         assert "if unset, " in (field.description or "")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("package", [server, interventions, steering])
 def test_packages_are_imported_from_this_repository(package: object) -> None:
-    """They have common names: another distribution's must not be taken for ours."""
+    """Other distributions may have packages of these common names, which must not be imported."""
     file = getattr(package, "__file__", None)
     assert file is not None
     assert Path(file).is_relative_to(ROOT)

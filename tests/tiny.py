@@ -1,4 +1,4 @@
-"""Tiny random models and interventions, made on the spot."""
+"""Makes tiny random models, tokenizers and interventions."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,7 +43,7 @@ SITES = tuple(f"model.layers.{layer}.post_attention_layernorm" for layer in rang
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """A family's configuration, each with something of its own: grouping, windows, head sizes."""
+    """Return a family's configuration; they differ in KV heads, windows, head sizes and more."""
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
@@ -59,7 +59,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     match family:
         case "llama":
             return LlamaConfig(**common, num_key_value_heads=2)
-        case "mistral":  # the windows are shorter than the prompts of the tests
+        case "mistral":  # a window that is shorter than the prompts of the tests
             return MistralConfig(**common, num_key_value_heads=2, sliding_window=7)
         case "qwen2":
             window: dict[str, Any] = {
@@ -71,12 +71,12 @@ def tiny_config(family: str) -> PreTrainedConfig:
             return Qwen2Config(**common, num_key_value_heads=1, **window)
         case "qwen3":
             return Qwen3Config(**common, num_key_value_heads=4, head_dim=16)
-        case "phi3":  # one matrix for queries, keys and values; rotates half of each head
+        case "phi3":  # one matrix for queries, keys and values; rotary embedding in half a head
             rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
             return Phi3Config(
                 **common, num_key_value_heads=2, sliding_window=11, rope_parameters=rope
             )
-        case "gemma2":  # windows in every other layer; caps low enough to bend the scores
+        case "gemma2":  # windows in every other layer; a soft cap low enough to change the scores
             return Gemma2Config(
                 **common,
                 num_key_value_heads=2,
@@ -92,7 +92,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
         case "opt":
             del common["intermediate_size"]
             return OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=WIDTH)
-        case "opt-350m":  # norms after each part, and a head narrower than the blocks
+        case "opt-350m":  # layer norms after attention and MLP; lm_head narrower than hidden_size
             del common["intermediate_size"]
             return OPTConfig(
                 **common, ffn_dim=48, word_embed_proj_dim=20, do_layer_norm_before=False
@@ -101,11 +101,11 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of a family, float32, whose logits lie far apart."""
+    """Return a random float32 model of a family, whose logits lie far apart."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         tiny_config(family),
-        # transformers' other attentions leave Gemma 2's soft cap out.
+        # Of transformers' attention implementations, "sdpa" leaves out Gemma 2's soft cap.
         attn_implementation="eager" if family == "gemma2" else "sdpa",
     )
     with torch.no_grad():
@@ -120,28 +120,28 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def family_sites(family: str) -> tuple[str, ...]:
-    """The default sites of a family's tiny model."""
+    """Return the default sites of a family's tiny model."""
     model = tiny_model(family)
     pattern = default_sites(type(model).__name__)
     return match_sites(pattern, (path for path, _ in model.named_modules()))
 
 
 def head_width(family: str) -> int:
-    """The width of what a family's language-model head takes."""
+    """Return the input width of a family's lm_head."""
     lm_head: object = tiny_model(family).get_output_embeddings()  # type: ignore[no-untyped-call]
     assert isinstance(lm_head, nn.Linear)
     return lm_head.in_features
 
 
 def head_outputs_width(family: str) -> int:
-    """The width of what a family's attention heads give together."""
+    """Return the width of the concatenated outputs of a family's attention heads."""
     config = tiny_config(family)
     width: int = config.num_attention_heads * getattr(config, "head_dim", 0)
     return width or WIDTH
 
 
 def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """Return a tokenizer with one token for each byte, and no merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -158,14 +158,14 @@ def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 def save_tiny(
     folder: Path, family: str = "llama", seed: int = 0, chat_template: str | None = None
 ) -> Path:
-    """A folder that `load_model` takes."""
+    """Save a tiny model and its tokenizer in a folder, and return the folder."""
     tiny_model(family, seed).save_pretrained(folder)
     tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder
 
 
 def save_families(root: Path, families: Iterable[str] = FAMILIES) -> dict[str, Path]:
-    """A folder with a tiny random model of each family."""
+    """Save a tiny random model of each family, and return the folders by family."""
     return {family: save_tiny(root / f"tiny-{family}", family) for family in families}
 
 
@@ -176,7 +176,7 @@ def random_maps(
     support: bool = False,
     gate: bool = False,
 ) -> dict[str, AffineMap]:
-    """Maps far enough from the identity to change greedy tokens."""
+    """Return random maps by site, far enough from the identity to change greedy tokens."""
     random = torch.Generator().manual_seed(seed)
     maps = {}
     for site in sites:
@@ -194,7 +194,7 @@ def random_maps(
 
 
 def random_gate(random: torch.Generator, width: int = WIDTH) -> Gate:
-    """A gate that is open to some tokens and closed to others."""
+    """Return a random gate that is open to some tokens and closed to others."""
     return Gate(
         weight=2 * torch.randn(width, generator=random) / width**0.5,
         bias=1 + torch.randn((), generator=random),
@@ -202,7 +202,7 @@ def random_gate(random: torch.Generator, width: int = WIDTH) -> Gate:
 
 
 def random_head(seed: int, width: int = WIDTH, units: int = 24) -> RewardHead:
-    """A head whose gradient and direction both move the logits."""
+    """Return a random head whose gradient and direction both change the logits."""
     random = torch.Generator().manual_seed(seed)
     return RewardHead(
         w1=torch.randn(units, width, generator=random) / width**0.5,

@@ -1,7 +1,7 @@
-"""`steerserve` with an engine that is slow, and dies or hangs in a step once a file is there.
+"""Runs `steerserve` with a slow engine that dies or hangs in a step once a file exists.
 
-A process of its own for tests/server/test_lifecycle.py: STEERSERVE_TEST_DEATH names the file. An
-empty one is death; in any other the step never ends.
+tests/server/test_lifecycle.py starts it as a process. STEERSERVE_TEST_DEATH names the file: if it
+is empty, the engine's thread dies; otherwise its step never ends.
 """
 
 import os

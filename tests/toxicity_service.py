@@ -1,4 +1,4 @@
-"""A scoring service over HTTP, on a thread of the test's."""
+"""Runs a fake toxicity scoring service over HTTP, on a thread of the test's process."""
 
 import json
 import threading
@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Service:
-    """What the service answers, and what it was asked. It answers nothing while it is `held`."""
+    """Makes the service's answers and records the texts of each request.
+
+    After `hold`, requests wait until `go_on` is set.
+    """
 
     answer: Callable[[list[str]], tuple[int, bytes]]
     url: str = ""
@@ -19,13 +22,13 @@ class Service:
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def hold(self) -> None:
-        """Let the next requests wait for `go_on`."""
+        """Make the next requests wait for `go_on`."""
         self.arrived.clear()
         self.go_on.clear()
 
 
 def by_length(texts: list[str]) -> tuple[int, bytes]:
-    """An answer as it should be: a hundredth for each character."""
+    """Return a valid answer, in which a text's score is a hundredth of its length."""
     return 200, json.dumps({"scores": [len(text) / 100 for text in texts]}).encode()
 
 
@@ -33,7 +36,7 @@ def by_length(texts: list[str]) -> tuple[int, bytes]:
 def scoring_service(
     answer: Callable[[list[str]], tuple[int, bytes]] = by_length,
 ) -> Iterator[Service]:
-    """A service on a free port of this machine."""
+    """Run a service on a free port of this machine."""
     service = Service(answer)
     service.go_on.set()
 
@@ -52,7 +55,7 @@ def scoring_service(
             self.wfile.write(content)
 
         def log_message(self, *_arguments: object) -> None:
-            """Nothing: what was asked is in the service."""
+            """Log nothing, since `asked` records the requests."""
 
         def handle(self) -> None:
             with suppress(BrokenPipeError, ConnectionResetError):  # a client that was killed
@@ -60,7 +63,7 @@ def scoring_service(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     service.url = f"http://127.0.0.1:{server.server_address[1]}/score"
-    # The requests' threads are waited for, so that none outlives the test.
+    # server_close() then waits for the requests' threads, so that none outlives the test.
     server.daemon_threads = False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
