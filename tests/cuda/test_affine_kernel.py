@@ -1,4 +1,7 @@
-"""Tests the affine kernel on a GPU, without an engine."""
+"""Tests the kernel for affine edits on a GPU, without an engine.
+
+Each token is edited by a stack of maps, given by their slots in a table.
+"""
 
 import importlib
 import os

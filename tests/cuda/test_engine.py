@@ -1,4 +1,7 @@
-"""Tests engines on a GPU against the oracle, in mixed batches, with pages and with slabs."""
+"""Tests engines on a GPU against the oracle, in mixed batches, with pages and with slabs.
+
+The oracle runs Hugging Face's model on one request at a time, with slow reference edits.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

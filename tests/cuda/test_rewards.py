@@ -1,4 +1,8 @@
-"""Tests the kernels that refine rows by reward heads on a GPU against the paper's equations."""
+"""Tests the kernels that refine rows by reward heads on a GPU against ARGRE's equations.
+
+A row is the last hidden state before `lm_head`. The kernels refine the rows of several heads, kept
+in slots, together.
+"""
 
 import importlib
 import os
