@@ -1,5 +1,6 @@
 """Tests that KV memory never exceeds its limit, and that freed memory is given back.
 
+A slab holds one sequence's keys and values contiguously; slabs of one capacity form a group.
 The scheduler, the KV store, the prefix cache and the slabs are real; no model computes the keys.
 """
 

@@ -1,3 +1,5 @@
+"""Tests memory mappings, of which a part can be cleared and given back to the system."""
+
 import pytest
 
 from server.engine.torch.attention.mapped import PAGE_BYTES, Mapping

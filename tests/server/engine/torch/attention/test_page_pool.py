@@ -1,3 +1,5 @@
+"""Tests the pool of pages, which hold 64 tokens each, and lanes: the pages of one sequence."""
+
 from collections.abc import Sequence
 
 import pytest

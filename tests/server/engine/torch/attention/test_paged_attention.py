@@ -1,4 +1,8 @@
-"""Tests attention over pages against attention over slabs, which has tests of its own."""
+"""Tests attention over pages against attention over slabs, which has tests of its own.
+
+A page holds 64 tokens' keys and values, and a sequence has a table of pages. A slab holds all of
+one sequence's keys and values contiguously. A lane is either kind of memory of one sequence.
+"""
 
 import pytest
 import torch

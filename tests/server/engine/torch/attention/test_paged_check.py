@@ -1,4 +1,4 @@
-"""Tests that the check at start notices wrong paged attention."""
+"""Tests that the check of paged attention, which an engine runs at start, notices errors."""
 
 from collections.abc import Callable
 from dataclasses import replace

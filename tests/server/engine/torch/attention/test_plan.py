@@ -121,8 +121,8 @@ def test_the_plan_has_room_for_interventions_a_step_and_graphs(
     monkeypatch.setattr(memory_plan, "free_memory", lambda _device: 2 * GIGABYTE)
     options = EngineOptions(max_batch_size=20, max_loaded_interventions=4)
     plan = plan_memory(loaded.model, loaded.description.site_widths, options)
-    # Each of 5 slots has float32 parameters for two sites of width 32 (weight, bias, low, high and
-    # a gate), and a reward head of 1,024 units with its matrix W1 W1^T.
+    # Each of 5 slots (the identity and 4 interventions) has room for float32 maps at two sites of
+    # width 32 (weight, bias, low, high, gate), and a head of 1,024 units with its W1 W1^T.
     assert plan.bank == 5 * 4 * (2 * (32 * 5 + 1) + 1024 * (32 + 1024 + 3))
     assert plan.step > options.max_batch_size * loaded.description.vocab_size * 4
     assert plan.graphs > 0

@@ -1,3 +1,5 @@
+"""Tests slabs, each of which holds the keys and values of one sequence contiguously."""
+
 from collections.abc import Sequence
 
 import pytest
@@ -53,7 +55,7 @@ def test_each_layer_keeps_its_keys_and_values_on_its_own_device() -> None:
 
 
 def test_what_no_token_was_stored_in_is_zero_whoever_had_it_before() -> None:
-    """Attention also reads beyond a sequence's end, and its mask would not remove a NaN there."""
+    """Attention reads beyond a sequence's end, where a NaN would pass through the mask."""
     pool = SlabPool(SHAPE)
     neighbour, first = Slab(pool), Slab(pool)
     neighbour.reserve(10)

@@ -1,3 +1,5 @@
+"""Tests the background thread, which runs functions in the order in which they are given."""
+
 import threading
 
 from server.engine.torch.cpu.background import Background

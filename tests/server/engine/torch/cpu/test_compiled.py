@@ -1,4 +1,8 @@
-"""Tests compiled layers against the oracle, and engines where compiling fails."""
+"""Tests compiled layers against the oracle, and engines where compiling fails.
+
+The oracle runs Hugging Face's model on one request at a time, with slow reference edits. A graph is
+a compiled decoder layer with edits at certain sites. Steps run uncompiled until it is made.
+"""
 
 import asyncio
 import logging
@@ -54,7 +58,7 @@ def compiled_of(engine: TorchEngine) -> compiled.CompiledLayers:
 
 
 def everything_made(layers: compiled.CompiledLayers) -> bool:
-    """Return whether all requested graphs could be made."""
+    """Return whether the graphs of all expected and all used variants of layers are ready."""
     graphs = layers._graphs
     return all(graphs.has(variant) for variant in {*graphs._lasting, *graphs._used})
 

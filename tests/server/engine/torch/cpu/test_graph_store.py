@@ -1,4 +1,7 @@
-"""Tests which mixes of edits get compiled graphs, how many are kept, and which are dropped."""
+"""Tests which variants of layers get compiled graphs, how many are kept, and which are dropped.
+
+A variant is a set of edited sites. Its graphs are made if it is expected, or if many steps want it.
+"""
 
 import gc
 import weakref
