@@ -1,4 +1,7 @@
-"""Tests linear layers with packed weights, which are joined if they read the same input."""
+"""Tests linear layers with packed weights, which are joined if they read the same input.
+
+Weights are packed into oneDNN's layout, for processors with bfloat16 instructions.
+"""
 
 import pytest
 import torch
@@ -189,7 +192,8 @@ def test_lm_head_multiplies_single_rows_compiled(products: list[int]) -> None:
     head, row = packed_layers(model)["lm_head"], one_row_of(model)
     several = torch.cat([row, -row], dim=1)
     expected = head(several).float()
-    # The hook edits rows of the current step, so compiling, on another thread, must not call it.
+    # Reward edits are hooks of lm_head that act on the current step's rows, so compiling, which
+    # runs on another thread, must not call them.
     hook = head.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     compile_head(head)
     hook.remove()

@@ -1,3 +1,5 @@
+"""Tests which keys count as recurring: wanted often, over a while, without a long pause."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 

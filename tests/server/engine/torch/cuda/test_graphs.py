@@ -1,7 +1,8 @@
 """Tests decoding by replayed graphs: their contents, when they are made, and steps without them.
 
-The tests run on a CPU, where a stand-in for a graph calls the captured function again. Tests on a
-GPU are in `tests/cuda`.
+A graph holds the decoder of a decode step, for one number of rows, with the affine edits. The tests
+run on a CPU, where a stand-in for CUDA graphs calls the captured function again. Tests on a GPU are
+in `tests/cuda`.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""Tests that reward kernels are checked before use, and that they compile for absent GPUs."""
+"""Tests that reward kernels are checked before use, and that they compile for absent GPUs.
+
+The kernels refine the rows (hidden states before `lm_head`) of several reward heads together.
+"""
 
 import importlib
 import json

@@ -1,3 +1,5 @@
+"""Tests that models are loaded and described, and that unservable ones are refused."""
+
 import json
 import shutil
 from collections.abc import Callable, Mapping

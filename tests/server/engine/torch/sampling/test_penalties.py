@@ -1,4 +1,8 @@
-"""Tests penalties that are kept on the device: they equal the oracle's bit for bit."""
+"""Tests penalties that are kept on the device: they equal a slow reference's bit for bit.
+
+A table on the device holds each sequence's penalized tokens in a segment, to which a step sends the
+changes only.
+"""
 
 import random
 from collections.abc import Sequence
@@ -49,7 +53,7 @@ class Drawing:
 def assert_as_the_oracle_says(
     table: PenaltyTable, drawings: Sequence[Drawing | None], logits: Tensor | None = None
 ) -> None:
-    """Assert that penalized rows equal the oracle's bit for bit, and that `logits` is unchanged.
+    """Assert that penalized rows equal the reference bit for bit, and that `logits` is unchanged.
 
     Log-probabilities are computed from the unchanged logits.
     """
@@ -69,7 +73,7 @@ def assert_as_the_oracle_says(
 def test_whoever_comes_and_goes_each_row_is_the_oracles(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Random sequences start, skip steps and end, and every row equals the oracle's."""
+    """Random sequences start, skip steps and end, and every row equals the reference."""
     monkeypatch.setattr(penalty_table, "_LEAST", 2)  # makes segments too small after a few draws
     chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     table, living = PenaltyTable(CPU), list[Drawing]()
@@ -155,7 +159,7 @@ def test_what_ended_leaves_room_for_others() -> None:
         passing = Drawing(SETTINGS[0], tuple(range(length)))
         assert_as_the_oracle_says(table, [passing, stays])
         table.free(passing.penalties)
-        table.free(passing.penalties)  # harmless
+        table.free(passing.penalties)  # freeing twice does nothing
         table.check([stays.penalties])
     assert len(table._entries) < 1500
     table.free(stays.penalties)

@@ -1,3 +1,5 @@
+"""Tests reading results from logits rows: drawn tokens and log-probabilities."""
+
 from dataclasses import replace
 from typing import TypeVar
 

@@ -1,3 +1,5 @@
+"""Tests draws of tokens from logits rows, and the log-probabilities of tokens."""
+
 import math
 from fractions import Fraction
 from itertools import accumulate

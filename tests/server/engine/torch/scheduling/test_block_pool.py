@@ -1,3 +1,5 @@
+"""Tests the accounting of KV blocks."""
+
 import pytest
 
 from server.engine.torch.scheduling.block_pool import BlockPool

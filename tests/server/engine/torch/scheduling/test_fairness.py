@@ -1,4 +1,8 @@
-"""Tests the scheduler's fairness: decodes never wait, and short prompts pass long ones."""
+"""Tests the scheduler's fairness: decodes never wait, and short prompts pass long ones.
+
+A step's budget of tokens goes to decodes first. While some sequences decode, prompts get only the
+`prefill` budget.
+"""
 
 from dataclasses import replace
 
