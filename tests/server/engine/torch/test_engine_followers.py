@@ -1,4 +1,7 @@
-"""Tests followers: requests whose place in the queue is reserved when their leader is admitted."""
+"""Tests followers: requests whose place in the queue is reserved when their leader is admitted.
+
+A follower is submitted later, after the leader's answer, for instance to score that answer.
+"""
 
 import asyncio
 from dataclasses import replace

@@ -52,6 +52,7 @@ class NoMemoryError(RuntimeError):
 
 
 def break_before(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
+    """Make a method raise before it does anything; return a list that grows with each call."""
     failed: list[str] = []
 
     def fail(*_: object, **__: object) -> None:
@@ -63,6 +64,7 @@ def break_before(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> lis
 
 
 def break_after(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
+    """Make a method raise after it is done; return a list that grows with each call."""
     failed: list[str] = []
     own: Callable[..., object] = getattr(owner, name)
 

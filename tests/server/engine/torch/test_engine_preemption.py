@@ -1,4 +1,7 @@
-"""Tests preemption: preempted sequences are recomputed, and their results do not change."""
+"""Tests preemption: preempted sequences are recomputed, and their results do not change.
+
+When KV memory is short, the youngest sequence gives up its blocks and waits.
+"""
 
 import asyncio
 from dataclasses import replace

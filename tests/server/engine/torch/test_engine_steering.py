@@ -1,4 +1,7 @@
-"""Tests steered engines against the oracle, alone and in mixed batches, and for equal bits."""
+"""Tests steered engines against the oracle, alone and in mixed batches, and for equal bits.
+
+The oracle runs Hugging Face's model on one request at a time, with slow reference edits.
+"""
 
 import asyncio
 from dataclasses import replace

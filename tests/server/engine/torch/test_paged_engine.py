@@ -1,5 +1,6 @@
 """Tests the engine with pages and replayed steps on a CPU, with slow stand-ins for GPU kernels.
 
+The oracle runs Hugging Face's model on one request at a time, with slow reference edits.
 Tests on a GPU are in `tests/cuda`.
 """
 

@@ -49,7 +49,7 @@ def test_a_site_whose_edit_does_not_reach_the_logits_is_refused(load_tiny: LoadT
     core = build_core(loaded, TINY_OPTIONS)
     with pytest.raises(UnservableInterventionError, match=rf"{SITES[1]} does not reach"):
         core.interventions.install("a", random_maps(1))
-    with pytest.raises(UnservableInterventionError):  # the second time by the remembered result
+    with pytest.raises(UnservableInterventionError):  # the first probe's result is remembered
         core.interventions.install("a", random_maps(1))
     assert core.interventions.slots.used == 0
     assert core.interventions.install("b", random_maps(1, sites=SITES[:1])) == 1

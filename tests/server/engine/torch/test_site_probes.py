@@ -1,6 +1,7 @@
 """Tests probes of new sites: they run between steps, a few sites at a time.
 
-A probe shows whether an edit at a site reaches the logits.
+A site is a module whose output or input is edited. A probe shows whether an edit at a site reaches
+the logits. The sites that are probed together are a piece.
 """
 
 import asyncio
@@ -61,6 +62,7 @@ SITES = [f"layer.{number}" for number in range(40)]
 
 
 def pieces_of(clock: Clock, seconds: float) -> list[int]:
+    """Probe all SITES in pieces of about `seconds`; return the number of sites of each piece."""
     probes = SiteProbes(NoHooks(), clock.probe, max_at_once=16)
     clock.pieces.clear()
     while probes.unprobed(SITES):

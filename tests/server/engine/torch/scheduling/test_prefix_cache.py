@@ -1,4 +1,8 @@
-"""Tests the prefix cache: its blocks' keys, which blocks it keeps and finds, and its evictions."""
+"""Tests the prefix cache: its blocks' keys, which blocks it keeps and finds, and its evictions.
+
+A block is the keys and values of 16 tokens. Its cache key covers its tokens, all tokens before, and
+the affine edits that touched them; reward edits leave keys and values alone.
+"""
 
 import hypothesis.strategies as st
 import pytest

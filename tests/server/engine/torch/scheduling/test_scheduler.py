@@ -1,3 +1,5 @@
+"""Tests which tokens the scheduler puts into a step, and its queue, blocks and preemptions."""
+
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
@@ -91,7 +93,7 @@ def test_an_empty_queue_takes_what_one_client_asks_for_at_once() -> None:
     schedule = scheduler(batch=1, waiting=2)
     schedule.check_room(5)
     schedule.add(sequence(1))
-    schedule.check_room(5)  # the one that is queued will run, so the queue counts as empty
+    schedule.check_room(5)  # the queued sequence can start at once, so the queue counts as empty
     schedule.add(sequence(1))
     schedule.check_room(1)
     with pytest.raises(QueueFullError):

@@ -1,3 +1,5 @@
+"""Tests the table that gives interventions slots in the bank, with pins and LRU eviction."""
+
 import pytest
 
 from server.engine.base import BankFullError
