@@ -1,4 +1,7 @@
-"""Soak test: 2,000 short mixed requests over sockets; almost a third of the clients leave early."""
+"""Soak test: 2,000 short mixed requests over sockets; almost a third of the clients leave early.
+
+Complete answers are compared with the oracle: Hugging Face's model, with slow reference edits.
+"""
 
 import asyncio
 import json
@@ -191,7 +194,8 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
         async with asyncio.TaskGroup() as clients:
             for _ in range(CLIENTS):
                 clients.create_task(client_of(queue))
-        # Baselines rarely find room under load, so one more request follows it.
+        # Baselines (unsteered answers, generated in the background to be scored) rarely find room
+        # under load, so one more request follows it.
         await client_of([Job(False, "x", "maps", 3, 1, False, None, False)])
         await eventually(lambda: idle(engine) and not app.state.context.scoring.depth)
         page = app.state.context.metrics.render().decode()

@@ -1,4 +1,7 @@
-"""Tests the engine thread: calls between two steps, and the errors after it has ended."""
+"""Tests the engine thread: calls between two steps, and the errors after it has ended.
+
+All calls run between two steps, but of the pieces of longer work only one does.
+"""
 
 import itertools
 import threading

@@ -1,3 +1,5 @@
+"""Tests incremental detokenization, and stop strings, which end a text."""
+
 import codecs
 import time
 from itertools import accumulate
@@ -17,7 +19,11 @@ VOCABULARY = Vocabulary(TOKENIZER)
 
 
 def run(text: str | bytes, *stop: str) -> tuple[list[str], bool]:
-    """Detokenize one token a byte; return each token's piece and the end's, and if it stopped."""
+    """Detokenize text as one token a byte, until a stop string ends it.
+
+    Returns:
+        Each token's text and the text that comes at the end; and whether a stop string was found.
+    """
     data = text.encode() if isinstance(text, str) else text
     detokenizer = Detokenizer(VOCABULARY, stop)
     pieces = []
@@ -195,9 +201,13 @@ TOKENS = {piece: TOKENIZER.get_vocab()[piece] for piece in PIECES}
 
 
 def emit(pieces: list[str], *stop: str, ends: bool = False) -> tuple[list[str], bool]:
-    """Push tokens given by name, and return each one's text and the end's, and if it stopped.
+    """Detokenize tokens given by name, until a stop string ends the text.
 
-    `ends`: whether the last token is the end token.
+    Args:
+        ends: whether the last token ends the text, like an end-of-sequence token.
+
+    Returns:
+        Each token's text and the text that comes at the end; and whether a stop string was found.
     """
     detokenizer = Detokenizer(VOCABULARY, stop)
     out = []
@@ -229,7 +239,7 @@ def test_a_stop_string_may_have_special_tokens_in_it(stop: str, text: str | None
 def test_what_comes_before_the_end_token_may_be_part_of_a_stop_string() -> None:
     assert emit(["a", "b", "<eos>"], "b<eos>", ends=True) == (["a", "", "", ""], True)
     assert emit(["a", "b", "<eos>"], "b<bos>", ends=True) == (["a", "", "", "b"], False)
-    # An end token that is no special token gives no text either.
+    # A token that ends the text gives no text, even if it is no special token.
     assert emit(["a", "b"], ends=True) == (["a", "", ""], False)
 
 
