@@ -1,3 +1,5 @@
+"""Tests affine edits of tokens by maps, which are stacked by slot, against slow references."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tests the bank, which holds maps and reward heads by slot; slot 0 is the identity."""
+
 import importlib
 
 import pytest

@@ -119,7 +119,7 @@ async def engine_with(loaded: LoadedModel, options: EngineOptions) -> TorchEngin
 
 
 async def test_the_engine_tells_what_its_edits_did(load_tiny: LoadTiny) -> None:
-    """The expected doses come from activations recorded by hooks before the engine's own."""
+    """The expected doses are computed from activations that hooks record before they are edited."""
     loaded = load_tiny()
     edit = Edit("a", AffineSettings(0.6))
     maps = interventions_of()["a"]

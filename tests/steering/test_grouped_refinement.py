@@ -1,5 +1,7 @@
-"""Tests the kernels that refine rows of many heads, interpreted on the CPU, against the oracle.
+"""Tests the kernels that refine rows of many heads, interpreted on the CPU, against references.
 
+A row is the last hidden state before `lm_head`. Reward heads are kept in slots. A tile is a few
+rows of one head that the kernels process together.
 Their tests on a GPU are in `tests/cuda`.
 """
 

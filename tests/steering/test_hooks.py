@@ -1,3 +1,5 @@
+"""Tests hooks, which edit a model at sites (outputs or inputs of modules), and site widths."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,4 +1,8 @@
-"""Tests rows refined by the paper's equations and by prepared heads against the oracle."""
+"""Tests rows refined by ARGRE's equations and by prepared heads against a slow reference.
+
+A row is the last hidden state before `lm_head`. A prepared head has its W1 W1^T, with which the
+hidden units are updated at each step without a product by W1.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

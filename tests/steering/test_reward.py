@@ -1,3 +1,5 @@
+"""Tests reward heads, and the refinement of rows by them, against slow references."""
+
 import pytest
 import torch
 from hypothesis import given

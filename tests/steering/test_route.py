@@ -1,3 +1,5 @@
+"""Tests routes, which say which slots and settings edit each token and logits row of a step."""
+
 import torch
 
 from steering.route import Route, Span, build_route

@@ -1,5 +1,7 @@
 """Tests the affine kernel, interpreted on the CPU and compiled for GPUs that are not present.
 
+Each token is edited by a stack of maps, given by their slots in a table. A map may have a support
+(bounds outside of which coordinates are left alone) and a gate (a factor of its strength).
 Its tests on a GPU are in `tests/cuda`.
 """
 
