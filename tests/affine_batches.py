@@ -1,4 +1,9 @@
-"""Builds batches of tokens edited by stacks of affine maps, and their expected results."""
+"""Builds batches of tokens edited by stacks of affine maps, and their expected results.
+
+A map is an affine edit of a token's activations, scaled by a strength. It may have a support
+(bounds outside of which a coordinate is left alone) and a gate (a factor that depends on the
+token). Maps are stacked in a table by slot. A dose is the size of an edit, ‖edit‖ / ‖activation‖.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +48,7 @@ class Batch:
     """The arguments of an affine edit of n tokens at one site, without the dose accumulator."""
 
     activations: Tensor  # (n, d)
-    slots: Tensor  # (depth, n) int64
+    slots: Tensor  # (depth, n) int64, the maps that edit each token, one after another
     strength: Tensor  # (depth, n) float32
     table: MapTable
 

@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 from steering.kernels.affine_triton import _constants, _edit_kernel, _options
 
 WIDTHS = (576, 4096, 8192, 28672)  # of SmolLM2, Llama 8B, Llama 70B, and Llama 70B's MLP
-DTYPES = ("bf16", "fp32")  # as Triton writes them
-_TABLES = ("delta", "bias", "low", "high", "gate_weight")  # float32
+DTYPES = ("bf16", "fp32")  # Triton's names
+_TABLES = ("delta", "bias", "low", "high", "gate_weight")  # the kernel's float32 tables
 _OTHERS = {"slots": "*i64", "flags": "*i32"} | dict.fromkeys(
     ("strength", "gate_bias", "doses"), "*fp32"
 )

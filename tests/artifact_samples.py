@@ -1,4 +1,8 @@
-"""Builds small artifacts, and safetensors files by hand, which may be invalid."""
+"""Builds small artifacts, and safetensors files by hand, which may be invalid.
+
+An artifact is a safetensors file with an intervention's tensors (affine maps by site, or a reward
+head) and its manifest. A site is a module of the model whose output or input a map edits.
+"""
 
 import json
 from collections.abc import Mapping

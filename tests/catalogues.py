@@ -1,4 +1,4 @@
-"""What a registry keeps in memory of names and damaged files, which HTTP does not tell."""
+"""Reads a registry's names, history and damaged files, some of which HTTP does not show."""
 
 from interventions.catalogue import Damage
 from interventions.name_records import Version
@@ -11,10 +11,10 @@ def history_of(registry: Registry, name: str) -> tuple[Version, ...]:
 
 
 def names_of(registry: Registry, digest: str) -> frozenset[str]:
-    """Return the names that `Catalogue.names_of` finds."""
+    """Return the names that point to a digest."""
     return registry._catalogue.names_of(digest)
 
 
 def damaged_files(registry: Registry) -> tuple[Damage, ...]:
-    """Return the files that the registry could not understand, or missed."""
+    """Return the files that the registry could not read, or that were missing."""
     return registry._catalogue.damaged()

@@ -1,4 +1,7 @@
-"""Fixtures that serve a tiny random model with the real engine and the real application."""
+"""Fixtures that serve a tiny random model with the real engine and the real application.
+
+Interventions (affine maps or reward heads) are stored in a registry and named by their digest.
+"""
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -201,7 +204,7 @@ async def chat_client(
 
 @pytest.fixture
 def script(chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Have `chat_engine` record the requests that it gets, and answer the first with "one"."""
+    """Make `chat_engine` record its requests, and answer the only one with "one"."""
     script = Script([ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))])
     monkeypatch.setattr(chat_engine, "submit", script.submit)
     return script

@@ -29,5 +29,6 @@ async def close_checked(engine: TorchEngine) -> None:
     core.check()
     assert idle(engine)
     if (layers := core._runner.compiled) is not None:
-        # torch's compiler serves one thread at a time, and the next test may need it.
+        # torch's compiler serves one thread at a time, and the next test may need it, so wait for
+        # this engine's graphs.
         assert await asyncio.to_thread(layers.wait, _COMPILE_SECONDS), "it compiles without end"

@@ -1,4 +1,9 @@
-"""Refines rows by `GroupedRefinement` and by the paper's equations; imports torch, not Triton."""
+"""Refines rows by `GroupedRefinement` (kernels for many reward heads) and by ARGRE's equations.
+
+A row is the last hidden state before `lm_head`; a reward head moves it along a direction and then
+along its gradient. Heads are kept in slots. A tile is a few rows of one head that kernels process
+together. The module imports torch, but not Triton.
+"""
 
 from collections.abc import Sequence
 from types import ModuleType

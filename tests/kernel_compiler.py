@@ -25,7 +25,7 @@ from server.engine.torch.cuda.paged_kernel import _attend_kernel, _combine_kerne
 class Case:
     """The shape of a model's attention, in prefill or decoding."""
 
-    dtype: str  # as Triton writes it
+    dtype: str  # Triton's name
     heads: int
     kv_heads: int
     head_dim: int

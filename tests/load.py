@@ -12,7 +12,7 @@ import httpx
 
 PROMPTS = ("Once", "The driver", "x")
 TOKENS = 16
-PAUSE_SECONDS = 0.1  # after each answer, so that a server may start beside the load
+PAUSE_SECONDS = 0.1  # pause after each answer, which leaves a starting server some processor time
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Outcome:
 class Questions:
     """The expected answers."""
 
-    digest: str  # of the intervention `maps`
+    digest: str  # the digest of the intervention named `maps`
     expected: Mapping[str, str]  # the steered text, by prompt
 
 

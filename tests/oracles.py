@@ -1,4 +1,4 @@
-"""Slow, simple references that the fast implementations are compared with."""
+"""Slow, simple references ("oracles") that the fast implementations are compared with."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
