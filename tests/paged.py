@@ -1,4 +1,8 @@
-"""A slow reference for paged attention, and patches that make CPU engines use pages and graphs."""
+"""A slow reference for paged attention, and patches that make CPU engines use pages and graphs.
+
+On a GPU, an engine keeps keys and values in pages, and replays decode steps from CUDA graphs. On a
+CPU, it uses neither unless it is patched here.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -61,7 +61,7 @@ def steerserve(
         process = subprocess.Popen(
             [*command, "--registry", str(registry or folder / "registry")],
             cwd=ROOT,
-            # Layers are not compiled, because that would slow down what the tests measure.
+            # Layers are not compiled, because compiling would take processor time from the tests.
             env={
                 **os.environ,
                 "HF_HUB_OFFLINE": "1",

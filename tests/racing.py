@@ -43,8 +43,8 @@ NAMES: Final = ("a", "b", "c")
 SHARED: Final = 3  # number of artifacts that all servers upload; every other upload is new
 FAILED: Final = 3  # exit status of a server that has found a fault
 _CHUNK_BYTES: Final = 512
-_LONGEST_PAUSE: Final = 0.03  # seconds
-_LONG: Final = 0.4  # seconds
+_LONGEST_PAUSE: Final = 0.03  # seconds; limit of the usual random pauses
+_LONG: Final = 0.4  # seconds; a rare pause during which other servers delete and renew leases
 _MOST_HELD: Final = 3
 
 
@@ -52,7 +52,7 @@ _MOST_HELD: Final = 3
 class Plan:
     """The arguments of one server."""
 
-    root: str  # the registry
+    root: str  # path of the registry
     template: str  # path of an artifact from which others are made
     journal: str  # path of the file to which the server writes its events
     number: int  # unique among the servers of a registry

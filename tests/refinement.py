@@ -1,4 +1,4 @@
-"""Makes reward settings for rows: a hypothesis strategy, and tensors as in a route."""
+"""Makes reward settings for rows: a hypothesis strategy, and tensors as in a step's route."""
 
 from collections.abc import Sequence
 

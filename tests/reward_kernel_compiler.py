@@ -24,7 +24,7 @@ from steering.kernels import reward_triton as launches
 from steering.kernels.reward_rows import climb_kernel, move_kernel
 from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
 
-UNITS: Final = 1024  # number of hidden units of ARGRE's heads
+UNITS: Final = 1024  # number of hidden units of ARGRE's reward heads
 _TYPES: Final = {"table": "*i64", "slots": "*i32", "tile_sizes": "*i32"} | dict.fromkeys(
     ("width", "max_units", "motion_stride", "scales_stride", "sizes_stride", "most"), "i32"
 )

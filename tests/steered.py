@@ -1,4 +1,7 @@
-"""Requests with all kinds of steering for the tiny models, and the oracle's results for them."""
+"""Requests with all kinds of steering for the tiny models, and the oracle's results for them.
+
+The oracle runs Hugging Face's model on one request at a time, with slow reference edits.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -69,6 +72,7 @@ STACKS: Mapping[str, tuple[Edit, ...]] = {
     "a on the prompt": (Edit("a", AffineSettings(0.9, "prompt")),),
     "a on what is generated": (Edit("a", AffineSettings(0.9, "generated")),),
     "a support": (Edit("supported", AffineSettings(1.0)),),
+    # An attention module returns a tuple, whose first element is edited.
     "a tuple's first place": (Edit("attention", AffineSettings(1.0)),),
     "gated": (Edit("gated", AffineSettings(1.0)),),
     "gated and supported": (Edit("gated and supported", AffineSettings(0.9)),),

@@ -17,8 +17,8 @@ from server.environment import variable_name
 from server.variables import OTHER_VARIABLES
 
 ROOT = Path(__file__).parent.parent
-# Files that name variables which do not exist: as examples of mistakes, or because Kubernetes sets
-# variables of that form.
+# Files with STEERSERVE_ variables that the program does not read: examples of mistakes, and ones
+# that Kubernetes sets.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
 DOCS = ("interventions", "observability", "options", "scaling", "security", "serving", "structures")
 README = (ROOT / "README.md").read_text()

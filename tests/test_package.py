@@ -1,3 +1,5 @@
+"""Tests where the packages are imported from."""
+
 from pathlib import Path
 
 import pytest
