@@ -18,7 +18,7 @@ _SETTINGS = ArgreSettings(hidden_units=32, learning_rate=5e-3)
 
 
 def _pairs(count: int, seed: int, width: int = 8) -> tuple[list[Tensor], list[Tensor]]:
-    """Return random hidden states of pairs: positives are shifted by 2 along the first axis."""
+    """Return random hidden states, shifted in the first number: positives by 1, negatives by -1."""
     generator = torch.Generator().manual_seed(seed)
     sides: list[list[Tensor]] = []
     for shift in (1.0, -1.0):
