@@ -8,7 +8,7 @@ from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel, load_model
 from server.engine.torch.options import EngineOptions
 from steering.reward import RewardHead

@@ -105,7 +105,7 @@ def _load(bench: Bench, count: int) -> None:
     for seed, digest in enumerate(digests):
         if digest not in bench.parameters:
             bench.parameters[digest] = random_maps(bench.loaded, bench.default_sites, seed)
-        interventions.hold(digest, bench.parameters)
+        interventions.pin_or_install(digest, bench.parameters)
         interventions.unpin(digest)
 
 

@@ -202,7 +202,8 @@ class Settings(BaseSettings):
     """Most tokens that one step computes; at least as many as --max-batch-size."""
     kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Gigabytes of the KV cache, the prefix cache included; if unset, 25 % of a CPU's free memory,
-    or the memory of a GPU that interventions, the largest step and CUDA graphs leave free."""
+    the memory of a single GPU that interventions, the largest step and CUDA graphs leave free, or
+    80 % of the free memory of each of several GPUs."""
     attention: Literal["automatic", "pages", "slabs"] = "automatic"
     """Layout of the KV cache: pages, on one GPU, read by a Triton kernel; or slabs, one for each
     sequence, on any device; automatic takes pages if the GPU and the model are suited to them."""

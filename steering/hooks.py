@@ -28,11 +28,6 @@ class SteeringHooks:
         self._meter: DoseMeter | None = None
         lm_head.register_forward_pre_hook(self._before_lm_head)
 
-    @property
-    def hooked_sites(self) -> frozenset[str]:
-        """The sites at which a hook is installed."""
-        return frozenset(self._hooked)
-
     def install(self, site: str) -> None:
         """Install a site's hook, once.
 

@@ -13,7 +13,7 @@ import torch
 
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from steering.settings import AffineSettings, RewardSettings
 from tests.oracles import Oracle, Stack

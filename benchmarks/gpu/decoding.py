@@ -14,7 +14,7 @@ from benchmarks.random_edits import permuted_head, random_head, random_maps
 from server.engine.base import Edit, EngineError, Request, SamplingSettings
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence

@@ -7,7 +7,7 @@ from pydantic import JsonValue
 
 from server.api.listed_tokens import ListedTokens
 from server.api.logprobs import finite
-from server.engine.base import FinishReason, SpelledPrompt, StepOutput, TokenLogprobs
+from server.engine.base import FinishReason, PromptDescription, StepOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class CompletionChoice:
 
     index: int
     with_logprobs: bool
-    echo: SpelledPrompt | None = None  # the prompt to repeat; None once it is repeated
+    echo: PromptDescription | None = None  # the prompt to repeat; None once it is repeated
     _texts: list[str] = field(default_factory=list)
     _tokens: list[_Scored] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
@@ -80,7 +80,7 @@ class CompletionChoice:
         }
 
 
-def _prompt_tokens(echo: SpelledPrompt, logprobs: Sequence[TokenLogprobs]) -> list[_Scored]:
+def _prompt_tokens(echo: PromptDescription, logprobs: Sequence[TokenLogprobs]) -> list[_Scored]:
     first, *others = echo.offsets
     return [
         # The first token follows nothing, so it has no probability.

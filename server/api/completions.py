@@ -15,10 +15,10 @@ from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.parsing import read_request
 from server.api.schemas import CompletionRequest, Prompt
-from server.engine.base import Engine, SpelledPrompt
+from server.engine.base import Engine, PromptDescription
 
 WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
-TOKEN_WORK: Final = 20  # to spell one token takes as long as to tokenize this many characters
+TOKEN_WORK: Final = 20  # to describe one token takes as long as to tokenize this many characters
 
 router = APIRouter()
 
@@ -26,7 +26,7 @@ router = APIRouter()
 @dataclass(frozen=True, slots=True)
 class _ReadPrompt:
     tokens: tuple[int, ...]
-    echo: SpelledPrompt | None
+    echo: PromptDescription | None
 
 
 @router.post(
@@ -96,8 +96,8 @@ def _work(prompt: Prompt, *, as_text: bool) -> int:
 
 def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> _ReadPrompt:
     if echo:
-        spelled = engine.spell(prompt)
-        return _ReadPrompt(spelled.tokens, spelled)
+        described = engine.describe_prompt(prompt)
+        return _ReadPrompt(described.tokens, described)
     tokens = tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
     return _ReadPrompt(tokens, None)
 

@@ -135,7 +135,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class SpelledPrompt:
+class PromptDescription:
     """A prompt as token ids and as text, to be shown with its completion."""
 
     tokens: tuple[int, ...]
@@ -239,7 +239,7 @@ class Engine(Protocol):
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the tokens' text, special tokens included."""
 
-    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
+    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
         """Return a prompt's tokens and text, and where in the text each token begins.
 
         Raises:

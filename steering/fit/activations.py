@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from steering.fit import FitError
 
 TokenIds: TypeAlias = Sequence[int]
-SiteEdit: TypeAlias = Callable[[str, Tensor], Tensor]
+OutputEdit: TypeAlias = Callable[[str, Tensor], Tensor]
 """(site, its output) -> the output to use instead; the same tensor if nothing is edited."""
 
 
-class _FarEnoughError(Exception):
+class _StopForwardError(Exception):
     """Ends a forward pass early. Always caught in this module."""
 
 
@@ -55,7 +55,7 @@ def token_mean(z: Tensor, attention_mask: Tensor) -> Tensor:
     return (z.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: SiteEdit) -> None:
+def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: OutputEdit) -> None:
     """Run the model up to its last site, and pass every site's output through `edit`.
 
     Nothing after the last site is computed. This saves `lm_head`, the largest matrix of a small
@@ -71,22 +71,22 @@ def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: S
     Raises:
         FitError: the model has no module of this path, or does not run it.
     """
-    to_come = set(sites)
+    remaining = set(sites)
 
     def edited(site: str, output: Tensor) -> Tensor:
         # OPT folds sequences and tokens into one dimension in the middle of its blocks.
         result = edit(site, output.view(*batch.input_ids.shape, -1)).view_as(output)
-        to_come.discard(site)
-        if not to_come:
-            raise _FarEnoughError
+        remaining.discard(site)
+        if not remaining:
+            raise _StopForwardError
         return result
 
     with ExitStack() as hooks:
         for site in sites:
             hooks.enter_context(_output_hook(_submodule(model, site), site, edited))
-        _run_until_far_enough(model, batch)
-    if to_come:
-        raise FitError(f"the model does not run {', '.join(sorted(to_come))}")
+        _run_until_stopped(model, batch)
+    if remaining:
+        raise FitError(f"the model does not run {', '.join(sorted(remaining))}")
 
 
 @torch.no_grad()
@@ -170,13 +170,13 @@ def collect_hidden_states(
 
     def capture(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         captured.append(args[0].float())
-        raise _FarEnoughError
+        raise _StopForwardError
 
     states: list[Tensor] = []
     for start in range(0, len(sequences), batch_size):
         chunk = sequences[start : start + batch_size]
         with _removed_afterwards(head.register_forward_pre_hook(capture)):
-            _run_until_far_enough(model, pad_right(chunk, model_device(model)))
+            _run_until_stopped(model, pad_right(chunk, model_device(model)))
         if not captured:
             raise FitError("the model does not run its language-model head")
         padded = captured.pop()
@@ -224,7 +224,7 @@ def _removed_afterwards(handle: torch.utils.hooks.RemovableHandle) -> Iterator[N
 
 
 @contextmanager
-def _output_hook(module: nn.Module, site: str, edit: SiteEdit) -> Iterator[None]:
+def _output_hook(module: nn.Module, site: str, edit: OutputEdit) -> Iterator[None]:
     def hook(_module: nn.Module, _args: object, output: object) -> object:
         if isinstance(output, tuple):
             return (edit(site, output[0]), *output[1:])
@@ -236,8 +236,8 @@ def _output_hook(module: nn.Module, site: str, edit: SiteEdit) -> Iterator[None]
         yield
 
 
-def _run_until_far_enough(model: nn.Module, batch: TokenBatch) -> None:
+def _run_until_stopped(model: nn.Module, batch: TokenBatch) -> None:
     try:
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    except _FarEnoughError:
+    except _StopForwardError:
         return

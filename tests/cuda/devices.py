@@ -66,10 +66,10 @@ class Replays:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        tail = GraphRunner._tail
+        tail = GraphRunner._logits_after_decoder
 
         def counting(runner: GraphRunner, *arguments: object) -> torch.Tensor:
             self.count += 1
             return tail(runner, *arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(GraphRunner, "_tail", counting)
+        monkeypatch.setattr(GraphRunner, "_logits_after_decoder", counting)

@@ -10,7 +10,7 @@ from server.engine.torch.attention.plan import KVOptions, plan_kv
 from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.core import EngineCore
 from server.engine.torch.device_paths import EngineParts, paths_of
-from server.engine.torch.interventions import LoadedInterventions
+from server.engine.torch.loaded_interventions import LoadedInterventions
 from server.engine.torch.memory_plan import plan_memory
 from server.engine.torch.model.devices import is_spread
 from server.engine.torch.model.loader import LoadedModel, ModelLoadError
@@ -96,7 +96,7 @@ def _kv_options(loaded: LoadedModel, options: EngineOptions) -> KVOptions:
     model = loaded.model
     if size is None and model.device.type == "cuda" and not is_spread(model):
         plan = plan_memory(model, loaded.description.site_widths, options)
-        logger.info("memory of the GPU: %s", plan.sentence())
+        logger.info("memory of the GPU: %s", plan.summary())
         size = plan.keys_and_values
     return KVOptions(options.attention, options.prefix_cache, size)
 

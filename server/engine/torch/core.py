@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from server.engine.base import EngineError, NoBackgroundRoomError, StepFailedError, StepOutput
 from server.engine.torch.attention.backend import KVMemory
-from server.engine.torch.interventions import LoadedInterventions, Parameters
 from server.engine.torch.kv_store import KVStore
-from server.engine.torch.model.devices import is_dead
+from server.engine.torch.loaded_interventions import LoadedInterventions, Parameters
+from server.engine.torch.model.devices import has_failed
 from server.engine.torch.model.transfer import start_copy_to_host
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.postprocess import Delivery, Postprocessor
@@ -128,7 +128,7 @@ class EngineCore:
             # Loaded interventions are pinned first, so that installing the others does not evict
             # them.
             for digest in sorted(digests, key=missing.__contains__):
-                slots[digest] = self.interventions.hold(digest, parameters)
+                slots[digest] = self.interventions.pin_or_install(digest, parameters)
                 held.callback(self.interventions.unpin, digest)
             # Everything that may fail happens before the first sequence is queued.
             made = [SequenceOutputs(each, self._detokenizer(each)) for each in sequences]
@@ -213,7 +213,7 @@ class EngineCore:
             try:
                 deliveries += self._compute(plan)
             except Exception:
-                if is_dead(self._device):
+                if has_failed(self._device):
                     raise
                 logger.exception("a step of %d sequences failed", len(plan.chunks))
                 error = StepFailedError("the engine failed while computing this request")
@@ -222,7 +222,7 @@ class EngineCore:
             try:
                 self._settle(sequence, output)
             except Exception:
-                if is_dead(self._device):
+                if has_failed(self._device):
                     raise
                 logger.exception("what a request held could not be freed without an error")
         if self._check_invariants:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention.plan import KVPlan
-from server.engine.torch.interventions import LoadedInterventions
+from server.engine.torch.loaded_interventions import LoadedInterventions
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.step.runner import Runner

@@ -14,14 +14,14 @@ from interventions.model import ModelDescription
 from server.engine.base import (
     EngineError,
     EngineStats,
+    PromptDescription,
     QueueFullError,
     Request,
-    SpelledPrompt,
 )
 from server.engine.torch.build import build_core, context_length
 from server.engine.torch.core import ParametersMissingError
 from server.engine.torch.generation import TorchGeneration
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.reads import SharedReads
@@ -67,7 +67,7 @@ class TorchEngine:
         self._admissions: set[asyncio.Task[list[TorchGeneration]]] = set()
         self._generations: dict[EngineSequence, TorchGeneration] = {}
         self._reads = SharedReads(
-            partial(_ready, source, self._core.interventions.bank, loaded.model.device)
+            partial(_read_and_prepare, source, self._core.interventions.bank, loaded.model.device)
         )
         self._admitting = 0  # queue places of requests that are not in the scheduler's queue yet
 
@@ -99,9 +99,9 @@ class TorchEngine:
         """Return the tokens' text, special tokens included."""
         return self._prompts.detokenize(tokens)
 
-    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """Return a prompt's tokens and text; see server.engine.base.Engine.spell."""
-        return self._prompts.spell(prompt)
+    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
+        """Return a prompt's tokens and text; see server.engine.base.Engine.describe_prompt."""
+        return self._prompts.describe_prompt(prompt)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
@@ -148,14 +148,14 @@ class TorchEngine:
         places = sum(request.queue_places for request in requests)
         if self._admitting and self._admitting + places > self._core.scheduler.capacity:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
-        return await self._admitted(requests)
+        return await self._run_admission(requests)
 
     async def _follow(self, leader: EngineSequence, request: Request) -> TorchGeneration:
         self._check([request])
-        (generation,) = await self._admitted([request], leader)
+        (generation,) = await self._run_admission([request], leader)
         return generation
 
-    async def _admitted(
+    async def _run_admission(
         self, requests: Sequence[Request], leader: EngineSequence | None = None
     ) -> list[TorchGeneration]:
         # A separate task, so that the engine's end can cancel it as well as the client's.
@@ -166,14 +166,14 @@ class TorchEngine:
             return await admission
         except asyncio.CancelledError:
             if not _is_cancelled():
-                raise self._thread.end from None
+                raise self._thread.end_error from None
             # The admission may have succeeded before the cancellation reached it.
             admission.add_done_callback(_cancel_admitted)
             raise
 
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
-            raise self._thread.end
+            raise self._thread.end_error
         self._checks.check(requests)
 
     async def _admit(
@@ -204,11 +204,11 @@ class TorchEngine:
     ) -> None:
         """Have the engine thread queue the sequences; read the interventions that it lacks."""
         parameters: dict[str, Parameters] = {}
-        with self._reads.kept({digest for each in sequences for digest in each.digests}):
+        with self._reads.keeping({digest for each in sequences for digest in each.digests}):
             while True:
                 try:
                     admit = partial(self._core.admit, sequences, parameters, leader)
-                    return await _outcome(self._thread.call(admit))
+                    return await _wait_for_call(self._thread.call(admit))
                 except ParametersMissingError as missing:
                     # All are kept for the next attempt, because an intervention that was loaded
                     # may have been evicted by then.
@@ -219,7 +219,7 @@ class TorchEngine:
     async def _prepare(self, parameters: Parameters) -> None:
         """Have the engine thread prepare an intervention, piece by piece between steps."""
         prepare = partial(self._core.prepare, parameters)
-        while not await _outcome(self._thread.call_piece(prepare)):
+        while not await _wait_for_call(self._thread.call_piece(prepare)):
             pass
 
     def _cancel(self, sequence: EngineSequence) -> None:
@@ -264,10 +264,10 @@ class TorchEngine:
     def _fail_all(self) -> None:
         while self._generations:
             _, generation = self._generations.popitem()
-            generation.deliver(self._thread.end)
+            generation.deliver(self._thread.end_error)
 
 
-async def _outcome(future: Future[T]) -> T:
+async def _wait_for_call(future: Future[T]) -> T:
     """Wait for a call on the engine thread. If cancelled, leave the call's errors to the log."""
     try:
         return await asyncio.wrap_future(future)
@@ -292,7 +292,7 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _ready(
+def _read_and_prepare(
     source: Callable[[str], Parameters], bank: Bank, device: torch.device, digest: str
 ) -> Parameters:
     """Read an intervention, and prepare its reward head here to spare the engine thread."""

@@ -17,7 +17,7 @@ from steering.sites import SiteError, default_sites, match_sites
 
 # Hidden units of a reward head in the paper (ARGRE, NeurIPS 2025); others may have more.
 _HEAD_UNITS: Final = 1024
-_FLOAT: Final = 4  # bytes
+_FLOAT_BYTES: Final = 4  # bytes
 # Bytes for each logit of a row that draws: in the model's dtype, in float32, penalised, divided by
 # the temperature, as a weight, as a weight in fixed point, and in the cumulative sum.
 _LOGIT_BYTES: Final = 40
@@ -46,7 +46,7 @@ class MemoryPlan:
         rest = self.bank + self.step + self.graphs + self.libraries
         return int(self.free * _USABLE) - rest
 
-    def sentence(self) -> str:
+    def summary(self) -> str:
         """Return a sentence for the log that says what the memory is for."""
         parts = {
             "interventions": self.bank,
@@ -91,7 +91,7 @@ def _bank_bytes(model: PreTrainedModel, widths: Mapping[str, int], slots: int) -
     maps = sum(5 * widths[site] + 1 for site in sites)
     width: int = model.config.get_text_config().hidden_size
     head = _HEAD_UNITS * (width + _HEAD_UNITS + 3)  # W1, W1 W1^T, and vectors
-    return (slots + 1) * (maps + head) * _FLOAT
+    return (slots + 1) * (maps + head) * _FLOAT_BYTES
 
 
 def _step_bytes(model: PreTrainedModel, options: EngineOptions) -> int:
@@ -103,7 +103,7 @@ def _step_bytes(model: PreTrainedModel, options: EngineOptions) -> int:
     width: int = config.hidden_size
     vocabulary: int = config.vocab_size
     inner: int = getattr(config, "intermediate_size", None) or 4 * width
-    token = (6 * width + 3 * inner) * model.dtype.itemsize + 4 * width * _FLOAT
+    token = (6 * width + 3 * inner) * model.dtype.itemsize + 4 * width * _FLOAT_BYTES
     drawn = options.max_batch_size * _LOGIT_BYTES
-    scored = options.max_batch_tokens * (model.dtype.itemsize + _FLOAT)
+    scored = options.max_batch_tokens * (model.dtype.itemsize + _FLOAT_BYTES)
     return options.max_batch_tokens * token + (drawn + scored) * vocabulary

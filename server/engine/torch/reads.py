@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from server.engine.base import UnservableInterventionError
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.own_thread import in_own_thread
 
 
@@ -20,23 +20,23 @@ class SharedReads:
         """`source` reads the parameters of a digest; it is called in a thread of its own."""
         self._source = source
         self._reads: dict[str, asyncio.Future[Parameters]] = {}
-        self._wanted: Counter[str] = Counter()
+        self._waiters: Counter[str] = Counter()
 
     @contextmanager
-    def kept(self, digests: Set[str]) -> Iterator[None]:
+    def keeping(self, digests: Set[str]) -> Iterator[None]:
         """Within the context, keep what is read of these interventions for all who want it."""
-        self._wanted.update(digests)
+        self._waiters.update(digests)
         try:
             yield
         finally:
-            self._wanted.subtract(digests)
+            self._waiters.subtract(digests)
             for digest in digests:
-                if not self._wanted[digest]:
-                    del self._wanted[digest]
+                if not self._waiters[digest]:
+                    del self._waiters[digest]
                     self._reads.pop(digest, None)
 
     async def read(self, digest: str) -> Parameters:
-        """Return an intervention's parameters. Call it within a `kept` context with the digest.
+        """Return an intervention's parameters. Call it within a `keeping` context with the digest.
 
         Raises:
             UnservableInterventionError: they cannot be read.

@@ -43,7 +43,7 @@ class EngineThread:
     ) -> None:
         self._core = core
         self._deliver = deliver
-        self._tell_end = ended
+        self._report_end = ended
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -62,7 +62,7 @@ class EngineThread:
         return self._died
 
     @property
-    def end(self) -> EngineError:
+    def end_error(self) -> EngineError:
         """The error that says why the thread takes no more calls. Valid only once it takes none."""
         if self._stopping:
             return ShuttingDownError("the server is shutting down")
@@ -110,7 +110,7 @@ class EngineThread:
             if not future.set_running_or_notify_cancel():
                 return
             if self._ended:
-                future.set_exception(self.end)
+                future.set_exception(self.end_error)
                 return
             try:
                 future.set_result(function())
@@ -141,7 +141,7 @@ class EngineThread:
         finally:
             self._ended = True
             self._drain()
-            self._tell_end()
+            self._report_end()
 
     def _receive(self) -> None:
         """Run the inbox's calls. While there is no work, run pieces or pending work, or wait."""
@@ -154,7 +154,7 @@ class EngineThread:
     def _drain(self) -> None:
         while _run_next(self._inbox):
             pass
-        while self._ended and _run_next(self._pieces):  # their futures get `end` as an exception
+        while self._ended and _run_next(self._pieces):  # each future gets `end_error`
             pass
 
 

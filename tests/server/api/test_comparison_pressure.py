@@ -18,9 +18,9 @@ from server.engine.base import (
     EngineStats,
     FinishReason,
     Generation,
+    PromptDescription,
     QueueFullError,
     Request,
-    SpelledPrompt,
     StepFailedError,
     StepOutput,
 )
@@ -89,9 +89,9 @@ class FakeEngine:
     def detokenize(self, tokens: Sequence[int]) -> str:
         return "x" * len(tokens)
 
-    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
+    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
         tokens = (1,) * len(prompt)
-        return SpelledPrompt(tokens, "x" * len(tokens), tuple(range(len(tokens))), "x")
+        return PromptDescription(tokens, "x" * len(tokens), tuple(range(len(tokens))), "x")
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [1] * len(messages)

@@ -416,7 +416,7 @@ async def test_a_prompt_scores_as_it_did_when_it_was_generated(
         fields["steering"] = {"intervention": "maps"}
     for max_tokens in (0, 1):
         [choice] = (await complete(client, max_tokens=max_tokens, **fields)).json()["choices"]
-        assert choice["text"].startswith(tiny_engine.spell(tokens).text)
+        assert choice["text"].startswith(tiny_engine.describe_prompt(tokens).text)
         logprobs = choice["logprobs"]
         assert {len(values) for values in logprobs.values()} == {len(tokens) + max_tokens}
         assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)

@@ -68,7 +68,7 @@ def plan_kv(model: PreTrainedModel, options: KVOptions) -> KVPlan:
             not suit the device or the model, or do not work.
     """
     shape = KVShape.of(model)
-    unsuited = why_no_pages(model, shape)
+    unsuited = pages_unsupported_reason(model, shape)
     if options.attention == "pages" and unsuited is not None:
         raise ModelLoadError(f"attention over pages cannot be used: {unsuited} (--attention)")
     if options.attention == "slabs" or unsuited is not None:
@@ -92,7 +92,7 @@ def plan_kv(model: PreTrainedModel, options: KVOptions) -> KVPlan:
     return plan_pages(shape, options, tiling, attend)
 
 
-def why_no_pages(model: PreTrainedModel, shape: KVShape) -> str | None:
+def pages_unsupported_reason(model: PreTrainedModel, shape: KVShape) -> str | None:
     """Say why a model on its device cannot use attention over pages; None if it can."""
     if model.device.type != "cuda":
         return "pages are for a GPU"
@@ -135,12 +135,12 @@ def plan_slabs(shape: KVShape, options: KVOptions) -> KVPlan:
         ModelLoadError: there is no room for a single block.
     """
     # The prefix cache's copy of a block takes whole pages of the operating system.
-    blocks = _bytes(shape, options) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
+    blocks = _budget(shape, options) // whole_pages(_BLOCK_SIZE * shape.bytes_per_token)
     blocks -= blocks // _SPARE  # room for tokens that are in memory twice while being moved
     page_tokens = max(Fraction(PAGE_BYTES, shape.head_bytes), Fraction(1))
     if page_tokens > _LARGEST_PAGE:
         page_tokens = Fraction(1)
-    pool = BlockPool(_whole(blocks), _BLOCK_SIZE, page_tokens)
+    pool = BlockPool(_at_least_one(blocks), _BLOCK_SIZE, page_tokens)
     return KVPlan(SlabMemory(shape), pool, pool)
 
 
@@ -152,12 +152,12 @@ def plan_pages(
     Raises:
         ModelLoadError: there is no room for a single page, or the device lacks the memory.
     """
-    budget = _bytes(shape, options)
+    budget = _budget(shape, options)
     kept = int(budget * _PREFIX_SHARE) if options.prefix_cache else 0
     pages = (budget - kept) // (shape.bytes_per_token * PAGE)
     # The self-test's lanes and the scratch page are not counted in the pool.
     spare = PagedMemory.probe_lanes + 1
-    pool = BlockPool(_whole(pages - spare), PAGE)
+    pool = BlockPool(_at_least_one(pages - spare), PAGE)
     prefixes = BlockPool(kept // (shape.bytes_per_token * _BLOCK_SIZE), _BLOCK_SIZE)
     try:
         memory = PagedMemory(shape, pages, tiling, attend)
@@ -169,7 +169,7 @@ def plan_pages(
     return KVPlan(memory, pool, prefixes)
 
 
-def _whole(blocks: int) -> int:
+def _at_least_one(blocks: int) -> int:
     if blocks < 1:
         raise ModelLoadError(
             "the memory for keys and values does not hold a single block; free some, or lower "
@@ -178,7 +178,7 @@ def _whole(blocks: int) -> int:
     return blocks
 
 
-def _bytes(shape: KVShape, options: KVOptions) -> int:
+def _budget(shape: KVShape, options: KVOptions) -> int:
     """Return how many bytes the keys and values of all layers get."""
     if options.bytes is not None:
         return options.bytes

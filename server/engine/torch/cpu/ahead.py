@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from server.engine.torch.cpu.packed import OneProduct
+from server.engine.torch.cpu.packed import MergeEqualProducts
 from server.engine.torch.model.fallback import first_line
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "realize_reads_threshold": 1,
     "compile_threads": 1,  # no pool of compiler processes
     "size_asserts": False,  # packed weights have no strides
-    "post_grad_custom_pre_pass": OneProduct(),
+    "post_grad_custom_pre_pass": MergeEqualProducts(),
     # Guards are needless: all that they check is constant here, except the number of tokens, which
     # is marked as dynamic.
     "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,

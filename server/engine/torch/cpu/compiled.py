@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.torch.cpu.ahead import warn_uncompiled
-from server.engine.torch.cpu.background import Background
+from server.engine.torch.cpu.background import BackgroundThread
 from server.engine.torch.cpu.compiled_head import compile_head
 from server.engine.torch.cpu.graph_store import GraphStore
 from server.engine.torch.cpu.layer_graphs import (
@@ -27,7 +27,7 @@ from server.engine.torch.cpu.layer_graphs import (
     Variant,
     make_graphs,
 )
-from server.engine.torch.cpu.recurring import Habit
+from server.engine.torch.cpu.recurring import RecurrenceRule
 from server.engine.torch.step.decoder import DecoderLayers, LayerCall, RecordedStep
 from steering.affine import MapTable
 from steering.bank import Bank
@@ -71,16 +71,16 @@ class CompiledLayers:
         one_token: RecordedStep,
         more_tokens: RecordedStep,
         lm_head: nn.Module,
-        habit: Habit,
+        rule: RecurrenceRule,
     ) -> None:
-        """`habit` says when a mix of edits is worth graphs, unless `expect` has named it."""
+        """`rule` says when a mix of edits is worth graphs, unless `precompile` has named it."""
         self._layers = layers
         self._recorded = (one_token, more_tokens)
         self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _LayerPlan] = {}
-        self._background = Background("compiler")
-        self._graphs = GraphStore(self._ask, habit)
+        self._background = BackgroundThread("compiler")
+        self._graphs = GraphStore(self._start_making, rule)
         for structure in range(len(layers.structures)):
-            self._graphs.expect(Variant(structure))
+            self._graphs.precompile(Variant(structure))
         self._background.run(lambda: self._make_head(lm_head))
 
     @property
@@ -88,7 +88,7 @@ class CompiledLayers:
         """The number of compilations that run or wait."""
         return self._background.pending
 
-    def expect(self, sites: Mapping[str, int], slots: int) -> None:
+    def precompile(self, sites: Mapping[str, int], slots: int) -> None:
         """Have graphs compiled for one affine edit at some sites, before a request wants it.
 
         Args:
@@ -104,7 +104,7 @@ class CompiledLayers:
         for index, found in edited.items():
             structure = self._layers.structure_of[index]
             ordered = tuple(sorted(found, key=lambda each: each.location))
-            self._graphs.expect(Variant(structure, ordered, 1))
+            self._graphs.precompile(Variant(structure, ordered, 1))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for all compilations. Return False if some are left after `timeout` seconds."""
@@ -175,12 +175,12 @@ class CompiledLayers:
 
         return call_of
 
-    def _ask(self, variant: Variant) -> None:
-        self._background.run(lambda: self._graphs.settle(variant, self._make(variant)))
+    def _start_making(self, variant: Variant) -> None:
+        self._background.run(lambda: self._graphs.set_graphs(variant, self._make(variant)))
 
     def _make(self, variant: Variant) -> Graphs | None:
         """Compile a variant's graphs; None if that fails. Runs on the background thread."""
-        if variant.sites and not self._graphs.has(Variant(variant.structure)):
+        if variant.sites and not self._graphs.has_graphs(Variant(variant.structure)):
             return None  # it failed to compile without edits, which was logged
         try:
             with torch.inference_mode():
@@ -193,7 +193,7 @@ class CompiledLayers:
 
     def _make_head(self, lm_head: nn.Module) -> None:
         """Compile `lm_head`, if layers could be compiled. Runs on the background thread."""
-        if not self._graphs.has(Variant(0)):
+        if not self._graphs.has_graphs(Variant(0)):
             return  # most likely there is no compiler, which was logged
         try:
             with torch.inference_mode():

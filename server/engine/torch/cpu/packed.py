@@ -44,15 +44,15 @@ class PackedLinear(nn.Module):
         plain: Tensor | None,
         bias: Tensor | None,
         outputs: range,
-        kept: "_LastProduct",
+        shared: "_SharedProduct",
     ) -> None:
-        """`outputs` is this layer's range of the joined outputs; the joined layers share `kept`."""
+        """`outputs` is this layer's range of the joined outputs; they share `shared`."""
         super().__init__()
         self.in_features = packed.shape[1]
         self.out_features = len(outputs)
         self.one_row: OneRow | None = None  # multiplies single rows outside of compiled graphs
         self._first = outputs.start
-        self._kept = kept
+        self._shared_product = shared
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("plain", plain, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -60,7 +60,8 @@ class PackedLinear(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return this layer's outputs: (..., in_features) -> (..., out_features), bfloat16."""
         plain = self.plain if rows.numel() == self.in_features else None
-        if torch.compiler.is_dynamo_compiling():  # `OneProduct` merges joined layers' equal calls
+        if torch.compiler.is_dynamo_compiling():
+            # `MergeEqualProducts` merges the equal calls of joined layers.
             if plain is None:
                 product = self.multiply(rows)
             else:
@@ -68,7 +69,7 @@ class PackedLinear(nn.Module):
         elif plain is not None and self.one_row is not None:
             product = self.one_row(rows, plain, self.bias)
         else:
-            product = self._kept.of(rows, self.multiply)
+            product = self._shared_product.get(rows, self.multiply)
         return product.narrow(-1, self._first, self.out_features)
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -87,28 +88,28 @@ def multiply_one_row(row: Tensor, plain: Tensor, bias: Tensor | None) -> Tensor:
     return (product if bias is None else product + bias.float()).to(row.dtype)
 
 
-class _LastProduct:
+class _SharedProduct:
     """Caches the joined layers' product until each of them has taken its slice."""
 
-    def __init__(self, takers: int) -> None:
-        self._takers = takers
-        self._left = 0
+    def __init__(self, consumers: int) -> None:
+        self._consumers = consumers
+        self._remaining = 0
         self._rows: Tensor | None = None
         self._product: Tensor | None = None
 
-    def of(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    def get(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the product of `rows`; it is computed unless it is cached for this very tensor."""
         product = self._product
         if product is None or self._rows is not rows:
             product = multiply(rows)
-            self._rows, self._product, self._left = rows, product, self._takers
-        self._left -= 1
-        if not self._left:
+            self._rows, self._product, self._remaining = rows, product, self._consumers
+        self._remaining -= 1
+        if not self._remaining:
             self._rows = self._product = None
         return product
 
 
-class OneProduct(CustomGraphPass):
+class MergeEqualProducts(CustomGraphPass):
     """Merges equal calls of `packed_linear` in a graph that is being compiled."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -148,11 +149,11 @@ def _join(model: PreTrainedModel, group: Sequence[tuple[str, nn.Linear]], keep_p
     packed = torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
     biases = [linear.bias.detach() for _, linear in group if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
-    kept = _LastProduct(len(group))
+    shared = _SharedProduct(len(group))
     first = 0
     for path, linear in group:
         outputs = range(first, first + linear.out_features)
-        layer = PackedLinear(packed, plain if keep_plain else None, bias, outputs, kept)
+        layer = PackedLinear(packed, plain if keep_plain else None, bias, outputs, shared)
         model.set_submodule(path, layer)
         first = outputs.stop
 

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.cpu.compiled import CompiledLayers
-from server.engine.torch.cpu.graph_store import HABIT
+from server.engine.torch.cpu.graph_store import RECURRENCE
 from server.engine.torch.cpu.packed import pack_linear_layers
-from server.engine.torch.cpu.recurring import Habit
+from server.engine.torch.cpu.recurring import RecurrenceRule
 from server.engine.torch.device_paths import EngineParts
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.self_test import record_layers
@@ -38,11 +38,11 @@ def _compiled_layers(parts: EngineParts, options: EngineOptions) -> CompiledLaye
     memory = SlabMemory(KVShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, parts.eager, memory)
-    habit = Habit.at_once() if options.compile_at_once else HABIT
-    compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head, habit)
+    rule = RecurrenceRule.at_once() if options.compile_at_once else RECURRENCE
+    compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head, rule)
     with suppress(SiteError):  # not every architecture has default sites
         sites = match_sites(default_sites(loaded.description.architecture), widths)
-        compiled.expect(
+        compiled.precompile(
             {site: widths[site] for site in sites}, options.max_loaded_interventions + 1
         )
     return compiled

@@ -12,7 +12,7 @@ _MAX_KEYS: Final = 256  # keys that are counted; beyond, the least recently want
 
 
 @dataclass(frozen=True, slots=True)
-class Habit:
+class RecurrenceRule:
     """The conditions under which a key counts as recurring."""
 
     times: int  # it was wanted at least so many times,
@@ -20,8 +20,8 @@ class Habit:
     pause: float  # without a longer pause than this, in seconds
 
     @classmethod
-    def at_once(cls) -> "Habit":
-        """Return a habit by which every key recurs from its first time on."""
+    def at_once(cls) -> "RecurrenceRule":
+        """Return a rule by which every key recurs from its first time on."""
         return cls(times=1, seconds=0.0, pause=float("inf"))
 
 
@@ -32,26 +32,26 @@ class _Count:
     last: float
 
 
-class Recurring(Generic[Key]):
+class RecurrenceCounter(Generic[Key]):
     """Counts how often each key is wanted. Used from one thread."""
 
-    def __init__(self, habit: Habit, clock: Callable[[], float] = time.monotonic) -> None:
-        self._habit = habit
+    def __init__(self, rule: RecurrenceRule, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rule = rule
         self._clock = clock
         self._counts: OrderedDict[Key, _Count] = OrderedDict()
 
-    def wanted(self, key: Key) -> bool:
+    def count(self, key: Key) -> bool:
         """Count one time that a key is wanted, and return whether it recurs by now."""
-        now, habit = self._clock(), self._habit
+        now, rule = self._clock(), self._rule
         count = self._counts.pop(key, None)
-        if count is None or now - count.last > habit.pause:
+        if count is None or now - count.last > rule.pause:
             count = _Count(0, now, now)
         count.times += 1
         count.last = now
         self._counts[key] = count
         if len(self._counts) > _MAX_KEYS:
             self._counts.popitem(last=False)
-        return count.times >= habit.times and now - count.first >= habit.seconds
+        return count.times >= rule.times and now - count.first >= rule.seconds
 
     def forget(self, key: Key) -> None:
         """Reset a key's count."""

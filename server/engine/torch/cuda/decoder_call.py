@@ -38,8 +38,8 @@ class Decoder:
         assert isinstance(module, nn.Module)
         named: nn.Module = model
         self._path = next(path for path, each in named.named_modules() if each is module)
-        self._own: Callable[..., DecoderOutput] = module.forward
-        self._instead: Callable[..., object] | None = None
+        self._original: Callable[..., DecoderOutput] = module.forward
+        self._replacement: Callable[..., object] | None = None
         module.forward = self._forward
 
     def contains(self, site: str) -> bool:
@@ -47,18 +47,18 @@ class Decoder:
         return site.startswith(f"{self._path}.")
 
     def _forward(self, *args: object, **kwargs: object) -> object:
-        return (self._instead or self._own)(*args, **kwargs)
+        return (self._replacement or self._original)(*args, **kwargs)
 
     @contextmanager
-    def gives(self, output: type, hidden: Tensor) -> Iterator[None]:
+    def returning(self, output: type, hidden: Tensor) -> Iterator[None]:
         """Make the decoder return these hidden states within the context, and compute nothing."""
-        self._instead = lambda *_args, **_kwargs: output(last_hidden_state=hidden)
+        self._replacement = lambda *_args, **_kwargs: output(last_hidden_state=hidden)
         try:
             yield
         finally:
-            self._instead = None
+            self._replacement = None
 
-    def call_of(self, model: PreTrainedModel, inputs: DecodeInputs) -> DecoderCall:
+    def capture_call(self, model: PreTrainedModel, inputs: DecodeInputs) -> DecoderCall:
         """Run a model on some inputs, and return the call that it makes of its decoder.
 
         Raises:
@@ -68,11 +68,11 @@ class Decoder:
         calls: list[tuple[tuple[object, ...], dict[str, object], DecoderOutput]] = []
 
         def spy(*args: object, **kwargs: object) -> object:
-            output = self._own(*args, **kwargs)
+            output = self._original(*args, **kwargs)
             calls.append((args, kwargs, output))
             return output
 
-        self._instead = spy
+        self._replacement = spy
         try:
             model(
                 input_ids=inputs.input_ids,
@@ -81,7 +81,7 @@ class Decoder:
                 use_cache=False,
             )
         finally:
-            self._instead = None
+            self._replacement = None
         if len(calls) != 1:
             raise DecoderCallError(f"{type(model).__name__} calls its decoder {len(calls)} times")
         [(args, kwargs, output)] = calls
@@ -90,5 +90,5 @@ class Decoder:
         if {*map(id, tensors)} != {id(inputs.input_ids), id(inputs.position_ids)}:
             raise DecoderCallError(f"{type(model).__name__} gives its decoder other inputs")
         return DecoderCall(
-            lambda: self._own(*args, **kwargs), type(output), output.last_hidden_state
+            lambda: self._original(*args, **kwargs), type(output), output.last_hidden_state
         )

@@ -22,7 +22,7 @@ from server.engine.torch.attention.staging import route_tensors, with_route_tens
 from server.engine.torch.cuda.capture import Capture
 from server.engine.torch.cuda.decode_inputs import DecodeInputs, DecodeShape
 from server.engine.torch.cuda.decoder_call import Decoder
-from server.engine.torch.model.devices import is_dead
+from server.engine.torch.model.devices import has_failed
 from server.engine.torch.model.transfer import to_device
 from server.engine.torch.step.batch import Batch
 from server.engine.torch.step.graph_keys import MAX_DEPTH, GraphKey, buckets
@@ -81,7 +81,7 @@ class GraphRunner(StagedRunner):
         self._decoder = Decoder(model)
         self._bank = bank
         self._graphs: dict[GraphKey, _Graph | None] = {}  # None: cannot be made
-        self._wanted: dict[GraphKey, None] = {}  # pending, in the order in which steps wanted them
+        self._pending: dict[GraphKey, None] = {}  # pending, in the order in which steps wanted them
 
     @property
     def graphs(self) -> int:
@@ -91,7 +91,7 @@ class GraphRunner(StagedRunner):
     @property
     def pending(self) -> int:
         """The number of graphs that steps could have used, and that are not made yet."""
-        return len(self._wanted)
+        return len(self._pending)
 
     @torch.inference_mode()
     def warm_up(self, slot: int = 0) -> None:
@@ -118,15 +118,15 @@ class GraphRunner(StagedRunner):
         Raises:
             Exception: the device has failed, and computes nothing any more.
         """
-        for key in tuple(self._wanted):
+        for key in tuple(self._pending):
             slot = self._bank.affine_slot() if key.depth else 0
             if slot is None:  # no affine intervention is loaded that could use or check the graph
                 continue
-            del self._wanted[key]
+            del self._pending[key]
             try:
                 self._graphs[key] = self._make(key, slot)
             except Exception as error:
-                if is_dead(self._device):
+                if has_failed(self._device):
                     raise
                 logger.warning(
                     "steps of %d rows and %d edits run without a CUDA graph, which is slower, as "
@@ -136,7 +136,7 @@ class GraphRunner(StagedRunner):
                 logger.debug("capturing failed", exc_info=True)
                 self._graphs[key] = None
             return True
-        self._wanted.clear()
+        self._pending.clear()
         return False
 
     @torch.inference_mode()
@@ -152,7 +152,7 @@ class GraphRunner(StagedRunner):
             _, depth, _ = graph.doses.shape
             own = meter.affine_doses(tuple(range(depth)), self._device)
             own += graph.doses[:, :, : batch.input_ids.numel()]
-        return self._tail(graph, batch, bank, meter)
+        return self._logits_after_decoder(graph, batch, bank, meter)
 
     def _graph(self, batch: Batch) -> _Graph | None:
         """Return the graph for a step, or None; a missing one that can be made becomes pending."""
@@ -165,7 +165,7 @@ class GraphRunner(StagedRunner):
             return None
         key = GraphKey(rows, depth)
         if key not in self._graphs:
-            self._wanted[key] = None
+            self._pending[key] = None
             return None
         graph = self._graphs[key]
         used = (
@@ -174,7 +174,7 @@ class GraphRunner(StagedRunner):
         if graph is not None and not self._bank.parts_used(used) <= graph.parts:
             # The graph was made before a map was loaded that has a new site, or the first support
             # or gate at one.
-            self._wanted[key] = None
+            self._pending[key] = None
             return None
         return graph
 
@@ -186,14 +186,16 @@ class GraphRunner(StagedRunner):
             return None
         return next((rows for rows in self._buckets if rows >= tokens), None)
 
-    def _tail(self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
+    def _logits_after_decoder(
+        self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None
+    ) -> Tensor:
         """Compute logits from the decoder's hidden states, with the reward edits."""
         logits_rows, *rewards = to_device(
-            [batch.logits_rows, *route_tensors(_rewards(batch.route))], self._device
+            [batch.logits_rows, *route_tensors(_without_affine(batch.route))], self._device
         )
-        route = with_route_tensors(_rewards(batch.route), rewards, self._device)
+        route = with_route_tensors(_without_affine(batch.route), rewards, self._device)
         with (
-            self._decoder.gives(graph.output, graph.hidden),
+            self._decoder.returning(graph.output, graph.hidden),
             self._hooks.routed(bank, route, meter),
         ):
             output = self._model(
@@ -220,7 +222,7 @@ class GraphRunner(StagedRunner):
         step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
         route = inputs.route()
         with step.activate():
-            captured = self._decoder.call_of(self._model, inputs)
+            captured = self._decoder.capture_call(self._model, inputs)
 
         def compute() -> Sequence[Tensor]:
             meter = DoseMeter(key.rows, 0)
@@ -234,7 +236,7 @@ class GraphRunner(StagedRunner):
         vocabulary: int = self._model.config.get_text_config().vocab_size
         inputs.fill_example(vocabulary, slot)
         with step.activate(), self._hooks.routed(self._bank, route):
-            expected = self._decoder.call_of(self._model, inputs).hidden
+            expected = self._decoder.capture_call(self._model, inputs).hidden
         replay()
         difference = float((hidden - expected).float().norm() / expected.float().norm())
         if not difference < _TOLERANCE:
@@ -242,5 +244,5 @@ class GraphRunner(StagedRunner):
         return _Graph(inputs, replay, hidden, doses, captured.output, parts)
 
 
-def _rewards(route: Route) -> Route:
+def _without_affine(route: Route) -> Route:
     return replace(route, affine=None)

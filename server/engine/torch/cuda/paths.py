@@ -75,7 +75,7 @@ def _rehearse(graphs: GraphRunner, parts: EngineParts) -> None:
     with suppress(SiteError, UnservableInterventionError):
         sites = match_sites(default_sites(description.architecture), description.site_widths)
         maps = {site: complete_map(description.site_widths[site]) for site in sites}
-        with parts.interventions.rehearsed(maps) as slot:
+        with parts.interventions.temporarily_installed(maps) as slot:
             graphs.warm_up(slot)
 
 

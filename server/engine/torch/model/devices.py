@@ -40,7 +40,7 @@ def layer_devices(model: PreTrainedModel, layers: int) -> tuple[torch.device, ..
     return tuple(devices[layer] for layer in range(layers))
 
 
-def is_dead(device: torch.device) -> bool:
+def has_failed(device: torch.device) -> bool:
     """Return whether a GPU has failed and computes nothing more for this process. Waits for it.
 
     An exception alone does not tell, because torch raises the same one for errors that pass.

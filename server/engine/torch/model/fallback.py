@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from server.engine.torch.model.devices import is_dead
+from server.engine.torch.model.devices import has_failed
 from server.engine.torch.model.loader import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def fall_back(error: Exception, device: torch.device, failed: str, instead: str)
     Raises:
         ModelLoadError: the device itself has failed, so that no path computes anything.
     """
-    if is_dead(device):
+    if has_failed(device):
         raise ModelLoadError(f"the GPU failed in {failed}: {error}") from error
     logger.warning("%s: %s", instead, first_line(error))
     logger.debug("%s failed", failed, exc_info=error)

@@ -120,8 +120,8 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
         total: (rows, 1) float32, the logsumexp of the whole row.
 
     Returns:
-        (rows, k) int64: weights in units of 1 / _ONE, 0 for dropped tokens. (rows,) bool: whether
-        the filters drop every token that is not among the k.
+        (rows, k) int64: weights in units of 1 / _ONE, 0 for dropped tokens. (rows,) bool: True only
+        if the filters drop every token that is not among the k, as far as the k tokens show.
     """
 
     def column(values: Sequence[float]) -> Tensor:
@@ -182,8 +182,12 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Return logits over temperature, with each row's best at 0 so that nothing overflows."""
-    # Division by a number below float32's normal range overflows; 1e-5 is greedy in effect.
+    """Return logits over temperature, shifted so that each row's best is 0.
+
+    So only other tokens can overflow, to -inf, which gives them a weight of 0.
+    """
+    # A temperature too small for float32 would become 0, and the best token's 0 / 0 is NaN. A draw
+    # at 1e-5 is greedy already, but for nearly equal logits.
     temperatures = [max(draw.settings.temperature, 1e-5) for draw in draws]
     column = device_tensor(temperatures, logits.device, torch.float32)[:, None]
     return (logits - logits.amax(dim=-1, keepdim=True)) / column

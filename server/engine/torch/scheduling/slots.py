@@ -33,7 +33,7 @@ class SlotTable:
         """The number of all slots."""
         return len(self._free) + len(self._slots)
 
-    def holds(self, digest: str) -> bool:
+    def is_loaded(self, digest: str) -> bool:
         """Return whether an intervention is loaded."""
         return digest in self._slots
 

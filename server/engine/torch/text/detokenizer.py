@@ -39,7 +39,7 @@ class Detokenizer:
             self.offset = self._running.length
             return self._stops.push(self._vocabulary.text(token), shown=False)
         text = self._running.push(token)
-        self.offset = self._running.begin
+        self.offset = self._running.token_start
         return self._stops.push(text, shown=True)
 
     def finish(self) -> str:

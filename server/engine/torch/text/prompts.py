@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.base import InvalidRequestError, SpelledPrompt
+from server.engine.base import InvalidRequestError, PromptDescription
 from server.engine.torch.text.running_text import RunningText
 from server.engine.torch.text.vocabulary import Vocabulary
 
@@ -37,11 +37,11 @@ class Prompts:
         (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)
         return str(text)
 
-    def spell(self, prompt: str | Sequence[int]) -> SpelledPrompt:
-        """Return a prompt's tokens and text; see server.engine.base.Engine.spell."""
+    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
+        """Return a prompt's tokens and text; see server.engine.base.Engine.describe_prompt."""
         if isinstance(prompt, str):
             encoding = self._encode(prompt, "prompt", add_special_tokens=True)
-            return self._spelled(encoding.ids, prompt, _begins(encoding.offsets))
+            return self._described(encoding.ids, prompt, _token_starts(encoding.offsets))
         if len(prompt) > self._max_tokens:
             raise InvalidRequestError(
                 f"This model's maximum context length is {self._max_tokens} tokens. However, your "
@@ -50,14 +50,16 @@ class Prompts:
                 "context_length_exceeded",
             )
         running = RunningText(self._vocabulary)
-        added = [(running.push(token), running.begin) for token in prompt]
-        return self._spelled(prompt, "".join(text for text, _ in added), [at for _, at in added])
+        added = [(running.push(token), running.token_start) for token in prompt]
+        return self._described(prompt, "".join(text for text, _ in added), [at for _, at in added])
 
-    def _spelled(self, tokens: Sequence[int], text: str, offsets: Sequence[int]) -> SpelledPrompt:
+    def _described(
+        self, tokens: Sequence[int], text: str, offsets: Sequence[int]
+    ) -> PromptDescription:
         if not tokens:
             raise InvalidRequestError("The prompt is empty.", "prompt")
-        first = self._vocabulary.scored(tokens[0], 0.0).text
-        return SpelledPrompt(tuple(tokens), text, tuple(offsets), first)
+        first = self._vocabulary.with_logprob(tokens[0], 0.0).text
+        return PromptDescription(tuple(tokens), text, tuple(offsets), first)
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
@@ -95,15 +97,15 @@ class Prompts:
         return encoding
 
 
-def _begins(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Return where each token begins in a text, given the spans that a tokenizer reports.
+def _token_starts(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Return where each token starts in a text, given the spans that a tokenizer reports.
 
     A tokenizer may leave the blank before a word out of the word's span, and gives (0, 0) to the
     special tokens that it adds.
     """
-    begins, end = [], 0
+    starts, end = [], 0
     for start, stop in spans:
         # Tokens that are parts of one character all have its span.
-        begins.append(min(start, end) if stop > start else end)
+        starts.append(min(start, end) if stop > start else end)
         end = max(end, stop)
-    return begins
+    return starts

@@ -7,8 +7,9 @@ from typing import Final
 
 from server.engine.torch.text.vocabulary import Vocabulary
 
-# How many of a prompt's last tokens are read, because the text that follows may depend on them: at
-# most three hold the bytes of an unfinished character, and one before these is text by itself.
+# How many of a prompt's last tokens are read, because the text that follows may depend on them. At
+# most three hold the bytes of an unfinished character, and the one before them is text by itself.
+# Two more are read, in case some of these add no bytes.
 _CONTEXT: Final = 6
 
 
@@ -22,10 +23,12 @@ class RunningText:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._before: int | None = None  # the last token whose bytes are text by themselves
-        self._only_prompts = False  # whether an unfinished character has bytes of the prompt only
+        # The last token whose bytes are text by themselves.
+        self._last_text_token: int | None = None
+        # Whether all bytes of an unfinished character come from the prompt.
+        self._is_from_prompt = False
         self.length = 0  # characters so far, an unfinished one not counted
-        self.begin = 0  # the index of the character in which the last token begins
+        self.token_start = 0  # the index of the character in which the last token begins
 
     @classmethod
     def after(cls, vocabulary: Vocabulary, prompt: Sequence[int]) -> "RunningText":
@@ -40,27 +43,27 @@ class RunningText:
         )
         for token in reversed(list(last)):
             running.push(token)
-        running._only_prompts = True
-        running.length = running.begin = 0
+        running._is_from_prompt = True
+        running.length = running.token_start = 0
         return running
 
     def push(self, token: int) -> str:
         """Add a token, and return the characters that are complete now, perhaps none."""
-        data = self._vocabulary.added(token, self._before)
+        data = self._vocabulary.added_bytes(token, self._last_text_token)
         broken = b""
-        if data and not _goes_on(self._unfinished, data):
-            if self._only_prompts:
+        if data and not _continues(self._unfinished, data):
+            if self._is_from_prompt:
                 self._decoder.reset()
             else:
                 broken = self._unfinished
         text = self._decoder.decode(data)
         # If the token breaks off an unfinished character, U+FFFD precedes the token: once, or once
         # for each byte where the first bytes could have begun a surrogate only.
-        self.begin = self.length + len(broken.decode(errors="replace"))
+        self.token_start = self.length + len(broken.decode(errors="replace"))
         self.length += len(text)
-        self._only_prompts = self._only_prompts and not data
-        if _is_text(data) and (data or self._before is None):
-            self._before = token
+        self._is_from_prompt = self._is_from_prompt and not data
+        if _is_text(data) and (data or self._last_text_token is None):
+            self._last_text_token = token
         return text
 
     @property
@@ -68,7 +71,7 @@ class RunningText:
         return self._decoder.getstate()[0]
 
 
-def _goes_on(unfinished: bytes, data: bytes) -> bool:
+def _continues(unfinished: bytes, data: bytes) -> bool:
     """Return whether `data` can continue the character whose first bytes are `unfinished`."""
     if not unfinished:
         return True

@@ -14,31 +14,31 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._held = ""
-        self._shown: list[bool] = []  # for each character of `_held`, whether it may be shown
+        self._held_back = ""
+        self._shown: list[bool] = []  # for each character of `_held_back`, whether it may be shown
         self.found = False  # once true, no more text will come
 
     def push(self, text: str, *, shown: bool) -> str:
         """Add text, and return the text to be shown that no stop string can include any more."""
         if not self._stop:
             return text if shown else ""
-        self._held += text
+        self._held_back += text
         self._shown += [shown] * len(text)
-        places = [*range(len(self._held))]
-        readings = [(self._held, places)]
+        places = [*range(len(self._held_back))]
+        readings = [(self._held_back, places)]
         if not all(self._shown):
             visible = list(compress(places, self._shown))
-            readings.append(("".join(self._held[place] for place in visible), visible))
+            readings.append(("".join(self._held_back[place] for place in visible), visible))
         found = [places[at] for read, places in readings if (at := self._find(read)) is not None]
         if found:
             self.found = True
             return self._release(min(found))
         kept = [places[-keep] for read, places in readings if (keep := self._overlap(read))]
-        return self._release(min(kept, default=len(self._held)))
+        return self._release(min(kept, default=len(self._held_back)))
 
     def finish(self) -> str:
         """Return the text to be shown that was held back. Call it when no more text comes."""
-        return "" if self.found else self._release(len(self._held))
+        return "" if self.found else self._release(len(self._held_back))
 
     def _find(self, text: str) -> int | None:
         """Return where the first stop string begins; None if there is none."""
@@ -56,7 +56,7 @@ class StopStrings:
         return 0
 
     def _release(self, end: int) -> str:
-        text = "".join(compress(self._held[:end], self._shown))
-        self._held = self._held[end:]
+        text = "".join(compress(self._held_back[:end], self._shown))
+        self._held_back = self._held_back[end:]
         del self._shown[:end]
         return text

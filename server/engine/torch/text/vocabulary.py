@@ -27,12 +27,12 @@ class Vocabulary:
         self, token: int, logprob: float, top: Iterable[tuple[int, float]]
     ) -> TokenLogprobs:
         """Return a token's log-probability and those of the likeliest tokens, with their texts."""
-        likeliest = tuple(self.scored(other, value) for other, value in top)
-        return TokenLogprobs(self.scored(token, logprob), likeliest)
+        likeliest = tuple(self.with_logprob(other, value) for other, value in top)
+        return TokenLogprobs(self.with_logprob(token, logprob), likeliest)
 
-    def scored(self, token: int, logprob: float) -> ScoredToken:
+    def with_logprob(self, token: int, logprob: float) -> ScoredToken:
         """Return a token with its log-probability."""
-        data = self.added(token, token)
+        data = self.added_bytes(token, token)
         try:
             return ScoredToken(data.decode(), data, logprob)
         except UnicodeDecodeError:
@@ -41,9 +41,9 @@ class Vocabulary:
 
     def text(self, token: int) -> str:
         """Return the text that a token adds inside a text; U+FFFD for a part of a character."""
-        return self.added(token, token).decode(errors="replace")
+        return self.added_bytes(token, token).decode(errors="replace")
 
-    def added(self, token: int, before: int | None) -> bytes:
+    def added_bytes(self, token: int, before: int | None) -> bytes:
         """Return the bytes that a token adds to a text in UTF-8.
 
         Args:

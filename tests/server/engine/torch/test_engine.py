@@ -27,7 +27,7 @@ from server.engine.base import (
 from server.engine.torch import core
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.text.detokenizer import Detokenizer
 from steering.settings import AffineSettings, RewardSettings
@@ -435,7 +435,7 @@ async def test_a_device_that_computes_nothing_more_ends_the_engine(
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     monkeypatch.setattr(engine._core._runner, "run", broken)
-    monkeypatch.setattr(core, "is_dead", lambda _device: True)
+    monkeypatch.setattr(core, "has_failed", lambda _device: True)
     with pytest.raises(EngineDeadError):
         await finish(await submit(engine, request()))
     assert not engine.ready

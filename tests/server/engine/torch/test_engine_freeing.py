@@ -12,8 +12,8 @@ from server.engine.base import Request, SamplingSettings, StepOutput
 from server.engine.torch.attention.slab import Slab
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.interventions import LoadedInterventions
 from server.engine.torch.kv_store import KVStore
+from server.engine.torch.loaded_interventions import LoadedInterventions
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.scheduling.block_keys import KeyChain

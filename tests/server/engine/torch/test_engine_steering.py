@@ -11,7 +11,7 @@ from torch import Tensor
 
 from server.engine.base import Edit, Request, StepOutput
 from server.engine.torch.build import build_core
-from server.engine.torch.interventions import Parameters
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.batch import Batch

@@ -144,7 +144,9 @@ class Expected:
             tokens, logits = self.oracle.greedy(prompt, COMPARED, STEERING[job.steering][1])
             gaps = [float(-row.topk(2).values.diff()) for row in logits]
             clear = next((place for place, gap in enumerate(gaps) if gap < 1e-3), COMPARED)
-            self.made[key] = [self.vocabulary.scored(token, 0).text for token in tokens[:clear]]
+            self.made[key] = [
+                self.vocabulary.with_logprob(token, 0).text for token in tokens[:clear]
+            ]
         return self.made[key]
 
 

@@ -30,7 +30,7 @@ def options(attention: AttentionChoice = "automatic", size: int | None = 2 * 10*
 @pytest.fixture
 def suited(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     """Load a model, and pretend that its device (the CPU) suits pages."""
-    monkeypatch.setattr(kv_plan, "why_no_pages", lambda *_: None)
+    monkeypatch.setattr(kv_plan, "pages_unsupported_reason", lambda *_: None)
     return load_tiny()
 
 
@@ -96,7 +96,7 @@ def test_a_device_that_has_failed_serves_nothing(
     suited: LoadedModel, monkeypatch: pytest.MonkeyPatch, attention: AttentionChoice
 ) -> None:
     failing(monkeypatch, torch.AcceleratorError("an illegal memory access was encountered"))
-    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
+    monkeypatch.setattr(fallback, "has_failed", lambda _device: True)
     with pytest.raises(ModelLoadError, match=r"--attention slabs does without.*an illegal"):
         plan_kv(suited.model, options(attention))
 
@@ -128,7 +128,7 @@ def test_the_plan_has_room_for_interventions_a_step_and_graphs(
     assert plan.graphs > 0
     spent = plan.bank + plan.step + plan.graphs + plan.libraries
     assert 0 < plan.keys_and_values <= 2 * GIGABYTE - spent
-    assert "GB keys and values" in plan.sentence()
+    assert "GB keys and values" in plan.summary()
     more = plan_memory(
         loaded.model,
         loaded.description.site_widths,

@@ -2,11 +2,11 @@
 
 import threading
 
-from server.engine.torch.cpu.background import Background
+from server.engine.torch.cpu.background import BackgroundThread
 
 
 def test_what_is_given_runs_in_order_beside_everything_else() -> None:
-    background = Background("test")
+    background = BackgroundThread("test")
     assert background.wait(0)
     go, ran = threading.Event(), list[int]()
     background.run(lambda: ran.append(int(go.wait(30))))
@@ -19,7 +19,7 @@ def test_what_is_given_runs_in_order_beside_everything_else() -> None:
 
 
 def test_it_starts_again_when_there_is_something_to_do_again() -> None:
-    background = Background("test")
+    background = BackgroundThread("test")
     for number in range(3):
         done = threading.Event()
         background.run(done.set)

@@ -60,7 +60,7 @@ def compiled_of(engine: TorchEngine) -> compiled.CompiledLayers:
 def everything_made(layers: compiled.CompiledLayers) -> bool:
     """Return whether the graphs of all expected and all used variants of layers are ready."""
     graphs = layers._graphs
-    return all(graphs.has(variant) for variant in {*graphs._lasting, *graphs._used})
+    return all(graphs.has_graphs(variant) for variant in {*graphs._permanent, *graphs._used})
 
 
 async def everything_compiled(engine: TorchEngine) -> None:
@@ -77,9 +77,8 @@ async def test_any_mix_on_compiled_layers_equals_the_oracle(
     await everything_compiled(engine)
     layers = compiled_of(engine)
     assert everything_made(layers), "some graphs could not be made"
-    monkeypatch.setattr(
-        layers._layers, "_originals", [pytest.fail] * 2
-    )  # nothing runs uncompiled now
+    # Nothing runs uncompiled now.
+    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
     oracle = Oracle(tiny_model(family))
     cases = [(prompt, edits) for edits in FEW.values() for prompt in PROMPTS]
     mixed = await asyncio.gather(*(generate(engine, *case) for case in cases))
@@ -96,9 +95,8 @@ async def test_gates_and_inputs_are_compiled_too(
     await everything_compiled(engine)
     layers = compiled_of(engine)
     assert everything_made(layers), "some graphs could not be made"
-    monkeypatch.setattr(
-        layers._layers, "_originals", [pytest.fail] * 2
-    )  # nothing runs uncompiled now
+    # Nothing runs uncompiled now.
+    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
     outputs = await generate(engine, PROMPTS[0], edits)
     oracle = Oracle(tiny_model("llama"))
     assert_equal_to_oracle(outputs, *expected_of(oracle, "llama", PROMPTS[0], edits))

@@ -6,9 +6,9 @@ A variant is a set of edited sites. Its graphs are made if it is expected, or if
 import gc
 import weakref
 
-from server.engine.torch.cpu.graph_store import HABIT, GraphStore
+from server.engine.torch.cpu.graph_store import RECURRENCE, GraphStore
 from server.engine.torch.cpu.layer_graphs import EditedSite, Graphs, Variant
-from server.engine.torch.cpu.recurring import Habit
+from server.engine.torch.cpu.recurring import RecurrenceRule
 from steering.site_maps import MapPart
 from steering.sites import SiteLocation
 
@@ -24,15 +24,15 @@ def variant(number: int) -> Variant:
 class Compiler:
     """A store, its clock, and a stand-in for the compiler that makes dummy graphs on demand."""
 
-    def __init__(self, habit: Habit = HABIT, most: int = 3) -> None:
+    def __init__(self, rule: RecurrenceRule = RECURRENCE, max_graphs: int = 3) -> None:
         self.now = 0.0
         self.asked: list[Variant] = []
-        self.store = GraphStore(self.asked.append, habit, most, lambda: self.now)
+        self.store = GraphStore(self.asked.append, rule, max_graphs, lambda: self.now)
 
     def make_all(self) -> None:
         for each in self.asked:
-            if not self.store.has(each):
-                self.store.settle(each, Graphs(lambda *_: 1, lambda *_: 2))
+            if not self.store.has_graphs(each):
+                self.store.set_graphs(each, Graphs(lambda *_: 1, lambda *_: 2))
 
     def steps(self, wanted: Variant, number: int, seconds: float = 0.05) -> None:
         for _ in range(number):
@@ -41,9 +41,9 @@ class Compiler:
 
 
 def test_what_is_expected_is_made_at_once_and_never_goes() -> None:
-    compiler = Compiler(most=1)
+    compiler = Compiler(max_graphs=1)
     for _ in range(2):
-        compiler.store.expect(PLAIN)
+        compiler.store.precompile(PLAIN)
     assert compiler.asked == [PLAIN]
     assert compiler.store.find(PLAIN) is None
     compiler.make_all()
@@ -70,7 +70,7 @@ def test_a_mix_that_recurs_gets_its_graphs() -> None:
 
 
 def test_there_are_so_many_at_most_and_those_in_use_stay() -> None:
-    compiler = Compiler(Habit.at_once())
+    compiler = Compiler(RecurrenceRule.at_once())
     for number in range(3):
         compiler.store.find(variant(number))
     compiler.make_all()
@@ -84,13 +84,13 @@ def test_there_are_so_many_at_most_and_those_in_use_stay() -> None:
     compiler.steps(variant(0), 1)
     compiler.store.find(variant(4))
     assert compiler.asked[-1] == variant(4)
-    assert not compiler.store.has(variant(1)), "the least recently used should have gone"
-    assert compiler.store.has(variant(0))
-    assert compiler.store.has(variant(2))
+    assert not compiler.store.has_graphs(variant(1)), "the least recently used should have gone"
+    assert compiler.store.has_graphs(variant(0))
+    assert compiler.store.has_graphs(variant(2))
 
 
 def test_what_is_being_made_is_waited_for() -> None:
-    compiler = Compiler(Habit.at_once(), most=1)
+    compiler = Compiler(RecurrenceRule.at_once(), max_graphs=1)
     compiler.store.find(variant(0))
     compiler.now += 1000
     compiler.store.find(variant(1))
@@ -101,16 +101,16 @@ def test_what_is_being_made_is_waited_for() -> None:
 
 
 def test_what_could_not_be_made_is_not_tried_again_while_it_is_wanted() -> None:
-    compiler = Compiler(Habit.at_once())
+    compiler = Compiler(RecurrenceRule.at_once())
     compiler.store.find(variant(0))
-    compiler.store.settle(variant(0), None)
+    compiler.store.set_graphs(variant(0), None)
     compiler.steps(variant(0), 5000)
     assert compiler.asked == [variant(0)]
     assert compiler.store.find(variant(0)) is None
 
 
 def test_the_memory_of_what_goes_is_free() -> None:
-    compiler = Compiler(Habit.at_once(), most=1)
+    compiler = Compiler(RecurrenceRule.at_once(), max_graphs=1)
     compiler.store.find(variant(0))
     compiler.make_all()
     graphs = compiler.store.find(variant(0))

@@ -13,7 +13,7 @@ from server.engine.torch.cpu import compiled_head, packed
 from server.engine.torch.cpu.ahead import CompiledWronglyError
 from server.engine.torch.cpu.compiled_head import compile_head
 from server.engine.torch.cpu.packed import (
-    OneProduct,
+    MergeEqualProducts,
     PackedLinear,
     multiply_one_row,
     pack_linear_layers,
@@ -105,8 +105,8 @@ def test_nothing_is_kept_after_the_last_has_taken_its_part() -> None:
     pack_linear_layers(model)
     model(input_ids=TOKENS)
     for layer in packed_layers(model).values():
-        assert layer._kept._rows is None
-        assert layer._kept._product is None
+        assert layer._shared_product._rows is None
+        assert layer._shared_product._product is None
 
 
 @torch.inference_mode()
@@ -118,7 +118,7 @@ def test_a_compiled_graph_has_one_call_of_equal_ones() -> None:
     expected = mlp(rows).float()
     for one_product, calls in ((True, 2), (False, 3)):
         torch.compiler.reset()
-        options = {"post_grad_custom_pre_pass": OneProduct()} if one_product else {}
+        options = {"post_grad_custom_pre_pass": MergeEqualProducts()} if one_product else {}
         compiled = torch.compile(mlp, fullgraph=True, options={**options, "size_asserts": False})
         compiled(rows)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:

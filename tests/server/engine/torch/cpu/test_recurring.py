@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.torch.cpu import recurring
-from server.engine.torch.cpu.recurring import Habit, Recurring
+from server.engine.torch.cpu.recurring import RecurrenceCounter, RecurrenceRule
 
 
 class Clock:
@@ -15,13 +15,13 @@ class Clock:
         return self.now
 
 
-def times(counts: Recurring[str], key: str, number: int) -> bool:
-    return [counts.wanted(key) for _ in range(number)][-1]
+def times(counts: RecurrenceCounter[str], key: str, number: int) -> bool:
+    return [counts.count(key) for _ in range(number)][-1]
 
 
 def test_it_takes_both_many_times_and_a_while() -> None:
     clock = Clock()
-    counts = Recurring[str](Habit(times=10, seconds=60, pause=600), clock)
+    counts = RecurrenceCounter[str](RecurrenceRule(times=10, seconds=60, pause=600), clock)
     assert not times(counts, "burst", 50)
     assert not times(counts, "slow", 1)
     clock.now += 60
@@ -34,7 +34,7 @@ def test_it_takes_both_many_times_and_a_while() -> None:
 
 def test_a_long_pause_begins_the_count_anew() -> None:
     clock = Clock()
-    counts = Recurring[str](Habit(times=10, seconds=60, pause=600), clock)
+    counts = RecurrenceCounter[str](RecurrenceRule(times=10, seconds=60, pause=600), clock)
     times(counts, "x", 9)
     clock.now += 601
     assert not times(counts, "x", 20)
@@ -43,12 +43,12 @@ def test_a_long_pause_begins_the_count_anew() -> None:
 
 
 def test_what_recurs_at_once() -> None:
-    assert Recurring[str](Habit.at_once()).wanted("x")
+    assert RecurrenceCounter[str](RecurrenceRule.at_once()).count("x")
 
 
 @given(st.lists(st.integers(0, 2000)))
 def test_few_keys_are_remembered(keys: list[int]) -> None:
-    counts = Recurring[int](Habit(2, 0, 1e9))
+    counts = RecurrenceCounter[int](RecurrenceRule(2, 0, 1e9))
     for key in keys * 20:
-        counts.wanted(key)
+        counts.count(key)
     assert len(counts._counts) <= recurring._MAX_KEYS

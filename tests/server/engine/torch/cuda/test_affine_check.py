@@ -82,7 +82,7 @@ def test_a_device_that_failed_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, used: list[object]
 ) -> None:
     stand_in(monkeypatch, None)
-    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
+    monkeypatch.setattr(fallback, "has_failed", lambda _device: True)
     with pytest.raises(ModelLoadError, match="the GPU failed"):
         use_affine_kernel(24, torch.float32, CPU)
     assert not used

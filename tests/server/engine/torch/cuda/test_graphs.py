@@ -174,7 +174,7 @@ def test_a_model_that_gives_its_decoder_more_than_inputs_has_no_graph(load_tiny:
     model.model.forward = lambda *args, **kwargs: forward(*args, extra=torch.ones(1), **kwargs)
     inputs = DecodeInputs(DecodeShape(rows=2, depth=0, pages=1), torch.device("cpu"))
     with pytest.raises(DecoderCallError, match="other inputs"):
-        decoder.call_of(model, inputs)
+        decoder.capture_call(model, inputs)
 
 
 @pytest.mark.parametrize(("family", "path"), [("llama", "model"), ("gpt2", "transformer")])
@@ -226,8 +226,8 @@ def test_a_device_that_has_failed_ends_the_engine(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, at_start: bool
 ) -> None:
     capture = use_pages(monkeypatch)
-    monkeypatch.setattr(cuda_graphs, "is_dead", lambda _device: True)
-    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
+    monkeypatch.setattr(cuda_graphs, "has_failed", lambda _device: True)
+    monkeypatch.setattr(fallback, "has_failed", lambda _device: True)
 
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")

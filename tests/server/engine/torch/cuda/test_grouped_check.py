@@ -76,7 +76,7 @@ def test_without_triton_there_is_none(
     with caplog.at_level(logging.WARNING):
         assert make_grouped_refinement(4, 32, CPU, UNITS) is None
     assert "rewards run without kernels" in caplog.text
-    monkeypatch.setattr(fallback, "is_dead", lambda _device: True)
+    monkeypatch.setattr(fallback, "has_failed", lambda _device: True)
     with pytest.raises(ModelLoadError, match="the GPU failed"):
         make_grouped_refinement(4, 32, CPU, UNITS)
 

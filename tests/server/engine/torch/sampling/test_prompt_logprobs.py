@@ -36,7 +36,7 @@ def assert_scores(outputs: list[StepOutput], prompt: bytes, edits: tuple[Edit, .
     assert len(found) == len(prompt) - 1
     for place, token in enumerate(found):
         row = expected[place]
-        assert token.chosen.text == TEXTS.scored(prompt[place + 1], 0).text
+        assert token.chosen.text == TEXTS.with_logprob(prompt[place + 1], 0).text
         assert token.chosen.logprob == pytest.approx(float(row[prompt[place + 1]]), abs=1e-3)
         best = row.topk(3).values
         if torch.diff(best).abs().min() > 1e-3:

@@ -30,7 +30,9 @@ def embedded() -> Prompts:
 def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
     """Return the tokens' bytes, without special tokens."""
     return b"".join(
-        vocabulary.scored(token, 0).bytes for token in tokens if token not in vocabulary.special
+        vocabulary.with_logprob(token, 0).bytes
+        for token in tokens
+        if token not in vocabulary.special
     )
 
 
@@ -62,7 +64,7 @@ def check_offsets(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) ->
         assert offset <= len(text)
         if token in vocabulary.special:
             continue
-        visible = vocabulary.scored(token, 0)
+        visible = vocabulary.with_logprob(token, 0)
         try:
             visible.bytes.decode()
         except UnicodeDecodeError:
@@ -127,44 +129,44 @@ def test_tokens_of_one_character_all_begin_where_it_does() -> None:
 # --- prompts ---
 
 
-def check_spelled(prompts: Prompts, prompt: str | list[int]) -> None:
+def check_description(prompts: Prompts, prompt: str | list[int]) -> None:
     """Assert that each token of a prompt begins at its offset in the echoed text."""
-    spelled = prompts.spell(prompt)
+    described = prompts.describe_prompt(prompt)
     vocabulary = prompts._vocabulary
-    assert len(spelled.offsets) == len(spelled.tokens)
-    assert list(spelled.offsets) == sorted(spelled.offsets)
-    for token, offset in zip(spelled.tokens, spelled.offsets, strict=True):
-        assert offset <= len(spelled.text)
-        scored = vocabulary.scored(token, 0)
+    assert len(described.offsets) == len(described.tokens)
+    assert list(described.offsets) == sorted(described.offsets)
+    for token, offset in zip(described.tokens, described.offsets, strict=True):
+        assert offset <= len(described.text)
+        scored = vocabulary.with_logprob(token, 0)
         if scored.text.encode() == scored.bytes:  # false for a part of a character
-            assert spelled.text[offset:].startswith(scored.text)
+            assert described.text[offset:].startswith(scored.text)
 
 
 @given(st.text(min_size=1, max_size=12))
 def test_offsets_in_a_prompt_given_as_text(text: str) -> None:
     prompts = Prompts(TINY, 100)
-    check_spelled(prompts, text)
-    assert prompts.spell(text).text == text
+    check_description(prompts, text)
+    assert prompts.describe_prompt(text).text == text
 
 
 @given(TINY_TOKENS.filter(bool))
 def test_offsets_in_a_prompt_given_as_token_ids(tokens: list[int]) -> None:
     prompts = Prompts(TINY, 100)
-    check_spelled(prompts, tokens)
-    data = b"".join(prompts._vocabulary.scored(token, 0).bytes for token in tokens)
+    check_description(prompts, tokens)
+    data = b"".join(prompts._vocabulary.with_logprob(token, 0).bytes for token in tokens)
     whole = data[: len(data) - unfinished(data)]
-    assert prompts.spell(tokens).text == whole.decode(errors="replace")
+    assert prompts.describe_prompt(tokens).text == whole.decode(errors="replace")
 
 
 @pytest.mark.embedded
 @given(KNOWN.filter(bool))
 def test_offsets_in_a_prompt_of_the_embedded_model(embedded: Prompts, text: str) -> None:
     prompts = embedded
-    spelled = prompts.spell(text)
-    assert spelled.text == text
-    check_spelled(prompts, text)
-    assert prompts.spell(spelled.tokens).text == text
-    assert prompts.spell(spelled.tokens).offsets == spelled.offsets
+    described = prompts.describe_prompt(text)
+    assert described.text == text
+    check_description(prompts, text)
+    assert prompts.describe_prompt(described.tokens).text == text
+    assert prompts.describe_prompt(described.tokens).offsets == described.offsets
 
 
 def test_a_tokenizer_that_leaves_blanks_out_of_its_spans_and_adds_tokens() -> None:
@@ -180,26 +182,26 @@ def test_a_tokenizer_that_leaves_blanks_out_of_its_spans_and_adds_tokens() -> No
             ),
         ]
     )
-    spelled = Prompts(tokenizer, 100).spell("a b\u00e9")
-    assert spelled.offsets == (0, 0, 1, 2, 3, 3, 4)
-    assert spelled.text == "a b\u00e9"
-    assert spelled.first_token == "<bos>"
+    described = Prompts(tokenizer, 100).describe_prompt("a b\u00e9")
+    assert described.offsets == (0, 0, 1, 2, 3, 3, 4)
+    assert described.text == "a b\u00e9"
+    assert described.first_token == "<bos>"
 
 
 def test_a_prompt_that_ends_within_a_character_is_told_without_it() -> None:
     prompts = Prompts(tiny_tokenizer(), 100)
     tokens = prompts.tokenize("a\u20ac")[:-1]
-    spelled = prompts.spell(tokens)
-    assert (spelled.text, spelled.offsets) == ("a", (0, 1, 1))
-    replaced = prompts.spell(prompts.tokenize("\ufffd"))
+    described = prompts.describe_prompt(tokens)
+    assert (described.text, described.offsets) == ("a", (0, 1, 1))
+    replaced = prompts.describe_prompt(prompts.tokenize("\ufffd"))
     assert (replaced.text, replaced.offsets) == ("\ufffd", (0, 0, 0))
-    assert prompts.spell(tokens[1:]).first_token == "\u00e2"  # the byte-level name of byte E2
+    assert prompts.describe_prompt(tokens[1:]).first_token == "\u00e2"  # the byte-level name of byte E2
 
 
 def test_what_cannot_be_served_is_not_spelled() -> None:
     prompts = Prompts(tiny_tokenizer(), 10)
     with pytest.raises(InvalidRequestError, match="maximum context length is 10") as refused:
-        prompts.spell([1] * 11)
+        prompts.describe_prompt([1] * 11)
     assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(InvalidRequestError, match="empty"):
-        prompts.spell("")
+        prompts.describe_prompt("")

@@ -31,14 +31,14 @@ def sentencepiece() -> Tokenizer:
     ],
 )
 def test_tokens_of_sentencepiece(token: int, text: str, data: bytes) -> None:
-    scored = Vocabulary(sentencepiece()).scored(token, -0.5)
+    scored = Vocabulary(sentencepiece()).with_logprob(token, -0.5)
     assert (scored.text, scored.bytes, scored.logprob) == (text, data, -0.5)
 
 
 def test_every_token_of_a_byte_level_vocabulary_is_its_byte() -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
     vocabulary = Vocabulary(tokenizer)
-    found = [vocabulary.scored(token, 0) for token in range(256)]
+    found = [vocabulary.with_logprob(token, 0) for token in range(256)]
     assert {token.bytes for token in found} == {bytes([byte]) for byte in range(256)}
     assert len({token.text for token in found}) == 256, "tokens cannot be told apart"
     for token in found:
@@ -50,7 +50,7 @@ def test_the_bytes_of_tokens_join_to_the_text() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer("na\u00efve \u4f60\u597d")["input_ids"]
     vocabulary = Vocabulary(tokenizer.backend_tokenizer)
-    joined = b"".join(vocabulary.scored(token, 0).bytes for token in ids)
+    joined = b"".join(vocabulary.with_logprob(token, 0).bytes for token in ids)
     assert joined.decode() == "na\u00efve \u4f60\u597d"
 
 
@@ -58,7 +58,7 @@ def test_a_special_token_is_its_name() -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
     eos = tokenizer.token_to_id("<eos>")
     assert eos is not None
-    scored = Vocabulary(tokenizer).scored(eos, 0)
+    scored = Vocabulary(tokenizer).with_logprob(eos, 0)
     assert (scored.text, scored.bytes) == ("<eos>", b"<eos>")
 
 

@@ -16,8 +16,8 @@ from steering.reward import RewardHead
 
 Parameters: TypeAlias = AffineParameters | RewardHead
 
-_REHEARSAL: Final = ""  # stands in for a digest; no artifact has it
-_NAMED: Final = 8  # sites that an error message names
+_TEMPORARY: Final = ""  # stands in for a digest; no artifact has it
+_MAX_NAMED: Final = 8  # most sites that an error message names
 
 
 class LoadedInterventions:
@@ -33,13 +33,13 @@ class LoadedInterventions:
 
     def missing(self, digests: Iterable[str]) -> set[str]:
         """Return the interventions that are not loaded."""
-        return {digest for digest in digests if not self.slots.holds(digest)}
+        return {digest for digest in digests if not self.slots.is_loaded(digest)}
 
     def pin(self, digest: str) -> int | None:
         """Pin a loaded intervention and return its slot; None if it is not loaded."""
         return self.slots.pin(digest)
 
-    def hold(self, digest: str, parameters: Mapping[str, Parameters]) -> int:
+    def pin_or_install(self, digest: str, parameters: Mapping[str, Parameters]) -> int:
         """Pin an intervention, installing it if it is not loaded, and return its slot.
 
         Raises what `install` raises.
@@ -91,17 +91,17 @@ class LoadedInterventions:
         return slot
 
     @contextmanager
-    def rehearsed(self, parameters: Parameters) -> Iterator[int]:
+    def temporarily_installed(self, parameters: Parameters) -> Iterator[int]:
         """Install an intervention for the duration of the context, and yield its slot.
 
         The engine uses it to warm up. Its sites stay hooked, probed, and allocated in the bank
         afterwards. Raises what `install` raises.
         """
-        slot = self.install(_REHEARSAL, parameters)
+        slot = self.install(_TEMPORARY, parameters)
         try:
             yield slot
         finally:
-            self.slots.drop(_REHEARSAL)
+            self.slots.drop(_TEMPORARY)
             self.bank.clear(slot)
 
     def _check_fit(self, parameters: Parameters) -> None:
@@ -117,7 +117,7 @@ class LoadedInterventions:
 
     def _check_alive(self, sites: Collection[str]) -> None:
         if dead := self._probes.dead(sites):
-            named = f"{', '.join(dead[:_NAMED])}{', ...' if len(dead) > _NAMED else ''}"
+            named = f"{', '.join(dead[:_MAX_NAMED])}{', ...' if len(dead) > _MAX_NAMED else ''}"
             raise UnservableInterventionError(
                 f"An edit at {named} does not reach the logits of this model."
             )
