@@ -97,7 +97,7 @@ class DoseMeter:
             sums: the tensor from the method `sums`, copied to the host.
             spans: the step's spans.
         """
-        by_index = self._divided(sums)
+        by_index = self._split(sums)
         found = []
         first = 0
         for span in spans:
@@ -105,7 +105,7 @@ class DoseMeter:
             first += span.count
         return found
 
-    def _divided(self, sums: Tensor) -> dict[_EditIndex, tuple[list[float], list[float]]]:
+    def _split(self, sums: Tensor) -> dict[_EditIndex, tuple[list[float], list[float]]]:
         """Split the tensor from `sums`: edit index -> sums and numbers of all tokens (or rows)."""
         values: list[float] = sums.tolist()
         rest = iter(values)

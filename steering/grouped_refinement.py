@@ -29,7 +29,7 @@ class RefinementKernels(Protocol):
     def units(self, h: Tensor, heads: HeadLookup, max_units: int) -> Tensor:
         """Return the units u = W1 h + b1: (n, width) -> (n, max_units)."""
 
-    def move(
+    def directional_step(
         self, units: Tensor, heads: HeadLookup, direction_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Apply the directional step to the units, in place.
@@ -44,13 +44,15 @@ class RefinementKernels(Protocol):
             row's multiple of its head's direction.
         """
 
-    def motion(self, slopes: Tensor, heads: HeadLookup) -> Tensor:
+    def gram_slopes(self, slopes: Tensor, heads: HeadLookup) -> Tensor:
         """Return W1 W1^T slopes as partial sums: (n, units) -> (n, parts, units)."""
 
-    def climb(self, units: Tensor, motion: Tensor, heads: HeadLookup, step_sizes: Tensor) -> Tensor:
+    def ascend(
+        self, units: Tensor, gram_slopes: Tensor, heads: HeadLookup, step_sizes: Tensor
+    ) -> Tensor:
         """Follow the units through all steps; return the sum of eta * slopes: (n, units)."""
 
-    def finish(self, h: Tensor, shifts: Tensor, climbed: Tensor, heads: HeadLookup) -> Tensor:
+    def finish(self, h: Tensor, shifts: Tensor, slope_sums: Tensor, heads: HeadLookup) -> Tensor:
         """Return h + shifts * direction + W1^T climbed: (n, width)."""
 
 
@@ -147,13 +149,13 @@ class GroupedRefinement:
         self, h: Tensor, heads: HeadLookup, direction_scale: Tensor, step_sizes: Tensor
     ) -> Tensor:
         units = self._kernels.units(h, heads, self.max_units)
-        slopes, shifts = self._kernels.move(units, heads, direction_scale)
+        slopes, shifts = self._kernels.directional_step(units, heads, direction_scale)
         if step_sizes.shape[1]:
-            motion = self._kernels.motion(slopes, heads)
-            climbed = self._kernels.climb(units, motion, heads, step_sizes)
+            gram_slopes = self._kernels.gram_slopes(slopes, heads)
+            slope_sums = self._kernels.ascend(units, gram_slopes, heads, step_sizes)
         else:
-            climbed = torch.zeros_like(units)
-        return self._kernels.finish(h, shifts, climbed, heads)
+            slope_sums = torch.zeros_like(units)
+        return self._kernels.finish(h, shifts, slope_sums, heads)
 
     def _refine_alike(
         self,
@@ -167,11 +169,11 @@ class GroupedRefinement:
         width = h.shape[1]
         w1 = head.w1[:, :width]
         units = linear(h, w1, head.b1)
-        slopes, shifts = self._kernels.move(units, heads, direction_scale)
+        slopes, shifts = self._kernels.directional_step(units, heads, direction_scale)
         change = shifts * head.direction[:width]
         if step_sizes.shape[1]:
-            motion = (slopes @ head.gram)[:, None]
-            change = change.addmm(self._kernels.climb(units, motion, heads, step_sizes), w1)
+            gram_slopes = (slopes @ head.gram)[:, None]
+            change = change.addmm(self._kernels.ascend(units, gram_slopes, heads, step_sizes), w1)
         # Adding 0 would turn -0.0 into +0.0.
         return torch.where(change == 0, h, h + change)
 

@@ -43,12 +43,9 @@ def is_zero(value: float) -> bool:
     return c_float(value).value == 0
 
 
-Settings: TypeAlias = AffineSettings | RewardSettings
-
-
 @dataclass(frozen=True, slots=True)
 class SlottedEdit:
     """One edit of a request: the bank's slot that holds its parameters, and its settings."""
 
     slot: int
-    settings: Settings
+    settings: AffineSettings | RewardSettings

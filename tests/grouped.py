@@ -22,7 +22,7 @@ Rows = Sequence[tuple[int, int]]
 def use_few_programs(patch: pytest.MonkeyPatch, launches: ModuleType) -> None:
     """Make the kernels use large blocks: the interpreter's time grows with the programs' number."""
     patch.setattr(launches, "UNITS_BLOCK", {"block_units": 128, "block_columns": 64})
-    patch.setattr(launches, "MOTION_BLOCK", {"block_units": 64, "block_columns": 256})
+    patch.setattr(launches, "GRAM_BLOCK", {"block_units": 64, "block_columns": 256})
     patch.setattr(launches, "FINISH_BLOCK", {"block_units": 64, "block_columns": 128})
     patch.setattr(launches, "SPLITS", 2)
 

@@ -19,7 +19,7 @@ from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex
 from server.engine.torch.attention.plan import KVOptions, KVPlan, plan_pages, plan_slabs, tiling_of
 from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.core import EngineCore
-from server.engine.torch.cuda import paths as cuda_paths
+from server.engine.torch.cuda import fast_path as cuda_fast_path
 from server.engine.torch.options import EngineOptions
 
 
@@ -92,10 +92,10 @@ def use_pages(
         return plan_pages(shape, options, tiling_of(model, shape), attend)
 
     monkeypatch.setattr(build, "plan_kv", plan)
-    monkeypatch.setattr(build, "paths_of", lambda _device: cuda_paths)
-    monkeypatch.setattr(cuda_paths, "CudaCapture", lambda _device: capture)
+    monkeypatch.setattr(build, "fast_path_of", lambda _device: cuda_fast_path)
+    monkeypatch.setattr(cuda_fast_path, "CudaCapture", lambda _device: capture)
     # Triton would interpret its kernels here, which is slow; the kernels have their own tests.
-    monkeypatch.setattr(cuda_paths, "_use_kernels", lambda _parts: None)
+    monkeypatch.setattr(cuda_fast_path, "_use_kernels", lambda _parts: None)
     return capture
 
 

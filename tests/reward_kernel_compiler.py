@@ -21,12 +21,12 @@ from triton.compiler import ASTSource
 
 from steering.grouped_refinement import TILE_ROWS
 from steering.kernels import reward_triton as launches
-from steering.kernels.reward_rows import climb_kernel, move_kernel
-from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
+from steering.kernels.reward_rows import ascend_kernel, directional_step_kernel
+from steering.kernels.reward_tiles import finish_kernel, gram_slopes_kernel, units_kernel
 
 UNITS: Final = 1024  # number of hidden units of ARGRE's reward heads
 _TYPES: Final = {"table": "*i64", "slots": "*i32", "tile_sizes": "*i32"} | dict.fromkeys(
-    ("width", "max_units", "motion_stride", "scales_stride", "sizes_stride", "most"), "i32"
+    ("width", "max_units", "gram_slopes_stride", "scales_stride", "sizes_stride", "most"), "i32"
 )
 # Arguments whose alignment differs from step to step, because they are views of one table.
 _UNALIGNED: Final = {
@@ -60,16 +60,21 @@ CASES = (
         {**launches.UNITS_BLOCK, **_TILE, "stages": launches.UNITS_STAGES},
         launches.TILE_WARPS,
     ),
-    Case("move", move_kernel, {"block_units": UNITS}, launches.row_warps(UNITS)),
     Case(
-        "motion",
-        motion_kernel,
-        {**launches.MOTION_BLOCK, **_MIXED, **_SPLITS},
+        "directional_step",
+        directional_step_kernel,
+        {"block_units": UNITS},
+        launches.row_warps(UNITS),
+    ),
+    Case(
+        "gram_slopes",
+        gram_slopes_kernel,
+        {**launches.GRAM_BLOCK, **_MIXED, **_SPLITS},
         launches.TILE_WARPS,
     ),
     Case(
-        "climb",
-        climb_kernel,
+        "ascend",
+        ascend_kernel,
         {"block_units": UNITS, "block_flips": launches.FLIPS, **_SPLITS},
         launches.row_warps(UNITS),
     ),

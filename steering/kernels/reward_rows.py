@@ -22,7 +22,7 @@ from steering.kernels.reward_table import (
 
 
 @triton.jit(do_not_specialize=["scales_stride"], do_not_specialize_on_alignment=["slots", "scales"])
-def move_kernel(
+def directional_step_kernel(
     slopes,  # (n, max_units) float32, 1[u > 0] * w2
     shifts,  # (n, 1) float32, each row's multiple of its head's direction
     units,  # (n, max_units) float32, updated in place
@@ -57,17 +57,17 @@ def move_kernel(
 @triton.jit(
     do_not_specialize=["most", "sizes_stride"], do_not_specialize_on_alignment=["slots", "sizes"]
 )
-def climb_kernel(
-    climbed,  # (n, max_units) float32, the sum of eta * slopes over all steps
+def ascend_kernel(
+    slope_sums,  # (n, max_units) float32, the sum of eta * slopes over all steps
     units,  # (n, max_units) float32
-    motion,  # (n, splits, motion_stride) float32, partial sums of W1 W1^T slopes
+    gram_slopes,  # (n, splits, gram_slopes_stride) float32, partial sums of W1 W1^T slopes
     table,  # (slots, 9) int64
     slots,  # (n,) int32
     sizes,  # (n, most) float32, eta for each of a row's iterations, then 0
     sizes_stride,
     most,
     max_units,
-    motion_stride,
+    gram_slopes_stride,
     splits: tl.constexpr,
     block_units: tl.constexpr,
     block_flips: tl.constexpr,
@@ -82,8 +82,8 @@ def climb_kernel(
     at = row * max_units + unit
     u = tl.load(units + at, mask=own, other=0.0)
     w2 = tl.load(weights + unit, mask=own, other=0.0)
-    part = (row * splits + tl.arange(0, splits)[:, None]) * motion_stride + unit[None]
-    moves = tl.sum(tl.load(motion + part, mask=own[None], other=0.0), 0)
+    part = (row * splits + tl.arange(0, splits)[:, None]) * gram_slopes_stride + unit[None]
+    moves = tl.sum(tl.load(gram_slopes + part, mask=own[None], other=0.0), 0)
     on = tl.where(u <= 0, 0, 1)
     steps = tl.zeros([block_units], dtype=tl.float32)
     step = 0
@@ -108,4 +108,4 @@ def climb_kernel(
         u += eta * moves
         step += 1
         eta = tl.load(sizes + row * sizes_stride + step, mask=step < most, other=0.0)
-    tl.store(climbed + at, steps, mask=own)
+    tl.store(slope_sums + at, steps, mask=own)

@@ -92,8 +92,8 @@ def _mixed(
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "tile_sizes"])
-def motion_kernel(
-    motion,  # (n, splits, max_units) float32, partial sums of W1 W1^T slopes
+def gram_slopes_kernel(
+    gram_slopes,  # (n, splits, max_units) float32, partial sums of W1 W1^T slopes
     slopes,  # (n, max_units) float32
     table,  # (slots, 9) int64
     slots,  # (n,) int32
@@ -130,7 +130,7 @@ def motion_kernel(
         stages,
     )
     member = tl.arange(0, tile_rows)[None, :, None]
-    at = motion + ((row + member) * splits + split) * max_units + column
+    at = gram_slopes + ((row + member) * splits + split) * max_units + column
     tl.store(at, sums, mask=(member < count) & (column < m))
 
 
@@ -139,7 +139,7 @@ def finish_kernel(
     refined,  # (n, width) float32
     h,  # (n, width) float32
     shifts,  # (n, 1) float32
-    climbed,  # (n, max_units) float32
+    slope_sums,  # (n, max_units) float32
     table,  # (slots, 9) int64
     slots,  # (n,) int32
     tile_sizes,  # (n,) int32
@@ -160,7 +160,7 @@ def finish_kernel(
         return
     column = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[None, None, :]
     sums = _mixed(
-        climbed + row * max_units,
+        slope_sums + row * max_units,
         tensor_of(head, W1),
         0,
         m,

@@ -13,12 +13,12 @@ import triton
 from torch import Tensor
 
 from steering.grouped_refinement import TILE_ROWS, HeadLookup
-from steering.kernels.reward_rows import climb_kernel, move_kernel
-from steering.kernels.reward_tiles import finish_kernel, motion_kernel, units_kernel
+from steering.kernels.reward_rows import ascend_kernel, directional_step_kernel
+from steering.kernels.reward_tiles import finish_kernel, gram_slopes_kernel, units_kernel
 
 # Block sizes: 2048 numbers for each row of a tile, i.e. 16 for each of the 128 threads.
 UNITS_BLOCK: Final = {"block_units": 8, "block_columns": 256}
-MOTION_BLOCK: Final = {"block_units": 32, "block_columns": 64}
+GRAM_BLOCK: Final = {"block_units": 32, "block_columns": 64}
 FINISH_BLOCK: Final = {"block_units": 64, "block_columns": 32}
 TILE_WARPS: Final = 4
 # Stages of the loads' software pipeline. `_mixed` reads blocks only in part, and so gets more.
@@ -48,12 +48,14 @@ def units(h: Tensor, heads: HeadLookup, max_units: int) -> Tensor:
     return output
 
 
-def move(units: Tensor, heads: HeadLookup, direction_scale: Tensor) -> tuple[Tensor, Tensor]:
+def directional_step(
+    units: Tensor, heads: HeadLookup, direction_scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `RefinementKernels`."""
     n, max_units = units.shape
     slopes, shifts = torch.empty_like(units), units.new_empty(n, 1)
     block = triton.next_power_of_2(max_units)
-    move_kernel[(n,)](
+    directional_step_kernel[(n,)](
         slopes,
         shifts,
         units,
@@ -68,11 +70,11 @@ def move(units: Tensor, heads: HeadLookup, direction_scale: Tensor) -> tuple[Ten
     return slopes, shifts
 
 
-def motion(slopes: Tensor, heads: HeadLookup) -> Tensor:
+def gram_slopes(slopes: Tensor, heads: HeadLookup) -> Tensor:
     """See `RefinementKernels`."""
     n, max_units = slopes.shape
     output = slopes.new_empty(n, SPLITS, max_units)
-    motion_kernel[(n, triton.cdiv(max_units, MOTION_BLOCK["block_columns"]), SPLITS)](
+    gram_slopes_kernel[(n, triton.cdiv(max_units, GRAM_BLOCK["block_columns"]), SPLITS)](
         output,
         slopes,
         heads.table,
@@ -81,31 +83,31 @@ def motion(slopes: Tensor, heads: HeadLookup) -> Tensor:
         max_units,
         splits=SPLITS,
         tile_rows=TILE_ROWS,
-        **MOTION_BLOCK,
+        **GRAM_BLOCK,
         stages=MIXED_STAGES,
         num_warps=TILE_WARPS,
     )
     return output
 
 
-def climb(units: Tensor, motion: Tensor, heads: HeadLookup, step_sizes: Tensor) -> Tensor:
+def ascend(units: Tensor, gram_slopes: Tensor, heads: HeadLookup, step_sizes: Tensor) -> Tensor:
     """See `RefinementKernels`."""
     n, max_units = units.shape
     output = torch.empty_like(units)
     block = triton.next_power_of_2(max_units)
     assert step_sizes.stride(1) == 1, "a row's steps lie side by side"
-    climb_kernel[(n,)](
+    ascend_kernel[(n,)](
         output,
         units,
-        motion,
+        gram_slopes,
         heads.table,
         heads.slots,
         step_sizes,
         step_sizes.stride(0),
         step_sizes.shape[1],
         max_units,
-        motion.shape[2],
-        splits=motion.shape[1],
+        gram_slopes.shape[2],
+        splits=gram_slopes.shape[1],
         block_units=block,
         block_flips=FLIPS,
         num_warps=row_warps(block),
@@ -113,7 +115,7 @@ def climb(units: Tensor, motion: Tensor, heads: HeadLookup, step_sizes: Tensor) 
     return output
 
 
-def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: HeadLookup) -> Tensor:
+def finish(h: Tensor, shifts: Tensor, slope_sums: Tensor, heads: HeadLookup) -> Tensor:
     """See `RefinementKernels`."""
     n, width = h.shape
     output = torch.empty_like(h)
@@ -121,12 +123,12 @@ def finish(h: Tensor, shifts: Tensor, climbed: Tensor, heads: HeadLookup) -> Ten
         output,
         h,
         shifts,
-        climbed,
+        slope_sums,
         heads.table,
         heads.slots,
         heads.tile_sizes,
         width,
-        climbed.shape[1],
+        slope_sums.shape[1],
         tile_rows=TILE_ROWS,
         **FINISH_BLOCK,
         stages=MIXED_STAGES,

@@ -9,7 +9,7 @@ from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.plan import KVOptions, plan_kv
 from server.engine.torch.attention.transformers_hook import use_engine_attention
 from server.engine.torch.core import EngineCore
-from server.engine.torch.device_paths import EngineParts, paths_of
+from server.engine.torch.fast_paths import EngineParts, fast_path_of
 from server.engine.torch.loaded_interventions import LoadedInterventions
 from server.engine.torch.memory_plan import plan_memory
 from server.engine.torch.model.devices import is_spread
@@ -44,9 +44,9 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
             the logits.
     """
     model, widths = loaded.model, loaded.description.site_widths
-    paths = paths_of(model.device)
+    fast_path = fast_path_of(model.device)
     expected = reference_logits(model)
-    paths.prepare(model, options)
+    fast_path.prepare(model, options)
     use_engine_attention(model)
     hooks = SteeringHooks(model, loaded.lm_head)
     kv = plan_kv(model, _kv_options(loaded, options))
@@ -75,7 +75,9 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
     return EngineCore(
         model,
         loaded.tokenizer,
-        paths.faster_runner(EngineParts(loaded, hooks, runner, kv, interventions, length), options),
+        fast_path.faster_runner(
+            EngineParts(loaded, hooks, runner, kv, interventions, length), options
+        ),
         scheduler,
         memory,
         prefixes,

@@ -220,7 +220,7 @@ class EngineCore:
                 deliveries += [(chunk.sequence, error) for chunk in plan.chunks]
         for sequence, output in deliveries:
             try:
-                self._settle(sequence, output)
+                self._free_if_ended(sequence, output)
             except Exception:
                 if has_failed(self._device):
                     raise
@@ -230,7 +230,7 @@ class EngineCore:
         self._step_seconds = time.perf_counter() - began
         return deliveries
 
-    def _settle(self, sequence: Sequence, output: StepOutput | EngineError) -> None:
+    def _free_if_ended(self, sequence: Sequence, output: StepOutput | EngineError) -> None:
         """Free what a sequence holds if `output` is its last one."""
         if isinstance(output, EngineError):
             with ExitStack() as freeing:

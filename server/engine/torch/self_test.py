@@ -117,7 +117,7 @@ def check_lm_head(model: PreTrainedModel, runner: Runner, memory: KVMemory, widt
     bank = Bank(1, model.device)
     bank.put(1, _probe_head(width))
     edit = SlottedEdit(1, RewardSettings(eta=1.0, iterations=1, direction_scale=1.0))
-    if not _reaches(model, runner, memory, bank, [edit])[0]:
+    if not _reach_logits(model, runner, memory, bank, [edit])[0]:
         raise ModelLoadError("an edit before lm_head does not reach the logits")
 
 
@@ -146,12 +146,12 @@ def dead_sites(
         for slot, site in enumerate(group, start=1):
             bank.put(slot, {site: probe_map(widths[site])})
         edits = [SlottedEdit(slot, AffineSettings(1.0)) for slot in range(1, len(group) + 1)]
-        reached = _reaches(model, runner, memory, bank, edits)
+        reached = _reach_logits(model, runner, memory, bank, edits)
         dead.update(site for site, alive in zip(group, reached, strict=True) if not alive)
     return frozenset(dead)
 
 
-def _reaches(
+def _reach_logits(
     model: PreTrainedModel,
     runner: Runner,
     memory: KVMemory,

@@ -77,9 +77,11 @@ class SlabGroup:
         self.capacity = capacity
         self.number = number  # counts groups in the order in which they were made
         self.slabs: list[Slab] = []  # by row
-        self._most = max(1, _GROUP_TOKENS // capacity)
+        self._max_slabs = max(1, _GROUP_TOKENS // capacity)
         self._rows = [
-            make_rows(self._most, shape.kv_heads, capacity, shape.head_dim, shape.dtype, device)
+            make_rows(
+                self._max_slabs, shape.kv_heads, capacity, shape.head_dim, shape.dtype, device
+            )
             for device in shape.devices
         ]
         # A layer's keys, then its values: (2, rows, kv_heads, capacity, head_dim).
@@ -88,7 +90,7 @@ class SlabGroup:
     @property
     def full(self) -> bool:
         """Whether every row is taken."""
-        return len(self.slabs) == self._most
+        return len(self.slabs) == self._max_slabs
 
     def add(self, slab: "Slab") -> None:
         """Give a slab the next row, which holds zeros."""
@@ -137,7 +139,7 @@ class SlabPool:
     def __init__(self, shape: KVShape) -> None:
         self.shape = shape
         self._groups: dict[int, list[SlabGroup]] = {}  # by capacity
-        self._made = 0  # groups made so far
+        self._groups_made = 0  # so far
         self._copies: dict[int, TensorPool] = {}  # by number of tokens
 
     @property
@@ -164,13 +166,13 @@ class SlabPool:
             copied.copy_(layer)
         return list(copies)
 
-    def place(self, slab: "Slab", capacity: int) -> None:
+    def add(self, slab: "Slab", capacity: int) -> None:
         """Put a slab into a group of slabs of `capacity` tokens."""
         groups = self._groups.setdefault(capacity, [])
         group = next((each for each in groups if not each.full), None)
         if group is None:
-            group = SlabGroup(self.shape, capacity, self._made)
-            self._made += 1
+            group = SlabGroup(self.shape, capacity, self._groups_made)
+            self._groups_made += 1
             groups.append(group)
         group.add(slab)
 
@@ -220,7 +222,7 @@ class Slab(Lane):
         """
         if tokens > self.capacity:
             old, row = self.group, self.row
-            self._pool.place(self, _capacity_for(tokens))
+            self._pool.add(self, _capacity_for(tokens))
             if old is not None and self.group is not None:
                 old.move(row, self.group, self.row, self.tokens)
                 self._pool.remove(old, row, 0)

@@ -1,5 +1,5 @@
 """Makes the engine fast on a CPU: packed weights and compiled layers.
 
-Only `device_paths` imports this room: it imports `paths` by name, on a CPU only. The room may use
+Only `fast_paths` imports this room: it imports `fast_path` by name, on a CPU only. The room may use
 private parts of torch, and imports the engine's self-test and the rooms below, never `cuda`.
 """

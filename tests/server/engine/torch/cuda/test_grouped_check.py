@@ -50,7 +50,7 @@ def test_what_refines_rightly_is_used() -> None:
     torch.testing.assert_close(found, expected_of([head] * 3, h, [(3, 2)], how))
 
 
-@pytest.mark.parametrize("part", ["units", "motion", "climb"])
+@pytest.mark.parametrize("part", ["units", "gram_slopes", "ascend"])
 def test_what_refines_wrongly_is_not_used(
     kernels: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,8 +97,10 @@ def test_the_kernels_compile_for_an_a100_and_an_h100() -> None:
     for row in rows:
         assert row["shared"] <= 32 * 1024, row
         assert row["registers"] * row["threads"] <= 65536 // (
-            1 if row["kernel"] == "climb" else 3
+            1 if row["kernel"] == "ascend" else 3
         ), row
         assert row["spilled"] <= 64, row
         # The kernels that read matrices copy 16 bytes at once.
-        assert row["widest_copy"] == (16 if row["kernel"] in ("units", "motion", "finish") else 0)
+        assert row["widest_copy"] == (
+            16 if row["kernel"] in ("units", "gram_slopes", "finish") else 0
+        )

@@ -20,8 +20,8 @@ from server.engine.torch.step.runner import Runner
 from steering.hooks import SteeringHooks
 
 _MODULES: Final[Mapping[str, str]] = {
-    "cpu": "server.engine.torch.cpu.paths",
-    "cuda": "server.engine.torch.cuda.paths",
+    "cpu": "server.engine.torch.cpu.fast_path",
+    "cuda": "server.engine.torch.cuda.fast_path",
 }
 
 
@@ -37,7 +37,7 @@ class EngineParts:
     context_length: int  # tokens that a prompt and its completion may have together
 
 
-class DevicePaths(Protocol):
+class FastPath(Protocol):
     """A module that makes the engine fast on one kind of device."""
 
     def prepare(self, model: PreTrainedModel, options: EngineOptions) -> None:
@@ -49,7 +49,7 @@ class DevicePaths(Protocol):
         ...
 
 
-def paths_of(device: torch.device) -> DevicePaths:
+def fast_path_of(device: torch.device) -> FastPath:
     """Import and return the module for a kind of device."""
-    paths: DevicePaths = importlib.import_module(_MODULES[device.type])
-    return paths
+    fast_path: FastPath = importlib.import_module(_MODULES[device.type])
+    return fast_path

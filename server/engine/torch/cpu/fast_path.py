@@ -10,7 +10,7 @@ from server.engine.torch.cpu.compiled import CompiledLayers
 from server.engine.torch.cpu.graph_store import RECURRENCE
 from server.engine.torch.cpu.packed import pack_linear_layers
 from server.engine.torch.cpu.recurring import RecurrenceRule
-from server.engine.torch.device_paths import EngineParts
+from server.engine.torch.fast_paths import EngineParts
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.self_test import record_layers
 from server.engine.torch.step.decoder import DecoderLayers

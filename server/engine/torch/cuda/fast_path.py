@@ -10,7 +10,7 @@ from server.engine.torch.cuda.affine_check import use_affine_kernel
 from server.engine.torch.cuda.capture import CudaCapture
 from server.engine.torch.cuda.graphs import GraphRunner
 from server.engine.torch.cuda.grouped_check import make_grouped_refinement
-from server.engine.torch.device_paths import EngineParts
+from server.engine.torch.fast_paths import EngineParts
 from server.engine.torch.model.devices import is_spread
 from server.engine.torch.model.fallback import fall_back
 from server.engine.torch.options import EngineOptions
