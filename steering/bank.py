@@ -180,7 +180,7 @@ class Bank:
         if self.grouped is not None and self.grouped.has_heads(each.slot for each in stage.heads):
             return self.grouped(
                 rows,
-                [(each.slot, each.rows) for each in stage.heads],
+                [(each.slot, each.row_count) for each in stage.heads],
                 stage.slots,
                 stage.tile_sizes,
                 stage.direction_scale,

@@ -142,7 +142,7 @@ class GroupedRefinement:
         with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
             if heads is not None and len(heads) == 1 and len(h) > TILE_ROWS:
                 [(slot, _)] = heads
-                return self._refine_alike(h, self._heads[slot], own, direction_scale, step_sizes)
+                return self._refine_one_head(h, self._heads[slot], own, direction_scale, step_sizes)
             return self._refine(h.contiguous(), own, direction_scale, step_sizes)
 
     def _refine(
@@ -157,7 +157,7 @@ class GroupedRefinement:
             slope_sums = torch.zeros_like(units)
         return self._kernels.finish(h, shifts, slope_sums, heads)
 
-    def _refine_alike(
+    def _refine_one_head(
         self,
         h: Tensor,
         head: PreparedHead,

@@ -49,7 +49,7 @@ class HeadRows(NamedTuple):
     """A head's slot, and the number of consecutive rows of a stage that it edits."""
 
     slot: int
-    rows: int
+    row_count: int
     max_iterations: int  # the largest among these rows
 
 

@@ -134,7 +134,7 @@ class TorchEngine:
         # Requests fail before the step has ended, so that clients learn of it without waiting.
         self._end_admissions()
         self._fail_all()
-        if not await self._thread_ends():
+        if not await self._wait_for_end():
             logger.critical("the engine is stuck in a step, for over %g s now", LAST_STEP_SECONDS)
             return False
         self._core.clear()  # its thread has ended
@@ -253,7 +253,7 @@ class TorchEngine:
         for admission in tuple(self._admissions):
             admission.cancel()
 
-    async def _thread_ends(self) -> bool:
+    async def _wait_for_end(self) -> bool:
         if self._loop is None:  # it was never started
             return True
         with suppress(TimeoutError):

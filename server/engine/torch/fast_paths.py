@@ -31,7 +31,7 @@ class EngineParts:
 
     loaded: LoadedModel
     hooks: SteeringHooks
-    eager: Runner  # runs the model's own modules, uncompiled and without graphs
+    eager_runner: Runner  # runs the model's own modules, uncompiled and without graphs
     kv: KVPlan
     interventions: LoadedInterventions
     context_length: int  # tokens that a prompt and its completion may have together
@@ -45,7 +45,7 @@ class FastPath(Protocol):
         ...
 
     def faster_runner(self, parts: EngineParts, options: EngineOptions) -> Runner:
-        """Return a runner that prepares work ahead of the steps, or `parts.eager` if none can."""
+        """Return a runner that prepares work ahead of the steps; else `parts.eager_runner`."""
         ...
 
 

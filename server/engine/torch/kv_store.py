@@ -67,18 +67,18 @@ class KVStore:
             completes_prompt = sequence.finite_tokens < sequence.prompt_length
             sequence.finite_tokens = sequence.computed_tokens
             if completes_prompt:
-                self._cache_blocks(sequence, self.lanes[sequence], free_store=False)
+                self._cache_blocks(sequence, self.lanes[sequence], free_lane=False)
 
     def cache_and_free_lane(self, sequence: Sequence) -> None:
         """Copy a sequence's full blocks to the prefix cache, and free its lane, if it has one."""
         if (lane := self.lanes.get(sequence)) is not None:
-            self._cache_blocks(sequence, lane, free_store=True)
+            self._cache_blocks(sequence, lane, free_lane=True)
             self.free_lane(sequence)
 
-    def _cache_blocks(self, sequence: Sequence, lane: Lane, free_store: bool) -> None:
+    def _cache_blocks(self, sequence: Sequence, lane: Lane, free_lane: bool) -> None:
         """Copy a lane's full blocks to the prefix cache. A failure is logged, not raised."""
         try:
-            self.prefixes.save(sequence, lane, free_store)
+            self.prefixes.save(sequence, lane, free_lane)
         except Exception:
             # Most likely memory is short, and the copies of other sequences take some of it.
             self.prefixes.clear()

@@ -101,7 +101,7 @@ def build_index(
     block_rows = tiling.block_rows(max(counts))
     block = block_rows // tiling.fold
     blocks = (counted + block - 1) // block
-    block_spans, block_numbers = _owners(blocks)
+    block_spans, block_numbers = _items_by_owner(blocks)
     query_ends = torch.zeros(len(counts) + 1, dtype=torch.int32)
     query_ends[1:] = counted.cumsum(0)
     return PagedIndex(
@@ -118,7 +118,7 @@ def build_index(
     )
 
 
-def _owners(counts: Tensor) -> tuple[Tensor, Tensor]:
+def _items_by_owner(counts: Tensor) -> tuple[Tensor, Tensor]:
     """List n owners' items, owner by owner.
 
     Args:
@@ -134,6 +134,6 @@ def _owners(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slots(tables: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
     """Return where each packed token's K and V go: (tokens,) int64, page * 64 + place in it."""
-    owners, numbers = _owners(counts)
+    owners, numbers = _items_by_owner(counts)
     places = starts[owners] + numbers
     return tables[owners, places // PAGE].long() * PAGE + places % PAGE

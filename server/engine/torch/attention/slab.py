@@ -114,14 +114,14 @@ class SlabGroup:
 
         Parts are moved one after another, from the end on, so that little is in memory twice.
         """
-        count = self.part_of(tokens)
+        count = self.move_size(tokens)
         for old, new in zip(self._rows, target._rows, strict=True):
             for start in reversed(range(0, tokens, count)):
                 part = slice(start, min(start + count, tokens))
                 new.tensor[:, target_row, :, part] = old.tensor[:, row, :, part]
                 old.clear(row, start)
 
-    def part_of(self, tokens: int) -> int:
+    def move_size(self, tokens: int) -> int:
         """Return how many tokens of one layer are moved at once, of a slab of `tokens` tokens."""
         granule = max(rows.granule for rows in self._rows)
         wanted = len(self._rows) * max(_PART_TOKENS, -(-tokens // _PARTS))

@@ -26,7 +26,7 @@ def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
 def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
     """Return a runner whose layers are compiled in the background, if the options ask for it."""
     if not options.compile_layers:
-        return parts.eager
+        return parts.eager_runner
     return Runner(parts.loaded.model, parts.hooks, _compiled_layers(parts, options))
 
 
@@ -37,7 +37,7 @@ def _compiled_layers(parts: EngineParts, options: EngineOptions) -> CompiledLaye
     # them.
     memory = SlabMemory(KVShape.of(model))
     layers = DecoderLayers(model)
-    more_tokens, one_token = record_layers(model, layers, parts.eager, memory)
+    more_tokens, one_token = record_layers(model, layers, parts.eager_runner, memory)
     rule = RecurrenceRule.at_once() if options.compile_at_once else RECURRENCE
     compiled = CompiledLayers(layers, one_token, more_tokens, loaded.lm_head, rule)
     with suppress(SiteError):  # not every architecture has default sites

@@ -24,7 +24,7 @@ def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
 
 
 def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
-    """Make a runner that replays graphs; return `parts.eager` where there can be no graphs.
+    """Make a runner that replays graphs; return `parts.eager_runner` where there can be no graphs.
 
     Raises:
         ModelLoadError: the device has failed, and computes nothing any more.
@@ -32,7 +32,7 @@ def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
     model, memory = parts.loaded.model, parts.kv.memory
     _use_kernels(parts)
     if not options.cuda_graphs or not isinstance(memory, PagedMemory) or _has_changing_rope(model):
-        return parts.eager
+        return parts.eager_runner
     graphs = GraphRunner(
         model,
         parts.hooks,
@@ -52,7 +52,7 @@ def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
             "the making of CUDA graphs (--no-cuda-graphs does without)",
             "steps run without CUDA graphs, which is slower, as with --no-cuda-graphs",
         )
-        return parts.eager
+        return parts.eager_runner
     return graphs
 
 

@@ -16,7 +16,7 @@ def changes_logits(settings: SamplingSettings) -> bool:
     )
 
 
-class Entry(NamedTuple):
+class PenaltyEntry(NamedTuple):
     """How one token's logit changes."""
 
     token: int
@@ -39,7 +39,7 @@ class Penalties:
         self._places: dict[int, int] = {}
         # The entries, by place, that changed since they were last sent to the device. An entry is
         # complete by itself, so sending one twice does no harm.
-        self.unsent: dict[int, Entry] = {}
+        self.unsent: dict[int, PenaltyEntry] = {}
         for token, bias in settings.logit_bias:
             self._bias[token] = self._bias.get(token, 0.0) + bias
         for token in self._bias:
@@ -49,7 +49,7 @@ class Penalties:
                 self._change(token, settings.repetition_penalty, subtracted=0.0)
 
     @property
-    def places(self) -> int:
+    def entry_count(self) -> int:
         """The number of tokens that have a place. Places count from 0 and are never given up."""
         return len(self._places)
 
@@ -62,4 +62,4 @@ class Penalties:
 
     def _change(self, token: int, repetition: float, subtracted: float) -> None:
         place = self._places.setdefault(token, len(self._places))
-        self.unsent[place] = Entry(token, self._bias.get(token, 0.0), repetition, subtracted)
+        self.unsent[place] = PenaltyEntry(token, self._bias.get(token, 0.0), repetition, subtracted)

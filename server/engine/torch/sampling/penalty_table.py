@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.engine.torch.model.transfer import to_device
-from server.engine.torch.sampling.penalties import Entry, Penalties
+from server.engine.torch.sampling.penalties import Penalties, PenaltyEntry
 
 _LEAST: Final = 64  # places of the first table, and of the smallest segment
 
@@ -39,7 +39,7 @@ class PenaltyTable:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # One row for each place: the token, then the bits of three float32s, in `Entry`'s order.
+        # One row for each place: the token, then the bits of `PenaltyEntry`'s three float32s.
         self._entries = torch.zeros(_LEAST, 4, dtype=torch.int32, device=device)
         self._end = 0  # the first row that was not given to a segment yet
         self._segments: dict[Penalties, _Segment] = {}
@@ -59,14 +59,14 @@ class PenaltyTable:
         changed = {
             row: penalties
             for row, penalties in enumerate(rows)
-            if penalties is not None and penalties.places
+            if penalties is not None and penalties.entry_count
         }
         if not changed:
             return logits
         for penalties in changed.values():
             self._make_room(penalties)
         spans, counts = self._send(changed)
-        total = sum(penalties.places for penalties in changed.values())
+        total = sum(penalties.entry_count for penalties in changed.values())
         # Without `output_size`, torch would wait for the device to compute it.
         row, shift = spans.repeat_interleave(counts, dim=0, output_size=total).unbind(dim=1)
         entries = self._entries[torch.arange(total, device=self._device) + shift]
@@ -85,7 +85,7 @@ class PenaltyTable:
         assert apart, "penalties of two sequences in one place"
         assert self._end <= len(self._entries), "more places were given out than there are"
         for penalties in living:
-            sent = penalties.places - len(penalties.unsent)
+            sent = penalties.entry_count - len(penalties.unsent)
             room = self._segments.get(penalties, _Segment(0, 0)).size
             assert sent <= room, "penalties that are neither sent nor to be sent"
 
@@ -98,7 +98,7 @@ class PenaltyTable:
         """
         owners = list(changed.values())
         starts = [self._segments[penalties].start for penalties in owners]
-        counts = [penalties.places for penalties in owners]
+        counts = [penalties.entry_count for penalties in owners]
         before = accumulate(counts, initial=0)
         shifts = [start - first for start, first in zip(starts, before, strict=False)]
         unsent = {
@@ -123,9 +123,9 @@ class PenaltyTable:
 
     def _make_room(self, penalties: Penalties) -> None:
         """Make sure that a sequence's segment holds all its places."""
-        if penalties in self._segments and penalties.places <= self._segments[penalties].size:
+        if penalties in self._segments and penalties.entry_count <= self._segments[penalties].size:
             return
-        size = max(_LEAST, _with_spare(penalties.places))
+        size = max(_LEAST, _with_spare(penalties.entry_count))
         if self._end + size > len(self._entries):
             self._pack(size)
         new = _Segment(self._end, size)
@@ -152,7 +152,7 @@ def _with_spare(places: int) -> int:
     return places + places // 2
 
 
-def _packed(entries: Collection[Entry]) -> Tensor:
+def _packed(entries: Collection[PenaltyEntry]) -> Tensor:
     """Return entries as rows of the table: (n, 4) int32, on the CPU."""
     tokens = torch.tensor([entry.token for entry in entries], dtype=torch.int32)
     numbers = torch.tensor([entry[1:] for entry in entries], dtype=torch.float32).view(-1, 3)
@@ -164,7 +164,7 @@ def _changed(values: Tensor, numbers: Tensor) -> Tensor:
 
     Args:
         values: (n,) float32.
-        numbers: (n, 3) float32, for each logit: bias, repetition and subtracted, as in `Entry`.
+        numbers: (n, 3) float32, for each logit: bias, repetition and subtracted of `PenaltyEntry`.
     """
     bias, repetition, subtracted = numbers.unbind(dim=1)
     values = values + bias

@@ -83,16 +83,16 @@ _Method: TypeAlias = Callable[[Tensor, Sequence[Draw]], tuple[Tensor, Tensor]]
 
 def _method(draw: Draw, sort: bool) -> _Method:
     if not draw.filtered:
-        return _draw_of_all
-    return _draw_of_sorted if sort else _draw_of_best
+        return _draw_from_all
+    return _draw_from_sorted if sort else _draw_from_best
 
 
-def _draw_of_all(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    tokens = _invert(_fixed(torch.softmax(_scaled(logits, draws), dim=-1)), draws)
+def _draw_from_all(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    tokens = _invert(_to_fixed_point(torch.softmax(_scaled(logits, draws), dim=-1)), draws)
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
-def _draw_of_best(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def _draw_from_best(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     """Draw from the best tokens only; tell for which rows these include all that filters keep.
 
     Sorting a whole vocabulary costs several times as much as finding its best tokens.
@@ -105,7 +105,7 @@ def _draw_of_best(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor
     return tokens, exact if vocabulary > _BEST else torch.ones_like(exact)
 
 
-def _draw_of_sorted(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def _draw_from_sorted(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     ordered, order = _scaled(logits, draws).sort(dim=-1, descending=True, stable=True)
     weights, exact = _filter(ordered, ordered.logsumexp(dim=-1, keepdim=True), draws)
     tokens = order.gather(-1, _invert(weights, draws)[:, None])[:, 0]
@@ -141,7 +141,7 @@ def _filter(ordered: Tensor, total: Tensor, draws: Sequence[Draw]) -> tuple[Tens
     whole = torch.where(
         ends, ordered.masked_fill(~kept, -torch.inf).logsumexp(dim=-1, keepdim=True), total
     )
-    weights = _fixed(torch.where(kept, (ordered - whole).exp(), 0.0))
+    weights = _to_fixed_point(torch.where(kept, (ordered - whole).exp(), 0.0))
     nucleus = weights.cumsum(dim=-1) - weights < nucleus_ends
     exact = ends | (only_top_p & ~nucleus[:, -1:])
     return torch.where(nucleus, weights, 0), exact[:, 0]
@@ -156,7 +156,7 @@ def _nucleus_end(top_p: float) -> int:
     return _ALL if top_p >= 1 else max(1, math.ceil(top_p * _ONE))
 
 
-def _fixed(weights: Tensor) -> Tensor:
+def _to_fixed_point(weights: Tensor) -> Tensor:
     """Convert float32 weights to int64, in units of 1 / _ONE, rounded down. NaN becomes 0."""
     return (weights * _ONE).nan_to_num(nan=0.0).long()
 
@@ -165,7 +165,7 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Return each row's first index up to which its weights sum to more than uniform * total.
 
     Args:
-        weights: (rows, k) int64, in the units of `_fixed`.
+        weights: (rows, k) int64, in the units of `_to_fixed_point`.
 
     Returns:
         (rows,) int64: the index of a token with a positive weight, if the row has any.

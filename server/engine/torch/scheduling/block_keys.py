@@ -26,7 +26,7 @@ class KeyChain:
     edits: tuple[Edit, ...]  # in the order in which they apply
     _keys: list[bytes] = field(default_factory=list)
 
-    def first(self, blocks: int, block_size: int, tokens: Sequence[int]) -> Sequence[bytes]:
+    def first_keys(self, blocks: int, block_size: int, tokens: Sequence[int]) -> Sequence[bytes]:
         """Return the keys of the first `blocks` blocks. Each key is computed once.
 
         Args:

@@ -10,11 +10,11 @@ from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 
 Values = TypeVar("Values")
-# While a store gives up its memory, 1/_PARTS of all blocks may be in memory twice.
+# While a lane gives up its memory, 1/_PARTS of all blocks may be in memory twice.
 _PARTS: Final = 128
 
 
-class Store(Protocol[Values]):
+class KVLane(Protocol[Values]):
     """Holds one sequence's keys and values, as a slab does."""
 
     def read(self, start: int, end: int) -> Values:
@@ -40,7 +40,7 @@ class PrefixCache(Generic[Values]):
 
     def __init__(self, pool: BlockPool, enabled: bool) -> None:
         self._pool = pool
-        self._at_once = max(1, pool.blocks // _PARTS)  # blocks that a store gives up at once
+        self._at_once = max(1, pool.blocks // _PARTS)  # blocks that a lane gives up at once
         self._enabled = enabled
         self._blocks: OrderedDict[bytes, Values] = OrderedDict()
         self._reserved = Counter[bytes]()  # by key, how often a block is still to be loaded
@@ -60,7 +60,7 @@ class PrefixCache(Generic[Values]):
             return 0
         size = self._pool.block_size
         blocks = sequence.reusable_tokens // size
-        keys = sequence.chain.first(blocks, size, sequence.tokens)
+        keys = sequence.chain.first_keys(blocks, size, sequence.tokens)
         found = next((i for i, key in enumerate(keys) if key not in self._blocks), blocks)
         return found * size
 
@@ -70,11 +70,11 @@ class PrefixCache(Generic[Values]):
         Replaces the sequences of the call before. These sequences hold the pool's blocks for their
         copies already, but have not filled them; the cache may use that room until they load.
         """
-        self._reserved = Counter(key for each in sequences for key in self._found(each))
+        self._reserved = Counter(key for each in sequences for key in self._found_keys(each))
         self.trim()
 
-    def load(self, sequence: EngineSequence, store: Store[Values]) -> None:
-        """Copy a beginning sequence's computed tokens into its store.
+    def load(self, sequence: EngineSequence, lane: KVLane[Values]) -> None:
+        """Copy a beginning sequence's computed tokens into its lane.
 
         `find` has found these tokens, and their blocks were kept since.
         """
@@ -82,36 +82,34 @@ class PrefixCache(Generic[Values]):
         if self._enabled and sequence.reusable_tokens and not sequence.preemptions:
             self.queries += sequence.prompt_length
             self.hits += sequence.computed_tokens
-        keys = self._found(sequence)
+        keys = self._found_keys(sequence)
         for place in reversed(range(len(keys))):
             self._blocks.move_to_end(keys[place])
-            store.write(place * size, self._blocks[keys[place]])
+            lane.write(place * size, self._blocks[keys[place]])
             if self._reserved[keys[place]]:
                 self._reserved[keys[place]] -= 1
                 self.trim()
 
-    def save(
-        self, sequence: EngineSequence, store: Store[Values], free_store: bool = False
-    ) -> None:
+    def save(self, sequence: EngineSequence, lane: KVLane[Values], free_lane: bool = False) -> None:
         """Keep the full blocks of a sequence's finite tokens, as far as there is room.
 
         Args:
-            free_store: whether to empty the store, part by part as its blocks are copied.
+            free_lane: whether to empty the lane, part by part as its blocks are copied.
         """
         size = self._pool.block_size
         blocks = min(sequence.finite_tokens // size, self._pool.free_blocks) if self._enabled else 0
-        keys = sequence.chain.first(blocks, size, sequence.tokens)
-        if free_store:
-            store.truncate(blocks * size)
+        keys = sequence.chain.first_keys(blocks, size, sequence.tokens)
+        if free_lane:
+            lane.truncate(blocks * size)
         # From the last block to the first, so that the last becomes the least recently used: it is
         # of no use without those before it.
         for place in reversed(range(blocks)):
             if keys[place] not in self._blocks:
                 self.trim(1)
-                self._blocks[keys[place]] = store.read(place * size, (place + 1) * size)
+                self._blocks[keys[place]] = lane.read(place * size, (place + 1) * size)
             self._blocks.move_to_end(keys[place])
-            if free_store and not place % self._at_once:
-                store.truncate(place * size)
+            if free_lane and not place % self._at_once:
+                lane.truncate(place * size)
         self.trim()
 
     def trim(self, more: int = 0) -> None:
@@ -132,6 +130,6 @@ class PrefixCache(Generic[Values]):
             "cached blocks take memory that others hold"
         )
 
-    def _found(self, sequence: EngineSequence) -> Items[bytes]:
+    def _found_keys(self, sequence: EngineSequence) -> Items[bytes]:
         size = self._pool.block_size
-        return sequence.chain.first(sequence.computed_tokens // size, size, sequence.tokens)
+        return sequence.chain.first_keys(sequence.computed_tokens // size, size, sequence.tokens)

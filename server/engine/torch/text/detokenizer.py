@@ -17,7 +17,7 @@ class Detokenizer:
         self, vocabulary: Vocabulary, stop: Sequence[str], prompt: Sequence[int] = ()
     ) -> None:
         self._vocabulary = vocabulary
-        self._running = RunningText.after(vocabulary, prompt)
+        self._running = RunningText.continuing(vocabulary, prompt)
         self._stops = StopStrings(stop)
         # The index of the text's character in which the last token begins. It is at least the
         # text's length if nothing of the token is in the text.

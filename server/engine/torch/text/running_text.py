@@ -31,7 +31,7 @@ class RunningText:
         self.token_start = 0  # the index of the character in which the last token begins
 
     @classmethod
-    def after(cls, vocabulary: Vocabulary, prompt: Sequence[int]) -> "RunningText":
+    def continuing(cls, vocabulary: Vocabulary, prompt: Sequence[int]) -> "RunningText":
         """Return an empty text that continues a prompt. The prompt's special tokens are ignored.
 
         A character that the prompt begins and the text completes belongs to the text. If the text

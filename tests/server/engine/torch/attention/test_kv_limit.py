@@ -54,7 +54,7 @@ class Watched:
         def moving(
             group: SlabGroup, row: int, target: SlabGroup, target_row: int, tokens: int
         ) -> None:
-            part = group.part_of(tokens)
+            part = group.move_size(tokens)
             self.look(2 * shape.kv_heads * (part * shape.head_bytes + PAGE_BYTES))
             move(group, row, target, target_row, tokens)
 

@@ -172,7 +172,7 @@ def test_a_long_prompt_costs_nothing_where_only_the_completion_is_penalized() ->
     assert penalties is not None
     assert drawn_tokens(LOGITS[None], [Draw(settings, 0.5, penalties)]) == [1]
     penalties.push(1)
-    assert penalties.places == 1
+    assert penalties.entry_count == 1
     assert drawn_tokens(LOGITS[None], [Draw(settings, 0.5, penalties)]) == [2]
 
 

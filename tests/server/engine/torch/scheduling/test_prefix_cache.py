@@ -50,7 +50,7 @@ def affine(digest: str, strength: float = 1.0, positions: Positions = "all") -> 
 
 
 def keys(tokens: tuple[int, ...], prompt_length: int, *edits: Edit) -> list[bytes]:
-    return list(KeyChain(prompt_length, edits).first(len(tokens) // SIZE, SIZE, tokens))
+    return list(KeyChain(prompt_length, edits).first_keys(len(tokens) // SIZE, SIZE, tokens))
 
 
 edits_of_a_request = st.lists(
