@@ -53,7 +53,7 @@ class RefinementKernels(Protocol):
         """Follow the units through all steps; return the sum of eta * slopes: (n, units)."""
 
     def finish(self, h: Tensor, shifts: Tensor, slope_sums: Tensor, heads: HeadLookup) -> Tensor:
-        """Return h + shifts * direction + W1^T climbed: (n, width)."""
+        """Return h + shifts * direction + W1^T slope_sums: (n, width)."""
 
 
 class GroupedRefinement:

@@ -38,7 +38,7 @@ class PreparedHead:
 
     @property
     def table_row(self) -> tuple[int, ...]:
-        """What a kernel on a GPU reads of the head: the tensors' addresses, m and d, padded."""
+        """The head's row in the GPU kernels' table: tensors' addresses, then m and d, padded."""
         tensors = (
             *(self.w1, self.gram, self.b1, self.w2),
             *(self.direction, self.w1_direction, self.target),
@@ -95,7 +95,7 @@ def apply_prepared(
     units = torch.where(stays, units, units + shift * head.w1_direction)
     slopes = _slopes(units, head.w2)
     gradient = slopes @ head.w1
-    motion = linear(gradient, head.w1)
+    gram_slopes = linear(gradient, head.w1)
     for step, eta in enumerate(torch.unbind(step_sizes[:, :, None], dim=1)):
         if step:
             before, slopes = slopes, _slopes(units, head.w2)
@@ -103,10 +103,10 @@ def apply_prepared(
             changes = (slopes - before)[rows, flipped]
             starts = torch.searchsorted(rows, torch.arange(len(h)))
             gradient += _sums(head.w1, flipped, starts, changes)
-            motion += _sums(head.gram, flipped, starts, changes)
+            gram_slopes += _sums(head.gram, flipped, starts, changes)
         # A finished row has eta 0. Its gradient may be infinite, and 0 * inf is NaN: hence `where`.
         h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
-        units.addcmul_(eta, motion)
+        units.addcmul_(eta, gram_slopes)
     return h[:, :width]
 
 

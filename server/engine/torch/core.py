@@ -275,7 +275,9 @@ class EngineCore:
         scheduler.check()
         running = {*scheduler.running, *scheduler.background}
         sequences = {*running, *scheduler.waiting}
-        assert self._outputs.keys() == sequences, "an answer without a sequence, or none for one"
+        assert self._outputs.keys() == sequences, (
+            "outputs without a sequence, or a sequence without"
+        )
         self.store.check(running)
         penalties = (outputs.penalties for outputs in self._outputs.values())
         self._penalties.check([each for each in penalties if each is not None])

@@ -128,8 +128,8 @@ def _items_by_owner(counts: Tensor) -> tuple[Tensor, Tensor]:
         Each item's owner, and its number among that owner's items.
     """
     owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    firsts = counts.cumsum(0) - counts
-    return owners, torch.arange(len(owners)) - firsts[owners]
+    first_items = counts.cumsum(0) - counts
+    return owners, torch.arange(len(owners)) - first_items[owners]
 
 
 def _slots(tables: Tensor, starts: Tensor, counts: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Turns a step's logits into the next tokens, and into each client's outputs.
 
-It holds the sampler, the penalties, the log-probabilities and the answers. This room imports
-`step`, `text`, `scheduling` and `model`.
+It holds the sampler, the penalties, the log-probabilities and each sequence's outputs. This room
+imports `step`, `text`, `scheduling` and `model`.
 """
