@@ -195,7 +195,9 @@ def test_a_prompt_that_ends_within_a_character_is_told_without_it() -> None:
     assert (described.text, described.offsets) == ("a", (0, 1, 1))
     replaced = prompts.describe_prompt(prompts.tokenize("\ufffd"))
     assert (replaced.text, replaced.offsets) == ("\ufffd", (0, 0, 0))
-    assert prompts.describe_prompt(tokens[1:]).first_token == "\u00e2"  # the byte-level name of byte E2
+    assert (
+        prompts.describe_prompt(tokens[1:]).first_token == "\u00e2"
+    )  # the byte-level name of byte E2
 
 
 def test_what_cannot_be_served_is_not_spelled() -> None:
