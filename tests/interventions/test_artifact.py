@@ -1,4 +1,4 @@
-"""Artifacts: what is written reads back; every wrong file is refused before anything is used."""
+"""Tests of artifacts: what is written reads back, and every wrong file is refused as a whole."""
 
 import io
 import json
@@ -151,7 +151,7 @@ def test_unwritable_parameters_leave_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_header_that_looks_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
-    """A header of 640 (896) bytes starts with 80 02 (80 03), as a pickle of protocol 2 (3)."""
+    """A file whose header has 640 (896) bytes starts with 80 02 (80 03), like a pickle."""
     header = json.dumps(header_fields(affine_entries(), METADATA)).encode()
     length = next(size for size in (0x0280, 0x0380, 0x0480) if size >= len(header))
     data = with_header(header.ljust(length), DATA)
@@ -165,7 +165,7 @@ def test_bundled_artifacts_can_be_read() -> None:
         assert read_artifact(path).size == path.stat().st_size
 
 
-# Handmade files: first that the maker makes good ones
+# Handmade files: `handmade` itself makes valid ones
 
 
 def test_a_handmade_affine_file_is_accepted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Gates and inputs in artifacts: files that are refused, in a sentence that names the tensor."""
+"""Tests that a file with wrong gates or inputs is refused in a sentence that names the tensor."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +90,7 @@ NAN, INF = float("nan"), float("inf")
             "m.gate.input.weight",
             'whose output "sites.m.gate.weight" edits',
         ),
-        # An input of nothing.
+        # The input of no module.
         (map_entries("input"), "input.bias", "names no module"),
         (map_entries("m") | map_entries("input"), "input.bias", "names no module"),
         (map_entries("input") | gate_entries("input"), "input.bias", "names no module"),

@@ -1,4 +1,4 @@
-"""Gates and inputs in artifacts: what is kept, what a name means, and what is not written."""
+"""Tests of gates and input sites in artifacts: reading back, tensor names, refusals to write."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -102,7 +102,7 @@ def test_a_gate_is_no_site(tmp_path: Path) -> None:
         read_summary(path, ArtifactLimits(max_sites=1))
 
 
-# What a name means
+# What a tensor's name means
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_a_gate_is_no_site(tmp_path: Path) -> None:
         (map_entries("m.input") | gate_entries("m.input"), {"m.input"}, {"m.input"}),
         (map_entries("m.input.gate"), {"m.input.gate"}, set()),
         (map_entries("m.input.proj") | map_entries("m"), {"m.input.proj", "m"}, set()),
-        # A module called "input": its own input is another place than its parent's.
+        # Module m has a child called "input": m.input is m's input, m.input.input the child's.
         (
             map_entries("m.input") | map_entries("m.input.input"),
             {"m.input", "m.input.input"},
             set(),
         ),
-        # An output beside the input of another module, whose name begins the same.
+        # The input of module m and the output of another module, m.n, whose path begins alike.
         (map_entries("m.input") | map_entries("m.n"), {"m.input", "m.n"}, set()),
     ],
 )
@@ -154,7 +154,7 @@ def test_the_shape_of_the_bias_tells_a_gate_from_a_module_called_gate(
     parameters = _read(tmp_path, entries)
     assert parameters.keys() == sites
     assert _gated(parameters) == gated
-    # Nothing of the file is left out, and it means the same when it is written again.
+    # No tensor of the file is ignored, and the parameters survive another write and read.
     assert to_tensors(parameters).keys() == entries.keys()
     write_artifact(tmp_path / "again", affine_manifest(), parameters)
     assert same_parameters(read_artifact(tmp_path / "again").parameters, parameters)

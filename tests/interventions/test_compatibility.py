@@ -1,4 +1,4 @@
-"""Which models take which artifacts, and what is only a warning."""
+"""Tests of which models can take an artifact, and of differences that are only a warning."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ WEIGHTS, CONFIGURATION = "f" * 64, "c" * 64
     ("fitted", "words"),
     [
         (f"{WEIGHTS}-{CONFIGURATION}", ()),
-        (WEIGHTS, ()),  # as manifests had it before: nothing is said of the configuration
+        (WEIGHTS, ()),  # an older manifest's, without the configuration's digest
         (f"{WEIGHTS}-{'d' * 64}", ("another configuration",)),
         (f"{'e' * 64}-{CONFIGURATION}", ("other weights",)),
         (f"{'e' * 64}-{'d' * 64}", ("other weights", "another configuration")),

@@ -1,4 +1,4 @@
-"""The manifest: what is read, what is refused, and that the refusal names the field."""
+"""Tests of the manifest: what is read, what is refused, and that a refusal names the field."""
 
 import json
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ DELETED = object()
 
 
 def _changed(fields: Json, place: str, value: object) -> Json:
-    """A deep copy with one field set, or deleted."""
+    """Return a deep copy of `fields` with the field at `place` set, or deleted."""
     changed: Json = json.loads(json.dumps(fields))
     *parents, last = place.split(".")
     target = changed

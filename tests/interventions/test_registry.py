@@ -1,4 +1,4 @@
-"""The registry: names, digests, histories, pins, damage, and a crash at every step of a write."""
+"""Tests of the registry: names, digests, histories, pins, damage, and crashes at every step."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def registry(root: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[int], Path]:
-    """Writes the artifact of a number: other numbers, other digests."""
+    """Return a function that writes an artifact for a seed; its digest depends on the seed."""
 
     def make_artifact(seed: int) -> Path:
         path = tmp_path / f"{seed}.safetensors"
@@ -57,7 +57,7 @@ def make(tmp_path: Path) -> Callable[[int], Path]:
 
 
 def upload(registry: Registry, path: Path, name: str) -> tuple[Entry, bool]:
-    """What the HTTP API does."""
+    """Stage an artifact in two pieces, check and commit it, as the HTTP API does."""
     with registry.stage() as staged:
         data = path.read_bytes()
         staged.write(data[:100])
@@ -66,7 +66,7 @@ def upload(registry: Registry, path: Path, name: str) -> tuple[Entry, bool]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
+    """Wait until another thread makes the condition true, for at most 20 s."""
     deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
@@ -74,7 +74,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def files(root: Path) -> set[str]:
-    """All files of the registry, but its lock and the leases."""
+    """Return all files in the registry's folder except its lock and the leases."""
     found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
     return {str(path) for path in found if path.parts[0] not in ("lock", "leases")}
 
@@ -288,7 +288,7 @@ def test_the_names_of_a_digest(registry: Registry, make: Callable[[int], Path]) 
     assert names_of(registry, first) == {"b"}
     assert names_of(registry, second) == {"a"}
     registry.delete("b")
-    assert names_of(registry, first) == {"a"}  # by its history
+    assert names_of(registry, first) == {"a"}  # an earlier version of "a"
     registry.delete("a")
     assert names_of(registry, first) == names_of(registry, second) == set()
 
@@ -370,7 +370,7 @@ def test_pinned_bytes_of_a_deleted_name_go_at_the_next_start(
         entry, _ = upload(registry, make(1), "a")
         registry.pin(entry.digest)
         registry.delete("a")
-    registry.unpin(entry.digest)  # closed: the folder may be another process's
+    registry.unpin(entry.digest)  # once closed, the folder may be another process's
     assert registry.path(entry.digest).exists()
     with Registry(root):
         assert files(root) == {"names/a.json"}
@@ -603,11 +603,11 @@ def test_changed_bytes_are_noticed_when_loaded(
 
 
 class PowerCutError(BaseException):
-    """Ends the program, as far as the code under test can tell."""
+    """Stands for a power cut: a BaseException, which the code under test does not handle."""
 
 
 class _Steps:
-    """Counts the operations that change the disk; from one of them on, none is done."""
+    """Records the operations that change the disk; the power is cut before number `stop_before`."""
 
     def __init__(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, stop_before: int | None
@@ -634,8 +634,8 @@ RECORD = [
     "write tmp/.tmp",
     "fsync tmp/.tmp",
     "close tmp/.tmp",
-    "replace tmp/.tmp",  # to its place
-    "fsync of a folder registry/",  # names
+    "replace tmp/.tmp",  # moves the record to its place
+    "fsync of a folder registry/",  # of the folder `names`
 ]
 COMMIT = [*STAGING, "replace tmp/.tmp", "fsync of a folder objects/", *RECORD]
 DELETION = [*RECORD, "unlink {shard}/.safetensors"]

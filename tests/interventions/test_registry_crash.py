@@ -1,4 +1,4 @@
-"""A process that stores versions without end is killed at random moments; nothing may be lost.
+"""Test of a process that stores versions and is killed at random moments: no version may be lost.
 
 Run as a script, this file is that process's parent: it imports once (seconds, because of torch)
 and forks a fresh child for every kill.
@@ -27,19 +27,19 @@ from tests.artifact_samples import affine_manifest
 from tests.catalogues import damaged_files, history_of
 
 KILLS = 50
-LONGEST_WAIT = 0.05  # seconds; to open takes about as long, and so does a version
-MOST_VERSIONS = 3  # that a child must report before the wait begins
+LONGEST_WAIT = 0.05  # seconds, about what opening takes, or storing a version
+MOST_VERSIONS = 3  # that a child reports before the wait begins
 CHUNK_BYTES = 8192
-VERSIONS_A_CHILD = 1000  # so that an orphan ends
+VERSIONS_A_CHILD = 1000  # then a child ends, even an orphan
 
 
 def version_bytes(template: bytes, number: int) -> bytes:
-    """A valid artifact for each number: the last float32 of the template is replaced."""
+    """Return a valid artifact for each number: the template with its last float32 replaced."""
     return template[:-4] + struct.pack("<f", number)
 
 
 def store_versions(root: Path, template: bytes, first: int) -> None:
-    """The child: opens the registry, replaces the name's version again and again, reports each."""
+    """Be the child: store new versions of one name again and again, and report each on stdout."""
     os.write(1, f"ready {os.getpid()}\n".encode())
     with Registry(root) as registry:
         for number in range(first, first + VERSIONS_A_CHILD):
@@ -52,7 +52,7 @@ def store_versions(root: Path, template: bytes, first: int) -> None:
 
 
 def fork_children(root: Path, template: bytes) -> None:
-    """The script: for each number on stdin, fork a child that starts from it; report its end."""
+    """Be the script: for each number on stdin, fork a child that starts from it; report its end."""
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -67,7 +67,7 @@ def fork_children(root: Path, template: bytes) -> None:
 
 
 class Children:
-    """The script, from the test's side."""
+    """The running script, which forks the children, from the test's side."""
 
     def __init__(self, root: Path, template: Path) -> None:
         here = Path(__file__)
@@ -80,7 +80,7 @@ class Children:
         )
 
     def live_and_die(self, first: int, versions: int, seconds: float) -> list[str]:
-        """Start a child and kill it so long after so many versions.
+        """Start a child at number `first`; kill it `seconds` after its report number `versions`.
 
         Returns the digests that it reported as stored.
         """
@@ -157,7 +157,7 @@ def _history(registry: Registry) -> list[str]:
 
 
 def _check_objects(registry: Registry, root: Path, expected: list[str], stable: str) -> None:
-    """Every version since the last deletion is there, the current one whole, and no other file."""
+    """Assert that the versions since the last deletion are stored whole, and no other object."""
     deletions = [place for place, digest in enumerate(expected) if not digest]
     available = expected[deletions[-1] + 1 :] if deletions else expected
     if available:

@@ -1,4 +1,4 @@
-"""A disk that is full or fails, at every operation in turn: nothing is lost, nothing is left."""
+"""Tests of a disk that is full or fails at any operation: nothing is lost and nothing left over."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from tests.artifact_samples import affine_manifest, affine_parameters
 from tests.catalogues import damaged_files, history_of
 from tests.disk import FaultyDisk, WatchedDisk
 
-CHUNK_BYTES = 700  # so that an artifact comes in two
+CHUNK_BYTES = 700  # an artifact comes in two chunks
 NAMES = ("a", "b", "new")
 FULL, FAILING = errno.ENOSPC, errno.EIO
 
@@ -32,7 +32,7 @@ Change: TypeAlias = Callable[[Registry, Artifacts], object]
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """Four, of other bytes each."""
+    """Write four artifacts of different bytes; return their paths."""
     folder = tmp_path_factory.mktemp("artifacts")
     paths = tuple(folder / f"{seed}.safetensors" for seed in range(4))
     for seed, path in enumerate(paths):
@@ -42,7 +42,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """An empty folder, in memory where that is possible: hundreds of registries come and go."""
+    """Return an empty folder, in memory if possible, since hundreds of registries come and go."""
     memory = Path("/dev/shm")
     parent = memory if os.access(memory, os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=parent) as made:
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> Path:
-    """A registry's folder: "a" has two versions, and "b" the second of them."""
+    """Make a registry where "a" has two versions and "b" the second of them; return its folder."""
     root = tmp_path_factory.mktemp("template") / "registry"
     with Registry(root) as registry:
         for number, name in ((0, "a"), (1, "a"), (1, "b")):
@@ -60,7 +60,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> 
 
 
 def upload(registry: Registry, path: Path, name: str) -> None:
-    """What the HTTP API does."""
+    """Stage an artifact in chunks, check and commit it, as the HTTP API does."""
     with registry.stage() as staged:
         data = path.read_bytes()
         for start in range(0, len(data), CHUNK_BYTES):
@@ -69,13 +69,13 @@ def upload(registry: Registry, path: Path, name: str) -> None:
 
 
 def contents(registry: Registry) -> Contents:
-    """What the registry says that it holds."""
+    """Return a registry's entries, and the history of each name that it knows."""
     known = [name for name in NAMES if registry.known(name)]
     return registry.entries(), {name: history_of(registry, name) for name in known}
 
 
 def reopened(root: Path) -> Contents:
-    """What another registry finds in a copy of the folder."""
+    """Open a copy of the folder as another registry, and return its contents."""
     copy = root.with_name("copy")
     shutil.copytree(root, copy)
     try:
@@ -90,7 +90,7 @@ def objects(root: Path) -> set[str]:
 
 
 def referred(registry: Registry) -> set[str]:
-    """The digests that live names have had since their last deletion."""
+    """Return the digests that live names have had since their last deletion."""
     digests: set[str] = set()
     for entry in registry.entries():
         for version in reversed(entry.history):
@@ -101,7 +101,7 @@ def referred(registry: Registry) -> set[str]:
 
 
 def nothing_left(registry: Registry, root: Path) -> bool:
-    """Whether the folder has no files but those that its names need."""
+    """Return whether the folder has no files but those that its names need."""
     names = {f"{name}.json" for name in NAMES if registry.known(name)}
     return (
         not list((root / "tmp").iterdir())
@@ -121,7 +121,7 @@ CHANGES: dict[str, Change] = {
 
 
 def operations(change: Change, template: Path, root: Path, artifacts: Artifacts) -> int:
-    """How many operations of the disk a change takes."""
+    """Return how many disk operations a change takes."""
     shutil.copytree(template, root)
     counted = FaultyDisk(-1, FAILING, lasting=False)
     with Registry(root) as registry, pytest.MonkeyPatch.context() as patched:
@@ -182,7 +182,7 @@ class UnreadableDisk:
     """Refuses to list a folder or to read a record, once or from then on."""
 
     def __init__(self, root: Path, number: int, *, lasting: bool) -> None:
-        """From the reading in this registry with this number on (from 0)."""
+        """Refuse read number `number` (from 0) below `root`, and all later ones if `lasting`."""
         self._root = root
         self._number = number
         self._lasting = lasting
@@ -246,7 +246,7 @@ def test_a_disk_that_cannot_be_read_at_any_moment(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte, where this user may mount one."""
+    """Mount a file system of 1 MB, or skip the test where this user may not."""
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount_point)]
@@ -302,7 +302,7 @@ def test_a_file_system_that_is_full(small_disk: Path, artifacts: Artifacts) -> N
 
 
 def test_servers_that_start_on_a_full_disk(small_disk: Path, artifacts: Artifacts) -> None:
-    """Their leases have no room: none keeps the other from making some."""
+    """Their leases cannot be written, which keeps neither from deleting to make room."""
     root = small_disk / "registry"
     with Registry(root) as registry:
         upload(registry, artifacts[0], "a")
@@ -328,7 +328,7 @@ def test_servers_that_start_on_a_full_disk(small_disk: Path, artifacts: Artifact
 def test_a_record_is_newer_than_the_mark_beside_it(
     folder: Path, template: Path, artifacts: Artifacts
 ) -> None:
-    """As a crash leaves them between writing the record and removing the mark."""
+    """A crash between writing the record and removing the mark of a deletion leaves both."""
     root = folder / "registry"
     shutil.copytree(template, root)
     shutil.copy(root / "names" / "a.json", root / "names" / "a.deleted")
@@ -364,7 +364,7 @@ def test_a_mark_with_a_time_that_no_calendar_has(folder: Path, template: Path) -
 def test_an_upload_in_place_of_a_damaged_record(
     folder: Path, template: Path, artifacts: Artifacts
 ) -> None:
-    """Nothing that a damaged record may point to goes, but what never was stored does."""
+    """Bytes that the damaged record may point to stay; those of a failed upload go."""
     damaged = folder / "damaged"
     shutil.copytree(template, damaged)
     (damaged / "names" / "b.json").write_bytes(b"damaged")
@@ -411,7 +411,7 @@ def test_what_could_not_be_removed_goes_with_the_next_change(
         with pytest.MonkeyPatch.context() as patched:
             WatchedDisk(root, refuse).install(patched)
             registry.unpin(digest)
-            upload(registry, artifacts[2], "new")  # works; its temporary file has been moved
+            upload(registry, artifacts[2], "new")  # works: its temporary file is moved, not removed
             registry.delete("new")
             assert digest in objects(root)
             assert len(objects(root)) == 3
@@ -421,7 +421,7 @@ def test_what_could_not_be_removed_goes_with_the_next_change(
 
 
 class PowerCutError(BaseException):
-    """Ends the program, as far as the code under test can tell."""
+    """Stands for a power cut: a BaseException, which the code under test does not handle."""
 
 
 def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template
                 assert registry.load(digest).digest == digest
         if steps < step:
             break
-    # Once it is deleted it stays so, and until then it is all there.
+    # Up to some step the name is still whole; from it on, the name is deleted for good.
     assert outcomes == sorted(outcomes)
     assert len(outcomes) > 6
     assert outcomes[-1]

@@ -1,8 +1,7 @@
-"""Servers change one registry at once, and are killed and suspended at random moments.
+"""Tests of servers that change one registry at once, and are killed and suspended at random.
 
-What the servers do is in `racing`: each writes a journal, and ends where something is not as it
-must be. Here they are killed and suspended, and at the end their journals are compared with what
-the registry holds.
+Each server (tests/racing.py) does random operations, writes them to a journal, and fails where
+something is wrong. At the end the journals are compared with what the registry holds.
 """
 
 import hashlib
@@ -54,11 +53,11 @@ class Parent:
         )
 
     def start(self, plan: Plan) -> int:
-        """Fork a server; returns its process."""
+        """Fork a server; return its process id."""
         return self._ask(plan_line(plan))
 
     def wait(self, process: int) -> int:
-        """Wait for a server's end; returns its exit status, of a killed one minus the signal."""
+        """Wait for a server's end; return its exit status, which is -signal if it was killed."""
         return self._ask(f"wait {process}\n")
 
     def _ask(self, line: str) -> int:
@@ -79,7 +78,7 @@ class Race:
     clock_speed: float = 1.0
     forgiving: bool = False
     running: list[int] = field(default_factory=list)
-    suspended: dict[int, float] = field(default_factory=dict)  # and when each is to go on
+    suspended: dict[int, float] = field(default_factory=dict)  # process id → when to resume it
     kills: int = 0
     _started: int = 0
     _statuses: list[tuple[int, int]] = field(default_factory=list)  # process, exit status
@@ -91,11 +90,11 @@ class Race:
 
     @property
     def root(self) -> Path:
-        """The registry."""
+        """The registry's folder."""
         return self.folder / "registry"
 
     def start(self) -> None:
-        """One more server."""
+        """Start one more server."""
         self._started += 1
         plan = Plan(
             root=str(self.root),
@@ -120,12 +119,12 @@ class Race:
             self.suspend(process, self._random.uniform(0, LONGEST_SUSPENSION))
 
     def suspend(self, process: int, seconds: float) -> None:
-        """Stop a server until that long from now."""
+        """Suspend a server, and note that it is to be resumed in `seconds`."""
         os.kill(process, signal.SIGSTOP)
         self.suspended[process] = time.monotonic() + seconds
 
     def resume(self, until: float) -> None:
-        """Let all go on that were to go on by that time."""
+        """Resume the suspended servers that are due by `until`."""
         for process in [each for each, due in self.suspended.items() if due <= until]:
             os.kill(process, signal.SIGCONT)
             del self.suspended[process]
@@ -137,7 +136,7 @@ class Race:
         self._end(process)
 
     def finish(self) -> None:
-        """End all servers, half of them as a kill does."""
+        """End all servers, every other one by SIGKILL and the rest by SIGTERM."""
         self.resume(float("inf"))
         while self.running:
             process = self.running[0]
@@ -161,12 +160,12 @@ class Race:
         assert self._statuses[-1][1] in (0, -signal.SIGKILL), "a server has failed"
 
     def journals(self) -> list[list[Event]]:
-        """What each server wrote, in the order in which they started."""
+        """Return each server's journal, in the order in which the servers started."""
         paths = sorted((self.folder / "journals").iterdir(), key=lambda path: int(path.name))
         return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
 
     def story(self) -> str:
-        """What to know of a race that went wrong."""
+        """Describe a race that went wrong: its seed, and its servers' last events and failures."""
         lines = [f"seed {self.seed}, {self.kills} kills; servers and their last events:"]
         for number, journal in enumerate(self.journals(), 1):
             failures = [str(event["reason"]) for event in journal if event["event"] == "failed"]
@@ -189,7 +188,7 @@ class Change:
 
 
 def changes(journal: list[Event]) -> list[Change]:
-    """All changes that a server was asked for, each with what came of it."""
+    """Return all changes in a server's journal, each with its outcome."""
     found: list[Change] = []
     for event in journal:
         if event["event"] == "begun":
@@ -204,7 +203,7 @@ def changes(journal: list[Event]) -> list[Change]:
 
 
 def check_journals(journals: list[list[Event]], registry: Registry) -> None:
-    """Compare what servers have said with what the registry holds at the end."""
+    """Assert that the servers' journals agree with what the registry holds at the end."""
     known = [name for name in NAMES if registry.known(name)]
     histories = {name: history_of(registry, name) for name in known}
     for journal in journals:
@@ -228,7 +227,7 @@ def check_journals(journals: list[list[Event]], registry: Registry) -> None:
 
 
 def check_order(history: tuple[Version, ...], done: list[Change]) -> None:
-    """Every change has a place of its own, and none is before one that had ended when it began."""
+    """Assert that each change has its own place in the history, after all that ended before it."""
     made = {each.length: each for each in done if each.changed and each.length}
     assert len(made) == sum(each.changed for each in done)
     for each in done:
@@ -242,7 +241,7 @@ def check_order(history: tuple[Version, ...], done: list[Change]) -> None:
 
 
 def check_folder(registry: Registry, root: Path) -> None:
-    """No file is there but those that the names need, and those are whole."""
+    """Assert that the folder has the files that the names need, whole, and no others."""
     assert damaged_files(registry) == ()
     needed: set[str] = set()
     for entry in registry.entries():
@@ -273,7 +272,7 @@ def check(race: Race) -> None:
 def raced(race: Race) -> Iterator[Race]:
     """Starts the servers, ends them after the block, and checks what they have done.
 
-    An error tells the seed, and what happened.
+    A note on an error says the seed and what happened.
     """
     try:
         for _ in range(SERVERS):
@@ -290,7 +289,7 @@ def raced(race: Race) -> Iterator[Race]:
 
 @pytest.fixture(scope="module")
 def parent() -> Iterator[Parent]:
-    """The servers' parent, for all races: it takes seconds to start."""
+    """Start one parent of the servers for all races, because it takes seconds to start."""
     started = Parent()
     with started.process:
         yield started
@@ -300,7 +299,7 @@ def parent() -> Iterator[Parent]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where there is such a disk."""
+    """Return a folder, in memory (/dev/shm) where there is such a disk."""
     if not MEMORY_DISK.is_dir():
         yield tmp_path
         return
@@ -318,7 +317,7 @@ def test_servers_that_are_killed_and_suspended(parent: Parent, folder: Path, see
 def test_servers_that_are_suspended_for_longer_than_their_leases_live(
     parent: Parent, folder: Path
 ) -> None:
-    """They may lose what they hold, but nothing that others need, and they go on."""
+    """Such a server may lose bytes that it pinned, but none that others need, and it goes on."""
     race = Race(parent, folder, seed=100, clock_speed=60.0, forgiving=True)
     with raced(race):
         for _ in range(2):

@@ -1,6 +1,8 @@
-"""Several servers with one registry: what one changes all see, and what one needs stays.
+"""Tests of several servers that share one registry: changes reach all, and needed bytes stay.
 
-The servers are registries of this process. Each has a clock of its own, which the test moves.
+The servers are registries of this process, each with a clock of its own, which the test moves.
+`poll` reads what others have changed. `heartbeat` does so too and renews the server's lease, the
+file that says which bytes it needs; a lease without a heartbeat for a minute counts as dead.
 """
 
 import errno
@@ -37,7 +39,7 @@ Make = Callable[[int], Path]
 
 
 class Clock:
-    """Seconds that the test decides about."""
+    """A clock, in seconds, that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -46,7 +48,7 @@ class Clock:
         return self.now
 
     def watch(self, registry: Registry, seconds: int) -> None:
-        """Let a server beat for so long, as often as it does."""
+        """Move the clock on by `seconds`, with a heartbeat every 10 s."""
         for _ in range(0, seconds, 10):
             self.now += 10
             registry.heartbeat()
@@ -60,11 +62,11 @@ class Servers:
         self._stack = stack
 
     def open(self, clock: Clock | None = None) -> Registry:
-        """One more server."""
+        """Open one more registry on the folder."""
         return self._stack.enter_context(Registry(self.root, clock=clock or Clock()))
 
     def crash(self, registry: Registry) -> None:
-        """End a server as a kill does: its lease stays, and the lease's lock goes."""
+        """End a server as a kill does: its lease's file stays, but the lock on it is released."""
         leases = registry._changes._leases
         assert leases._descriptor is not None
         os.close(leases._descriptor)
@@ -87,7 +89,7 @@ def servers(tmp_path: Path) -> Iterator[Servers]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes the artifact of a number: other numbers, other digests."""
+    """Return a function that writes an artifact for a seed; its digest depends on the seed."""
 
     def make_artifact(seed: int) -> Path:
         path = tmp_path / f"{seed}.safetensors"
@@ -118,7 +120,7 @@ def test_a_change_at_one_is_seen_by_all_when_they_look(servers: Servers, make: M
 
 
 def test_a_change_begins_with_what_the_others_have_done(servers: Servers, make: Make) -> None:
-    """Neither of two servers looks between its changes."""
+    """Neither server calls `poll`: a change itself reads the others' changes first."""
     one, two = servers.open(), servers.open()
     first = one.add(make(1), "a")
     second = two.add(make(2), "a")
@@ -205,7 +207,7 @@ def test_a_pin_that_the_other_server_has_not_written_down_yet_keeps_the_bytes(
     entry = one.add(make(1), "a")
     two.poll()
     two.heartbeat()
-    two.pin(entry.digest)  # between two beats
+    two.pin(entry.digest)  # between two heartbeats, so not in the lease yet
     one.delete("a")
     one.heartbeat()
     assert servers.objects == {entry.digest}
@@ -223,7 +225,7 @@ def test_a_pin_that_the_other_server_has_not_written_down_yet_keeps_the_bytes(
 def test_a_lease_is_written_under_the_lock_and_after_reading(
     servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a deletion could come between, of what is pinned after the writing."""
+    """Otherwise bytes could be deleted that a server pins just after it has written its lease."""
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
     two.poll()
@@ -247,7 +249,7 @@ def test_a_lease_is_written_under_the_lock_and_after_reading(
 def test_bytes_stay_until_every_server_has_read_the_deletion_twice(
     servers: Servers, make: Make
 ) -> None:
-    """Once may have been between its reading and its writing when the name went."""
+    """A server may write its first lease after a deletion by names that it read before it."""
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
     two.poll()
@@ -272,7 +274,7 @@ def test_a_name_that_came_and_went_again_starts_the_count_anew(
     entry = one.add(make(1), "a")
     one.delete("a")
     two.heartbeat()
-    two.heartbeat()  # as far as the first deletion goes, the bytes may go
+    two.heartbeat()  # for the first deletion the bytes may go now
     third.add(make(1), "b")
     two.poll()
     two.pin(entry.digest)
@@ -310,7 +312,7 @@ def test_a_default_keeps_its_name_at_every_server(
             one.add(make(2), "a")
     with pytest.raises(NameInUseError, match="The server's default"):
         two.delete("a")
-    one.add(make(1), "a")  # as it is
+    one.add(make(1), "a")  # the same bytes
     one.add(make(2), "b")
     assert one.delete("b")
     assert one.resolve("a") == entry
@@ -328,7 +330,7 @@ def test_what_a_default_means_is_not_kept_once_it_is_gone(servers: Servers, make
 
 
 def test_a_default_must_mean_what_it_meant_when_it_was_given(servers: Servers, make: Make) -> None:
-    """Between a server's reading of the name and its keeping, another may have changed it."""
+    """A name may have changed between a server's reading of it and `keep_default`."""
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
     one.add(make(1), "b")
@@ -359,7 +361,7 @@ def test_a_default_that_cannot_be_noted_is_not_kept(
         patched.setattr(os, "pwrite", refuse)
         with pytest.raises(RegistryDiskError, match="nothing was changed"):
             two.keep_default({"a": entry.digest})
-        with pytest.raises(RegistryBusyError):  # nobody knows what it holds
+        with pytest.raises(RegistryBusyError):  # what `two` holds is unknown
             one.delete("a")
     two.heartbeat()
     assert one.delete("a") == entry.digest
@@ -380,7 +382,7 @@ def test_a_server_that_starts_on_a_full_disk_keeps_its_default(
         two.keep_default({"a": entry.digest})
         with pytest.raises(NameInUseError, match="The server's default"):
             two.delete("a")
-        one.add(make(2), "a")  # it cannot know
+        one.add(make(2), "a")  # `one` cannot know of the default
         one.delete("a")
         for _ in range(3):
             one.heartbeat()
@@ -429,7 +431,7 @@ def test_a_server_that_was_killed_holds_nothing(servers: Servers, make: Make) ->
 
 
 def test_a_lease_that_stopped_beating_for_a_minute_is_dead(servers: Servers, make: Make) -> None:
-    """By the clock of whoever looks, and after a minute of looking."""
+    """The minute counts on the clock of the server that polls, and only while it polls."""
     clock = Clock()
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
@@ -448,7 +450,7 @@ def test_a_lease_that_stopped_beating_for_a_minute_is_dead(servers: Servers, mak
 
 
 def test_time_in_which_nobody_looked_does_not_end_a_lease(servers: Servers, make: Make) -> None:
-    """As the folder was away, or the machine suspended: the other could not beat either."""
+    """If the folder was away, or the machine suspended, the other had no heartbeat either."""
     clock = Clock()
     one, two = servers.open(clock), servers.open()
     entry = one.add(make(1), "a")
@@ -463,7 +465,7 @@ def test_time_in_which_nobody_looked_does_not_end_a_lease(servers: Servers, make
 
 
 def test_a_server_that_comes_back_writes_its_lease_again(servers: Servers, make: Make) -> None:
-    """As one that was suspended for longer than a minute."""
+    """A server that was suspended for longer than a minute has lost its lease."""
     clock = Clock()
     one, two = servers.open(clock), servers.open()
     kept, gone = one.add(make(1), "kept"), one.add(make(2), "gone")
@@ -475,7 +477,7 @@ def test_a_server_that_comes_back_writes_its_lease_again(servers: Servers, make:
     assert one.delete("gone") == gone.digest
     assert servers.objects == {kept.digest}
     assert len(servers.leases) == 1
-    with pytest.raises(RegistryError):  # it knows not yet, and says it when it needs the bytes
+    with pytest.raises(RegistryError):  # `two` learns only now that the bytes are gone
         two.load(gone.digest)
     two.heartbeat()
     assert len(servers.leases) == 2
@@ -566,7 +568,7 @@ def test_a_watched_registry_beats_whatever_its_looks_come_to(
 def test_a_beat_that_cannot_read_the_names_lets_nothing_go(
     servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not pinned just then may be pinned again, as the deletion is not shown yet."""
+    """A server that has not read a deletion may unpin the bytes and pin them again."""
     monkeypatch.setattr("interventions.changes._POLL_SECONDS", 0.05)
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
@@ -608,7 +610,7 @@ def test_a_folder_that_vanishes_and_comes_back(servers: Servers, make: Make) -> 
         with pytest.raises(RegistryDiskError):
             two.add(make(2), "b")
         assert not servers.root.exists()
-    servers.root.mkdir()  # as an empty mount point
+    servers.root.mkdir()  # like an empty mount point
     two.poll()
     assert two.problem() is not None
     assert list(servers.root.iterdir()) == []
@@ -625,7 +627,7 @@ def test_a_folder_that_vanishes_and_comes_back(servers: Servers, make: Make) -> 
 def test_a_folder_that_comes_back_with_names_and_objects_alone(
     servers: Servers, make: Make
 ) -> None:
-    """As from a copy that somebody made of it."""
+    """Somebody may have restored a copy of the data alone."""
     one = servers.open()
     one.add(make(1), "a")
     for name in ("leases", "tmp"):
@@ -641,7 +643,7 @@ def test_a_folder_that_comes_back_with_names_and_objects_alone(
 def test_a_file_that_could_not_be_read_once_is_read_again(
     servers: Servers, make: Make, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """And its name's history is not begun anew by the next upload."""
+    """The next upload also continues the name's history."""
     one, two = servers.open(), servers.open()
     entry = one.add(make(1), "a")
     record = servers.root / "names" / "a.json"
@@ -712,7 +714,7 @@ def test_a_change_that_does_not_end_does_not_keep_a_registry_from_closing(
 ) -> None:
     monkeypatch.setattr("interventions.changes.LOCK_SECONDS", 0.05)
     one = servers.open()
-    with one._changes._thread_lock:  # as a thread that waits for a disk
+    with one._changes._thread_lock:  # like a thread that waits for a disk
         one.close()
         assert "does not end" in caplog.text
         assert len(servers.leases) == 1

@@ -1,4 +1,4 @@
-"""Settings: defaults filled in, everything that a request may get wrong refused with its reason."""
+"""Tests of a request's settings: defaults are filled in, and wrong ones refused with a reason."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Hints for misspelt names, and that nobody makes one that takes long."""
+"""Tests of the hint for a misspelt name, and that a long name costs no time."""
 
 from pathlib import Path
 

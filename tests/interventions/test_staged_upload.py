@@ -1,3 +1,5 @@
+"""Tests of the upload of a step: all its tensors travel to the device in one staging buffer."""
+
 import torch
 
 from server.engine.torch.attention.paged_index import PagedIndex

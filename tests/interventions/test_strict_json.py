@@ -1,3 +1,5 @@
+"""Tests of `parse_json`, which is stricter than Python's parser and bounds what it builds."""
+
 import json
 from typing import Any
 
@@ -31,7 +33,7 @@ def test_whatever_json_can_say_is_read_as_it_was_written(value: object, escaped:
 
 
 def strictly(text: str) -> object:
-    """What Python's own parser makes of a text; ValueError for what it takes and we do not."""
+    """Parse with Python's `json`; raise ValueError for what it accepts and `parse_json` refuses."""
 
     def members(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if len(dict(pairs)) < len(pairs):

@@ -1,4 +1,4 @@
-"""The unsteered answers beside a sample of the steered ones."""
+"""Tests of baselines: unsteered answers, generated and scored for a sample of steered requests."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -45,13 +45,13 @@ def maps(registry: Registry, affine_artifact: WriteArtifact) -> None:
 async def client(
     tiny_engine: TorchEngine, registry: Registry, scorer: TestScorer
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Of a server that generates the baseline of every steered request."""
+    """Return a client of a server that generates the baseline of every steered request."""
     async with scored_client(tiny_engine, registry, scorer, baseline_sample_rate=1) as client:
         yield client
 
 
 class Waiting(ScriptedGeneration):
-    """Says its text when it may."""
+    """A generation that yields its text once `going_on` is set."""
 
     def __init__(self, going_on: asyncio.Event, text: StepOutput) -> None:
         super().__init__((text,))
@@ -65,7 +65,7 @@ class Waiting(ScriptedGeneration):
 
 async def until(client: httpx.AsyncClient, sample: str, value: float) -> None:
     async with asyncio.timeout(10):
-        while await metric(client, sample) != value:  # noqa: ASYNC110 - a page, no event
+        while await metric(client, sample) != value:  # noqa: ASYNC110 - metrics have no event
             await asyncio.sleep(0.01)
 
 
@@ -79,7 +79,7 @@ async def test_the_same_prompt_seed_and_settings_without_the_edits(
     assert await metric(client, COMPLETED) == 1
     total = await metric(client, 'completion_toxicity_sum{arm="baseline",intervention="maps"}')
     assert total == score_of(base)
-    # It is nobody's request: what is counted of requests is what clients sent.
+    # A baseline is no client's request, so the metrics of requests do not count it.
     assert await metric(client, "generation_tokens_total") == 24
     assert await metric(client, "time_to_first_token_seconds_count") == 2
     assert await metric(client, "request_queue_seconds_count") == 2
@@ -93,7 +93,7 @@ async def test_every_choice_of_steered_requests_and_no_other(client: httpx.Async
         {"steering": {**MAPS, "strength": 0}},
         {"steering": MAPS, "max_tokens": 0, "echo": True},
         {"steering": MAPS, "toxicity": True},
-        {"steering": MAPS, "compare": True},  # has one already
+        {"steering": MAPS, "compare": True},  # the comparison is its baseline
     ):
         assert (await complete(client, **SAMPLED | fields)).status_code == 200
     await until(client, COMPLETED, 5)
@@ -163,7 +163,7 @@ async def test_few_at_once_and_not_many_waiting(
         await text_of(client, steering=MAPS)
         await eventually(lambda: len(script.submitted) == 2)  # the first one's baseline runs
         await text_of(client, steering=MAPS)  # its baseline waits
-        await text_of(client, steering=MAPS)  # and this one's is dropped
+        await text_of(client, steering=MAPS)  # its baseline is dropped
         await until(client, DROPPED, 1)
         assert len(script.submitted) == 4
         going_on.set()

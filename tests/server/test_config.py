@@ -1,4 +1,4 @@
-"""The settings: where they come from, and which contradict each other."""
+"""Tests of the settings: where their values come from, and which values are refused."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from server.config import Settings
 
 
 def problem(**fields: object) -> str:
-    """The message of settings that must be refused."""
+    """Return the message with which these settings are refused."""
     with pytest.raises(ValidationError) as caught:
         Settings.model_validate(fields)
     return str(caught.value)

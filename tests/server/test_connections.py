@@ -1,4 +1,4 @@
-"""Idle connections and stalled readers are closed; slow answers and slow readers are not."""
+"""Tests that idle connections and stalled readers are closed, but not slow answers or readers."""
 
 import asyncio
 import json
@@ -122,7 +122,7 @@ async def test_half_a_request_does_not_keep_its_connection(
 
         dripping = asyncio.create_task(drip())
         async with asyncio.timeout(10):
-            # What was still on its way to a connection that is closed resets it.
+            # A byte that reaches the server after it closed the connection resets it.
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""
         dripping.cancel()
@@ -148,7 +148,7 @@ async def test_an_answer_may_take_longer(
 
 
 def cut_at(times: dict[float, int]) -> bool:
-    """Return whether a connection with so many unsent bytes at each time is cut off at the last."""
+    """Return whether a connection is cut off at the last of `times`: time → its unsent bytes."""
     stalled, transport = StalledConnections(STALL_LIMIT), Transport()
     for now, unsent in times.items():
         assert not transport.aborted
@@ -189,7 +189,7 @@ def test_connections_are_told_apart_and_forgotten() -> None:
 
 
 def connect(port: int, buffer: int) -> socket.socket:
-    """A socket whose reader has so much room."""
+    """Connect to the server with a receive buffer of `buffer` bytes."""
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     reader.connect(("127.0.0.1", port))
@@ -223,7 +223,7 @@ async def test_a_socket_that_is_never_read_is_closed_and_all_it_held_is_freed(
 async def test_a_reader_that_is_slow_but_steady_gets_the_whole_stream(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
-    """What waits in the process takes longer than the limit to be read; some of it always is."""
+    """Reading the whole answer takes longer than the write timeout, but no single pause does."""
     limit, pause = 0.4, 0.02
     answer = bytearray()
     async with live(build_app(tiny_engine, registry, write_timeout=limit)) as server:

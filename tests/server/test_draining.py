@@ -1,4 +1,4 @@
-"""After a signal: requests on connections that were open are served, and no others are taken."""
+"""Tests of a shutdown: open connections may bring one more request, and no new ones are taken."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ LONG = {"max_tokens": 40, "ignore_eos": True}
 
 
 def slowly(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each step of the engine take a while."""
+    """Make each step of the engine take at least 10 ms."""
     step = engine._core.step
 
     def slow_step() -> object:
@@ -36,7 +36,7 @@ def slowly(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 async def leaving(
     engine: TorchEngine, registry: Registry, keep_alive: float
 ) -> AsyncIterator[tuple[LiveServer, httpx.AsyncClient]]:
-    """A server on which one connection is open, and which a signal has reached since."""
+    """Start a server, open one connection to it, then send SIGTERM; yield server and client."""
     app = build_app(engine, registry, shutdown_keep_alive=keep_alive)
     async with (
         live(app) as server,
@@ -60,7 +60,7 @@ async def test_an_open_connection_brings_one_more_request(
         answer = await complete(client)
         assert answer.status_code == 200
         assert answer.headers["connection"] == "close"
-        with pytest.raises(httpx.ConnectError):  # so that it knows that nothing was begun
+        with pytest.raises(httpx.ConnectError):  # which tells the client that nothing was begun
             await client.get("/health")
         await ended(server)  # at once, as no connection is left
 
@@ -88,7 +88,7 @@ async def test_a_connection_that_brings_none_is_closed_after_its_time(
 async def test_a_connection_may_rest_after_an_answer_that_had_begun_before(
     tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its head did not say that the connection would be closed, so whoever reads it may go on."""
+    """The answer's head had no `Connection: close`, so the client may send another request."""
     slowly(tiny_engine, monkeypatch)
     app = build_app(tiny_engine, registry, shutdown_keep_alive=5)
     async with (
@@ -148,7 +148,7 @@ async def test_a_request_on_an_open_connection_must_end_in_the_time_for_all(
 async def test_a_connection_that_waits_to_be_accepted_is_answered(
     tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system has completed it already, and its request may have been sent."""
+    """The operating system has completed the connection, so its request may have been sent."""
     app = build_app(tiny_engine, registry, shutdown_keep_alive=5)
     with socket.socket() as waiting:
         async with live(app) as server:

@@ -1,4 +1,4 @@
-"""Names of hosts and origins, as requests and operators write them."""
+"""Tests of how hosts and origins are read from request headers and from settings."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The server's end: after a signal, at its deadline, and when the engine dies."""
+"""Tests of the server's end: after a signal, at the shutdown deadline, and when the engine dies."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ ENDLESS: dict[str, object] = {"max_tokens": 500, "ignore_eos": True}
 async def running(
     client: httpx.AsyncClient, engine: TorchEngine, **fields: object
 ) -> list[asyncio.Task[httpx.Response]]:
-    """A plain request and a stream, both being generated."""
+    """Send a plain request and a stream; return their tasks once the engine runs both."""
     tasks = [
         asyncio.create_task(complete(client, **fields, stream=stream)) for stream in (False, True)
     ]
@@ -40,7 +40,7 @@ async def running(
 
 
 def slowly(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each step of the engine take a while."""
+    """Make each step of the engine take at least 5 ms."""
     step = engine._core.step
 
     def slow_step() -> object:
@@ -52,7 +52,7 @@ def slowly(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Hook:
-    """Stands before an engine's steps: once it is set, the next one with work to do never ends."""
+    """Hangs an engine: once `set`, its next step with work to do sets `caught`, awaits `free`."""
 
     set: threading.Event = field(default_factory=threading.Event)
     caught: threading.Event = field(default_factory=threading.Event)
@@ -61,7 +61,7 @@ class Hook:
 
 @pytest.fixture
 def hook(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
-    """The tiny engine's; not set at first. A step that hangs does so for the whole test."""
+    """Hook the tiny engine's steps; a step that is caught hangs until the end of the test."""
     hook, core, step = Hook(), tiny_engine._core, tiny_engine._core.step
 
     def hanging_step() -> object:
@@ -156,7 +156,7 @@ async def test_a_server_whose_engine_hangs_tells_everybody_and_ends_the_process(
         requests = await running(client, tiny_engine, **ENDLESS)
         hook.set.set()
         await eventually(hook.caught.is_set)
-        # This one is not even queued: the engine thread takes no calls.
+        # The hung engine thread takes no calls, so this request is not even queued.
         requests.append(asyncio.create_task(complete(client)))
         await eventually(lambda: len(server.server.server_state.tasks) == 3)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -167,7 +167,7 @@ async def test_a_server_whose_engine_hangs_tells_everybody_and_ends_the_process(
     assert "the engine is stuck in a step" in caplog.text
     assert "Traceback" not in caplog.text
     assert not tiny_engine.ready
-    assert tiny_engine._core.has_work  # what the thread may still use was left alone
+    assert tiny_engine._core.has_work  # the hung thread may still use its state
 
 
 async def test_a_body_that_is_still_coming_is_not_waited_for(
@@ -276,7 +276,7 @@ async def test_an_engine_that_dies_while_the_server_stops_is_told_of(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # Started and closed by the application, as `steerserve serve` has it.
+    # The application starts and closes this engine, as under `steerserve serve`.
     engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, TINY_OPTIONS)
     slowly(engine, monkeypatch)
     async with (
@@ -303,7 +303,7 @@ async def test_the_head_of_a_request_is_bounded(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
     async with live(build_app(tiny_engine, registry)) as server:
-        # Whatever else is installed: other parsers take heads of any size.
+        # Other parsers, which may be installed, accept heads of any size.
         assert server.server.config.http is HttpProtocol
         assert server.server.config.ws == "none"
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -384,7 +384,7 @@ def wait_for_running(url: str, count: int) -> None:
 def test_who_waits_for_a_score_at_the_end_is_told_in_time(
     tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """The scorer hangs; the text has been generated, and nobody may wait for its score longer."""
+    """The scorer hangs, so the shutdown must end the wait for the score of a generated text."""
     model = str(tiny_folders["llama"])
     with steerserve(tmp_path, "--model", model, "--shutdown-timeout", "0.5") as server:
         (worker,) = psutil.Process(server.process.pid).children()
@@ -405,7 +405,7 @@ def test_who_waits_for_a_score_at_the_end_is_told_in_time(
             server.process.send_signal(signal.SIGTERM)
             plain, stream = (answer.result() for answer in answers)
         assert server.process.wait(30) == 0
-        # A killed worker needs a processor to end, at the lowest priority; hung, it has a minute.
+        # The killed worker, of lowest priority, ends slowly; unkilled, it would hang for a minute.
         assert time.monotonic() - began < 25
         assert (plain.status_code, error_of(plain)["code"]) == (503, "toxicity_unavailable")
         assert "toxicity_unavailable" in stream.text

@@ -1,4 +1,4 @@
-"""Log lines: what they say, what they never say, and that nobody can forge one."""
+"""Tests of log lines: their fields, that they hide clients' texts, and that none can be forged."""
 
 import io
 import json
@@ -29,7 +29,7 @@ FORGED = f"{SECRET}\n2026-01-01T00:00:00.000Z INFO steerserve.requests: forged\r
 
 @contextmanager
 def logging_as(style: LogFormat) -> Iterator[io.StringIO]:
-    """What a server that is configured so writes; everything is as before afterwards."""
+    """Configure logging as a server does and yield what it writes; restore logging afterwards."""
     root = logging.getLogger()
     names = ("interventions", "server", "steering", "steerserve", "uvicorn")
     levels = {name: logging.getLogger(name).level for name in names}
@@ -48,7 +48,7 @@ def logging_as(style: LogFormat) -> Iterator[io.StringIO]:
 
 
 def generation() -> GenerationRecord:
-    """All that can be known of one."""
+    """Return the record of a generation with every field filled in."""
     return GenerationRecord(
         operation="chat",
         response_id="chatcmpl-1",
@@ -70,7 +70,7 @@ def generation() -> GenerationRecord:
 
 
 def record(**fields: object) -> RequestRecord:
-    """A request that came in the year 2001."""
+    """Return the record of a request that came in the year 2001, with these fields changed."""
     made = RequestRecord("abc123", "POST", 1_000_000_000 * 10**9)
     made.endpoint, made.status, made.outcome = "/v1/chat/completions", 200, "success"
     made.seconds = 1.5
@@ -163,7 +163,7 @@ def test_nobody_can_forge_a_line(style: LogFormat) -> None:
             raise ValueError(FORGED)
         except ValueError:
             logging.getLogger("server.x").exception("failed\n")
-    # As a terminal and a log collector would see it.
+    # Check the output as a terminal or a log collector reads it.
     written = stream.getvalue()
     assert not set(written) & set("\r\x1b\u2028")
     lines = written.split("\n")
@@ -195,7 +195,7 @@ def test_what_is_asked_for_all_the_time_is_logged_when_debugging_only(endpoint: 
 
 
 def client_of(engine: TorchEngine, registry: Registry, *, log_content: bool) -> httpx.AsyncClient:
-    """A client of an application that logs."""
+    """Return a client of an application that logs its requests."""
     settings = Settings.model_validate(
         {"served_model_names": ("tiny",), "log_content": log_content}
     )

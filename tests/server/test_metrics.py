@@ -1,4 +1,4 @@
-"""The metrics page: exact counts, bounded labels."""
+"""Tests of the metrics page: exact counts and bounded labels."""
 
 import asyncio
 
@@ -67,7 +67,7 @@ async def test_after_errors_and_clients_that_leave_the_counts_add_up_and_the_gau
     await eventually(lambda: tiny_engine.stats().running == len(leaving))
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        async with asyncio.timeout(20):  # each has its first token
+        async with asyncio.timeout(20):  # until each has its first token
             while await metric(client, FIRST_TOKENS) < len(leaving):  # noqa: ASYNC110 - a page
                 await asyncio.sleep(0.001)
         assert await metric(client, "requests_running") == len(leaving)
@@ -194,7 +194,7 @@ async def test_intervention_labels_are_capped(tiny_engine: TorchEngine, registry
         for _ in range(2):
             metrics.generated(1, "affine", f"name-{number}")
     page = metrics.render().decode()
-    # One of the labels is for what nothing steers, and `other` comes to them.
+    # The cap counts the label "none", of unsteered tokens, but not "other", of names beyond it.
     assert page.count("steerserve_steered_tokens_total{") == MAX_INTERVENTION_LABELS
     assert 'steered_tokens_total{intervention="other",kind="affine"} 22.0' in page
     assert 'steered_tokens_total{intervention="name-0",kind="affine"} 2.0' in page
@@ -225,7 +225,7 @@ async def test_a_name_that_means_something_else_as_a_label_is_none(
 async def test_what_is_stored_is_shown_from_the_start_but_not_without_end(
     tiny_engine: TorchEngine, registry: Registry, affine_artifact: WriteArtifact
 ) -> None:
-    """A rate over a counter cannot see its first value, so the series is there before."""
+    """A rate over a counter misses its first value, so the series starts with 0 before it."""
     path = affine_artifact("maps")
     for number in range(MAX_INTERVENTION_LABELS):
         registry.add(path, f"name-{number:03}")
@@ -243,7 +243,7 @@ async def test_what_is_stored_is_shown_from_the_start_but_not_without_end(
         "prefix_cache_queries_total 0.0",
     ):
         assert f"steerserve_{sample}" in page
-    # What is asked for later has room, stacks among it.
+    # There is room for the labels of later requests, stacks among them.
     assert page.count("steerserve_steered_tokens_total{") < MAX_INTERVENTION_LABELS
     metrics.generated(1, "affine", "name-090+name-091")
     page = metrics.render().decode()

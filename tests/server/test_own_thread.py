@@ -1,3 +1,5 @@
+"""Tests of `in_own_thread`, which runs a function on a new thread."""
+
 import threading
 
 import pytest

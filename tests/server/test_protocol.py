@@ -1,4 +1,4 @@
-"""Raw sockets: what is no HTTP, clients that stop sending, connections that are kept."""
+"""Tests over raw sockets: malformed HTTP, half-closed and closed connections, and kept ones."""
 
 import asyncio
 import json
@@ -16,13 +16,13 @@ from server.engine.torch.engine import TorchEngine
 from tests.live import LiveServer, live
 from tests.serving import Json, Script, ScriptedGeneration, build_app, eventually
 
-SECONDS = 20  # for what comes at once, or after the 2 s that a refused client is read
+SECONDS = 20  # a timeout; a refused client's connection is read for 2 s more
 
 
 def request(
     body: Json, *headers: str, path: str = "/v1/completions", version: str = "1.1"
 ) -> bytes:
-    """A request with a JSON body."""
+    """Return the bytes of a request with a JSON body."""
     content = json.dumps({"model": "tiny", "prompt": "x", **body}).encode()
     lines = [
         f"POST {path} HTTP/{version}",
@@ -38,7 +38,7 @@ def request(
 async def connected(
     server: LiveServer,
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection, and a limit to how long all that is done with it may take."""
+    """Open a connection for a block, which must end within `SECONDS`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
         async with asyncio.timeout(SECONDS):
@@ -48,7 +48,7 @@ async def connected(
 
 
 async def exchange(server: LiveServer, *parts: bytes, end: bool = False) -> bytes:
-    """All that the server answers until it closes; `end` stops sending after the last part."""
+    """Send the parts, and half-close if `end`; return all that the server sends until it closes."""
     async with connected(server) as (reader, writer):
         for part in parts:
             writer.write(part)
@@ -59,7 +59,7 @@ async def exchange(server: LiveServer, *parts: bytes, end: bool = False) -> byte
 
 
 def answers(received: bytes) -> list[tuple[int, dict[str, str], bytes]]:
-    """Status, headers and body of each answer; interim answers are passed over, as clients do."""
+    """Return status, headers and body of each answer; skip interim answers (100 Continue)."""
     found = []
     while received:
         head, _, received = received.partition(b"\r\n\r\n")
@@ -177,7 +177,7 @@ async def test_what_follows_a_head_request_is_refused_with_a_body(
 
 
 def in_chunks_of_one(content: bytes) -> bytes:
-    """A request with a JSON body, each byte of which is a chunk of its own."""
+    """Return a request whose body is sent in chunks of one byte each."""
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content)
     return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
 
@@ -185,7 +185,7 @@ def in_chunks_of_one(content: bytes) -> bytes:
 async def test_a_body_in_many_small_chunks_lets_others_have_their_turn(
     tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only so much of it is read between two turns of the event loop."""
+    """The number of HTTP events that are read between two turns of the event loop is bounded."""
     read, most = 0, 0
     next_event = h11.Connection.next_event
 
@@ -227,7 +227,7 @@ async def test_equal_lengths_twice_are_one(tiny_engine: TorchEngine, registry: R
 async def test_a_refused_client_that_goes_on_sending_still_reads_its_answer(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
-    """It would meet a reset connection if the server closed with something unread."""
+    """If the server closed the connection with bytes unread, the client would get a reset."""
     async with (
         live(build_app(tiny_engine, registry)) as server,
         connected(server) as (reader, writer),
@@ -295,7 +295,7 @@ async def test_a_client_that_is_gone_ends_its_generation(
     version: str,
     stream: bool,
 ) -> None:
-    """Also while nothing is generated that would have to be sent."""
+    """The server notices that the client is gone even while there is nothing to send."""
     generation = ScriptedGeneration()
     monkeypatch.setattr(tiny_engine, "submit", Script([generation]).submit)
     async with live(build_app(tiny_engine, registry)) as server:
@@ -334,7 +334,7 @@ async def test_a_client_that_first_stops_sending_and_then_leaves(
 async def test_a_connection_is_kept_between_requests(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
-    """Also for longer than a body may stall."""
+    """A connection stays open for `keep_alive`, which may be longer than `body_timeout`."""
     app = build_app(tiny_engine, registry, keep_alive=2.5, body_timeout=0.3)
     async with live(app) as server, connected(server) as (reader, writer):
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Spans: what they carry, whose children they are, and what a collector that is down costs."""
+"""Tests of trace spans: their attributes, their parents, and collectors that are down or hang."""
 
 import json
 import logging
@@ -81,7 +81,7 @@ EXPECTED = {
 
 @pytest.fixture(autouse=True)
 def quiet_sdk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The SDK's loggers as they were, and none of the environment's own settings."""
+    """Remove the SDK's settings from the environment; restore its log level after the test."""
     for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_TRACES_SAMPLER"):
         monkeypatch.delenv(name, raising=False)
     level = logging.getLogger("opentelemetry").level
@@ -90,7 +90,7 @@ def quiet_sdk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def generation() -> GenerationRecord:
-    """All that can be known of one."""
+    """Return the record of a generation with every field filled in."""
     return GenerationRecord(
         operation="chat",
         response_id="chatcmpl-1",
@@ -123,7 +123,7 @@ def generation() -> GenerationRecord:
 
 
 def record(**fields: object) -> RequestRecord:
-    """A chat that went well."""
+    """Return the record of a chat that succeeded, with these fields changed."""
     made = RequestRecord("abc123", "POST", STARTED)
     made.endpoint, made.status, made.outcome = "/v1/chat/completions", 200, "success"
     made.seconds, made.generation = 1.5, generation()
@@ -133,7 +133,7 @@ def record(**fields: object) -> RequestRecord:
 
 
 def spans_of(*records: RequestRecord, with_content: bool = False) -> tuple[ReadableSpan, ...]:
-    """The spans that a sink makes of them."""
+    """Return the spans that a trace sink makes of these records."""
     exporter = InMemorySpanExporter()
     sink = TraceSink(SimpleSpanProcessor(exporter), with_content=with_content)
     for each in records:
@@ -143,7 +143,7 @@ def spans_of(*records: RequestRecord, with_content: bool = False) -> tuple[Reada
 
 
 def attributes_of(*records: RequestRecord, with_content: bool = False) -> Mapping[str, object]:
-    """The attributes of the only span."""
+    """Return the attributes of the only span that these records give."""
     [span] = spans_of(*records, with_content=with_content)
     assert span.attributes is not None
     return dict(span.attributes)
@@ -295,7 +295,7 @@ async def test_a_real_application_makes_spans(tiny_engine: TorchEngine, registry
 
 @dataclass
 class Collector:
-    """What a local OTLP receiver was sent."""
+    """The requests that a local OTLP receiver got."""
 
     url: str
     paths: list[str] = field(default_factory=list)
@@ -303,7 +303,7 @@ class Collector:
 
     @property
     def spans(self) -> list[Span]:
-        """All spans, in order."""
+        """All spans that came, in order."""
         return [
             span
             for request in self.requests
@@ -315,7 +315,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """A collector that speaks OTLP over HTTP."""
+    """Run a collector that receives OTLP over HTTP."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -328,7 +328,7 @@ def collecting() -> Iterator[Collector]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         collector = Collector(f"http://127.0.0.1:{server.server_address[1]}")
@@ -342,7 +342,7 @@ def collecting() -> Iterator[Collector]:
 
 
 def value_of(value: AnyValue) -> object:
-    """A protobuf value as Python's."""
+    """Convert an attribute's protobuf value to Python."""
     kind = value.WhichOneof("value")
     assert kind is not None
     if kind == "array_value":
@@ -351,7 +351,7 @@ def value_of(value: AnyValue) -> object:
 
 
 def values_of(pairs: Sequence[KeyValue]) -> dict[str, object]:
-    """Protobuf's attributes as a dictionary."""
+    """Convert protobuf attributes to a dictionary."""
     return {pair.key: value_of(pair.value) for pair in pairs}
 
 
@@ -381,7 +381,7 @@ def test_a_collector_gets_the_span(path: str) -> None:
 
 @contextmanager
 def hanging() -> Iterator[str]:
-    """A collector that takes connections and never says anything."""
+    """Run a collector that accepts connections and never answers; yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://user:hunter2@127.0.0.1:{listener.getsockname()[1]}"
 
@@ -395,7 +395,7 @@ def test_a_collector_that_hangs_keeps_nobody_waiting(
     with hanging() as url:
         sink = load_trace_sink(url, with_content=False)
         began = time.perf_counter()
-        for _ in range(2100):  # more than may wait
+        for _ in range(2100):  # more than the queue of spans holds
             sink.record(record())
         recorded = time.perf_counter()
         sink.close()
@@ -412,7 +412,7 @@ def test_a_collector_that_hangs_keeps_nobody_waiting(
 
 
 class Stuck(SpanProcessor):
-    """Never comes to its end before it is told to."""
+    """A span processor whose `shutdown` hangs until `release` is set."""
 
     def __init__(self) -> None:
         self.closing, self.release = threading.Event(), threading.Event()
@@ -433,7 +433,7 @@ def test_closing_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Flaky(SpanExporter):
-    """Does as it is told."""
+    """An exporter that returns or raises the given results, one an export."""
 
     def __init__(self, results: Sequence[SpanExportResult | Exception]) -> None:
         self._results = list(results)

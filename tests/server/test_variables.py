@@ -1,4 +1,4 @@
-"""Variables that are no settings: which are known, which are Kubernetes's, which end the start."""
+"""Tests of STEERSERVE_ variables that are no settings: known, Kubernetes's, and unknown ones."""
 
 import pytest
 from pydantic_settings import SettingsError
@@ -6,7 +6,7 @@ from pydantic_settings import SettingsError
 from server.config import Settings
 from server.variables import OTHER_VARIABLES, UnknownVariableError, Variable, refuse_unknown
 
-# What the kubelet sets for the services "steerserve" and "steerserve-grafana" of a namespace.
+# Variables that the kubelet sets for services called "steerserve" and "steerserve-grafana".
 KUBERNETES = {
     "STEERSERVE_SERVICE_HOST": "10.96.0.12",
     "STEERSERVE_SERVICE_PORT": "8000",

@@ -1,4 +1,4 @@
-"""`"toxicity": true` and `"compare": true`: what an answer says of itself and of the base model."""
+"""Tests of `"toxicity": true` and `"compare": true`: scores, and the base model's answer too."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -90,7 +90,7 @@ async def test_a_score_that_cannot_be_had_is_an_error(
     assert response.headers["retry-after"]
     error = error_of(response)
     assert (error["param"], error["code"]) == ("toxicity", "toxicity_unavailable")
-    # What the scorer says of its failure may quote what others have said to it.
+    # The scorer's error message may quote other clients' texts, so it is not passed on.
     assert "as the test wants" not in response.text
     stream = await complete(client, stream=True, **asked)
     assert "toxicity_unavailable" in stream.text
@@ -249,12 +249,12 @@ async def test_what_is_asked_for_is_recorded_once(
         {"steering": MAPS, "toxicity": True, "n": 2},
         {"steering": MAPS, "compare": True, "n": 2, "stream": True},
         {"steering": [MAPS, {"intervention": "head"}], "compare": True, "toxicity": True},
-        {"max_tokens": 0, "echo": True},  # says nothing
+        {"max_tokens": 0, "echo": True},  # generates nothing to score
     ]
     for fields in requests:
         assert (await complete(client, **SAMPLED | fields)).status_code == 200
     async with asyncio.timeout(10):
-        while await metric(client, "toxicity_queue_depth"):  # noqa: ASYNC110 - a page, no event
+        while await metric(client, "toxicity_queue_depth"):  # noqa: ASYNC110 - metrics have no event
             await asyncio.sleep(0.01)
     counts = {
         labels: await metric(client, f"completion_toxicity_count{labels}")
@@ -270,7 +270,7 @@ async def test_what_is_asked_for_is_recorded_once(
     assert len(scorer.texts) == 11 == await metric(client, "toxicity_scoring_seconds_count")
     assert await metric(client, "toxicity_dropped_total") == 0
     assert await metric(client, 'baselines_total{outcome="completed"}') == 0
-    # The base model's part of a comparison is not steered, and counts as what it is.
+    # The base model's tokens of a comparison are not counted as steered ones.
     assert await metric(client, 'steered_tokens_total{intervention="maps",kind="affine"}') == 60
     assert await metric(client, "generation_tokens_total") == 12 * 11
     assert await metric(client, "inter_token_latency_seconds_count") == 11 * 11

@@ -1,4 +1,4 @@
-"""Who may do what: API key, admin key, and what is safe without either."""
+"""Tests of authorization: what a request with the API key, the admin key or neither may do."""
 
 import itertools
 from pathlib import Path
@@ -119,14 +119,14 @@ async def test_beyond_loopback_changes_need_an_admin_key(
 async def test_another_sites_page_cannot_change_the_registry(
     make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
-    """A browser sends a form to 127.0.0.1 for any page; only its Origin header tells."""
+    """Any web page can have a browser send a form to 127.0.0.1; only its Origin header shows it."""
     client = make_client()
     attacks = (
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://["},
         {"Origin": "http://127.0.0.1:9000", "Host": "127.0.0.1:8000"},
-        {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"},  # rebound name
+        {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"},  # DNS rebinding
         {"Origin": "http://evil.example:8000", "Host": "127.0.0.1:8000"},
         {"Origin": "", "Host": "127.0.0.1:8000"},
     )
@@ -152,7 +152,7 @@ FORWARDING = (
 async def test_behind_a_proxy_changes_need_an_admin_key(
     make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
-    """On the machine of the proxy, everybody's requests come from 127.0.0.1."""
+    """Behind a proxy on this machine every request comes from 127.0.0.1, so that proves nothing."""
     registry.add(affine_artifact("kept"))
     client, guarded = make_client(), make_client(admin_key="admin")
     for header, value in itertools.product(FORWARDING, ("203.0.113.7", "127.0.0.1", "")):
@@ -176,7 +176,7 @@ async def test_behind_a_proxy_changes_need_an_admin_key(
 async def test_whoever_comes_by_an_allowed_host_is_not_local(
     make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
-    """A proxy may pass the public name on, and add no header at all."""
+    """A request for a public host may come through a proxy that adds no header of its own."""
     client = make_client(allowed_hosts=["llm.example.org"])
     for origin in ({}, {"Origin": "https://llm.example.org"}):
         headers = {"Host": "llm.example.org", **origin}

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: OpenAI's shapes, streamed and not, on the real engine."""
+"""Tests of `POST /v1/chat/completions` on the real engine: OpenAI's shapes, streamed and not."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ from tests.serving import (
     user,
 )
 
-RENDERED = "<user>Hello<assistant>"  # by the tiny template
+RENDERED = "<user>Hello<assistant>"  # the message "Hello" by the tiny chat template
 
 
 async def test_the_answer_has_openais_shape(chat_client: httpx.AsyncClient) -> None:
@@ -349,7 +349,7 @@ async def test_a_conversation_that_is_too_long(chat_client: httpx.AsyncClient) -
     for content, fields, param in (
         ("x" * 600, {}, "messages"),
         ("x" * 600, {"max_tokens": None}, "messages"),
-        ("x" * 20_000, {}, "messages"),  # tokenized in a thread
+        ("x" * 20_000, {}, "messages"),  # so long that a thread tokenizes it
         ("x", {"max_tokens": 512}, "max_tokens"),
         ("x", {"max_tokens": None, "max_completion_tokens": 512}, "max_completion_tokens"),
     ):

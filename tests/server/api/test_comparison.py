@@ -1,4 +1,4 @@
-"""`comparison.mean_log_ratio`: how much likelier its answer is to the steered model."""
+"""Tests of `comparison.mean_log_ratio`: an answer's mean log p_steered - log p_base per token."""
 
 import asyncio
 import json
@@ -37,7 +37,8 @@ STACKS: dict[str, oracles.Stack] = {
 }
 PROMPT = "Hello, is it"
 SAMPLED: Json = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
-# All that changes what is drawn, and not what is reported. The end token is likely.
+# All settings that change which tokens are drawn, but not the log-probabilities reported. The bias
+# makes the end token likely.
 FILTERED: Json = {
     **SAMPLED,
     "top_p": 0.9,
@@ -69,7 +70,7 @@ def answers(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 
 def answers_of(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """The token ids that an engine gives to each request that is compared, by its id."""
+    """Return a dict, filled as they are generated, of each compared request's id and token ids."""
     found: dict[str, list[int]] = {}
     deliver = engine._deliver
 
@@ -84,7 +85,7 @@ def answers_of(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str
 
 
 def expected_of(tokens: list[int], name: str, text_before: str = PROMPT) -> float:
-    """What Hugging Face's model says of an answer, edited and not."""
+    """Return an answer's mean log ratio by Hugging Face's model, with and without the edits."""
     oracle = Oracle(tiny_model("llama"))
     prompt = ids_of(text_before)
     text = [*prompt, *tokens]
@@ -100,7 +101,7 @@ def ids_of(text: str) -> list[int]:
 
 
 async def compared(client: httpx.AsyncClient, name: str, **fields: object) -> Any:
-    """The body of an answer that is compared, or the chunks of a stream."""
+    """Ask for a comparison; return the answer's body, or the chunks of its stream."""
     asked = {"prompt": PROMPT, "steering": STEERING[name], "compare": True, **fields}
     response = await complete(client, **asked)
     assert response.status_code == 200, response.text
@@ -136,7 +137,7 @@ async def test_the_end_token_is_scored_and_no_text_is_tokenized_again(
 
 
 async def test_at_temperature_one_it_estimates_the_divergence(client: httpx.AsyncClient) -> None:
-    """Over 420 first tokens, within three standard errors."""
+    """The mean over 420 first tokens is within three standard errors of the KL divergence."""
     ratios: list[float] = []
     for seed in range(10):
         fields: Json = {"temperature": 1.0, "seed": 100 * seed, "max_tokens": 1, "n": 42}
@@ -172,7 +173,7 @@ async def test_a_stream_tells_it_in_its_last_chunk_and_nothing_else_more(
 
 
 def told_of(chunk: Any) -> str:
-    """A chunk as JSON, with tokens for log-probabilities, without what differs each time."""
+    """Return a chunk as JSON, without id and time, and with only the tokens of its logprobs."""
     choices = [
         {**choice, "logprobs": choice["logprobs"] and choice["logprobs"]["tokens"]}
         for choice in chunk["choices"]
@@ -259,7 +260,7 @@ def test_a_token_that_is_impossible_to_a_model_is_bounded() -> None:
 
 
 async def test_many_are_compared_at_once(client: httpx.AsyncClient) -> None:
-    """Each has its own scores, whoever else is scored."""
+    """Each request's ratio is the same as when it is compared alone."""
     alone = [await compared(client, name, **SAMPLED) for name in STEERING]
     together = await asyncio.gather(*(compared(client, name, **SAMPLED) for name in STEERING))
     for one, other in zip(alone, together, strict=True):

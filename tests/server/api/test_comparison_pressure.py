@@ -1,4 +1,4 @@
-"""The base model scores an answer in the place that was held for it, or frees what it held."""
+"""Tests of how the base model scores a compared answer: the queue place held for it is freed."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ COMPARED: Json = {"steering": {"intervention": "maps"}, "compare": True, "ignore
 
 @dataclass
 class FakeGeneration:
-    """Yields what it was given; follows as its engine says."""
+    """A generation that yields the given outputs; a follower of it begins scoring at once."""
 
     request: Request
     outputs: Sequence[StepOutput]
@@ -67,15 +67,15 @@ class FakeGeneration:
 
 @dataclass
 class FakeEngine:
-    """Knows of an engine no more than the protocol says. Its queue is full after the first time."""
+    """An engine with nothing but the protocol's members. Its queue is full after one `submit`."""
 
     model: ModelDescription
     tokens: tuple[int, ...] = (5, 6, 2)
-    texts: tuple[str, ...] = ("ab", "ab", "ab")  # as little like its tokens as texts can be
+    texts: tuple[str, ...] = ("ab", "ab", "ab")  # not the texts that these tokens spell
     end: FinishReason = "stop"
     steered: tuple[float, ...] = (-0.5, -1.0, -0.25)
     base: tuple[float, ...] = (-1.5, -1.0, -0.75)
-    refusal: EngineError | None = None  # what it says to what follows
+    refusal: EngineError | None = None  # raised for a follower
     submitted: list[Request] = field(default_factory=list)
     scored: list[Request] = field(default_factory=list)
     generations: list[FakeGeneration] = field(default_factory=list)
@@ -114,7 +114,7 @@ class FakeEngine:
         return EngineStats(0, 0, 0.0, 0)
 
     async def start(self) -> None:
-        """It is started."""
+        """Do nothing: this engine is ready from the beginning."""
 
     async def close(self) -> bool:
         return True
@@ -188,7 +188,7 @@ async def test_a_token_that_is_impossible_to_the_base_model_is_told_as_a_number(
 async def test_a_stream_has_no_chunk_for_log_probabilities_that_nobody_asked_for(
     fake: FakeEngine, registry: Registry
 ) -> None:
-    fake.texts, fake.end = ("ab", "ab", ""), "length"  # the last token is no text
+    fake.texts, fake.end = ("ab", "ab", ""), "length"  # the last token adds no text
     async with client_of(fake, registry) as client:
         response = await chat(client, stream=True, **COMPARED)
     told: list[Any] = [*chunks(response.text)]
@@ -221,7 +221,7 @@ async def test_a_scoring_that_fails_fails_its_request(
 
 
 class Held:
-    """Keeps an engine from the step in which the base model scores an answer."""
+    """Holds an engine before the step in which the base model scores an answer, until `let_go`."""
 
     def __init__(self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._core, self._step = engine._core, engine._core.step
@@ -312,7 +312,7 @@ async def test_a_step_that_fails_leaves_no_place_taken(
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    assert (await complete(client, **COMPARED)).status_code == 200  # the maps are loaded
+    assert (await complete(client, **COMPARED)).status_code == 200  # loads the maps
     request: Awaitable[httpx.Response]
     with monkeypatch.context() as broken:
         if what == "its generation":
@@ -331,7 +331,7 @@ async def test_a_step_that_fails_leaves_no_place_taken(
 
 
 def code_of(response: httpx.Response, stream: bool, status: int) -> object:
-    """The code of an error: the answer, or the last event of a stream."""
+    """Return the error code of an answer, or of the last event of a stream."""
     if stream:
         assert "[DONE]" not in response.text
         return json.loads(events(response.text)[-1])["error"]["code"]

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`, not streamed: OpenAI's shapes, on the real engine."""
+"""Tests of `POST /v1/completions` on the real engine: OpenAI's shapes, sampling, echo, logprobs."""
 
 import asyncio
 
@@ -129,7 +129,7 @@ async def test_usage_says_how_much_of_a_prompt_was_cached(
     assert await cached() == {"cached_tokens": 0}
     assert await cached() == {"cached_tokens": 32}
     assert await cached(n=2) == {"cached_tokens": 32}
-    assert await cached(echo=True, logprobs=1) == {"cached_tokens": 0}  # it does not read the cache
+    assert await cached(echo=True, logprobs=1) == {"cached_tokens": 0}  # the cache is bypassed
     assert await cached(steering=steering) == {"cached_tokens": 0}
     assert await cached(steering=steering) == {"cached_tokens": 32}
 
@@ -142,7 +142,8 @@ async def test_logprobs(client: httpx.AsyncClient) -> None:
     for token, value, top in zip(
         logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
     ):
-        # Greedy: the sampled token is the best one. (Bytes that are no text share a key.)
+        # Decoding is greedy, so the sampled token has the best logprob. `top` is keyed by text:
+        # tokens of equal text share a key, so it may have fewer than 3.
         assert value == top[token] == max(top.values()) < 0
         assert len(top) <= 3
 
@@ -398,7 +399,7 @@ async def test_a_prompt_scores_as_it_did_when_it_was_generated(
     affine_artifact: WriteArtifact,
     steered: bool,
 ) -> None:
-    """As lm-evaluation-harness asks for it."""
+    """Prompt logprobs, as lm-evaluation-harness asks for them, equal those of the generation."""
     digest = (await push(client, affine_artifact("maps")))["digest"]
     context = tuple(tiny_engine.tokenize("Hello"))
     request = Request(
@@ -423,7 +424,7 @@ async def test_a_prompt_scores_as_it_did_when_it_was_generated(
         continuation = logprobs["token_logprobs"][len(context) : len(tokens)]
         assert continuation == pytest.approx(expected, abs=1e-4)
         tops = logprobs["top_logprobs"][len(context) : len(tokens)]
-        assert continuation == [max(top.values()) for top in tops]  # it was greedy
+        assert continuation == [max(top.values()) for top in tops]  # the continuation was greedy
 
 
 async def test_max_tokens_is_16_by_default(client: httpx.AsyncClient) -> None:
@@ -462,7 +463,7 @@ async def test_a_token_id_that_the_model_does_not_have(client: httpx.AsyncClient
     response = await complete(client, prompt=[[1, 2], [3, 259]])
     assert response.status_code == 400
     assert error_of(response)["param"] == "prompt"
-    assert await text_of(client)  # and it goes on
+    assert await text_of(client)  # the server goes on
 
 
 async def test_a_refusal_leaves_no_pin(
@@ -514,7 +515,7 @@ async def test_a_client_that_leaves_cancels_its_generations(
     async with asyncio.timeout(10):
         await running
     assert all(generation.cancelled for generation in generations)
-    # Whoever unpins it last does not wait for the disk.
+    # The last unpin does not wait for the disk, so the file may go a little later.
     await eventually(lambda: not registry.path(entry.digest).exists())
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app), base_url="http://localhost"
@@ -565,7 +566,7 @@ def _ended() -> ScriptedGeneration:
 async def test_a_large_request_does_not_stop_the_streams_of_others(
     client: httpx.AsyncClient,
 ) -> None:
-    """Neither what has thousands of prompts nor what has thousands of members is taken apart."""
+    """Bodies with thousands of prompts or members are refused without a look at each of them."""
     many_prompts = await complete(client, prompt=[[1]] * 30_000)
     assert error_of(many_prompts)["param"] == "prompt"
     for field in ("stream_options", "logit_bias", "steering"):

@@ -1,4 +1,4 @@
-"""Pages of other origins: told what they may do, and never taken for the machine's own user."""
+"""Tests of CORS: what pages of other origins may do; none counts as the machine's own user."""
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ ALLOW = "access-control-allow-origin"
 async def preflight(
     client: httpx.AsyncClient, origin: str, method: str = "POST", **headers: str
 ) -> httpx.Response:
-    """What a browser asks before it sends a page's request."""
+    """Send the preflight that a browser sends before a page's request."""
     asked = {
         "Origin": origin,
         "Access-Control-Request-Method": method,

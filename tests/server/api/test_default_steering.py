@@ -1,4 +1,4 @@
-"""The server's default steering: what it was at start, whatever is done to its names and files."""
+"""Tests that the default steering stays as it was at start, whatever happens to names and files."""
 
 import asyncio
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.tiny import random_maps
 
 
 def identity(path: Path, load_tiny: LoadTiny) -> Path:
-    """An artifact called "maps" that changes nothing at any strength."""
+    """Write an artifact called "maps" that changes nothing at any strength; return its path."""
     maps = {
         site: AffineMap(torch.ones_like(each.weight), torch.zeros_like(each.bias))
         for site, each in random_maps(0).items()
@@ -75,11 +75,11 @@ async def test_its_name_can_neither_go_nor_move(
     assert_in_use(await client.delete("/v1/interventions/maps"), "maps")
     for other in others:
         assert_in_use(await upload(client, other, "maps"), "maps")
-    assert (await upload(client, path, "maps")).status_code == 200  # what it is already
+    assert (await upload(client, path, "maps")).status_code == 200  # the same bytes
     assert registry.resolve("maps").digest == digest
     assert (await client.get("/ready")).status_code == 200
     assert await text_of(client) == expected
-    # The others may have any other name.
+    # The other artifacts may be stored under any other name.
     assert (await upload(client, others[0], "more")).status_code == 201
     assert (await upload(client, others[1], "more")).status_code == 201
     assert (await client.delete("/v1/interventions/more")).status_code == 200
@@ -93,7 +93,7 @@ async def test_one_of_two_names_may_go_where_it_was_given_by_its_digest(
     client = make_client(default_steering={"intervention": f"sha256:{digest}"})
     expected = await text_of(client)
     await push(client, path, "same")
-    await push(client, affine_artifact("maps", seed=1))  # "same" still points to the default's
+    await push(client, affine_artifact("maps", seed=1))  # "same" keeps the default's digest
     assert_in_use(await client.delete("/v1/interventions/same"), "same")
     assert_in_use(await upload(client, affine_artifact("maps", seed=2), "same"), "same")
     await push(client, path, "third")
@@ -128,7 +128,7 @@ async def test_a_digest_of_a_names_past_is_kept_with_the_name(
     client = make_client(default_steering=default, steering_policy="locked")
     expected = await text_of(client)
     assert_in_use(await client.delete("/v1/interventions/maps"), "maps")
-    # Moving on, the name keeps what it was.
+    # A name that moves on keeps its earlier digests, the default's too, in its history.
     assert (await upload(client, affine_artifact("maps", seed=2), "maps")).status_code == 201
     assert await text_of(client) == expected
     assert await text_of(client, steering=default) == expected
@@ -153,7 +153,7 @@ async def test_what_was_resolved_at_start_is_applied_whatever_else_moves_the_nam
     monkeypatch: pytest.MonkeyPatch,
     policy: str,
 ) -> None:
-    """As if another way to change the registry had been found."""
+    """The refusal to move the default's name is off, as if a way around it had been found."""
     monkeypatch.setattr(interventions.changes, "check_default", lambda *_: None)
     entry = registry.add(affine_artifact("maps"))
     default: JsonValue = {"intervention": "maps", "strength": 0.5}
@@ -188,7 +188,7 @@ async def test_damage_makes_the_server_unready_and_is_never_left_out(
             assert error["code"] == "default_steering_unavailable"
             assert "is stored but damaged" in str(error["message"])
             assert str(path.parent) not in response.text
-    # Who asked for it by name is told as ever; who asked for none is served.
+    # A request that names the intervention gets the usual error; one that opts out is served.
     named = await complete(client, steering={"intervention": "maps"})
     assert error_of(named)["code"] == "intervention_damaged"
     assert (await complete(client, steering=None)).status_code == 200

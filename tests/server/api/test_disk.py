@@ -1,4 +1,4 @@
-"""What clients see of the registry's disk: slow, full or failing."""
+"""Tests of what HTTP clients see while the registry's disk is slow, full or failing."""
 
 import asyncio
 import errno
@@ -55,7 +55,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     fields: Json = {"steering": {"intervention": "gone"}, "max_tokens": 200, "ignore_eos": True}
     running = asyncio.create_task(text_of(client, **fields))
     await eventually(lambda: tiny_engine.stats().running == 1)
-    await client.delete("/v1/interventions/gone")  # whose bytes the request holds
+    await client.delete("/v1/interventions/gone")  # the running request still pins the bytes
 
     disk = SlowDisk(held)
     WatchedDisk(root, disk.before).install(monkeypatch)
@@ -66,7 +66,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     ]
     await eventually(lambda: bool(disk.waiting))
     assert registry.path(gone).exists()
-    assert await running  # its end lets the bytes go
+    assert await running  # its end unpins the deleted bytes
     for _ in range(2):
         assert (await complete(client, **STEERED)).status_code == 200
         for path in ("", "/maps", "/maps/artifact"):
@@ -90,7 +90,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
 
 
 def _note_reads(monkeypatch: pytest.MonkeyPatch, root: Path, disk: SlowDisk) -> list[Path]:
-    """Watch files being opened for reading too; returns those that were opened so far."""
+    """Make `disk` watch reads too; return a list of the files opened, which grows."""
     opened: list[Path] = []
     operation = Path.open
 
@@ -117,7 +117,7 @@ async def test_many_uploads_to_a_disk_that_hangs_stop_nobody_else(
     WatchedDisk(root, disk.before).install(monkeypatch)
     uploads = [asyncio.create_task(upload(client, content)) for _ in range(60)]
     await eventually(lambda: len(disk.waiting) >= 4)
-    long = "a" * 100_000  # parsed in a thread, and too long for the model
+    long = "a" * 100_000  # so long that a thread parses it, and too long for the model
     assert (await complete(client, prompt=long)).status_code == 400
     assert (await client.get("/metrics")).status_code == 200
     assert (await complete(client, **STEERED)).status_code == 200
@@ -292,4 +292,4 @@ async def test_a_download_whose_file_is_missing(
     await push(client, affine_artifact("maps"))
     assert (await client.get("/v1/interventions/maps/artifact")).status_code == 200
     await client.delete("/v1/interventions/maps")
-    assert not registry.path(digest).exists()  # no pin was left
+    assert not registry.path(digest).exists()  # deleted at once: the failed download left no pin

@@ -1,4 +1,4 @@
-"""The API's documentation: a schema that is true, a page that needs no internet, and keys."""
+"""Tests of the API's documentation: OpenAPI schema, offline /docs page, and the keys for both."""
 
 import json
 import re
@@ -35,7 +35,7 @@ async def schema_of(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 def check(schema: dict[str, Any], path: str, body: object) -> None:
-    """Hold a body to what the schema says of a route."""
+    """Validate a body against the schema of a route's request body."""
     content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     whole = {**content["schema"], "components": schema["components"]}
     jsonschema.Draft202012Validator(whole).validate(body)
@@ -165,7 +165,7 @@ async def test_metrics_may_have_a_key_of_their_own(make_client: MakeClient) -> N
         assert response.status_code == 200
         assert "steerserve_engine_up" in response.text
     response = await client.get("/v1/models", headers=KEY)
-    assert response.status_code == 401  # it opens nothing else
+    assert response.status_code == 401  # the metrics key opens nothing else
     for path in ("/health", "/ready", "/version"):
         assert (await client.get(path)).status_code == 200
 

@@ -1,4 +1,4 @@
-"""What bad input gets: a 4xx in OpenAI's envelope that names the field, and the server goes on."""
+"""Tests that bad input gets a 4xx in OpenAI's envelope that names the field; the server goes on."""
 
 import asyncio
 import json
@@ -185,7 +185,7 @@ async def test_a_body_that_is_too_large(make_client: MakeClient) -> None:
 async def test_a_large_body_is_answered_over_a_real_socket(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
-    """The client must get to read the answer although the server will not read its body."""
+    """The server discards the body, so a client that sends it all first can read the answer."""
     app = build_app(tiny_engine, registry, max_body_bytes=2000)
     async with live(app) as server, httpx.AsyncClient(base_url=server.url) as client:
         response = await complete(client, prompt="x" * 20_000_000)
@@ -295,7 +295,7 @@ async def test_a_full_queue_refuses_for_real(
     tiny_engine: TorchEngine, registry: Registry, make_client: MakeClient
 ) -> None:
     client = make_client()
-    # 32 run, 256 wait; of 4 requests for 128 completions each, at least one finds no place.
+    # The engine runs 32 completions and queues 256, so 4 requests for 128 each cannot all enter.
     answers = await asyncio.gather(
         *(complete(client, n=128, ignore_eos=True, max_tokens=30) for _ in range(4))
     )

@@ -1,7 +1,7 @@
-"""Whatever comes, an answer is no 5xx, is in the envelope where it is an error, and costs nothing.
+"""Fuzz tests: no input gets a 5xx or changes later answers, and errors come in the envelope.
 
-A few hundred mutations of each sort, the same in every run. Longer runs found what earlier tests
-hold; these are to find what the next change breaks.
+Each kind of input gets a few hundred mutations, the same in every run. Faults that longer runs
+found have tests of their own elsewhere; these tests find what the next change breaks.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ CHAT: Final[Json] = {
 
 
 def check(response: httpx.Response, what: object) -> None:
-    """An answer that is good, or an error of the client's that is told as one."""
+    """Assert that the answer is good, or a 4xx in the error envelope."""
     assert response.status_code < 500, (response.text, what)
     if response.status_code >= 300:
         error_of(response)
@@ -111,7 +111,7 @@ async def test_artifacts(
             continue
         body = response.json()
         assert body["digest"] == hashlib.sha256(content).hexdigest()
-        # Its numbers may be too large to steer by, which is the request's fault.
+        # Its numbers may be too large to steer with: the request then gets a 4xx.
         steering = {"intervention": body["name"]}
         check(await complete(client, steering=steering), content[:3000])
         if body["name"] != "kept":
@@ -122,7 +122,7 @@ async def test_artifacts(
 
 
 def _mutated_artifact(valid: bytes, chance: random.Random) -> bytes:
-    """A file whose header, or its fields, or whose bytes are changed somewhere."""
+    """Return the artifact with a mutation of any byte, its header's JSON, or its manifest."""
     length = int.from_bytes(valid[:8], "little")
     header, data = valid[8 : 8 + length], valid[8 + length :]
     match chance.randrange(4):
@@ -140,7 +140,7 @@ def _mutated_artifact(valid: bytes, chance: random.Random) -> bytes:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """What a folder's registry has on the disk: objects, names, and what should not be there."""
+    """Return the path and the bytes of every file in the registry's folder below `root`."""
     folder = root / "registry"
     return {
         str(path.relative_to(folder)): path.read_bytes()

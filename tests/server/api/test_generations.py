@@ -1,4 +1,4 @@
-"""One request's generations, and its deadline."""
+"""Tests of `GenerationGroup`: the generations of one request, its deadline and its usage."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ def context(tiny_engine: TorchEngine, registry: Registry) -> ServerContext:
 async def group_of(
     context: ServerContext, generation: ScriptedGeneration, seconds: float
 ) -> GenerationGroup:
-    """An admitted group of one scripted generation."""
+    """Return an admitted group of one scripted generation."""
     steering = context.steering.apply(None, None, given=False)
     group = GenerationGroup(
         context.engine, context.metrics, steering, time.perf_counter(), seconds, RECORD
@@ -41,7 +41,7 @@ async def group_of(
 
 
 async def nowhere(_: int, __: StepOutput) -> None:
-    """Deliver to nobody."""
+    """Discard the output."""
 
 
 async def test_the_deadline_ends_a_generation(context: ServerContext) -> None:
@@ -62,7 +62,7 @@ async def test_a_deadline_that_passes_with_the_last_token_loses_nothing(
     group = await group_of(context, ScriptedGeneration(outputs=(LAST,)), 0.05)
 
     async def deliver(_: int, __: StepOutput) -> None:
-        time.sleep(0.1)  # noqa: ASYNC251 - the event loop finds both done at once
+        time.sleep(0.1)  # noqa: ASYNC251 - blocks the loop past the deadline
 
     await group.run(deliver)
     assert group.usage.completion_tokens == 1

@@ -1,4 +1,4 @@
-"""Requests for hosts that the server is not: refused, whatever they ask for, and not read."""
+"""Tests of the Host header check: a request for a foreign host is refused, and not read."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "SECRET")
 
 
 async def answer(app: FastAPI, hosts: list[bytes], method: str, path: str) -> Message:
-    """The head of the answer to a request, of whose body nothing may be read."""
+    """Return the first message of the app's answer; fail if the app reads the request's body."""
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -111,7 +111,7 @@ async def test_a_server_for_others_checks_hosts_only_if_it_was_told_some(
 async def test_no_host_or_several(tiny_engine: TorchEngine, registry: Registry) -> None:
     app = build_app(tiny_engine, registry)
     cases: tuple[tuple[list[bytes], int], ...] = (
-        ([], 200),  # HTTP/1.0: no browser
+        ([], 200),  # HTTP/1.0 needs no Host, and no browser sends such a request
         ([b"localhost"], 200),
         ([b"localhost", b"localhost"], 403),
         ([b"localhost", b"evil.example"], 403),
@@ -120,7 +120,7 @@ async def test_no_host_or_several(tiny_engine: TorchEngine, registry: Registry) 
     )
     for hosts, status in cases:
         assert (await answer(app, hosts, "GET", "/health"))["status"] == status, hosts
-    # Without a host, nobody says that the request is from this machine itself.
+    # A request without a Host header does not count as local, so it may not change the registry.
     for hosts, status in (([], 403), ([b"localhost"], 404)):
         start = await answer(app, hosts, "DELETE", "/v1/interventions/unknown")
         assert start["status"] == status

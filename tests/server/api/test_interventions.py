@@ -1,4 +1,4 @@
-"""The registry over HTTP: upload, list, show, download, delete, and what is refused."""
+"""Tests of the registry over HTTP: upload, list, show, download, delete, and refusals."""
 
 import asyncio
 import hashlib
@@ -43,7 +43,7 @@ async def upload(
 
 
 def nothing_stored(registry: Registry, root: Path) -> bool:
-    """Whether the registry's folder holds no object, no name, and no staged file."""
+    """Return whether the registry's folder holds no object, no name, and no staged file."""
     kept = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "leases"]
     return not registry.entries() and kept == [root / "lock"]
 
@@ -84,7 +84,7 @@ async def test_the_name_may_come_after_the_file(
     client: httpx.AsyncClient, affine_artifact: WriteArtifact
 ) -> None:
     content = bytes_of(affine_artifact("maps"))
-    # Fields without a file name, in this order.
+    # httpx sends parts in this order; with None for a file name, "name" is an ordinary field.
     files = {"file": ("x", content), "name": (None, b"later")}
     response = await client.post("/v1/interventions", files=files)
     assert response.status_code == 201
@@ -313,7 +313,7 @@ async def test_an_artifact_that_is_too_large(
     client = make_client(max_artifact_bytes=1024)
     small = await upload(client, bytes(1024))  # allowed, but no artifact
     assert small.status_code == 400
-    for size in (1025, 2_000_000):  # the form beside it has room, the file has not
+    for size in (1025, 2_000_000):  # the file is too large, with or without its form
         response = await upload(client, bytes(size))
         assert response.status_code == 413, size
         assert error_of(response)["code"] == "request_too_large"

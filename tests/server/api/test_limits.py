@@ -1,4 +1,4 @@
-"""How long a body may take to come."""
+"""Tests of how long a request's body may take to arrive."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ FORM_TYPE = "multipart/form-data; boundary=b"
 
 
 async def trickle(server: LiveServer, path: str, media_type: str, begin: bytes) -> bytes:
-    """Send a body's beginning, then a byte every few hundredths of a second; the whole answer."""
+    """Send `begin`, then a byte every 30 ms until the server answers; return the whole answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {media_type}\r\n"
@@ -38,7 +38,7 @@ async def trickle(server: LiveServer, path: str, media_type: str, begin: bytes) 
 
 
 def assert_too_slow(answer: bytes) -> None:
-    """The answer is a 408 in our envelope."""
+    """Assert that the answer is a 408 in the server's error envelope."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
     assert json.loads(body)["error"]["code"] == "body_timeout"

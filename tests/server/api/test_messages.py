@@ -1,4 +1,4 @@
-"""The messages of a chat: what a template is given, and what it is not."""
+"""Tests of chat messages: which the chat template is given, and which are refused."""
 
 import httpx
 import pytest
@@ -26,7 +26,7 @@ from tests.serving import (
             [user("u"), {"role": "assistant", "content": "a"}, user("v")],
             "<user>u<assistant>a<user>v<assistant>",
         ),
-        # A new turn, as with OpenAI; nothing is continued.
+        # After an assistant's message a new turn begins, as with OpenAI: it is not continued.
         ([user("u"), {"role": "assistant", "content": "a"}], "<user>u<assistant>a<assistant>"),
         (
             [user([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}])],
@@ -34,7 +34,7 @@ from tests.serving import (
         ),
         ([user("")], "<user><assistant>"),
         ([user("h\u00e9", name=None)], "<user>h\u00e9<assistant>"),
-        ([user("u", name="Ann")], "<user>u<assistant>"),  # the template has no place for it
+        ([user("u", name="Ann")], "<user>u<assistant>"),  # the template ignores names
         ([user("u", cache_control={"type": "ephemeral"}, type="message")], "<user>u<assistant>"),
         (
             [user([{"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}}])],
@@ -64,17 +64,17 @@ async def test_an_answer_may_be_sent_back_as_the_client_got_it(
             model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
         )
         answer = first.choices[0].message.model_dump()
-        assert answer["tool_calls"] is None  # the client sends fields that it made up
+        assert answer["tool_calls"] is None  # a field that the server never sent
         second = await openai.chat.completions.create(
             model="tiny",
             messages=[user(), answer, user()],  # type: ignore[list-item]
             max_tokens=4,
         )
     assert second.usage is not None
-    assert second.usage.prompt_tokens > len("<user>Hello<assistant>")  # as the template renders it
+    assert second.usage.prompt_tokens > len("<user>Hello<assistant>")  # the first request's
 
 
-# An answer's message as clients of other servers keep it, and send it back.
+# Fields of an assistant's message that clients of other servers keep and send back with it.
 SENT_BACK: tuple[Json, ...] = (
     # openai-python, parsed or not
     {
@@ -167,7 +167,7 @@ WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
         "messages[0].content[1].type",
     ),
     ([user([{"type": "input_audio", "input_audio": {}}])], "messages[0].content[0].type"),
-    ([{"role": "assistant", "content": "a"}], "messages"),  # the template refuses it
+    ([{"role": "assistant", "content": "a"}], "messages"),  # refused by the template
 )
 
 

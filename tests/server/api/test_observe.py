@@ -1,4 +1,4 @@
-"""Every request has an id, a record and a count, however it ends."""
+"""Tests that every request gets an id, a record and a count, however it ends."""
 
 import asyncio
 import logging
@@ -37,7 +37,7 @@ FIRST = StepOutput((1,), "one")
 
 @dataclass
 class Kept:
-    """A sink that keeps what it is given."""
+    """A sink that keeps the records it is given."""
 
     records: list[RequestRecord] = field(default_factory=list)
 
@@ -46,14 +46,14 @@ class Kept:
 
 
 class Broken:
-    """A sink that cannot take anything."""
+    """A sink that fails on every record."""
 
     def record(self, _: RequestRecord) -> None:
         raise OSError("no space left")
 
 
 def watched(engine: TorchEngine, registry: Registry, *sinks: Kept | Broken) -> FastAPI:
-    """An application that tells these sinks of every request."""
+    """Return an application that gives these sinks a record of every request."""
     settings = Settings.model_validate({"served_model_names": ("tiny",)})
     return create_app(engine, registry, Metrics(engine, registry, "tiny"), None, settings, sinks)
 
@@ -106,7 +106,7 @@ async def test_an_unexpected_error_is_an_envelope_with_an_id(
     [record] = kept.records
     assert answer.headers["x-request-id"] == record.request_id
     assert (record.status, record.outcome) == (500, "server_error")
-    # Whoever runs the application still hears of it, and logs it.
+    # The exception still reaches the ASGI server that runs the application, which logs it.
     with pytest.raises(RuntimeError, match="secret"):
         await Connection({"model": "tiny", "prompt": "x"}).run(app)
 

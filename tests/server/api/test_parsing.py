@@ -1,4 +1,4 @@
-"""Bodies as JSON: what is read of them, and that nobody waits for another's."""
+"""Tests of how JSON bodies are parsed, and that small ones do not wait for large ones."""
 
 import asyncio
 import json
@@ -17,12 +17,12 @@ HEADERS = {"Content-Type": "application/json"}
 
 
 async def post(client: httpx.AsyncClient, body: bytes) -> httpx.Response:
-    """A completion's body as it stands."""
+    """Post these bytes, unchanged, as the body of a completion request."""
     return await client.post("/v1/completions", content=body, headers=HEADERS)
 
 
 class SlowParser:
-    """Takes as long as it is told to, for large bodies; counts those that it reads at once."""
+    """A parser that blocks on large bodies until `release`, and counts those it parses at once."""
 
     def __init__(self) -> None:
         self.release = threading.Event()
@@ -76,7 +76,7 @@ async def test_nothing_is_built_of_a_body_of_many_small_lists(
 
 
 async def test_the_largest_requests_of_every_kind_are_read(chat_client: httpx.AsyncClient) -> None:
-    """What is refused of them is refused for its own reason."""
+    """Bodies close to the limits of the parser are parsed, and refused for what they ask."""
     parts = [{"type": "text", "text": "a"}] * 10
     for response, reason in (
         (await complete(chat_client, prompt=[[1] * 4096] * 120), "maximum context length"),

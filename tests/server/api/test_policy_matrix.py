@@ -1,6 +1,6 @@
-"""Policies by endpoints by ways to ask: whatever is sent, nobody gets around the policy.
+"""Tests that no request gets around the steering policy, for every policy and endpoint.
 
-What counts is what reaches the engine: the edits of every request that is submitted.
+They check the edits of all requests that are submitted to the engine, not only the answers.
 """
 
 import json
@@ -39,7 +39,7 @@ ENDPOINTS: dict[str, Json] = {
     "/v1/completions": {"prompt": "Hello"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
 }
-# Other things that a request may ask for; each must leave the policy what it is.
+# Other fields of a request, none of which may weaken the policy.
 SHAPES: tuple[tuple[str, Json], ...] = (
     ("/v1/completions", {"prompt": ["Hello", "x"], "n": 2}),
     ("/v1/completions", {"echo": True, "logprobs": 2, "max_tokens": 0}),
@@ -52,7 +52,7 @@ SHAPES: tuple[tuple[str, Json], ...] = (
 
 
 def asks(digests: dict[str, str]) -> Iterator[tuple[Kind, Json]]:
-    """Ways to ask, where the default is "maps" at half its strength."""
+    """Yield requests' fields, each with its kind; the default steering is "maps" at 0.5."""
     maps, other = f"sha256:{digests['maps']}", f"sha256:{digests['other']}"
     same: tuple[object, ...] = (
         *(MAPS, [MAPS], {**MAPS, "intervention": maps}, {**MAPS, "intervention": "same"}),
@@ -110,7 +110,7 @@ def asks(digests: dict[str, str]) -> Iterator[tuple[Kind, Json]]:
 
 @dataclass
 class Recorder:
-    """What reaches an engine, which answers everything with one token."""
+    """Replaces an engine's `submit`: records all requests, and answers each with one token."""
 
     submitted: list[Request] = field(default_factory=list)
 
@@ -119,14 +119,14 @@ class Recorder:
         return [Answer((_output(each),)) for each in requests]
 
     def take(self) -> list[Request]:
-        """What has come since the last call."""
+        """Return the requests submitted since the last call."""
         taken, self.submitted = self.submitted, []
         return taken
 
 
 @dataclass
 class Answer(ScriptedGeneration):
-    """One token, and the log-probabilities that were asked for; it may be followed."""
+    """A generation of one token with the log-probabilities asked for; it may have a follower."""
 
     async def follow(self, request: Request) -> Generation:
         return Answer((_output(request),))
@@ -147,7 +147,7 @@ def _output(request: Request) -> StepOutput:
 
 @dataclass(frozen=True)
 class Server:
-    """An application under one policy, and what its engine is asked for."""
+    """An application under one policy, with the recorder of what its engine is asked for."""
 
     policy: str
     default: tuple[Edit, ...]
@@ -155,7 +155,7 @@ class Server:
     recorder: Recorder
 
     async def ask(self, path: str, fields: Json) -> tuple[httpx.Response, list[Request]]:
-        """Send a request; whatever it gets must keep the policy, and say what was applied."""
+        """Send a request; assert that its answer keeps the policy and says what was applied."""
         body = {"model": "tiny", **ENDPOINTS[path], **fields}
         response = await self.client.post(path, json=body)
         submitted = self.recorder.take()
@@ -183,7 +183,7 @@ class Server:
 
 
 def _echo(response: httpx.Response) -> list[Json]:
-    """What the answer, or the last chunk of its stream, says of steering."""
+    """Return the field `steering` of the answer, or of the last chunk of a stream that has it."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         whole: list[Json] = response.json()["steering"]
         return whole
@@ -196,7 +196,7 @@ def _echo(response: httpx.Response) -> list[Json]:
 def digests(
     registry: Registry, affine_artifact: WriteArtifact, reward_artifact: WriteArtifact
 ) -> dict[str, str]:
-    """The interventions that are stored: "same" is "maps" by another name."""
+    """Store the interventions, and return their digests by name; "same" has the bytes of "maps"."""
     maps = affine_artifact("maps", limits={"strength": (-1, 1)})
     paths = {
         "maps": maps,
@@ -208,7 +208,7 @@ def digests(
 
 
 class Serve:
-    """Makes servers on one engine, whose answers are scripted."""
+    """Makes servers on one engine, whose `submit` is replaced by a recorder."""
 
     def __init__(
         self, engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +245,7 @@ def serve(
 
 
 def expected(policy: str, kind: Kind) -> tuple[int | None, str | None]:
-    """The status of what is asked in one of the kinds, and the error's code; None for any."""
+    """Return the status (None: any but 200) and the error code (None: any) of a kind of request."""
     if kind == "wrong":
         return None, None
     if policy == "locked" and kind not in ("default", "same"):
@@ -269,7 +269,7 @@ async def test_every_endpoint_that_generates_is_in_the_matrix(serve: Serve) -> N
 async def test_every_way_to_ask(serve: Serve, digests: dict[str, str], policy: str) -> None:
     server = await serve(policy)
     assert [edit.digest for edit in server.default] == [digests["maps"]]
-    # Each way is streamed at one endpoint, and is not at the other.
+    # Each request is streamed at one endpoint and not at the other.
     for stream, (kind, fields) in zip(cycle((False, True)), asks(digests), strict=False):
         status, code = expected(policy, kind)
         for path, streamed in zip(ENDPOINTS, (stream, not stream), strict=True):
@@ -296,7 +296,7 @@ async def test_whatever_else_is_asked_for(
         for _, fields in asks(digests):
             response, submitted = await server.ask(path, {**shape, **fields})
             answered += response.status_code == 200
-            # Where a policy holds, nobody gets the base model's answer beside the steered one.
+            # A comparison shows the base model's answer, so the other policies refuse it.
             if shape.get("compare"):
                 assert policy == "optional" or not submitted
         assert answered or (shape.get("compare") and policy != "optional")
@@ -339,7 +339,7 @@ async def test_names_that_point_elsewhere_by_now(
     policy: str,
     by_digest: bool,
 ) -> None:
-    """Moved and deleted behind the server's back: it refuses to do so itself."""
+    """The server's own refusal to move or delete the default's name is switched off here."""
     monkeypatch.setattr(interventions.changes, "check_default", lambda *_: None)
     reference = f"sha256:{digests['maps']}" if by_digest else "maps"
     server = await serve(policy, {**MAPS, "intervention": reference})
@@ -361,7 +361,7 @@ async def test_names_that_point_elsewhere_by_now(
 
 @pytest.mark.parametrize("policy", ["required", "locked"])
 async def test_bodies_that_say_two_things(serve: Serve, policy: str) -> None:
-    """Of a key that is given twice, one would count in silence; NaN is no number."""
+    """A parser might silently take one of two equal keys, or NaN for a number."""
     server = await serve(policy)
     for path, fields in ENDPOINTS.items():
         start = json.dumps({"model": "tiny", **fields})[:-1]

@@ -1,4 +1,4 @@
-"""Under pressure: deadlines, clients that leave, steps that fail; what was held is freed."""
+"""Tests that deadlines, leaving clients and failing steps free all that a request held."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ ENDLESS: Json = {"max_tokens": 500, "ignore_eos": True}
 
 
 class Gate:
-    """Lets an engine compute so many steps, and then no more, until it is opened."""
+    """Lets an engine compute only the steps that `let` permits, until `open` permits all."""
 
     def __init__(self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._core = engine._core
@@ -39,11 +39,11 @@ class Gate:
         monkeypatch.setattr(engine._core, "step", self._gated_step)
 
     def let(self, steps: int) -> None:
-        """Allow so many more."""
+        """Permit this many more steps."""
         self._permits.release(steps)
 
     def open(self) -> None:
-        """Allow all from now on."""
+        """Permit all steps from now on."""
         self._open.set()
         self.let(1)
 
@@ -55,14 +55,14 @@ class Gate:
 
 @pytest.fixture
 def gate(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """The tiny engine's gate, closed at first."""
+    """Put a gate, closed at first, before the tiny engine's steps."""
     gate = Gate(tiny_engine, monkeypatch)
     yield gate
     gate.open()
 
 
 async def begin(engine: TorchEngine, gate: Gate, state: str) -> None:
-    """Have the request that was just sent wait, or run."""
+    """Bring the request that was just sent into `state`, "waiting" or "running"."""
     await eventually(lambda: engine.stats().waiting == 1)
     if state == "running":
         gate.let(3)
@@ -79,7 +79,7 @@ async def test_a_client_that_leaves_is_gone_after_two_steps(
     await begin(tiny_engine, gate, state)
     connection.leave.set()
     async with asyncio.timeout(10):
-        await request  # the application is done with it before the engine takes another step
+        await request  # the application finishes before the engine takes another step
     assert not idle(tiny_engine)
     gate.let(2)
     await eventually(lambda: idle(tiny_engine))
@@ -162,7 +162,7 @@ async def test_a_failing_step_is_told_to_each_of_its_requests(
 
 
 def assert_timed_out(response: httpx.Response, stream: bool) -> None:
-    """An answer, or a stream's last event, that says that the request's time was over."""
+    """Assert that the answer, or the last event of a stream, is the error of a passed deadline."""
     if stream:
         assert response.status_code == 200
         error = json.loads(events(response.text)[-1])["error"]

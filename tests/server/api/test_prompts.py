@@ -1,4 +1,4 @@
-"""Prompts that take long to read, and prompts that are too long to be read at all."""
+"""Tests of prompts that are slow to tokenize, and of prompts too long to be tokenized at all."""
 
 import asyncio
 import threading
@@ -19,7 +19,7 @@ MORE_THAN_THE_SHARED_THREADS = 45
 
 
 class SlowTokenizer:
-    """Takes as long as it is told to, for any text, whose one token it gives."""
+    """A tokenizer that blocks until `finish` is called, and gives every text the same token."""
 
     def __init__(self) -> None:
         self._release = threading.Event()
@@ -37,13 +37,13 @@ class SlowTokenizer:
         return [65]
 
     def finish(self) -> None:
-        """Take no time from now on."""
+        """Let the blocked calls return, and all later ones at once."""
         self._release.set()
 
 
 @pytest.fixture
 def slow(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowTokenizer]:
-    """The tiny engine's tokenizer."""
+    """Replace the tiny engine's tokenizer by a slow one."""
     slow = SlowTokenizer()
     monkeypatch.setattr(tiny_engine, "tokenize", slow.tokenize)
     yield slow
@@ -93,14 +93,14 @@ async def test_reading_ends_at_the_deadline(make_client: MakeClient, slow: SlowT
     response = await complete(make_client(request_timeout=0.1), prompt=LONG)
     assert response.status_code == 504
     assert error_of(response)["code"] == "request_timeout"
-    assert response.headers["x-should-retry"] == "false"  # the openai client reads it
+    assert response.headers["x-should-retry"] == "false"  # the openai client heeds this header
     assert slow.running == 1
 
 
 async def test_reading_ends_when_the_client_leaves(
     tiny_engine: TorchEngine, registry: Registry, slow: SlowTokenizer
 ) -> None:
-    """The threads that are busy still count: clients that come and go do not multiply them."""
+    """A prompt thread that works for a client that left still counts, so no more are started."""
     app = build_app(tiny_engine, registry)
     connections = [Connection({"model": "tiny", "prompt": LONG}) for _ in range(12)]
     requests = [asyncio.create_task(connection.run(app)) for connection in connections]
@@ -112,7 +112,7 @@ async def test_reading_ends_when_the_client_leaves(
     assert slow.running == PROMPT_THREADS
     slow.finish()
     await eventually(lambda: slow.running == 0)
-    assert slow.begun == PROMPT_THREADS  # nobody waited for the rest
+    assert slow.begun == PROMPT_THREADS  # the other prompts' clients had left
 
 
 async def test_slow_prompts_keep_nothing_else_waiting(

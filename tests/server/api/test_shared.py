@@ -1,4 +1,4 @@
-"""What clients see of two servers that share one registry."""
+"""Tests of what HTTP clients see of two servers that share one registry folder."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -20,13 +20,13 @@ from tests.serving import Json, build_app, bytes_of, complete, error_of, eventua
 
 @dataclass
 class Replica:
-    """One server, and its client."""
+    """One server: its registry, and an HTTP client of it."""
 
     registry: Registry
     client: httpx.AsyncClient
 
     async def list(self) -> list[Json]:
-        """What it says of all interventions, and of the history of each."""
+        """Return the server's list of interventions, followed by each one with its history."""
         listed = (await self.client.get("/v1/interventions")).json()["data"]
         shown = [await self.client.get(f"/v1/interventions/{each['name']}") for each in listed]
         return [*listed, *(each.json() for each in shown)]
@@ -37,7 +37,7 @@ class Replica:
 
 
 class Replicas:
-    """Starts servers on one folder."""
+    """Starts servers that share one registry folder."""
 
     def __init__(self, root: Path, load_tiny: LoadTiny, stack: AsyncExitStack) -> None:
         self.root = root
@@ -45,7 +45,7 @@ class Replicas:
         self._stack = stack
 
     async def start(self, *, watching: bool = False, **settings: JsonValue) -> Replica:
-        """One more; where nobody watches, the test says when it looks."""
+        """Start one more server; unless `watching`, no thread looks for changes by others."""
         registry = self._stack.enter_context(Registry(self.root))
         if watching:
             self._stack.enter_context(polling(registry))
@@ -90,7 +90,7 @@ async def test_an_upload_is_served_everywhere_and_all_say_the_same(
 async def test_a_deletion_right_after_an_upload_elsewhere(
     replicas: Replicas, affine_artifact: WriteArtifact
 ) -> None:
-    """As behind a load balancer that takes turns."""
+    """Requests of one client reach different servers behind a round-robin load balancer."""
     one, two = await replicas.start(), await replicas.start()
     await push(one.client, affine_artifact("maps"))
     digest = one.registry.resolve("maps").digest
@@ -129,7 +129,7 @@ async def test_a_folder_that_cannot_be_read_for_a_while(
     await push(client, affine_artifact("maps"))
     await push(client, affine_artifact("other", seed=1))
     steering = {"intervention": "maps"}
-    text = await text_of(client, steering=steering)  # from here on it is loaded
+    text = await text_of(client, steering=steering)  # the engine has loaded it now
     listed = await server.list()
     away = replicas.root.with_name("away")
     replicas.root.rename(away)

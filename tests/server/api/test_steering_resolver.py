@@ -1,4 +1,4 @@
-"""Steering over HTTP: what is asked, what is applied, and what the server's policy allows."""
+"""Tests of steering over HTTP: what requests ask for, what is applied, what policies allow."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.serving import Json, build_app, complete, error_of, push, text_of
 async def stocked(
     client: httpx.AsyncClient, affine_artifact: WriteArtifact, reward_artifact: WriteArtifact
 ) -> httpx.AsyncClient:
-    """A client of a server with the interventions "maps" and "head"."""
+    """Store the interventions "maps" and "head" on the client's server."""
     await push(client, affine_artifact("maps", limits={"strength": (-1, 1)}))
     await push(client, reward_artifact("head"))
     return client
@@ -73,7 +73,7 @@ async def test_every_setting_reaches_the_engine(stocked: httpx.AsyncClient) -> N
         for steering in steerings
     ]
     firsts = [answer["token_logprobs"][0] for answer in answers]
-    # The first token of "generated" is still the base model's; all others differ from each other.
+    # With positions="generated" the first token is still the base model's; all others differ.
     assert firsts[4] == firsts[0]
     assert len(set(firsts)) == len(firsts) - 1
     assert answers[4] != answers[0]
@@ -205,7 +205,7 @@ async def test_four_can_be_stacked(stocked: httpx.AsyncClient) -> None:
 async def test_one_that_the_model_cannot_take(
     client: httpx.AsyncClient, registry: Registry, tmp_path: Path
 ) -> None:
-    """Stored while another model was served: refused, never left out."""
+    """An artifact that was stored for another model is refused, never silently left out."""
     path = tmp_path / "foreign.safetensors"
     write_artifact(path, affine_manifest("foreign"), affine_parameters())
     registry.add(path)

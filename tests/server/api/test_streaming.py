@@ -1,4 +1,4 @@
-"""`POST /v1/completions`, streamed: server-sent events, and every way in which they may end."""
+"""Tests of streamed `POST /v1/completions`: its events, and every way in which a stream may end."""
 
 import json
 
@@ -72,7 +72,7 @@ async def test_tokens_are_sent_as_they_come(
         ) as response,
     ):
         async for line in response.aiter_lines():
-            # The generation never says more: the first token did not wait for a second.
+            # The generation yields one token and then hangs: the event did not wait for a second.
             assert json.loads(line.removeprefix("data: "))["choices"][0]["text"] == "one"
             break
 
@@ -102,7 +102,7 @@ async def test_usage_comes_last_when_it_is_asked_for(client: httpx.AsyncClient) 
 
 @pytest.mark.parametrize("include_usage", [False, True])
 async def test_usage_in_every_chunk(client: httpx.AsyncClient, include_usage: bool) -> None:
-    """As guidellm asks for it, always."""
+    """The benchmark client guidellm always asks for `continuous_usage_stats`."""
     options = {"include_usage": include_usage, "continuous_usage_stats": True}
     fields: dict[str, object] = {"stream": True, "ignore_eos": True, "stream_options": options}
     stream = chunks((await complete(client, **fields)).text)
@@ -127,7 +127,7 @@ async def test_a_stream_as_guidellm_asks_for_it(chat_client: httpx.AsyncClient, 
     response = await chat_client.post(path, json={**shared, **own, "ignore_eos": True})
     assert response.status_code == 200, response.text
     stream = chunks(response.text)
-    # It takes the first tokens' count for what came with the first text, and the last one's in all.
+    # guidellm takes the first count for the tokens of the first text, and the last for the total.
     counts = [chunk["usage"]["completion_tokens"] for chunk in stream]  # type: ignore[index]
     assert counts[0] == 1
     assert counts[-1] == 4
@@ -242,7 +242,7 @@ async def test_an_echo_is_streamed_before_the_completion(
         "top_logprobs": [None, {"o": -0.5, "i": -1.0}],
         "text_offset": [0, 1],
     }
-    # Tokens come with their text.
+    # A token is listed with its text: the first output had none, so its token waited.
     assert last["logprobs"]["tokens"] == ["a", "b"]
     assert last["logprobs"]["text_offset"] == [2, 3]
 

@@ -1,4 +1,4 @@
-"""Health, readiness, version, and the application's life."""
+"""Tests of health, readiness and version, and of the engine's start and end with the app."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The text that is returned, and the tokens that are listed with it: offsets, stops and ends."""
+"""Tests of the returned text and the tokens listed with it: offsets, stop strings, end tokens."""
 
 import httpx
 import pytest
@@ -18,12 +18,12 @@ def tokens_of(text: str) -> list[int]:
 
 
 def only(*tokens: int) -> Json:
-    """Have the model draw nothing but some tokens."""
+    """Return a logit bias with which the model draws only these tokens."""
     return {"logit_bias": {str(token): 100 for token in tokens}}
 
 
 async def choice_of(client: httpx.AsyncClient, **fields: object) -> Json:
-    """A completion's choice, which must be the same when it is streamed."""
+    """Return a completion's choice; assert that streaming gives the same one."""
     response = await complete(client, **fields)
     assert response.status_code == 200, response.text
     choice: Json = response.json()["choices"][0]
@@ -39,14 +39,14 @@ async def choice_of(client: httpx.AsyncClient, **fields: object) -> Json:
             assert values == expected
         assert len(values) == len(expected)
     for piece in pieces[:-1]:
-        # A token comes with its text, or after it.
+        # A token is listed with its text or later, never before it.
         returned += len(piece["text"])
         assert all(offset < returned for offset in piece["logprobs"]["text_offset"])
     return choice
 
 
 def listed(choice: Json) -> list[tuple[str, int]]:
-    """The tokens that are listed, with their offsets."""
+    """Return the listed tokens of a choice, each with its text offset."""
     logprobs: Json = choice["logprobs"]  # type: ignore[assignment]
     tokens: list[str] = logprobs["tokens"]  # type: ignore[assignment]
     offsets: list[int] = logprobs["text_offset"]  # type: ignore[assignment]
@@ -69,7 +69,8 @@ async def test_offsets_in_an_echo_count_characters_of_the_text(
 async def test_offsets_of_a_completion_without_an_echo(client: httpx.AsyncClient) -> None:
     [f0, *_] = tokens_of("\U0001f600")
     choice = await choice_of(client, logprobs=0, max_tokens=3, **only(f0))
-    # The second says that the first was no character; the third may be the beginning of one.
+    # Byte F0 begins a character, so each one shows that the byte before it was none. What the
+    # third begins may still be completed, so no replacement character stands for it.
     assert choice["text"] == "\ufffd\ufffd"
     assert [offset for _, offset in listed(choice)] == [0, 1, 2]
     assert choice["finish_reason"] == "length"
@@ -143,7 +144,7 @@ async def test_the_tokens_of_a_stop_string_are_not_listed(client: httpx.AsyncCli
     z = tokens_of("z")[0]
     stopped = await choice_of(client, logprobs=0, stop="zz", max_tokens=6, **only(z))
     assert (stopped["text"], stopped["finish_reason"], listed(stopped)) == ("", "stop", [])
-    # What might have become one is listed once that is known.
+    # Tokens that may begin a stop string are listed once it is known that they do not.
     limited = await choice_of(client, logprobs=0, stop="zzzz", max_tokens=3, **only(z))
     assert (limited["text"], limited["finish_reason"]) == ("zzz", "length")
     assert listed(limited) == [("z", 0), ("z", 1), ("z", 2)]

@@ -1,4 +1,4 @@
-"""`steerserve fit`: from files to an artifact that reads back, and every refusal in a sentence."""
+"""Tests of `steerserve fit`: from training files to an artifact, and refusals in one sentence."""
 
 import hashlib
 import json
@@ -82,7 +82,7 @@ def test_lineas_end_to_end(model: str, folder: Path) -> None:
     assert {key: training[key] for key in expected} == expected
     assert training["torch"] == torch.__version__
     assert training["device"] == "cpu"
-    # Whoever may list interventions reads the manifest: it names no place of this machine.
+    # Every client that may list interventions reads the manifest: it holds no path of this machine.
     assert str(folder) not in manifest.model_dump_json()
     assert str(Path(model).parent) not in manifest.model_dump_json()
     assert {"transformers", "initial_loss", "final_loss", "learning_rate"} <= training.keys()

@@ -1,4 +1,4 @@
-"""Starting the server: what it says on standard error, and in which words."""
+"""Tests of starting the server: JSON logs, caches, bundled interventions, the OTLP endpoint."""
 
 import errno
 import gc
@@ -22,7 +22,7 @@ from tests.processes import ROOT, STOP_SECONDS, steerserve
 
 
 def entries(log: str) -> list[dict[str, object]]:
-    """Every line, each of which must be one JSON object with what all of them have."""
+    """Parse each line as JSON, and assert that it has the fields that every log entry has."""
     found = [json.loads(line) for line in log.splitlines()]
     assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in found)
     return found

@@ -1,4 +1,4 @@
-"""`steerserve push`, `list`, `show`, `delete` against a running server."""
+"""Tests of `steerserve push`, `list`, `show` and `delete` against a running server."""
 
 import asyncio
 import errno
@@ -24,7 +24,7 @@ from tests.tiny import random_maps
 
 
 async def run(*arguments: str) -> Result:
-    """One command, in a thread: the server that it talks to has this one."""
+    """Run one command in a thread, since its server runs on this thread's event loop."""
     return await asyncio.to_thread(CliRunner().invoke, app, arguments)
 
 
@@ -32,7 +32,7 @@ async def run(*arguments: str) -> Result:
 async def server(
     tiny_engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[None]:
-    """A server that the commands find by their environment."""
+    """Run a server whose URL and keys the commands find in environment variables."""
     application = build_app(tiny_engine, registry, api_key="api", admin_key="admin")
     async with live(application) as server:
         monkeypatch.setenv("STEERSERVE_URL", server.url)
@@ -130,7 +130,7 @@ async def test_a_full_disk_is_told_also_while_the_file_is_sent(
     tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "large.safetensors"
-    _make_sparse(path, 50_000_000)  # more than lies on the way when the server refuses it
+    _make_sparse(path, 50_000_000)  # more than the sockets buffer before the server refuses it
     disk = FaultyDisk(1, errno.ENOSPC, lasting=True)
     with monkeypatch.context() as patched:
         WatchedDisk(tmp_path / "registry", disk.before).install(patched)

@@ -1,4 +1,4 @@
-"""The main job on the real model, through the command and the official client."""
+"""Tests of steering the embedded SmolLM2, served by `steerserve serve`, with OpenAI's client."""
 
 import asyncio
 import json
@@ -142,7 +142,7 @@ async def test_32_concurrent_mixed_streams_each_equal_what_they_give_alone(
 
 
 def assert_same_greedy_tokens(alone: list[Any], mixed: list[Any]) -> None:
-    """Equal up to the first place where the two best tokens lie within 1e-4."""
+    """Assert equal tokens up to the first place where the two best log-probs lie within 1e-4."""
     compared = 0
     for (token, top), (other, _) in zip(tokens(alone), tokens(mixed), strict=True):
         best, second = sorted(top.values(), reverse=True)[:2]

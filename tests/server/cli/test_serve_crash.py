@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of an upload to a real server."""
+"""Test of a real server that is killed by SIGKILL in the middle of an upload."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ KILLS = 3
 
 
 def slowly(body: bytes, seconds: float) -> Iterator[bytes]:
-    """A request body that takes its time, so that a kill meets it anywhere."""
+    """Yield a request body in pieces over `seconds`, so that a kill may come anywhere in it."""
     pieces = 40
     size = -(-len(body) // pieces)
     for start in range(0, len(body), size):

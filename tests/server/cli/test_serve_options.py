@@ -1,4 +1,4 @@
-"""`steerserve serve`: every flag gets to what it is for."""
+"""Tests of `steerserve serve`: flags and variables reach the settings, and these the engine."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from server.lifecycle import Server
 from server.toxicity.pace import Pace
 from tests.conftest import LoadTiny
 
-# What is given, and the setting that it makes, for every field of `Settings`.
+# For every field of `Settings`: the text that is given, and the value that the field then has.
 GIVEN: dict[str, tuple[str, object]] = {
     "model": ("other/model", "other/model"),
     "engine": ("torch", "torch"),
@@ -76,7 +76,7 @@ KEY_FILES = ("api_key_file", "admin_key_file", "metrics_key_file")
 
 
 class Launches:
-    """What would have been served."""
+    """Records the settings of each launch, in place of launching a server."""
 
     def __init__(self) -> None:
         self.settings: list[Settings] = []
@@ -96,7 +96,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 @pytest.fixture(autouse=True)
 def key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files that are given for keys, in the folder that the command is run in."""
+    """Run the test in a folder that has the key files named in `GIVEN`."""
     monkeypatch.chdir(tmp_path)
     for name in KEY_FILES:
         Path(GIVEN[name][0]).write_text("k\n")
@@ -107,7 +107,7 @@ def serve(*arguments: str) -> Result:
 
 
 def as_words(name: str) -> list[str]:
-    """What is given for a setting, on the command line."""
+    """Return the command-line words that give the setting its value in `GIVEN`."""
     text, _ = GIVEN[name]
     flag = "--" + name.replace("_", "-")
     match text:
@@ -123,7 +123,7 @@ def as_words(name: str) -> list[str]:
 
 
 def fields_set_by(name: str) -> set[str]:
-    """The settings that are given with one: a file of a key is the key too."""
+    """Return the fields that are set when this one is given: a key's file sets the key too."""
     return {name, name.removesuffix("_file")} if name in KEY_FILES else {name}
 
 
@@ -154,7 +154,7 @@ def test_every_setting_has_a_variable_named_as_its_option(
 @pytest.mark.parametrize("end_well", [True, False])
 def test_all_flags_at_once(launches: Launches, end_well: bool) -> None:
     launches.end_well = end_well
-    together = [name for name in GIVEN if name not in KEY_FILES]  # the keys are given themselves
+    together = [name for name in GIVEN if name not in KEY_FILES]  # a key excludes its file
     shown = serve(*(word for name in together for word in as_words(name)))
     assert shown.exit_code == (0 if end_well else 1), shown.output
     [settings] = launches.settings
@@ -310,7 +310,7 @@ def test_the_settings_get_to_model_and_engine(
         return TorchEngine(loaded, lambda _: {}, options)
 
     def run(server: Server) -> None:
-        server.started = started  # not where the application's own start has failed
+        server.started = started  # False: the application failed to start
         server.engine_died = died
 
     monkeypatch.setattr(launch, "configure_logging", lambda _: None)

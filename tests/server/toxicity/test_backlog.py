@@ -1,4 +1,7 @@
-"""Which texts are scored when: whole minutes of traffic, by a clock that the test moves."""
+"""Tests of which texts are scored when, over minutes of traffic on a clock that the test moves.
+
+A text is "asked for" where a client waits for its score, and "offered" where nobody does.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -19,27 +22,27 @@ TEXT_SECONDS = 2 / 64  # a batch of 64 takes two seconds
 
 @dataclass
 class Cost:
-    """What a batch takes: seconds by the wall's clock, and of a processor here."""
+    """The seconds and the processor seconds (of this machine) that a batch of n texts takes."""
 
     seconds: Callable[[int], float]
     processor_seconds: Callable[[int], float]
 
 
 HEAVY_HERE = Cost(lambda texts: texts * TEXT_SECONDS, lambda texts: texts * TEXT_SECONDS)
-# Others have the processors, and so it comes to little of them.
+# Other work has the processors, so scoring takes long and yet uses little processor time.
 STARVED_HERE = Cost(lambda texts: 20 * texts * TEXT_SECONDS / 64, lambda texts: texts * 0.0005)
 ELSEWHERE = Cost(lambda _: 2.0, lambda _: 0.001)
 
 
 @dataclass
 class Traffic:
-    """What became of texts that came in a time."""
+    """What became of the texts of one run."""
 
     offered: int = 0
     dropped: int = 0
-    scored: int = 0  # of the offered ones
-    asked_seconds: list[float] = field(default_factory=list)  # until the score, of each
-    processor_seconds: float = 0.0  # for offered ones
+    scored: int = 0  # offered texts that were scored
+    asked_seconds: list[float] = field(default_factory=list)  # of each asked text, until its score
+    processor_seconds: float = 0.0  # spent on offered texts
 
 
 def job(clock: FakeClock, text: str = "a") -> Job:
@@ -55,9 +58,9 @@ def run(
     asked_every: float | None = None,
     busy: Callable[[float], bool] = lambda _: True,
 ) -> Traffic:
-    """Let `rate` texts a second be offered, and one be asked for every so many seconds.
+    """Simulate traffic: offer `rate` texts a second, and ask for one every `asked_every` seconds.
 
-    `here`: whether this machine scores, and so rests while it is busy.
+    `here` says that this machine scores, so that scoring rests while `busy` says it is busy.
     """
     clock = FakeClock(0.0)
     pace = Pace(SHARE, lambda: busy(clock.now), clock) if here else None
@@ -88,11 +91,11 @@ def run(
 
 
 def test_another_machine_scores_all_that_it_can() -> None:
-    """Two texts a second and two seconds a batch: once, 137 of 290 were dropped."""
+    """With two texts a second and two seconds a batch, an earlier version dropped 137 of 290."""
     traffic = run(ELSEWHERE, 145, here=False)
     assert traffic.offered == 290
     assert traffic.dropped == 0
-    assert traffic.scored >= 280  # the last of them still wait
+    assert traffic.scored >= 280  # the last texts still wait
 
 
 def test_a_scorer_that_waits_for_a_processor_need_not_rest() -> None:
@@ -111,7 +114,7 @@ def test_a_heavy_scorer_takes_its_share_and_no_more() -> None:
 def test_texts_that_are_asked_for_take_nothing_from_those_that_are_offered(
     asked_every: float,
 ) -> None:
-    """One that was asked for every 20 seconds: once, 1 of 739 offered ones was scored."""
+    """With one text asked for every 20 s, an earlier version scored 1 of 739 offered texts."""
     traffic = run(HEAVY_HERE, 370, here=True, asked_every=asked_every)
     assert traffic.offered == 740
     assert traffic.scored >= 0.85 * SHARE / TEXT_SECONDS * 370  # 301
@@ -120,7 +123,7 @@ def test_texts_that_are_asked_for_take_nothing_from_those_that_are_offered(
 
 
 def test_offered_texts_have_their_share_of_a_scorer_that_never_rests_either() -> None:
-    traffic = run(HEAVY_HERE, 300, here=True, asked_every=TICK)  # 50 a second, of 32 that it can
+    traffic = run(HEAVY_HERE, 300, here=True, asked_every=TICK)  # 50 a second; it can score 32
     assert traffic.processor_seconds / 300 >= SHARE * 0.8
     traffic = run(HEAVY_HERE, 300, here=False, rate=40, asked_every=TICK)
     share = traffic.processor_seconds / 300
@@ -146,7 +149,7 @@ async def test_what_is_abandoned_is_offered_where_there_is_room() -> None:
     assert batch is not None
     (running,) = batch.jobs
     assert backlog.offer(job(clock, "offered"))
-    assert backlog.abandon(jobs) == []  # the one that is being scored needs no room
+    assert backlog.abandon(jobs) == []  # the text that is being scored needs no room
     assert running.answer is not None
     assert [each.text for each in backlog.waiting] == ["offered", "1", "2", "3"]
     assert all(each.answer is None for each in jobs[1:])

@@ -1,4 +1,4 @@
-"""How the size of batches follows from how long they take."""
+"""Tests of `BatchSize`: the size of the next batch, learned from how long earlier ones took."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from server.toxicity.batch_size import MAX_TEXTS, TARGET_SECONDS, BatchSize
 def sizes(
     seconds: Callable[[int], float], batches: int, size: BatchSize | None = None
 ) -> list[int]:
-    """The sizes of some full batches; `seconds` says how long one of a size takes."""
+    """Return the sizes of `batches` full batches, where one of n texts takes `seconds(n)`."""
     size = size or BatchSize()
     found = []
     for _ in range(batches):
@@ -36,11 +36,11 @@ def test_a_batch_that_is_slow_whatever_its_size_is_large() -> None:
 
 
 def test_texts_that_take_longer_than_the_target_go_one_by_one() -> None:
-    """A heavy classifier on a processor that others have: 64 of them would take ten minutes."""
+    """A heavy classifier on a contended processor takes 9 s a text: 64 texts take ten minutes."""
     found = sizes(lambda texts: 9.0 * texts, 100)
-    assert found[:3] == [1, 2, 1]  # the second batch told what a further text adds
+    assert found[:3] == [1, 2, 1]  # the batch of two showed what a further text costs
     assert max(found) == 2
-    assert found.count(2) < 6  # it is seldom tried again
+    assert found.count(2) < 6  # a batch of two is seldom tried again
 
 
 def test_it_follows_the_machine() -> None:
@@ -55,7 +55,7 @@ def test_it_follows_the_machine() -> None:
 def test_a_few_texts_do_not_make_the_next_batch_huge() -> None:
     size = BatchSize()
     sizes(lambda texts: 0.25 * texts, 6, size)
-    for _ in range(100):  # short ones, one at a time
+    for _ in range(100):  # short texts, one at a time
         size.took(1, 0.001)
     assert size.size <= 8
     size.took(8, 2.0)

@@ -1,4 +1,4 @@
-"""A batch with bad texts in it, and a scorer that is down."""
+"""Tests of scoring a batch with bad texts in it, and a batch with a scorer that is down."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from server.toxicity.scorer import ScoringError
 
 
 class Picky:
-    """Scores texts that are numbers, and fails a batch with anything else in it."""
+    """Scores texts that are numbers; fails on "bad", and gives no score for "short"."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -25,7 +25,7 @@ class Picky:
 
 
 def outcome(texts: list[str]) -> list[float | None]:
-    """The scores, and None for each text that failed."""
+    """Score texts with a new `Picky`; return the scores, with None for each text that failed."""
     results = score_batch(Picky(), texts)
     return [None if isinstance(result, ScoringError) else result for result in results]
 

@@ -1,4 +1,4 @@
-"""Hugging Face classifiers: which label, which probability, and where texts are cut."""
+"""Tests of Hugging Face classifiers: whose label's probability counts, and where texts are cut."""
 
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -49,7 +49,7 @@ def config_of(labels: dict[int, str], problem_type: ProblemType | None = None) -
 def save_classifier(
     folder: Path, config: BertConfig | RobertaConfig, tokenizer: PreTrainedTokenizerFast | None
 ) -> Path:
-    """A random classifier whose logits lie far apart."""
+    """Save a random classifier whose logits lie far apart; return its folder."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -69,7 +69,7 @@ def tokenizer_of(max_tokens: int | None = POSITIONS) -> PreTrainedTokenizerFast:
 
 
 def logits_of(folder: Path, texts: list[str], max_tokens: int = POSITIONS) -> torch.Tensor:
-    """(texts, labels) logits, straight from transformers, one text at a time."""
+    """Return (texts, labels) logits straight from transformers, one text at a time."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     module: nn.Module = model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -138,7 +138,7 @@ def test_batches_score_as_each_text_by_itself(tmp_path: Path, labels: dict[int, 
     folder = save_classifier(tmp_path, config_of(labels), tokenizer_of())
     toxic = next(index for index, label in labels.items() if label == "toxic")
     scores = load(str(folder)).score(TEXTS)
-    # This tokenizer makes no token of an empty text.
+    # The tokenizer gives an empty text no token, so the scorer takes a space instead.
     logits = logits_of(folder, [text or " " for text in TEXTS])
     expected = (logits.softmax(1) if labels is SOFTMAX else logits.sigmoid())[:, toxic]
     torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-4, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""How long offered texts rest."""
+"""Tests of `Pace`: how long the scoring of texts that nobody waits for rests after a batch."""
 
 import pytest
 

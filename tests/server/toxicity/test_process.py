@@ -1,4 +1,4 @@
-"""Scorers in real worker processes: results, deaths, hangs, and ends without a trace."""
+"""Tests of scorers in real worker processes: results, deaths, hangs, and a clean end."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ TEXTS = ["You stupid asshole.", "Hello", "", "two\nlines\r\n", "日本語 🙂",
 def started(
     spec: str, answer_seconds: float = 30, restart_seconds: float = 0.01
 ) -> Iterator[ScorerProcess]:
-    """A scorer that is closed at the end, and whose process is no more then, zombies included."""
+    """Start a scorer; at the end close it and assert that its process is gone, zombie or not."""
     scorer = ScorerProcess(spec, answer_seconds=answer_seconds, restart_seconds=restart_seconds)
     try:
         yield scorer
@@ -48,7 +48,7 @@ def embedded() -> Iterator[ScorerProcess]:
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """What a call comes to, on a thread of its own."""
+    """Run `work` on a thread of its own; return a future of its result or its ScoringError."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -95,7 +95,7 @@ def test_the_worker_yields_to_others(embedded: ScorerProcess) -> None:
     assert os.sched_getscheduler(embedded.pid) == os.SCHED_IDLE
     assert worker.environ()["OMP_NUM_THREADS"] == "1"
     assert worker.num_threads() == 1
-    # A signal to the terminal's foreground group does not reach it.
+    # It leads its own session, so a signal to the terminal's foreground group does not reach it.
     assert os.getsid(embedded.pid) == embedded.pid
 
 
@@ -120,7 +120,7 @@ def test_it_starts_from_any_folder(
 
 def test_a_scorer_that_cannot_be_loaded() -> None:
     with started("bert") as scorer:
-        for _ in range(2):  # the second time from another process
+        for _ in range(2):  # the second time in a new process
             with pytest.raises(ScoringError, match="the toxicity scorer 'bert' is none of"):
                 scorer.wait_ready()
         with pytest.raises(ScoringError, match="the toxicity scorer 'bert' is none of"):
@@ -212,12 +212,12 @@ def test_what_it_computes_is_counted_and_what_it_waits_is_not(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with started("embedded", answer_seconds=30) as scorer:
         scorer.score(["waits"])
-        assert scorer.processor_seconds < 0.2  # nor does loading count
+        assert scorer.processor_seconds < 0.2  # loading does not count either
         scorer.score(["works"])
         assert 0.25 <= scorer.processor_seconds < 0.7
         kill(scorer)
         scorer.score(["works"])
-        assert 0.5 <= scorer.processor_seconds < 1.2  # the first worker's too
+        assert 0.5 <= scorer.processor_seconds < 1.2  # includes the first worker's time
 
 
 def test_restarts_are_spaced() -> None:

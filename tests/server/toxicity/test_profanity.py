@@ -1,4 +1,4 @@
-"""The embedded scorer, which is alt-profanity-check."""
+"""Tests of the embedded scorer, which is alt-profanity-check."""
 
 from profanity_check import predict_prob  # type: ignore[import-untyped]
 

@@ -1,4 +1,7 @@
-"""The queue in front of a scorer: order, exact counts, and every way out."""
+"""Tests of the queue in front of a scorer: its order, exact counts, failures, and shutdown.
+
+A text is "asked for" where a client waits for its score, and "offered" where nobody does.
+"""
 
 import asyncio
 import os
@@ -27,7 +30,7 @@ CAPACITY = 100
 
 
 class Gated:
-    """Scores texts that are numbers, in hundredths. Waits while the gate is shut, until closed."""
+    """A scorer that gives "5" the score 0.05. While its gate is shut it waits, until `close`."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -36,7 +39,7 @@ class Gated:
         self.gate.set()
         self.closed = False
         self.processor_seconds = 0.0
-        self.batch_seconds = 0.0  # of a processor
+        self.batch_seconds = 0.0  # processor time of each batch
 
     def score(self, texts: Sequence[str]) -> list[float]:
         self.asked.append(list(texts))
@@ -55,7 +58,7 @@ class Gated:
 
 
 class Stuck(Gated):
-    """Goes on, whoever closes it."""
+    """A scorer that `close` does not stop."""
 
     def close(self) -> None:
         pass
@@ -73,7 +76,7 @@ def scorer() -> Gated:
 
 @pytest.fixture
 async def scoring(scorer: Gated, metrics: Metrics) -> AsyncIterator[ScoringQueue]:
-    faults: list[object] = []  # what the loop would only log
+    faults: list[object] = []  # exceptions that the event loop would only log
     asyncio.get_running_loop().set_exception_handler(lambda _loop, fault: faults.append(fault))
     scoring = ScoringQueue(scorer, metrics, CAPACITY)
     scoring.start()
@@ -86,7 +89,7 @@ async def scoring(scorer: Gated, metrics: Metrics) -> AsyncIterator[ScoringQueue
 
 
 def sample(metrics: Metrics, name: str) -> float:
-    """The sum of a metric's samples, whatever their labels."""
+    """Return the sum of a metric's samples over all labels."""
     lines = [line for line in metrics.render().decode().splitlines() if not line.startswith("#")]
     values = (line.rpartition(" ") for line in lines)
     return sum(
@@ -95,7 +98,7 @@ def sample(metrics: Metrics, name: str) -> float:
 
 
 def counts(metrics: Metrics) -> tuple[float, float, float]:
-    """Texts that were scored, that were not, and that wait."""
+    """Return how many texts were scored, how many were dropped, and how many wait."""
     scored = sample(metrics, "completion_toxicity_count")
     assert sample(metrics, "toxicity_scoring_seconds_count") == scored
     return (
@@ -106,12 +109,12 @@ def counts(metrics: Metrics) -> tuple[float, float, float]:
 
 
 def scored_texts(scorer: Gated) -> list[str]:
-    """What the scorer was asked, in order, whatever the batches."""
+    """Return the texts of all the scorer's batches, in order."""
     return [text for batch in scorer.asked for text in batch]
 
 
 async def shut(scoring: ScoringQueue, scorer: Gated) -> None:
-    """Have one text, "0", held in the scorer, so that all further ones wait."""
+    """Shut the scorer's gate and hold one text, "0", in it, so that all further texts wait."""
     scorer.gate.clear()
     scoring.offer("0", "none", "served")
     await eventually(lambda: scorer.asked == [["0"]])
@@ -147,7 +150,7 @@ async def test_offered_texts_are_scored_in_batches(
     assert counts(metrics) == (0, 0, 1 + CAPACITY)
     scorer.gate.set()
     await eventually(lambda: scoring.depth == 0)
-    # By one at first; how many then is learned from how long they take.
+    # The first batch is one text; later sizes are learned from how long batches take.
     assert [len(batch) for batch in scorer.asked[:2]] == [1, 2]
     assert len(scorer.asked) < CAPACITY / 2
     assert scored_texts(scorer)[1:] == [str(number) for number in range(CAPACITY)]
@@ -181,7 +184,7 @@ async def test_what_somebody_waits_for_goes_first(scoring: ScoringQueue, scorer:
     scorer.gate.set()
     assert await asyncio.gather(*asked) == [[0.71], [0.72]]
     await eventually(lambda: scoring.depth == 0)
-    # By themselves: with a slow scorer, they would wait for all that shares their batch.
+    # Asked texts get a batch of their own; else they would wait for offered texts in it as well.
     assert scorer.asked[1] == ["71", "72"]
     assert scored_texts(scorer)[3:] == [str(number) for number in range(70)]
 
@@ -253,7 +256,7 @@ async def test_a_waiter_that_leaves_costs_nothing(
 
 
 async def leave(scoring: ScoringQueue, *requests: list[str]) -> None:
-    """Ask for some requests' scores, and leave before there are any."""
+    """Ask for the scores of each request's texts, and cancel before there are any."""
     before = scoring.depth
     tasks = [asyncio.create_task(scoring.score(texts, "none", "served")) for texts in requests]
     await eventually(lambda: scoring.depth == before + sum(map(len, requests)))
@@ -288,7 +291,7 @@ async def test_requests_that_are_left_do_not_fill_the_queue_without_end(
     assert counts(metrics) == (0, 160 - CAPACITY, 1 + CAPACITY)
     stays = asyncio.create_task(scoring.score(["2"], "none", "served"))
     await eventually(lambda: scoring.depth == 1 + CAPACITY + 1)
-    # The one that stays takes what place there is.
+    # Offered texts fill the queue, so the text that is left now is dropped.
     await leave(scoring, ["1"])
     assert counts(metrics) == (0, 161 - CAPACITY, 1 + CAPACITY + 1)
     scorer.gate.set()
@@ -356,7 +359,7 @@ async def test_close_does_not_wait_for_a_scorer_that_hangs(
     closing = asyncio.create_task(scoring.close())
     with pytest.raises(ScoringError, match="shutting down"):
         await asked
-    assert not closing.done()  # who waits is told before
+    assert not closing.done()  # the waiting client is told first
     await closing
     assert counts(metrics) == (0, 1, 0)
     scorer.gate.set()
@@ -438,7 +441,7 @@ async def test_while_others_work_offered_texts_wait_and_asked_ones_do_not(
     scoring = ScoringQueue(scorer, metrics, CAPACITY, Pace(0.01, lambda: busy, clock))
     scoring.start()
     scoring.offer("1", "none", "served")
-    await eventually(lambda: scoring.depth == 0)  # the first does not rest
+    await eventually(lambda: scoring.depth == 0)  # there is no rest before the first batch
     scoring.offer("2", "none", "served")
     assert await scoring.score(["3"], "none", "served") == [0.03]
     assert scorer.asked == [["1"], ["3"]]
@@ -456,7 +459,7 @@ async def test_texts_that_are_asked_for_do_not_lengthen_the_rest(
     scorer: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = FakeClock()
-    # What waits is timed by the same clock, so that the rest is counted from the batch's begin.
+    # The backlog uses the same clock, so that the rest is counted from the start of the batch.
     monkeypatch.setattr(
         "server.toxicity.queue.Backlog",
         lambda capacity, pace: Backlog(capacity, pace, clock),
@@ -471,7 +474,7 @@ async def test_texts_that_are_asked_for_do_not_lengthen_the_rest(
         assert await scoring.score([str(number)], "none", "served") == [number / 100]
     scoring.offer("5", "none", "served")
     assert await scoring.score(["6"], "none", "served") == [0.06]
-    assert scoring.depth == 1  # at 90 s of 100
+    assert scoring.depth == 1  # 90 s of the 100 s of rest are over
     clock.now += 10
     await eventually(lambda: scoring.depth == 0)
     assert scored_texts(scorer) == ["1", "2", "3", "4", "6", "5"]
@@ -487,7 +490,7 @@ async def test_the_longest_wait_is_told(
     await asyncio.sleep(0.1)
     scoring.offer("1", "none", "served")
     waited = sample(metrics, "toxicity_longest_wait_seconds")
-    assert 0.1 <= waited <= time.monotonic() - began  # of the one that is being scored
+    assert 0.1 <= waited <= time.monotonic() - began  # of the text in the scorer
     scorer.gate.set()
     await eventually(lambda: scoring.depth == 0)
     assert sample(metrics, "toxicity_longest_wait_seconds") == 0

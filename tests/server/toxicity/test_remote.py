@@ -1,4 +1,4 @@
-"""A scoring service over HTTP: the contract, and whatever breaks it."""
+"""Tests of the scorer that asks a service over HTTP: the contract, and services that break it."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.toxicity_service import Service, scoring_service
 
 
 def score(url: str, texts: list[str]) -> list[float]:
-    """The scores that a service gives, over a connection of its own."""
+    """Return the scores that the service at `url` gives, over a new connection."""
     scorer = load(url)
     try:
         return scorer.score(texts)
@@ -21,7 +21,7 @@ def score(url: str, texts: list[str]) -> list[float]:
 
 
 def answering(status: int, content: bytes) -> list[float]:
-    """What comes of two texts where a service answers so."""
+    """Score two texts with a service that always gives this answer."""
     with scoring_service(lambda _texts: (status, content)) as service:
         return score(service.url, ["a", "b"])
 
@@ -78,7 +78,7 @@ def test_a_service_that_is_not_there() -> None:
 
 
 def with_secrets(url: str) -> str:
-    """The same service, by a URL of which nothing but the host may be told."""
+    """Return the service's URL with secrets added: an error may show nothing of it but the host."""
     return url.replace("http://", "http://user:SECRET@").replace(
         "/score", "/SECRET?key=SECRET#SECRET"
     )

@@ -1,4 +1,4 @@
-"""How a scorer is named, and what is taken for scores."""
+"""Tests of how a scorer is named ("embedded", "hf:…", "http:…"), and of the check of scores."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which workers are ended, by what they use of a processor."""
+"""Tests of which worker processes the watchdog kills, by the processor time that they use."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ LIMIT = "server.toxicity.watchdog._LONGEST"
 
 @contextmanager
 def sleeping() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does nothing for long, and is no more at the end."""
+    """Run a process that only sleeps, and kill it at the end of the block."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
         try:
             yield process
@@ -27,7 +27,7 @@ def sleeping() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, used: Callable[[int], float]) -> list[int]:
-    """Let the n-th look find so much processor time. Returns what grows by an item a look."""
+    """Have look n find `used(n)` s of processor time; return a list that grows with each look."""
     looks: list[int] = []
 
     def look(_pid: int) -> float:
@@ -50,7 +50,7 @@ def test_one_that_has_little_of_a_processor_goes_on(monkeypatch: pytest.MonkeyPa
     looks = measured(monkeypatch, lambda look: look * LOOK / 1000)
     with sleeping() as process:
         with Watchdog(process, LOOK) as dog:
-            wait_until(lambda: len(looks) > 12)  # many times the limit by the wall's clock
+            wait_until(lambda: len(looks) > 12)  # many times the limit in wall-clock time
         assert dog.killed_after is None
         assert process.poll() is None
 

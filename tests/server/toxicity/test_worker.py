@@ -1,4 +1,4 @@
-"""The worker process, spoken to through its pipes, and what it imports."""
+"""Tests of the scorer's worker process: its protocol on stdin and stdout, and its imports."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def environment(spec: str, parent: int) -> dict[str, str]:
 
 
 def run(spec: str, *lines: object) -> list[dict[str, object]]:
-    """What a worker says to some lines, after which its stdin ends."""
+    """Send lines to a new worker and close its stdin; return the lines that it answered."""
     done = subprocess.run(
         WORKER,
         cwd=ROOT,
@@ -78,7 +78,7 @@ def test_a_scorer_that_cannot_be_loaded_is_said(spec: str, says: str) -> None:
 
 
 def test_what_libraries_print_does_not_reach_the_protocol(tmp_path: Path) -> None:
-    # A scorer whose library prints, with Python and below it, when imported and when asked.
+    # This library prints when imported and when asked, by print, os.write and a child process.
     package = tmp_path / "profanity_check"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -130,7 +130,7 @@ def test_lone_surrogates_become_replacement_characters() -> None:
     [
         (ScoringError("one\n  two"), "one two"),
         (ScoringError("x" * 9999), "x" * 500),
-        # Other libraries' errors may quote what they were given.
+        # Errors of libraries may quote the texts, so only their type is told.
         (ValueError("SECRET"), "the toxicity scorer failed: ValueError"),
         (KeyError("SECRET"), "the toxicity scorer failed: KeyError"),
         (MemoryError(), "the toxicity scorer failed: MemoryError"),
