@@ -108,7 +108,10 @@ class Leases:
         self._descriptor, self._written = descriptor, False
         if not try_lock(descriptor):
             raise OSError("the file of a new lease is locked")
-        self._write_if_possible()
+        try:
+            self._write()
+        except OSError as error:
+            logger.warning("the lease cannot be written, tried again later: %s", error)
 
     def close(self) -> None:
         """Remove this server's file."""
@@ -186,12 +189,6 @@ class Leases:
                 "stopped for a minute, or a file's lock does not keep other machines out"
             )
             self.open()
-
-    def _write_if_possible(self) -> None:
-        try:
-            self._write()
-        except OSError as error:
-            logger.warning("the lease cannot be written, tried again later: %s", error)
 
     def _write(self) -> None:
         """Write the lease in place, which needs no room, or leave an unreadable lease.

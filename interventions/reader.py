@@ -3,10 +3,10 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from interventions.artifact import Summary, read_summary
 from interventions.catalogue import (
@@ -21,6 +21,8 @@ from interventions.manifest import DIGEST_PATTERN, NAME_PATTERN
 from interventions.name_records import NameRecord, RecordError, Version, parse_record
 
 _logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content", NameRecord, Summary)
 
 FileState: TypeAlias = tuple[int, ...]
 """Numbers that change whenever a file's bytes change; empty if there is no file."""
@@ -38,15 +40,6 @@ class FolderContents:
 
     catalogue: Catalogue
     marked: frozenset[str]  # names that were deleted by `mark_deleted`, and have no record of it
-
-
-@dataclass(slots=True)
-class _Files:
-    objects: dict[str, Summary] = field(default_factory=dict)
-    records: dict[str, NameRecord] = field(default_factory=dict)
-    damaged_objects: dict[str, Damage] = field(default_factory=dict)
-    damaged_records: dict[str, Damage] = field(default_factory=dict)
-    marked: dict[str, NameRecord] = field(default_factory=dict)  # records with DELETED_SUFFIX
 
 
 class FolderReader:
@@ -80,33 +73,30 @@ class FolderReader:
         Raises:
             OSError: the folder, or a record that was read before, cannot be read.
         """
-        files = _Files()
         records = {
             path: self._record(path, state) for path, state in sorted(_states(self._names).items())
         }
         headers = {
             path: self._header(path, state) for path, state in sorted(self._object_states().items())
         }
-        for _, file, record in records.values():
-            _add_record(file, record, files)
-        for _, file, header in headers.values():
-            if isinstance(header, Damage):
-                files.damaged_objects[file.name] = header
-            else:
-                files.objects[file.stem] = header
-        known = {**files.marked, **files.records}  # a record is newer than a mark of the same name
-        _add_missing_objects(self._objects, known, files)
+        named, damaged_records = _split_damaged(records.values())
+        marks = {file: record for file, record in named.items() if file.endswith(DELETED_SUFFIX)}
+        marked = {record.name: record for record in marks.values()}
+        # A record is newer than a mark of the same name.
+        known = marked | {rec.name: rec for file, rec in named.items() if file not in marks}
+        headed, damaged_objects = _split_damaged(headers.values())
+        objects = {file.removesuffix(OBJECT_SUFFIX): summary for file, summary in headed.items()}
+        missing = _missing_objects(self._objects, known, objects)
+        damaged_objects = missing | damaged_objects
         self._records, self._headers = records, headers
         self._damaged_states = {
             damage.path: headers[str(damage.path)][0] if str(damage.path) in headers else ()
-            for damage in files.damaged_objects.values()
+            for damage in damaged_objects.values()
         }
-        catalogue = Catalogue(files.objects, known, files.damaged_objects, files.damaged_records)
+        catalogue = Catalogue(objects, known, damaged_objects, damaged_records)
         self._warn(catalogue.damaged())
         # A damaged record is newer too, and must not be overwritten.
-        unwritten = {
-            name for name in files.marked if name + RECORD_SUFFIX not in files.damaged_records
-        }
+        unwritten = {name for name in marked if name + RECORD_SUFFIX not in damaged_records}
         return FolderContents(catalogue, frozenset(unwritten))
 
     def _object_states(self) -> dict[str, FileState]:
@@ -188,21 +178,28 @@ def _parse(path: Path) -> NameRecord:
     return record.with_version(Version("", changed, "deleted"))
 
 
-def _add_record(path: Path, record: NameRecord | Damage, files: _Files) -> None:
-    if isinstance(record, Damage):
-        files.damaged_records[path.name] = record
-    elif path.name.endswith(DELETED_SUFFIX):
-        files.marked[record.name] = record
-    else:
-        files.records[record.name] = record
+def _split_damaged(
+    files: Iterable[tuple[FileState, Path, Content | Damage]],
+) -> tuple[dict[str, Content], dict[str, Damage]]:
+    """Return the content of the readable files, and the damage of the others, by file name."""
+    contents: dict[str, Content] = {}
+    damaged: dict[str, Damage] = {}
+    for _, path, content in files:
+        if isinstance(content, Damage):
+            damaged[path.name] = content
+        else:
+            contents[path.name] = content
+    return contents, damaged
 
 
-def _add_missing_objects(objects: Path, records: Mapping[str, NameRecord], files: _Files) -> None:
+def _missing_objects(
+    folder: Path, records: Mapping[str, NameRecord], objects: Mapping[str, Summary]
+) -> dict[str, Damage]:
+    missing: dict[str, Damage] = {}
     for name, record in records.items():
-        if record.current is None or record.current.digest in files.objects:
-            continue
-        digest = record.current.digest
-        path = objects / digest[:2] / f"{digest}{OBJECT_SUFFIX}"
-        files.damaged_objects.setdefault(
-            path.name, Damage(path, f'The artifact that "{name}" points to is missing.')
-        )
+        if record.current is not None and record.current.digest not in objects:
+            digest = record.current.digest
+            path = folder / digest[:2] / f"{digest}{OBJECT_SUFFIX}"
+            damage = Damage(path, f'The artifact that "{name}" points to is missing.')
+            missing.setdefault(path.name, damage)
+    return missing

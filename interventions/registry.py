@@ -205,11 +205,7 @@ class Registry:
             self._changes.keep_default(default)
 
     def poll(self) -> None:
-        """Read what other servers have changed; `problem` tells if that fails.
-
-        Raises:
-            RegistryError: the registry is closed.
-        """
+        """Read what other servers have changed; `problem` tells if that fails."""
         self._looking_since = self._clock()
         try:
             self._changes.poll()
@@ -225,11 +221,7 @@ class Registry:
             self._looking_since = None
 
     def heartbeat(self) -> None:
-        """Renew the lease, from which other servers know what this one needs.
-
-        Raises:
-            RegistryError: the registry is closed.
-        """
+        """Renew the lease, from which other servers know what this one needs."""
         try:
             self._changes.heartbeat()
         except OSError as error:

@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
@@ -17,7 +17,7 @@ from server.api.context import ServerContext
 from server.api.errors import ApiError, invalid, shutting_down
 from server.api.fields import GenerationFields, StreamOptions
 from server.api.frames import Choice, Frame, Wording
-from server.api.generations import GenerationGroup, closing_on_error
+from server.api.generations import GenerationGroup
 from server.api.models import split_model
 from server.api.observe import record_of
 from server.api.streaming import CompletionStream
@@ -166,7 +166,8 @@ async def answering(
     )
     timeout = context.settings.request_timeout
     group = GenerationGroup(context.engine, context.metrics, steering, arrived, timeout, record)
-    async with closing_on_error(group):
+    with ExitStack() as failing:
+        failing.callback(group.close)
         check_comparison_steered(params, steering)
         frame = Frame(
             id=record.response_id,
@@ -179,14 +180,11 @@ async def answering(
         assessment = Assessment(context, params, steering)
         with steering.default_failures_as_503():
             yield Exchange(http, context, params, frame, steering.edits, group, assessment, record)
+        failing.pop_all()
 
 
 def check_request(params: GenerationFields, prompts: int, context: ServerContext) -> None:
-    """Check the combination of the fields, and that the server takes such a request now.
-
-    Raises:
-        ApiError: the first fault that is found.
-    """
+    """Raise an ApiError if fields contradict each other, or the server cannot take the request."""
     if context.lifecycle.stopping:  # it may have begun to stop while the body came
         raise shutting_down()
     if not context.engine.ready:

@@ -88,11 +88,7 @@ class Assessment:
 
 
 def check_assessment_available(params: GenerationFields, context: ServerContext) -> None:
-    """Check that this server gives the score and the comparison that a request asks for.
-
-    Raises:
-        ApiError: it does not give one of them.
-    """
+    """Raise an ApiError if this server cannot give the score or comparison that is asked for."""
     if params.toxicity and context.scoring is None:
         raise invalid(
             "This server scores no toxicity: it was started with --toxicity-scorer none.",
@@ -110,11 +106,7 @@ def check_assessment_available(params: GenerationFields, context: ServerContext)
 
 
 def check_comparison_steered(params: GenerationFields, steering: AppliedSteering) -> None:
-    """Check that a request for a comparison is steered.
-
-    Raises:
-        ApiError: no intervention steers the request.
-    """
+    """Raise an ApiError if a comparison is asked for, and nothing steers the request."""
     if params.compare and not steering.edits:
         raise invalid(
             "'compare' sets the base model's answer beside the steered one, and nothing steers "

@@ -23,11 +23,7 @@ _FORWARDING: Final = re.compile(
 
 
 async def require_api_key(request: Request, context: Context) -> None:
-    """Refuse a request without the API key or the admin key, if an API key is set.
-
-    Raises:
-        ApiError: 401.
-    """
+    """Raise a 401 for a request without the API key or the admin key, if an API key is set."""
     settings = context.settings
     if settings.api_key is None:
         return
@@ -38,14 +34,11 @@ async def require_api_key(request: Request, context: Context) -> None:
 
 
 async def require_admin(request: Request, context: Context) -> None:
-    """Refuse a change of the registry by anybody but its admin.
+    """Raise a 401 or 403 for a change of the registry by anybody but its admin.
 
     If there is no admin key, the user of this machine is the admin. A request counts as that user's
     if the server is bound to loopback and has no API key, and if the request has no header of a
     proxy, names a loopback host, and does not come from another site's page.
-
-    Raises:
-        ApiError: 401 or 403.
     """
     settings = context.settings
     if settings.admin_key is not None:
@@ -85,11 +78,7 @@ def _is_forwarding(header: str) -> bool:
 
 
 async def require_metrics_key(request: Request, context: AnyTimeContext) -> None:
-    """Refuse a request without the metrics key or the admin key, if a metrics key is set.
-
-    Raises:
-        ApiError: 401.
-    """
+    """Raise a 401 for a request without the metrics or admin key, if a metrics key is set."""
     settings = context.settings
     if settings.metrics_key is None:
         return

@@ -83,11 +83,7 @@ AnyTimeContext: TypeAlias = Annotated[ServerContext, Depends(get_context)]
 
 
 async def get_serving_context(context: AnyTimeContext) -> ServerContext:
-    """Return the application's context for a request that is new work.
-
-    Raises:
-        ApiError: 503, the server is stopping.
-    """
+    """Return the application's context for new work; raise a 503 if the server is stopping."""
     if context.lifecycle.stopping:
         raise shutting_down()
     return context

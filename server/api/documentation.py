@@ -81,11 +81,7 @@ def upload_body() -> dict[str, Json]:
 
 
 async def _refuse_with_key(context: AnyTimeContext) -> None:
-    """Refuse the page if an API key is set: a browser that opens an address sends no key.
-
-    Raises:
-        ApiError: 404.
-    """
+    """Raise a 404 for the page if an API key is set, because browsers would send no key."""
     if context.settings.api_key is not None:
         raise ApiError(
             404,

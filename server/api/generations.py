@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
@@ -239,13 +238,3 @@ def _without_unrequested_logprobs(output: StepOutput, request: Request) -> StepO
 
 def _minimum(values: Iterable[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
-
-
-@asynccontextmanager
-async def closing_on_error(group: GenerationGroup) -> AsyncIterator[GenerationGroup]:
-    """Close the group if the block raises; otherwise the caller has to close it."""
-    try:
-        yield group
-    except BaseException:
-        group.close()
-        raise

@@ -1,11 +1,13 @@
 """The registry over HTTP: upload, list, show, download, delete."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Final, TypeAlias
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, JsonValue
+from pydantic import JsonValue
 from starlette.responses import JSONResponse, Response
 
 from interventions.artifact import Artifact, read_artifact
@@ -13,7 +15,6 @@ from interventions.catalogue import DIGEST_PREFIX, Entry
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
 from interventions.errors import InvalidNameError, UnknownInterventionError
 from interventions.header import ArtifactError, ArtifactLimits, UnreadableArtifactError
-from interventions.registry import Registry
 from interventions.staged_upload import StagedUpload
 from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
@@ -53,9 +54,10 @@ async def upload(request: Request, context: Context) -> Response:
             in_own_thread(partial(_read, staged, context))
         )
         chosen = artifact.manifest.name if name is None else name
-        entry, changed = await disk.call(_commit, context.registry, staged, artifact, chosen)
-    body = _summary(entry, warnings, None)
-    return JSONResponse(body, 201 if changed else 200, headers={"Location": _location(entry)})
+        with _name_errors():
+            entry, changed = await disk.call(context.registry.commit, staged, artifact, chosen)
+    headers = {"Location": f"/v1/interventions/{entry.name}"}
+    return JSONResponse(_summary(entry, warnings, None), 201 if changed else 200, headers=headers)
 
 
 @router.get("", summary="List the interventions")
@@ -68,7 +70,8 @@ async def list_interventions(context: Context) -> Response:
 @router.get("/{reference}", summary="Show an intervention")
 async def show(reference: str, context: Context) -> Response:
     """Show one intervention, by its name or as `sha256:<digest>`, with its history."""
-    entry = _resolve(context.registry, reference)
+    with _name_errors():
+        entry = context.registry.resolve(reference)
     history: list[JsonValue] = [
         {"event": version.event, "digest": version.digest or None, "at": version.at.isoformat()}
         for version in entry.history
@@ -85,7 +88,8 @@ async def show(reference: str, context: Context) -> Response:
 )
 async def download(reference: str, context: Context) -> Response:
     """Send the artifact's bytes, as they were uploaded."""
-    entry = _resolve(context.registry, reference)
+    with _name_errors():
+        entry = context.registry.resolve(reference)
     return await open_download(context.registry, context.disk, entry)
 
 
@@ -94,7 +98,8 @@ async def delete(name: str, context: Context) -> Response:
     """Delete a name. Running requests keep the artifacts that they pinned."""
     if name.startswith(DIGEST_PREFIX):
         raise invalid("Only a name can be deleted, not a digest.", "name", "invalid_name")
-    digest = await context.disk.call(_delete, context.registry, name)
+    with _name_errors():
+        digest = await context.disk.call(context.registry.delete, name)
     return JSONResponse({"name": name, "digest": digest, "deleted": True})
 
 
@@ -112,25 +117,13 @@ def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple
         raise invalid(str(error), "file", "incompatible_artifact") from error
 
 
-def _commit(
-    registry: Registry, staged: StagedUpload, artifact: Artifact, name: str
-) -> tuple[Entry, bool]:
+@contextmanager
+def _name_errors() -> Iterator[None]:
+    """Turn errors about the request's name into answers that name the field."""
     try:
-        return registry.commit(staged, artifact, name)
+        yield
     except InvalidNameError as error:
         raise invalid(str(error), "name", "invalid_name") from None
-
-
-def _delete(registry: Registry, name: str) -> str:
-    try:
-        return registry.delete(name)
-    except UnknownInterventionError as error:
-        raise from_registry(error, "name") from None
-
-
-def _resolve(registry: Registry, reference: str) -> Entry:
-    try:
-        return registry.resolve(reference)
     except UnknownInterventionError as error:
         raise from_registry(error, "name") from None
 
@@ -141,7 +134,7 @@ def _describe(entry: Entry, context: ServerContext) -> Json:
 
 
 def _summary(entry: Entry, warnings: tuple[str, ...], reason: str | None) -> Json:
-    manifest = _plain(entry.manifest)
+    manifest = entry.manifest.model_dump(mode="json")
     return {
         "object": "intervention",
         "name": entry.name,
@@ -162,12 +155,3 @@ def _training(entry: Entry) -> Json:
     say the same about the fit.
     """
     return {name: value for name, value in entry.manifest.training.items() if name != "command"}
-
-
-def _plain(manifest: BaseModel) -> Json:
-    plain: Json = manifest.model_dump(mode="json")
-    return plain
-
-
-def _location(entry: Entry) -> str:
-    return f"/v1/interventions/{entry.name}"

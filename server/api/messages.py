@@ -29,11 +29,7 @@ Message: TypeAlias = Mapping[str, str]
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:
-    """Return each message's `role`, `content` as one string, and `name` if it has one.
-
-    Raises:
-        ApiError: a 400 that names the field at fault.
-    """
+    """Return each message's `role`, `content` as one string, and `name`, or raise a 400."""
     if not isinstance(value, list):
         raise invalid("'messages' must be a list of messages.", "messages", "invalid_type")
     if not 0 < len(value) <= MAX_MESSAGES:
@@ -56,24 +52,23 @@ def _parse_message(value: object, param: str) -> Message:
         _check_empty(value[name], f"{param}.{name}")
     content = _required(value, "content", param)
     message = {"role": role, "content": _parse_content(content, f"{param}.content")}
-    if speaker := _parse_name(value.get("name"), f"{param}.name"):
-        message["name"] = speaker  # some templates use it
+    if value.get("name") is not None and (name := _string(value["name"], f"{param}.name")):
+        message["name"] = name  # some templates use it
     return message
 
 
-def _parse_name(value: object, param: str) -> str:
-    if value is not None and not isinstance(value, str):
+def _string(value: object, param: str) -> str:
+    if not isinstance(value, str):
         raise invalid(f"'{param}' must be a string.", param, "invalid_type")
-    return value or ""
+    return value
 
 
 def _parse_role(value: object, param: str) -> str:
-    if not isinstance(value, str):
-        raise invalid(f"'{param}' must be a string.", param, "invalid_type")
-    if value not in ROLES:
-        message = f"'{param}' is '{value[:100]}'; this server supports {', '.join(ROLES)}."
+    role = _string(value, param)
+    if role not in ROLES:
+        message = f"'{param}' is '{role[:100]}'; this server supports {', '.join(ROLES)}."
         raise invalid(message, param, UNSUPPORTED)
-    return ROLES[value]
+    return ROLES[role]
 
 
 def _check_known(value: dict[str, object], known: frozenset[str], param: str) -> None:
@@ -106,16 +101,11 @@ def _parse_part(value: object, param: str) -> str:
     if kind != "text":
         raise _no_text_part(kind, f"{param}.type")
     _check_known(value, PART_FIELDS, param)
-    text = _required(value, "text", param)
-    if not isinstance(text, str):
-        raise invalid(f"'{param}.text' must be a string.", f"{param}.text", "invalid_type")
-    return text
+    return _string(_required(value, "text", param), f"{param}.text")
 
 
 def _no_text_part(kind: object, param: str) -> ApiError:
-    if not isinstance(kind, str):
-        return invalid(f"'{param}' must be a string.", param, "invalid_type")
-    message = f"'{param}' is '{kind[:100]}'; this server supports text only."
+    message = f"'{param}' is '{_string(kind, param)[:100]}'; this server supports text only."
     return invalid(message, param, UNSUPPORTED)
 
 

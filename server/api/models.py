@@ -56,11 +56,7 @@ def _model(name: str, parent: str | None, created: int, context: ServerContext) 
 
 
 def split_model(model: str, served: Sequence[str]) -> tuple[str, str | None]:
-    """Split a model id into the served name and the intervention's name, None if it has none.
-
-    Raises:
-        ApiError: 404, the model is not served.
-    """
+    """Split a model id into the served name and the intervention's name; 404 if it is unknown."""
     name, separator, intervention = model.partition(SEPARATOR)
     if name not in served or (separator and not intervention):
         raise _model_not_found(model, served)

@@ -143,8 +143,7 @@ class SteeringResolver:
         return resolved
 
     def _check_default(self) -> None:
-        nothing = all(item.edit.settings.does_nothing for item in self._default)
-        if self._policy != "optional" and self._default and nothing:
+        if self._policy != "optional" and self._default and _does_nothing(self._default):
             raise default_unavailable(
                 f"its settings do nothing, and the policy `{self._policy}` wants every request "
                 "steered."
@@ -154,17 +153,11 @@ class SteeringResolver:
         if self._policy == "optional":
             return
         if not resolved:
-            raise invalid(
-                "This server requires steering: name an intervention in the field 'steering'.",
-                "steering",
-                "steering_required",
-            )
-        if self._policy == "required" and all(item.edit.settings.does_nothing for item in resolved):
-            raise invalid(
-                "This server requires steering, and these settings do nothing.",
-                "steering",
-                "steering_required",
-            )
+            message = "This server requires steering: name an intervention in the field 'steering'."
+            raise invalid(message, "steering", "steering_required")
+        if self._policy == "required" and _does_nothing(resolved):
+            message = "This server requires steering, and these settings do nothing."
+            raise invalid(message, "steering", "steering_required")
 
     def _resolve(self, requested: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
         return tuple(self._resolve_one(item) for item in requested)
@@ -177,7 +170,7 @@ class SteeringResolver:
             raise from_registry(error, requested.reference_param) from None
         except InvalidSettingError as error:
             param = f"{requested.param}.{error.field[:100]}"
-            raise invalid(error.message, param, "invalid_setting") from None
+            raise invalid(str(error), param, "invalid_setting") from None
         _, reason = self.servable(entry)
         if reason is not None:
             raise invalid(
@@ -224,6 +217,10 @@ def _parse_one(value: object, param: str) -> RequestedIntervention:
         raise invalid(message, reference_param, "invalid_type")
     settings = {key: item for key, item in value.items() if key != "intervention"}
     return RequestedIntervention(reference, settings, param, reference_param)
+
+
+def _does_nothing(resolved: Sequence[Resolved]) -> bool:
+    return all(item.edit.settings.does_nothing for item in resolved)
 
 
 def _locked() -> ApiError:
