@@ -127,12 +127,10 @@ def _parse(text: bytes, limits: JsonLimits) -> dict[str, object]:
 def _metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ArtifactError('The header\'s "__metadata__" is not an object.')
-    metadata: dict[str, str] = {}
     for key, text in value.items():
         if not isinstance(text, str):
             raise ArtifactError(f'The header\'s "__metadata__" {key[:100]!r} is not a string.')
-        metadata[key] = text
-    return metadata
+    return value
 
 
 def _tensors(fields: Mapping[str, object], data_bytes: int) -> dict[str, tuple[int, ...]]:

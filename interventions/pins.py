@@ -12,13 +12,8 @@ class PinnedCatalogue:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._lock = threading.Lock()  # held for a few operations in memory
-        self._catalogue = catalogue
+        self.catalogue = catalogue
         self._pins: Counter[str] = Counter()
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """The current catalogue."""
-        return self._catalogue
 
     def pin(self, digest: str) -> None:
         """Keep an object until as many calls of `unpin`.
@@ -27,7 +22,7 @@ class PinnedCatalogue:
             UnknownInterventionError: the object is not stored, or its bytes are being removed.
         """
         with self._lock:
-            self._catalogue.summary(digest)
+            self.catalogue.summary(digest)
             self._pins[digest] += 1
 
     def unpin(self, digest: str) -> bool:
@@ -43,7 +38,7 @@ class PinnedCatalogue:
             if self._pins[digest]:
                 return False
             del self._pins[digest]
-            return not self._catalogue.needs(digest) and digest in self._catalogue.objects
+            return not self.catalogue.needs(digest) and digest in self.catalogue.objects
 
     def replace(self, found: Catalogue) -> frozenset[str]:
         """Make `found`, what the folder holds, the current catalogue; return the pinned digests.
@@ -55,7 +50,7 @@ class PinnedCatalogue:
         with self._lock:
             pinned = frozenset(+self._pins)
             kept = {
-                digest: each for digest, each in self._catalogue.objects.items() if digest in pinned
+                digest: each for digest, each in self.catalogue.objects.items() if digest in pinned
             }
-            self._catalogue = found.with_objects({**kept, **needed})
+            self.catalogue = found.with_objects({**kept, **needed})
         return pinned

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from interventions.artifact import Summary, read_summary
 from interventions.catalogue import (
@@ -19,14 +19,11 @@ from interventions.catalogue import (
 from interventions.header import ArtifactError, ArtifactLimits, UnreadableArtifactError
 from interventions.manifest import DIGEST_PATTERN, NAME_PATTERN
 from interventions.name_records import NameRecord, RecordError, Version, parse_record
+from interventions.storage import UNREADABLE, FileState, file_state
 
 _logger = logging.getLogger(__name__)
 
 Content = TypeVar("Content", NameRecord, Summary)
-
-FileState: TypeAlias = tuple[int, ...]
-"""Numbers that change whenever a file's bytes change; empty if there is no file."""
-_UNREADABLE: Final[FileState] = (-1,)  # equals no file's state, so the file is read again
 
 # A file's state, its path, and its content, read after the state. The dictionaries below have
 # strings for keys, not paths, because a thousand of them are compared every second.
@@ -64,7 +61,7 @@ class FolderReader:
         """
         known = {path: state for path, (state, _, _) in self._records.items()}
         return _states(self._names) != known or any(
-            _state(path) != state for path, state in self._damaged_states.items()
+            file_state(path) != state for path, state in self._damaged_states.items()
         )
 
     def read(self) -> FolderContents:
@@ -103,7 +100,7 @@ class FolderReader:
         states: dict[str, FileState] = {}
         with os.scandir(self._objects) as shards:
             for shard in shards:
-                states |= _states(shard.path) if shard.is_dir() else {shard.path: _state(shard)}
+                states |= _states(shard.path) if shard.is_dir() else {shard.path: file_state(shard)}
         return states
 
     def _record(self, path: str, state: FileState) -> _ReadRecord:
@@ -116,9 +113,9 @@ class FolderReader:
         except RecordError as error:
             return state, file, Damage(file, str(error))
         except OSError as error:
-            if before is not None and before[0] != _UNREADABLE:
+            if before is not None and before[0] != UNREADABLE:
                 raise
-            return _UNREADABLE, file, Damage(file, str(error))
+            return UNREADABLE, file, Damage(file, str(error))
 
     def _header(self, path: str, state: FileState) -> _ReadHeader:
         before = self._headers.get(path)
@@ -131,7 +128,7 @@ class FolderReader:
         try:
             return state, file, read_summary(file, self._limits)
         except UnreadableArtifactError as error:
-            return _UNREADABLE, file, Damage(file, str(error))
+            return UNREADABLE, file, Damage(file, str(error))
         except ArtifactError as error:
             return state, file, Damage(file, str(error))
 
@@ -144,17 +141,7 @@ class FolderReader:
 
 def _states(folder: Path | str) -> dict[str, FileState]:
     with os.scandir(folder) as entries:
-        return {entry.path: _state(entry) for entry in entries}
-
-
-def _state(file: "Path | os.DirEntry[str]") -> FileState:
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return ()
-    except OSError:
-        return _UNREADABLE
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return {entry.path: file_state(entry) for entry in entries}
 
 
 def _parse(path: Path) -> NameRecord:

@@ -27,7 +27,7 @@ class StagedUpload:
         Raises:
             RegistryDiskError: the disk is full, or fails.
         """
-        self._path = path
+        self.path = path
         self._max_bytes = max_bytes
         self._remove = remove
         self._size = 0
@@ -40,11 +40,6 @@ class StagedUpload:
 
     def __exit__(self, *_: object) -> None:
         self.discard()
-
-    @property
-    def path(self) -> Path:
-        """The path of the file."""
-        return self._path
 
     def write(self, data: bytes) -> None:
         """Append bytes.
@@ -82,7 +77,7 @@ class StagedUpload:
             except OSError:
                 pass  # the bytes are not needed any more
             finally:
-                self._remove(self._path)
+                self._remove(self.path)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

@@ -8,9 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 _LONGEST_PAUSE: Final = 0.02  # seconds between two tries to lock a file
+
+
+FileState: TypeAlias = tuple[int, ...]
+"""Numbers that change whenever a file's bytes change; empty if there is no file."""
+UNREADABLE: Final[FileState] = (-1,)  # equals no file's state, so the file is read again
 
 
 class LockedError(Exception):
@@ -114,3 +119,13 @@ def locked(path: Path, seconds: float) -> Iterator[None]:
         if time.monotonic() > deadline:
             raise LockedError
         time.sleep(random.uniform(0, _LONGEST_PAUSE))
+
+
+def file_state(file: "Path | os.DirEntry[str]") -> FileState:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return ()
+    except OSError:
+        return UNREADABLE
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -8,7 +8,7 @@ import socket
 import time
 from contextlib import suppress
 from types import FrameType
-from typing import Final, TypeGuard
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -152,14 +152,10 @@ class Server(uvicorn.Server):
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             connections = [
-                each for each in self.server_state.connections if _is_http_protocol(each)
+                each for each in self.server_state.connections if isinstance(each, HttpProtocol)
             ]
             now = time.monotonic()
             self._stalled.cut([each.transport for each in connections], now)
             self._idle.close(connections, now)
             for connection in connections:
                 connection.close_if_reset()
-
-
-def _is_http_protocol(connection: asyncio.BaseProtocol) -> TypeGuard[HttpProtocol]:
-    return isinstance(connection, HttpProtocol)

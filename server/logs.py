@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final, Literal, TypeAlias
 
@@ -10,7 +11,7 @@ from pydantic import JsonValue
 from pythonjsonlogger.core import RESERVED_ATTRS, LogData
 from pythonjsonlogger.json import JsonFormatter
 
-from server.records import GenerationRecord, RequestRecord
+from server.records import RequestRecord
 
 LogFormat: TypeAlias = Literal["text", "json"]
 
@@ -25,6 +26,10 @@ _LOGGERS_WITH_HANDLERS: Final = ("huggingface_hub", "transformers")
 _FIELDS: Final = "steerserve_fields"
 _DETAILS: Final = "steerserve_details"
 _SHORT_DIGEST: Final = 12
+_TEXT_KEYS: Final = (
+    *("seconds", "request_id", "error_code", "model", "interventions", "tokens", "finished"),
+    *("queue_seconds", "first_token_seconds", "prompts", "completions"),
+)
 _PLAIN: Final = re.compile(r"[\w.:/+@,-]+", re.ASCII)
 
 logger = logging.getLogger("steerserve.requests")
@@ -58,7 +63,7 @@ class LogSink:
         if not logger.isEnabledFor(level):
             return
         fields = fields_of(record, with_content=self._with_content)
-        details = _details_of(record, with_content=self._with_content)
+        details = _details_of(record, fields)
         message = f"{record.method} {record.endpoint} {record.status} {record.outcome}"
         logger.log(level, "%s", message, extra={_FIELDS: fields, _DETAILS: details})
 
@@ -132,39 +137,23 @@ def fields_of(record: RequestRecord, *, with_content: bool) -> dict[str, JsonVal
         "queue_seconds": _rounded(generation.queue_seconds),
         "first_token_seconds": _rounded(generation.first_token_seconds),
     }
-    return fields | _content_of(generation) if with_content else fields
+    if with_content:
+        fields["prompts"] = [{"role": each.role, "text": each.text} for each in generation.prompts]
+        fields["completions"] = list(generation.completions)
+    return fields
 
 
-def _content_of(generation: GenerationRecord) -> dict[str, JsonValue]:
-    return {
-        "prompts": [{"role": each.role, "text": each.text} for each in generation.prompts],
-        "completions": list(generation.completions),
-    }
-
-
-def _details_of(record: RequestRecord, *, with_content: bool) -> str:
+def _details_of(record: RequestRecord, fields: Mapping[str, JsonValue]) -> str:
     """Return a request's known values for a text line, each as ` key=value`."""
-    details: dict[str, JsonValue] = {
-        "seconds": _rounded(record.seconds),
-        "request_id": record.request_id,
-        "error_code": record.error_code,
-    }
-    generation = record.generation
-    if generation is not None:
-        details |= {
-            "model": generation.model,
-            "interventions": ",".join(
-                f"{each.name}@{each.digest.removeprefix('sha256:')[:_SHORT_DIGEST]}"
-                for each in generation.interventions
-            )
-            or None,
-            "tokens": f"{generation.prompt_tokens}+{generation.completion_tokens}",
-            "finished": ",".join(filter(None, generation.finish_reasons)) or None,
-            "queue_seconds": _rounded(generation.queue_seconds),
-            "first_token_seconds": _rounded(generation.first_token_seconds),
-        }
-        details |= _content_of(generation) if with_content else {}
-    known = {key: value for key, value in details.items() if value is not None}
+    details = dict(fields)
+    if (generation := record.generation) is not None:
+        details["interventions"] = ",".join(
+            f"{each.name}@{each.digest.removeprefix('sha256:')[:_SHORT_DIGEST]}"
+            for each in generation.interventions
+        )
+        details["tokens"] = f"{generation.prompt_tokens}+{generation.completion_tokens}"
+        details["finished"] = ",".join(filter(None, generation.finish_reasons))
+    known = {key: value for key in _TEXT_KEYS if (value := details.get(key)) not in (None, "")}
     return "".join(f" {key}={_shown(value)}" for key, value in known.items())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 from pydantic import JsonValue
@@ -27,18 +27,25 @@ class Resolved:
     edit: Edit
 
 
-@dataclass(slots=True)
 class AppliedSteering:
     """The steering of one request. It holds pins in the registry from `pin` to `release`."""
 
-    edits: tuple[Edit, ...]
-    echo: tuple[JsonValue, ...]  # the answer's field `steering`
-    kind: str | None  # for the metrics; None if nothing is edited
-    labels: tuple[str, ...]  # for the metrics, one for each effective edit
-    interventions: tuple[InterventionRecord, ...]  # for the log
-    source: Source
-    _registry: Registry
-    _pinned: list[str] = field(default_factory=list)
+    def __init__(self, resolved: Sequence[Resolved], source: Source, registry: Registry) -> None:
+        effective = [item.entry for item in resolved if not item.edit.settings.does_nothing]
+        self._source = source
+        self._registry = registry
+        self._pinned: list[str] = []
+        self.edits = tuple(item.edit for item in resolved)
+        self.echo: list[JsonValue] = [_echo(item, source) for item in resolved]
+        """The answer's field `steering`."""
+        self.kind = SEPARATOR.join(sorted({entry.manifest.kind for entry in effective})) or None
+        """The label `kind` of the metrics; None if nothing is edited."""
+        self.labels = tuple(map(_label, effective))
+        """The labels `intervention` of the metrics, one for each effective edit."""
+        self.interventions = tuple(
+            InterventionRecord(item.entry.name, item.entry.digest, item.entry.manifest.kind)
+            for item in resolved
+        )
 
     def pin(self) -> None:
         """Pin the artifacts, so that their bytes stay even if their names are deleted.
@@ -63,7 +70,7 @@ class AppliedSteering:
         try:
             yield
         except (UnknownInterventionError, UnservableInterventionError) as error:
-            if self.source != "default" or not self.edits:
+            if self._source != "default" or not self.edits:
                 raise
             raise default_unavailable(message_for_client(error)) from error
 
@@ -78,40 +85,21 @@ class AppliedSteering:
             self._registry.unpin(self._pinned.pop())
 
 
-def build_applied_steering(
-    resolved: Sequence[Resolved], source: Source, registry: Registry
-) -> AppliedSteering:
-    """Build a request's steering from its resolved interventions, without pinning them."""
-    effective = [item.entry for item in resolved if not item.edit.settings.does_nothing]
-    kinds = sorted({entry.manifest.kind for entry in effective})
-    return AppliedSteering(
-        edits=tuple(item.edit for item in resolved),
-        echo=tuple(
-            {
-                "intervention": item.entry.name,
-                "digest": item.entry.digest,
-                "kind": item.entry.manifest.kind,
-                "settings": asdict(item.edit.settings),
-                "source": source,
-            }
-            for item in resolved
-        ),
-        kind=SEPARATOR.join(kinds) or None,
-        labels=tuple(map(_label, effective)),
-        interventions=tuple(
-            InterventionRecord(item.entry.name, item.entry.digest, item.entry.manifest.kind)
-            for item in resolved
-        ),
-        source=source,
-        _registry=registry,
-    )
-
-
 def message_for_client(error: EngineError | UnknownInterventionError) -> str:
     """Return the error as a sentence for the client; a damaged artifact's path is only logged."""
     return (
         from_registry(error).message if isinstance(error, UnknownInterventionError) else str(error)
     )
+
+
+def _echo(item: Resolved, source: Source) -> JsonValue:
+    return {
+        "intervention": item.entry.name,
+        "digest": item.entry.digest,
+        "kind": item.entry.manifest.kind,
+        "settings": asdict(item.edit.settings),
+        "source": source,
+    }
 
 
 def _label(entry: Entry) -> str:

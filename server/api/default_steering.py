@@ -3,15 +3,12 @@
 import logging
 import threading
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TypeAlias
 
 from interventions.catalogue import Entry
 from interventions.errors import RegistryError
 from interventions.registry import Registry
+from interventions.storage import FileState, file_state
 from server.api.errors import ApiError
-
-_FileState: TypeAlias = tuple[int, ...] | None  # None: there is no file
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +30,7 @@ class DefaultArtifacts:
         self._registry = registry
         self._entries = {entry.digest: entry for entry in resolved.values()}
         self._checking = threading.Lock()
-        self._checked: dict[str, tuple[_FileState, str | None]] = {}
+        self._checked: dict[str, tuple[FileState, str | None]] = {}
         if resolved:
             registry.keep_default({given: entry.digest for given, entry in resolved.items()})
 
@@ -50,7 +47,7 @@ class DefaultArtifacts:
         """
         with self._checking:
             for digest, entry in self._entries.items():
-                state = _state(self._registry.path(digest))
+                state = file_state(self._registry.path(digest))
                 known = self._checked.get(digest)
                 if known is None or known[0] != state:
                     known = self._checked[digest] = (state, self._read(entry))
@@ -75,12 +72,3 @@ def default_unavailable(reason: str) -> ApiError:
         f"The server's default steering cannot be applied: {reason}",
         code="default_steering_unavailable",
     )
-
-
-def _state(path: Path) -> _FileState:
-    """Return a value that changes whenever the file's bytes or permissions change."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -84,6 +84,13 @@ def invalid(message: str, param: str | None, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
+def too_large(what: str, limit: int, param: str | None = None) -> ApiError:
+    """Return the 413 for a body that is larger than `limit` bytes."""
+    message = f"The {what} is larger than the {limit:,} bytes that the server takes."
+    close = {"Connection": "close"}
+    return ApiError(413, message, param=param, code="request_too_large", headers=close)
+
+
 def as_api_error(error: Exception) -> ApiError:
     """Return the answer to a request that has raised an exception."""
     match error:

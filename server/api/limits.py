@@ -13,7 +13,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.context import Lifecycle
-from server.api.errors import ApiError, invalid, shutting_down
+from server.api.errors import ApiError, invalid, shutting_down, too_large
 from server.api.waiting import cancel
 from server.config import Settings
 
@@ -102,7 +102,7 @@ class _LimitedBody:
             if self._received > self._allowance.size:
                 if not self._complete:
                     await _drain(self._receive, DRAIN_SECONDS)
-                raise _too_large(self._allowance.size)
+                raise too_large("request's body", self._allowance.size)
         return message
 
     async def _next(self) -> Message:
@@ -139,16 +139,7 @@ def _check_length(scope: Scope, limit: int) -> None:
         if not re.fullmatch(rb"[0-9]{1,18}", length):
             raise invalid("The Content-Length header is not a number.", None)
         if int(length) > limit:
-            raise _too_large(limit)
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413,
-        f"The request's body is larger than the {limit:,} bytes that the server takes.",
-        code="request_too_large",
-        headers={"Connection": "close"},
-    )
+            raise too_large("request's body", limit)
 
 
 def _too_slow(allowance: _BodyLimits) -> ApiError:

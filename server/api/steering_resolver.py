@@ -10,13 +10,7 @@ from interventions.errors import UnknownInterventionError
 from interventions.model import ModelDescription
 from interventions.registry import Registry
 from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
-from server.api.applied_steering import (
-    AppliedSteering,
-    Resolved,
-    Source,
-    build_applied_steering,
-    message_for_client,
-)
+from server.api.applied_steering import AppliedSteering, Resolved, Source, message_for_client
 from server.api.default_steering import DefaultArtifacts, default_unavailable
 from server.api.errors import ApiError, from_registry, invalid
 from server.config import SteeringPolicy
@@ -98,7 +92,7 @@ class SteeringResolver:
             )
             resolved = self._resolve_choice(requested)
         self._check_required(resolved)
-        steering = build_applied_steering(resolved, source, self._registry)
+        steering = AppliedSteering(resolved, source, self._registry)
         try:
             steering.pin()
         except UnknownInterventionError as error:

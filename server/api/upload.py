@@ -9,7 +9,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from interventions.header import ArtifactError
-from server.api.errors import ApiError, invalid
+from server.api.errors import ApiError, invalid, too_large
 
 FILE: Final = "file"
 NAME: Final = "name"
@@ -141,7 +141,7 @@ async def receive_upload(
             data = await to_thread.run_sync(form.feed, chunk) if chunk else b""
             size += len(data)
             if size > max_bytes:
-                raise _too_large(max_bytes)
+                raise too_large("artifact", max_bytes, FILE)
             if data:
                 await write(data)
     except FormParserError:
@@ -149,13 +149,3 @@ async def receive_upload(
     except ArtifactError as error:
         raise ApiError(413, str(error), param=FILE, code="request_too_large") from None
     return form.finish()
-
-
-def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(
-        413,
-        f"The artifact is larger than the {max_bytes:,} bytes that the server takes.",
-        param=FILE,
-        code="request_too_large",
-        headers={"Connection": "close"},
-    )

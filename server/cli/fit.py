@@ -1,6 +1,7 @@
 """`steerserve fit lineas` and `steerserve fit argre` make an artifact from text files."""
 
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -258,7 +259,8 @@ def _hidden_states(
         text = pair.positive if side == "positive" else pair.negative
         sequence = fit_output.tokenize(loaded, pair.prompt + text, max_tokens)
         # Not the prompt's length, because its last token may merge with the continuation's first.
-        start = _common_length(prompt, sequence)
+        common = zip(prompt, sequence, strict=False)
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], common))
         if start == len(sequence):
             raise fit_output.FitCommandError(
                 f"pair {number}: nothing of its {side} is left within --max-tokens {max_tokens}"
@@ -270,11 +272,3 @@ def _hidden_states(
             loaded.model, loaded.lm_head, sequences, _FORWARD_BATCH, advance
         )
     return [rows[start:] for rows, start in zip(states, starts, strict=True)]
-
-
-def _common_length(first: list[int], second: list[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next(
-        (place for place, (one, other) in enumerate(pairs) if one != other),
-        min(len(first), len(second)),
-    )

@@ -37,11 +37,6 @@ class SettingOption:
         return given[0] if NoneType in get_args(annotation) and len(given) == 1 else annotation
 
     @property
-    def takes_several(self) -> bool:
-        """True if the setting holds several values, of which the option gives one at a time."""
-        return takes_several(self.field)
-
-    @property
     def flags(self) -> tuple[str, ...]:
         """The option; a switch has one option that turns it on and one that turns it off."""
         word = option_name(self.name, self.field)
@@ -63,7 +58,7 @@ class SettingOption:
     def kind(self) -> str:
         """The name of the setting's values, if they are not a few fixed words."""
         several = self.name.rpartition("_")[2]  # "names", "hosts" and the like
-        return several if self.takes_several else _WORDS.get(self.type, "JSON")
+        return several if takes_several(self.field) else _WORDS.get(self.type, "JSON")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -131,7 +126,7 @@ def _parameter(option: SettingOption) -> inspect.Parameter:
 
 def _command_line_type(option: SettingOption) -> Any:
     """Return the type that typer turns a word into; pydantic parses the words that stay text."""
-    if option.takes_several:
+    if takes_several(option.field):
         return list[str] | None
     if option.choices or option.type in (int, float, Path):
         return option.type | None

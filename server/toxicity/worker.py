@@ -1,7 +1,7 @@
 """The worker process: `python -m server.toxicity.worker`.
 
-The environment says which scorer to load (SPEC_VARIABLE; everybody could read a command line) and
-which process has started the worker (PARENT_VARIABLE). On Linux the worker dies with the thread
+The environment says which scorer to load (WORKER_SPEC; everybody could read a command line) and
+which process has started the worker (WORKER_PARENT). On Linux the worker dies with the thread
 that has started it.
 
 First the worker writes a line of JSON to stdout: `{"ready": true}`, or `{"error": "..."}` before it
@@ -20,9 +20,6 @@ from typing import Final, TextIO
 
 from server.toxicity.scorer import Backend, ScoringError, parse_spec
 from server.variables import WORKER_PARENT, WORKER_SPEC
-
-SPEC_VARIABLE: Final = WORKER_SPEC.name
-PARENT_VARIABLE: Final = WORKER_PARENT.name
 
 _BACKENDS: Final = {
     "embedded": "server.toxicity.profanity",
@@ -61,11 +58,11 @@ def answer(scorer: Backend, line: bytes) -> dict[str, object]:
 
 def main() -> int:
     """Serve until stdin ends; return the exit status."""
-    _end_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
+    _end_with_parent(int(os.environ.pop(WORKER_PARENT.name)))
     _lower_priority()
     with _take_stdout() as protocol:
         try:
-            scorer = load_scorer(os.environ.pop(SPEC_VARIABLE))
+            scorer = load_scorer(os.environ.pop(WORKER_SPEC.name))
         except Exception as error:
             _write_message(protocol, {"error": _load_message(error)})
             return 1

@@ -12,7 +12,7 @@ from typing import Final
 
 from server.toxicity.scorer import ScoringError
 from server.toxicity.watchdog import Watchdog, processor_seconds
-from server.toxicity.worker import PARENT_VARIABLE, SPEC_VARIABLE
+from server.variables import WORKER_PARENT, WORKER_SPEC
 
 _END_SECONDS: Final = 5.0
 _PACKAGES: Final = Path(__file__).parents[2]
@@ -59,11 +59,7 @@ class WorkerProcess:
             raise ScoringError(
                 f"the toxicity scorer's process cannot be started: {error}"
             ) from error
-
-    @property
-    def pid(self) -> int:
-        """The worker's process id."""
-        return self._process.pid
+        self.pid = self._process.pid
 
     @property
     def ended(self) -> bool:
@@ -154,6 +150,6 @@ def _environment(spec: str) -> dict[str, str]:
         **os.environ,
         **_ENVIRONMENT,
         "PYTHONPATH": os.pathsep.join(packages),
-        SPEC_VARIABLE: spec,
-        PARENT_VARIABLE: str(os.getpid()),
+        WORKER_SPEC.name: spec,
+        WORKER_PARENT.name: str(os.getpid()),
     }

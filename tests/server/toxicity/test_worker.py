@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from server.toxicity.scorer import ScoringError
-from server.toxicity.worker import PARENT_VARIABLE, SPEC_VARIABLE, answer, load_scorer
+from server.toxicity.worker import answer, load_scorer
+from server.variables import WORKER_PARENT, WORKER_SPEC
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,7 +37,7 @@ WORKER = [sys.executable, "-m", "server.toxicity.worker"]
 
 
 def environment(spec: str, parent: int) -> dict[str, str]:
-    return {**os.environ, SPEC_VARIABLE: spec, PARENT_VARIABLE: str(parent)}
+    return {**os.environ, WORKER_SPEC.name: spec, WORKER_PARENT.name: str(parent)}
 
 
 def run(spec: str, *lines: object) -> list[dict[str, object]]:
