@@ -46,11 +46,12 @@ DOSES: Final = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0,
 class Metrics:
     """The server's metrics. Events update counters and histograms; a scrape updates gauges.
 
-    Only the event loop uses them, but for `render`. A metric whose labels need no check is public.
+    Only `render` may be called outside the event loop. Metrics without intervention labels are
+    public attributes; the others are updated by methods that bound the number of labels.
     """
 
     def __init__(self, engine: Engine, interventions: Registry, model: str) -> None:
-        """Make the metrics. The engine and the registry are only read, at each scrape.
+        """Make the metrics. Each scrape reads the engine and the registry.
 
         Args:
             model: the name by which clients call the model.
@@ -147,7 +148,7 @@ class Metrics:
         self._longest_wait.set_function(longest_wait)
 
     def expect(self, endpoint: str, outcomes: Sequence[str]) -> None:
-        """Create a route's counters at 0, because a rate cannot see a series' first value."""
+        """Create a route's counters at 0, because rate() ignores the first value of a series."""
         for outcome in outcomes:
             self.requests.labels(endpoint, outcome)
 
@@ -162,13 +163,13 @@ class Metrics:
         self._dose.labels(self._bounded(intervention)).observe(ratio)
 
     def finished(self, seconds: float, prompt_tokens: int, generated_tokens: int) -> None:
-        """Record that a generating request ended well, `seconds` after it came."""
+        """Record that a generating request succeeded, `seconds` after its arrival."""
         self._duration.observe(seconds)
         self._request_prompt.observe(prompt_tokens)
         self._request_generation.observe(generated_tokens)
 
     def scored(self, intervention: str, arm: Arm, score: float, seconds: float) -> None:
-        """Record a completion's toxicity score, 0 to 1, which came `seconds` after its end."""
+        """Record a completion's toxicity score, 0 to 1, given `seconds` after its end."""
         label = self._bounded(intervention)
         self._toxicity.labels(label, arm).observe(score)
         for threshold in TOXIC_FROM:
@@ -177,16 +178,16 @@ class Metrics:
         self._scoring.observe(seconds)
 
     def render(self) -> bytes:
-        """Return the metrics page, with the gauges as they are now."""
+        """Return the metrics page in Prometheus's text format."""
         self._show(NONE, None)
         for entry in self._interventions.entries():
-            # Half of the labels are kept for what requests use, however much is stored.
+            # Half of the labels stay free for interventions that requests use.
             if entry.name in self._labels or len(self._labels) < MAX_INTERVENTION_LABELS // 2:
                 self._show(entry.name, entry.manifest.kind)
         return generate_latest(self._registry)
 
     def _show(self, intervention: str, kind: str | None) -> None:
-        """Create an intervention's series at 0, as `expect` does."""
+        """Create an intervention's series at 0; see `expect`."""
         label = self._bounded(intervention)
         arms: Sequence[Arm] = ("served",) if kind is None else ("served", "baseline")
         if kind is not None:
@@ -198,7 +199,7 @@ class Metrics:
                 self._toxic.labels(label, arm, threshold)
 
     def _bounded(self, intervention: str) -> str:
-        """Return the label, or `other` if there are too many: each costs memory for good."""
+        """Return the label, or `other` if there are too many, because no label is ever freed."""
         stack = SEPARATOR in intervention
         labels, most = (
             (self._stack_labels, MAX_STACK_LABELS)

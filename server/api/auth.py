@@ -57,7 +57,7 @@ async def require_admin(request: Request, context: Context) -> None:
 
 
 def _why_not_local(headers: Headers, settings: Settings) -> str | None:
-    """Say why a request may not be from this machine's user; None if it counts as that user's."""
+    """Say why a request may come from somebody else than this machine's user, or return None."""
     if not settings.binds_loopback:
         return "this server is not bound to a loopback address"
     if settings.api_key is not None:

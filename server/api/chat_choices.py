@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from server.api.listed_tokens import ListedTokens
-from server.api.logprobs import finite
+from server.api.logprobs import ListedTokens, finite
 from server.engine.base import FinishReason, ScoredToken, StepOutput, TokenLogprobs
 
 

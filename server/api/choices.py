@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from server.api.listed_tokens import ListedTokens
-from server.api.logprobs import finite
-from server.engine.base import FinishReason, PromptDescription, StepOutput, TokenLogprobs
+from server.api.logprobs import ListedTokens, finite
+from server.engine.base import FinishReason, SpelledPrompt, StepOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ async def handle_error(request: Request, error: Exception) -> Response:
 
 
 async def _handle_http_exception(request: Request, error: Exception) -> Response:
-    """Answer a request that no route takes, in OpenAI's words."""
+    """Answer an unknown path or method as OpenAI does."""
     assert isinstance(error, HTTPException)
     asked = f"{request.method[:20]} {request.url.path[:200]}"
     answers = {

@@ -105,7 +105,7 @@ class Strict(BaseModel):
 
     @classmethod
     def _keeps_null(cls, name: str) -> bool:
-        """Tell whether a null stays in place, as a value of the field or to be refused later."""
+        """Tell whether a null is kept, either as the field's value or to be refused."""
         field = cls.model_fields.get(name)
         return field is None or field.is_required() or name == "steering"
 

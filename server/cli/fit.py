@@ -33,7 +33,8 @@ Model: TypeAlias = Annotated[
 ]
 Out: TypeAlias = Annotated[Path, typer.Option(help="The artifact to write, X.safetensors.")]
 Name: TypeAlias = Annotated[
-    str | None, typer.Option(help="The intervention's name; the file's stem if unset.")
+    str | None,
+    typer.Option(help="The intervention's name; if unset, the file's name without its suffix."),
 ]
 Description: TypeAlias = Annotated[str, typer.Option(help="Description for the manifest.")]
 License: TypeAlias = Annotated[
@@ -46,11 +47,11 @@ MaxTokens: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Tokens to which longer texts are cut.")
 ]
 Dtype: TypeAlias = Annotated[
-    str, typer.Option(help="Number format of the model: auto, float32, bfloat16 or float16.")
+    str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")
 ]
 Device: TypeAlias = Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to fit on.")]
 Threads: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; torch decides if unset.")
+    int | None, typer.Option(min=1, help="CPU threads; if unset, torch decides.")
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -60,23 +61,25 @@ app = typer.Typer(no_args_is_help=True, help="Fit an intervention to a model.")
 @app.command()
 def lineas(
     model: Model,
-    source: Annotated[Path, typer.Option(help="Sentences to steer away from, one a line.")],
-    target: Annotated[Path, typer.Option(help="Sentences to steer towards, one a line.")],
+    source: Annotated[
+        Path, typer.Option(help="File of sentences to steer away from, one per line.")
+    ],
+    target: Annotated[Path, typer.Option(help="File of sentences to steer towards, one per line.")],
     out: Out,
     samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from each file.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = "sgd",
     learning_rate: Annotated[
-        float, typer.Option(help="Learning rate of the first step; it falls to 0.")
+        float, typer.Option(help="Learning rate of the first step; it decays to 0.")
     ] = 0.1,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Sentences of each file in one step.")
+        int, typer.Option(min=1, help="Sentences of each file in one optimizer step.")
     ] = 32,
     sites: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Regular expression of module paths; the family's default sites if unset.",
+            help="Regular expression for module paths; if unset, the model family's default sites.",
         ),
     ] = None,
     strength: Annotated[
@@ -84,7 +87,7 @@ def lineas(
         typer.Option(
             min=_AFFINE.strength[0],
             max=_AFFINE.strength[1],
-            help="Default strength of requests that state none.",
+            help="Default strength, for requests that give none.",
         ),
     ] = 1.0,
     name: Name = None,
@@ -97,7 +100,7 @@ def lineas(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit LinEAS maps, which give activations on SOURCE the distribution of those on TARGET."""
+    """Fit LinEAS maps, which move the activations on SOURCE to the distribution on TARGET."""
     with fit_output.user_errors_explained():
         to = fit_output.destination(out, name, description, license_)
         settings = LineasSettings(
@@ -157,23 +160,26 @@ def argre(
     out: Out,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of pairs to use, from the first on; all if unset."),
+        typer.Option(min=1, help="Number of pairs to use, from the first on; if unset, all."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in one step.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in one optimizer step.")] = 4,
     hidden_units: Annotated[
-        int, typer.Option(min=1, max=8192, help="Hidden units of the head.")
+        int, typer.Option(min=1, max=8192, help="Hidden units of the reward head.")
     ] = 1024,
     interpolations: Annotated[
-        int, typer.Option(min=0, help="Points between negative and positive.")
+        int,
+        typer.Option(
+            min=0, help="Interpolated points between the negative and the positive hidden states."
+        ),
     ] = 7,
     eta: Annotated[
         float,
         typer.Option(
             min=_REWARD.eta[0],
             max=_REWARD.eta[1],
-            help="Default step size of requests that state none.",
+            help="Default step size, for requests that give none.",
         ),
     ] = 0.5,
     iterations: Annotated[
@@ -181,7 +187,7 @@ def argre(
         typer.Option(
             min=_REWARD.iterations[0],
             max=_REWARD.iterations[1],
-            help="Default number of iterations of requests that state none.",
+            help="Default number of iterations, for requests that give none.",
         ),
     ] = 5,
     direction_scale: Annotated[
@@ -189,7 +195,7 @@ def argre(
         typer.Option(
             min=_REWARD.direction_scale[0],
             max=_REWARD.direction_scale[1],
-            help="Default scale of requests that state none.",
+            help="Default scale of the directional step, for requests that give none.",
         ),
     ] = 1.0,
     name: Name = None,
@@ -258,7 +264,7 @@ def _hidden_states(
         prompt = fit_output.tokenize(loaded, pair.prompt, max_tokens) if pair.prompt else []
         text = pair.positive if side == "positive" else pair.negative
         sequence = fit_output.tokenize(loaded, pair.prompt + text, max_tokens)
-        # Not the prompt's length, because its last token may merge with the continuation's first.
+        # The prompt's length would be wrong if its last token merges with the continuation's first.
         common = zip(prompt, sequence, strict=False)
         start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], common))
         if start == len(sequence):

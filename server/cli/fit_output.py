@@ -65,7 +65,7 @@ class Destination:
 
 
 def destination(out: Path, name: str | None, description: str, license_: str) -> Destination:
-    """Check where the artifact goes and what it is called.
+    """Check the artifact's path, name and licence.
 
     `created` is the present time, or SOURCE_DATE_EPOCH if set, which makes the file reproducible.
 
@@ -185,7 +185,7 @@ def progress(task: str) -> Iterator[Advance]:
 
 @contextmanager
 def user_errors_explained() -> Iterator[None]:
-    """Turn an error that the user can mend into one sentence on stderr and exit status 2."""
+    """Print an error that the user can correct as one sentence on stderr, and exit with 2."""
     try:
         yield
     except _USER_ERRORS as error:

@@ -31,14 +31,14 @@ Name: TypeAlias = Annotated[str, typer.Argument(help="The intervention's name.")
 
 Json: TypeAlias = dict[str, JsonValue]
 
-app = typer.Typer(no_args_is_help=True, help="The interventions of a running server.")
+app = typer.Typer(no_args_is_help=True, help="Manage the interventions of a running server.")
 
 
 @app.command()
 def push(
     path: Annotated[Path, typer.Argument(help="The artifact, a .safetensors file.")],
     name: Annotated[
-        str | None, typer.Option(help="Store it under this name, not the one in its manifest.")
+        str | None, typer.Option(help="Name to store it under, instead of the one in its manifest.")
     ] = None,
     url: Url = DEFAULT_URL,
     admin_key: AdminKey = None,

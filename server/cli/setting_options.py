@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from server.config import Settings
 from server.environment import option_name, takes_several, variable_name
 
-# The operator's words for types of values; a value of any other type is given as JSON.
+# The names of types in the help; a value of any other type is given as JSON.
 _WORDS: Final = {int: "integer", float: "number", str: "text", Path: "path", SecretStr: "key"}
 _LIMITS: Final = ("ge", "gt", "le", "lt")
 
@@ -23,7 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 @dataclass(frozen=True, slots=True)
 class SettingOption:
-    """A setting as operators see it: on the command line, in the environment, and in the docs."""
+    """A setting's option, variable and description, for the command line and the docs."""
 
     name: str  # the field's name
     field: FieldInfo

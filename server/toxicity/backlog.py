@@ -11,18 +11,18 @@ from server.metrics import Arm
 from server.toxicity.batch_size import BatchSize
 from server.toxicity.pace import Pace
 
-# The most batches of asked texts that go before offered texts whose rest is over.
+# Most batches of asked texts in a row while offered texts are due.
 BATCHES_IN_A_ROW: Final = 3
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A text to score. `answer` gets the score if somebody waits for it; `since` is in seconds."""
+    """A text to score. `answer` gets the score, if a request waits for it."""
 
     text: str
     intervention: str
     arm: Arm
-    since: float
+    since: float  # when the completion ended, by time.monotonic()
     answer: asyncio.Future[float] | None = None
 
 
@@ -38,10 +38,10 @@ class Batch:
 class Backlog:
     """Decides which texts are scored when; uses neither threads nor an event loop.
 
-    Asked texts are those whose scores somebody waits for; offered texts are scored for the metrics
-    only. Asked texts go first. Offered texts rest after each of their own batches for as long as
-    `pace` says. Once that rest is over, at most BATCHES_IN_A_ROW batches of asked texts go before
-    the next batch of offered texts, which get their share however many texts are asked.
+    Asked texts are those whose scores a request waits for; offered texts are scored for the metrics
+    only. Asked texts go first. Offered texts pause after each of their own batches for as long as
+    `pace` says. After the pause they are due: at most BATCHES_IN_A_ROW batches of asked texts go
+    before the next batch of offered texts.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Backlog:
 
         Args:
             capacity: the most offered texts that may wait.
-            pace: says how long offered texts rest; None for no rest.
+            pace: the pauses of offered texts; None for no pauses.
             clock: returns the time in seconds, from any start.
         """
         self._capacity = capacity
@@ -69,22 +69,22 @@ class Backlog:
 
     @property
     def rest(self) -> float:
-        """Seconds that offered texts have still to rest; 0 if none."""
+        """Seconds until offered texts are due; 0 if they are."""
         return 0.0 if self._pace is None else self._pace.rest
 
     def offer(self, job: Job) -> bool:
-        """Add an offered text; return whether there was room for it."""
+        """Add an offered text; return False if there is no room for it."""
         if len(self._offered) >= self._capacity:
             return False
         self._offered.append(job)
         return True
 
     def ask(self, jobs: Sequence[Job]) -> None:
-        """Add asked texts; there is always room for them."""
+        """Add asked texts, without a limit."""
         self._asked.extend(jobs)
 
     def abandon(self, jobs: Sequence[Job]) -> list[Job]:
-        """Turn asked texts that still wait into offered ones: nobody waits for their scores now.
+        """Turn asked texts that still wait into offered texts, because their request has gone.
 
         Returns:
             The texts that were dropped, because there was no room for them.

@@ -4,9 +4,9 @@ import math
 from typing import Final
 
 MAX_TEXTS: Final = 64
-# The batch time to aim at; a text that is asked for waits for the running batch, too.
+# The batch time to aim at, because an asked text waits for the running batch.
 TARGET_SECONDS: Final = 1.0
-_GROWTH: Final = 8  # largest growth of the size at once, as one measurement may be wrong by far
+_GROWTH: Final = 8  # largest growth of the size at once, because one measurement may be far off
 _ESTIMATE_DECAY: Final = 0.9  # factor on the time that a text adds, after a batch of one
 
 

@@ -7,7 +7,7 @@ from server.toxicity.scorer import Backend, ScoringError
 
 Result: TypeAlias = float | ScoringError
 
-# One failing text may be at fault itself; if this many fail in a row, the scorer is at fault.
+# One text may fail by its own fault; if so many fail in a row, the scorer is down.
 MAX_FAILURES_IN_A_ROW: Final = 2
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 
 class Pace:
-    """Says how long to rest after work, so that the work takes a share of one processor.
+    """Says how long to pause after work, so that the work takes a share of one processor.
 
-    There is no rest while nothing else runs. A low priority alone is not enough: a process of the
+    There is no pause while nothing else runs. A low priority alone is not enough: a process of the
     lowest priority still takes caches and memory bandwidth from the others. Only used processor
-    time counts, because waiting, for a processor or for another machine, costs nobody anything.
+    time counts, because waiting costs the other processes nothing.
     """
 
     def __init__(
@@ -18,7 +18,7 @@ class Pace:
         busy: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin without a rest.
+        """Begin without a pause.
 
         Args:
             share: the share of one processor's time, more than 0; 1 takes all of it.
@@ -33,11 +33,11 @@ class Pace:
     def worked(self, began: float, processor_seconds: float) -> None:
         """Note that work has ended that began at `began`, by the clock.
 
-        The rest is counted from the work's beginning, so that slow work gets its share too.
+        The pause counts from the work's beginning, so that slow work gets its share too.
         """
         self._rest_until = began + processor_seconds / self._share
 
     @property
     def rest(self) -> float:
-        """Seconds left to rest, if the other work goes on; 0 if work may begin."""
+        """Seconds of the pause that are left, if the other work goes on; 0 if work may begin."""
         return max(0.0, self._rest_until - self._clock()) if self._busy() else 0.0

@@ -1,4 +1,4 @@
-"""A scorer in a process of its own, where it can neither slow the engine nor bring it down."""
+"""Runs a scorer in a process of its own, so that it can neither slow nor crash the engine."""
 
 import logging
 import threading
@@ -35,8 +35,8 @@ class ScorerProcess:
 
         Args:
             spec: any spec of `parse_spec` but `none`; the worker reports what is wrong with it.
-            answer_seconds: the worker is killed if it uses so much processor time for a call of
-                `score`, or uses none for so long.
+            answer_seconds: the worker is killed if a call of `score` takes more processor time than
+                this, or if it takes none for this long.
             restart_seconds: the shortest time between two starts of the worker.
 
         Raises:
@@ -47,11 +47,9 @@ class ScorerProcess:
         self._restart_seconds = restart_seconds
         self._past_seconds = 0.0  # processor time of the workers before the present one
         self._closed = threading.Event()
-        self._conversation_lock = (
-            threading.Lock()
-        )  # held, for long, while a thread talks to the worker
-        self._replacement_lock = threading.Lock()  # held, for a moment, while a worker is replaced
-        # A worker dies with the thread that started it, so no caller's thread may start it.
+        self._conversation_lock = threading.Lock()  # held while a thread talks to the worker
+        self._replacement_lock = threading.Lock()  # held briefly while a worker is replaced
+        # Linux kills a worker when the thread that started it ends; no caller's thread may start it.
         self._starter = ThreadPoolExecutor(1, "toxicity-starter")
         self._worker = self._start()
 
@@ -69,7 +67,7 @@ class ScorerProcess:
         """Wait until the scorer is loaded.
 
         Raises:
-            ScoringError: it cannot be loaded, with the worker's message; or this is closed.
+            ScoringError: the scorer cannot be loaded, or was closed.
         """
         with self._conversation_lock:
             self._ready_worker()

@@ -1,4 +1,4 @@
-"""The queue of completions that wait for their scores, and the task that has them scored."""
+"""Queues finished completions for toxicity scores, and has them scored."""
 
 import asyncio
 import logging
@@ -18,7 +18,9 @@ from server.toxicity.scorer import Scorer, ScoringError
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS: Final = 5.0
-_RECHECK_SECONDS: Final = 0.25  # a rest is checked this often: it ends when the other work does
+_RECHECK_SECONDS: Final = (
+    0.25  # a pause is checked this often, because it ends when the other work does
+)
 
 
 class ScoringQueue:
@@ -35,7 +37,7 @@ class ScoringQueue:
 
         Args:
             capacity: the most offered texts that may wait; further ones are dropped.
-            pace: says how long offered texts rest; None for no rest.
+            pace: the pauses of offered texts; None for no pauses.
         """
         self._scorer = scorer
         self._metrics = metrics
@@ -71,10 +73,10 @@ class ScoringQueue:
         self._changed.set()
 
     async def score(self, texts: Sequence[str], intervention: str, arm: Arm) -> list[float]:
-        """Score texts for a caller who waits, before offered texts and without a limit.
+        """Score texts before offered texts, without a limit, and return when they are scored.
 
-        The scores are recorded in the metrics too. If the caller is cancelled, the texts that still
-        wait become offered texts.
+        The metrics get the scores too. If the caller is cancelled, the texts that still wait become
+        offered texts.
 
         Returns:
             The scores, 0 to 1, in the texts' order.
@@ -92,7 +94,7 @@ class ScoringQueue:
             self._fail(jobs, ScoringError("the server is shutting down"))
         self._backlog.ask([] if self._closed else jobs)
         self._changed.set()
-        # All futures are awaited: asyncio logs an exception that nobody fetches as a fault.
+        # All futures are awaited, because asyncio logs exceptions that are never retrieved.
         try:
             results = await asyncio.gather(*answers, return_exceptions=True)
         except asyncio.CancelledError:
@@ -107,10 +109,10 @@ class ScoringQueue:
         return scores
 
     async def close(self) -> None:
-        """Fail all texts that wait or are being scored at once, then close the scorer.
+        """Fail all texts that wait or are being scored, then close the scorer.
 
-        Returns after some seconds at most: a scorer that does not end by then goes on closing, and
-        the last batch's thread ends with it. May be called again, and before `start`.
+        After a few seconds this returns although the scorer is still closing; the last batch's
+        thread ends with the scorer. May be called again, and before `start`.
         """
         self._closed = True
         jobs = [*self._running, *self._backlog.clear()]
@@ -143,7 +145,7 @@ class ScoringQueue:
             self._running = ()
 
     async def _wait(self) -> None:
-        """Wait for a change, or until the rest of the offered texts is to be checked again."""
+        """Wait for a change, or until it is time to check the pause of offered texts again."""
         seconds = min(self._backlog.rest, _RECHECK_SECONDS) if self._backlog.waiting else None
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -1,4 +1,4 @@
-"""Defines toxicity scorers and their specs. Imports nothing that a worker must not have."""
+"""Defines toxicity scorers and their specs, without imports that a worker must not load."""
 
 import urllib.parse
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ ScorerKind: TypeAlias = Literal["none", "embedded", "hf", "http"]
 
 
 class ScoringError(Exception):
-    """Texts could not be scored, or a scorer not loaded; the message says why in a sentence."""
+    """Texts were not scored, or a scorer was not loaded; the message is one sentence."""
 
 
 class Backend(Protocol):
@@ -28,7 +28,7 @@ class Backend(Protocol):
 
 
 class Scorer(Backend, Protocol):
-    """A backend that its owner closes; any thread may do so while another one waits for scores."""
+    """A backend that its owner closes, from any thread, even while another waits for scores."""
 
     @property
     def processor_seconds(self) -> float:
@@ -53,7 +53,7 @@ def parse_spec(text: str) -> ScorerSpec:
     """Read `embedded`, `hf:<model id or folder>`, `http:<url>`, a bare URL, or `none`.
 
     Raises:
-        ValueError: the text is none of these; the message is one sentence that says what is wrong.
+        ValueError: the text is none of these; the message is a sentence that says what is wrong.
     """
     match text:
         case "none":
@@ -75,10 +75,10 @@ def parse_spec(text: str) -> ScorerSpec:
 
 
 def check_scores(scores: object, count: int) -> list[float]:
-    """Return the scores that a scorer outside this process has answered, as floats.
+    """Return the answer of a scorer in another process as floats.
 
     Raises:
-        ScoringError: the answer is no list of `count` finite numbers from 0 to 1.
+        ScoringError: the answer is not a list of `count` numbers from 0 to 1.
     """
     if not isinstance(scores, list):
         raise ScoringError("the toxicity scorer has not answered with a list of scores")

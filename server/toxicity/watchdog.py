@@ -8,7 +8,7 @@ from typing import Final
 
 import psutil
 
-_LONGEST: Final = 10  # times the limit; by then, the client has left
+_LONGEST: Final = 10  # times the limit; the client has left by then
 
 
 class Watchdog:

@@ -1,8 +1,8 @@
 """The worker process: `python -m server.toxicity.worker`.
 
-The environment says which scorer to load (WORKER_SPEC; everybody could read a command line) and
-which process has started the worker (WORKER_PARENT). On Linux the worker dies with the thread
-that has started it.
+The environment gives the scorer to load (WORKER_SPEC; every user could read a command line) and the
+process that has started the worker (WORKER_PARENT). On Linux the worker is killed when the thread
+that has started it ends.
 
 First the worker writes a line of JSON to stdout: `{"ready": true}`, or `{"error": "..."}` before it
 exits. Then it reads lines from stdin, each a JSON list of texts, and answers each with a line:

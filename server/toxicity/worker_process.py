@@ -1,4 +1,4 @@
-"""One worker process, and the conversation with it."""
+"""Starts a worker process, and talks to it over its pipes."""
 
 import json
 import os
@@ -89,7 +89,7 @@ class WorkerProcess:
         before = processor_seconds(self.pid)
         try:
             return self._converse(json.dumps(list(texts)).encode() + b"\n", seconds)
-        finally:  # this works for a dead worker too, as long as nobody has waited for it
+        finally:  # a dead worker that was not waited for still has its times
             self.processor_seconds += max(0.0, processor_seconds(self.pid) - before)
 
     def kill(self) -> None:
@@ -108,7 +108,7 @@ class WorkerProcess:
                 pipe.close()
 
     def _converse(self, line: bytes, seconds: float) -> dict[str, object]:
-        # A hung worker may not read its input either; then only its death unblocks this thread.
+        # A hung worker may not even read its input; then only its death unblocks this thread.
         with Watchdog(self._process, seconds) as watchdog:
             answer = self._exchange(line)
         if answer.endswith(b"\n"):
