@@ -49,7 +49,7 @@ class ScorerProcess:
         self._closed = threading.Event()
         self._conversation_lock = threading.Lock()  # held while a thread talks to the worker
         self._replacement_lock = threading.Lock()  # held briefly while a worker is replaced
-        # Linux kills a worker when the thread that started it ends; no caller's thread may start it.
+        # Linux kills a worker when the thread that started it ends, so a lasting thread starts it.
         self._starter = ThreadPoolExecutor(1, "toxicity-starter")
         self._worker = self._start()
 
