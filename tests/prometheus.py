@@ -1,24 +1,25 @@
-"""Runs a real Prometheus in a process of its own."""
+"""Runs a real Prometheus in a process of its own, and queries it."""
 
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import httpx
 import pytest
 import yaml
 
-from docker.grafana.prometheus import Prometheus, Series
 from server.variables import TEST_ALL
 
 FOLDER = Path(__file__).parent.parent / "docker" / "prometheus"
 START_SECONDS = 30
 STOP_SECONDS = 30
+QUERY_SECONDS = 30
 
 
 def tool(name: str) -> str:
@@ -32,6 +33,53 @@ def tool(name: str) -> str:
     if path is None:
         pytest.skip(f"{name} is not installed (Debian has it)")
     return path
+
+
+@dataclass(frozen=True)
+class Series:
+    """A series' labels, and its points as (seconds since the epoch, value)."""
+
+    labels: dict[str, str]
+    points: tuple[tuple[float, float], ...]
+
+
+class Prometheus:
+    """A client of Prometheus's HTTP API; a query that Prometheus refuses fails the test."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=f"{url}/api/v1/", timeout=QUERY_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._client.close()
+
+    def query(self, expression: str) -> list[Series]:
+        """Evaluate an expression now: one point for each series."""
+        found = self.get("query", query=expression)["result"]
+        return [Series(item["metric"], (_point(item["value"]),)) for item in found]
+
+    def query_range(self, expression: str, start: float, end: float, step: float) -> list[Series]:
+        """Evaluate an expression from `start` to `end`, in seconds since the epoch."""
+        times = {"start": str(start), "end": str(end), "step": str(step)}
+        found = self.get("query_range", query=expression, **times)["result"]
+        return [Series(item["metric"], tuple(map(_point, item["values"]))) for item in found]
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """Return the data at a path under /api/v1."""
+        body = self._client.get(path, params=parameters).json()
+        assert body["status"] == "success", (body["error"], parameters)
+        return body["data"]
+
+
+def _point(pair: list[Any]) -> tuple[float, float]:
+    return float(pair[0]), float(pair[1])
+
+
+def fill_in(text: str, values: Mapping[str, str]) -> str:
+    """Replace `$name` and `${name}`, as Grafana does before a query."""
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: values[found[1] or found[2]], text)
 
 
 @dataclass(frozen=True)

@@ -1,199 +1,129 @@
-"""The dashboard *Service*: is the server up, fast enough, and full?"""
+"""The dashboard *Service*: whether the server is up, how fast it answers, and how full it is."""
 
-from docker.grafana.capacity import CAPACITY, DETAIL
-from docker.grafana.model import Dashboard, Panel, Section, Target
-from docker.grafana.queries import API, INSTANCE, rate, seconds, select, total
-from docker.grafana.servers import APART
-from docker.grafana.variables import SERVERS
+from grafana_foundation_sdk.builders.stat import Panel as Stat
+from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
+from grafana_foundation_sdk.models.common import BigValueTextMode as TextMode
+from grafana_foundation_sdk.models.dashboard import Dashboard, ValueMap, ValueMappingResult
 
-TOKEN_LIMITS = ((0.1, "yellow"), (0.5, "red"))  # ten tokens a second: about what one reads
-FIRST_TOKEN_LIMITS = ((1.0, "yellow"), (5.0, "red"))  # red: the alert's bound
+from docker.grafana.dashboard import dashboard
+from docker.grafana.panels import PERCENT, stat, timeseries
+from docker.grafana.queries import (
+    API,
+    INSTANCE,
+    by_server,
+    gauge,
+    or_zero,
+    percentiles,
+    rate,
+    ratio,
+    select,
+    total,
+)
+
+# People read about one token in 0.1 s; SteerserveFirstTokenSlow alerts from 5 s on.
+TOKEN_LIMITS = {0.1: "yellow", 0.5: "red"}
+FIRST_TOKEN_LIMITS = {1.0: "yellow", 5.0: "red"}
 
 
-def _percentiles(metric: str) -> tuple[Target, ...]:
-    return tuple(
-        Target(seconds(share, metric), name)
-        for share, name in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
+def service() -> Dashboard:
+    """Build the dashboard."""
+    return dashboard(
+        "Service",
+        "Throughput, latency, capacity and errors of the servers, together and one by one.",
+        {
+            "Now": _now(),
+            "Throughput": _throughput(),
+            "Latency": _latency(),
+            "Capacity": _capacity(),
+            "Errors and sizes": _errors_and_sizes(),
+            "Server by server": _server_by_server(),
+        },
     )
 
 
-NOW = Section(
-    "Now",
-    (
-        Panel(
-            "Engine",
-            "stat",
-            "none",
-            "Whether every chosen server's engine serves. Down also where one does not answer "
-            "Prometheus.",
-            (
-                Target(
-                    f'min({select("engine_up")} or up{{job="steerserve", {INSTANCE}}})'
-                    " or on() vector(0)",
-                    "engine",
-                ),
-            ),
-            width=3,
-            height=4,
-            base="red",
-            thresholds=((1, "green"),),
-            names=(("0", "down"), ("1", "up")),
-        ),
-        Panel(
-            "Model",
-            "stat",
-            "none",
-            "What is served, by the name that clients use.",
-            (
-                Target(
-                    f"sum by (model) ({select('model_info')})"
-                    ' or on() label_replace(vector(0), "model", "no server", "", "")',
-                    "{{model}}",
-                ),
-            ),
-            width=5,
-            height=4,
-            base="blue",
-            shows_name=True,
-        ),
-        Panel(
-            "Requests per second",
-            "stat",
-            "reqps",
-            "Requests to the API that ended, whatever their outcome.",
-            (Target(rate("requests_total", API), "requests"),),
-            width=4,
-            height=4,
-            base="blue",
-            decimals=1,
-        ),
-        Panel(
-            "Tokens per second",
-            "stat",
-            "short",
-            "Tokens generated for clients.",
-            (Target(rate("generation_tokens_total"), "tokens"),),
-            width=4,
-            height=4,
-            base="blue",
-            decimals=0,
-        ),
-        Panel(
-            "Failed share",
-            "stat",
-            "percentunit",
-            "Share of the API's requests that the server failed: refused when full, unavailable, "
-            "or ended by an error of its own. What clients got wrong is not counted.",
-            (
-                Target(
-                    "(("
-                    + rate("requests_total", API, 'outcome=~"rejected|unavailable|server_error"')
-                    + f") / (({total('rate', 'requests_total', API)}) > 0)) or on() vector(0)",
-                    "failed",
-                ),
-            ),
-            width=4,
-            height=4,
-            thresholds=((0.01, "yellow"), (0.05, "red")),
-            decimals=1,
-        ),
-        Panel(
-            "Alerts firing",
-            "stat",
-            "none",
-            "Alert rules that fire, for whichever server; Prometheus's page Alerts names them.",
-            (
-                Target(
-                    # Not by server: one that is long gone is not among those to choose from.
-                    'count(ALERTS{alertstate="firing", alertname=~"Steerserve.*"})'
-                    " or on() vector(0)",
-                    "alerts",
-                ),
-            ),
-            width=4,
-            height=4,
-            thresholds=((1, "red"),),
-        ),
-    ),
-)
+def _now() -> list[Stat]:
+    serves = or_zero(f'min({select("engine_up")} or up{{job="steerserve", {INSTANCE}}})')
+    words = ValueMap({"0": ValueMappingResult("down"), "1": ValueMappingResult("up")})
+    no_server = 'label_replace(vector(0), "model", "no server", "", "")'
+    model = f"sum by (model) ({select('model_info')}) or on() {no_server}"
+    requests, tokens = rate("requests_total", API), rate("generation_tokens_total")
+    failed = total("rate", "requests_total", API, 'outcome=~"rejected|unavailable|server_error"')
+    failed_share = {"failed": ratio(failed, total("rate", "requests_total", API))}
+    limits = {0.01: "yellow", 0.05: "red"}
+    # The alerts of all servers count, because a server that is long gone cannot be chosen.
+    firing = or_zero('count(ALERTS{alertstate="firing", alertname=~"Steerserve.*"})')
+    return [
+        stat("Engine", "none", {"engine": serves}, {1: "green"}, "red").mappings([words]).span(3),
+        stat("Model", "none", {"{{model}}": model}, base="blue").text_mode(TextMode.NAME).span(5),
+        stat("Requests per second", "reqps", {"requests": requests}, base="blue").decimals(1),
+        stat("Tokens per second", "short", {"tokens": tokens}, base="blue").decimals(0),
+        stat("Failed share", PERCENT, failed_share, limits).decimals(1),
+        stat("Alerts firing", "none", {"alerts": firing}, {1: "red"}),
+    ]
 
-THROUGHPUT = Section(
-    "Throughput",
-    (
-        Panel(
-            "Requests by outcome",
-            "timeseries",
-            "reqps",
-            "Requests to the API that ended, each once, by how they ended.",
-            (Target(rate("requests_total", API, by="outcome"), "{{outcome}}"),),
-            width=12,
-            stacked=True,
-        ),
-        Panel(
-            "Tokens",
-            "timeseries",
-            "short",
-            "Tokens per second: generated for clients, and of admitted prompts. Of the prompts', "
-            "those found in the prefix cache are not computed again.",
-            (
-                Target(rate("generation_tokens_total"), "generated"),
-                Target(rate("prompt_tokens_total"), "prompt"),
-                Target(rate("prefix_cache_hits_total"), "prompt, from the prefix cache"),
-            ),
-            width=12,
-        ),
-    ),
-)
 
-LATENCY = Section(
-    "Latency",
-    (
-        Panel(
-            "Time to first token",
-            "timeseries",
-            "s",
-            "From a request's arrival to a completion's first token: waiting, and computing the "
-            "prompt. 0 while there is no traffic.",
-            _percentiles("time_to_first_token_seconds"),
-            width=6,
-            thresholds=FIRST_TOKEN_LIMITS,
-        ),
-        Panel(
-            "Inter-token latency",
-            "timeseries",
-            "s",
-            "Between one token of a completion and the next; its inverse is how fast text appears. "
-            "0 while there is no traffic.",
-            _percentiles("inter_token_latency_seconds"),
-            width=6,
-            thresholds=TOKEN_LIMITS,
-        ),
-        Panel(
-            "End-to-end latency",
-            "timeseries",
-            "s",
-            "From a generating request's arrival to its last token. It grows with the number of "
-            "tokens asked for. 0 while there is no traffic.",
-            _percentiles("request_duration_seconds"),
-            width=6,
-        ),
-        Panel(
-            "Queue time",
-            "timeseries",
-            "s",
-            "From a completion's submission to its first step. Where it makes up most of the time "
-            "to the first token, the server is full. 0 while there is no traffic.",
-            _percentiles("request_queue_seconds"),
-            width=6,
-            thresholds=FIRST_TOKEN_LIMITS,
-        ),
-    ),
-)
+def _throughput() -> list[TimeSeries]:
+    outcomes = {"{{outcome}}": rate("requests_total", API, by="outcome")}
+    tokens = {
+        "generated": rate("generation_tokens_total"),
+        "prompt": rate("prompt_tokens_total"),
+        "prompt, from the prefix cache": rate("prefix_cache_hits_total"),
+    }
+    return [
+        timeseries("Requests by outcome", "reqps", outcomes, stacked=True).span(12),
+        timeseries("Tokens", "short", tokens).span(12),
+    ]
 
-SERVICE = Dashboard(
-    "steerserve-service",
-    "steerserve: Service",
-    "Throughput, latency, capacity and errors of the servers, together and one by one.",
-    (NOW, THROUGHPUT, LATENCY, CAPACITY, DETAIL, APART),
-    SERVERS,
-)
+
+def _latency() -> list[TimeSeries]:
+    first_token = percentiles("time_to_first_token_seconds", 50, 95, 99)
+    inter_token = percentiles("inter_token_latency_seconds", 50, 95, 99)
+    end_to_end = percentiles("request_duration_seconds", 50, 95, 99)
+    queue = percentiles("request_queue_seconds", 50, 95, 99)
+    return [
+        timeseries("Time to first token", "s", first_token, FIRST_TOKEN_LIMITS).span(6),
+        timeseries("Inter-token latency", "s", inter_token, TOKEN_LIMITS).span(6),
+        timeseries("End-to-end latency", "s", end_to_end).span(6),
+        timeseries("Queue time", "s", queue, FIRST_TOKEN_LIMITS).span(6),
+    ]
+
+
+def _capacity() -> list[TimeSeries]:
+    completions = {"running": gauge("requests_running"), "waiting": gauge("requests_waiting")}
+    in_use = {"in use": gauge("kv_cache_usage_ratio", "max")}
+    limits = {0.8: "yellow", 0.95: "red"}
+    hits, lookups = "prefix_cache_hits_total", "prefix_cache_queries_total"
+    found = {"found": ratio(total("rate", hits), total("rate", lookups))}
+    return [
+        timeseries("Running and waiting", "none", completions).span(6),
+        timeseries("KV cache in use", PERCENT, in_use, limits).max(1).span(6),
+        timeseries("Preemptions", "ops", {"preemptions": rate("preemptions_total")}).span(6),
+        timeseries("Prefix cache hit rate", PERCENT, found).max(1).span(6),
+    ]
+
+
+def _errors_and_sizes() -> list[TimeSeries]:
+    errors = rate("requests_total", API, 'outcome!="success"', by="outcome")
+    routes = rate("requests_total", by="endpoint")
+    sizes = {
+        **percentiles("request_prompt_tokens", 50, 95, prefix="prompt, "),
+        **percentiles("request_generation_tokens", 50, 95, prefix="generated, "),
+    }
+    return [
+        timeseries("Errors by outcome", "reqps", {"{{outcome}}": errors}),
+        timeseries("Requests by route", "reqps", {"{{endpoint}}": routes}),
+        timeseries("Request sizes", "short", sizes),
+    ]
+
+
+def _server_by_server() -> list[TimeSeries]:
+    requests = rate("requests_total", API, by="instance")
+    running, waiting = select("requests_running"), select("requests_waiting")
+    load = by_server(f"sum by (instance) ({running}) + sum by (instance) ({waiting})")
+    buckets = total("rate", "time_to_first_token_seconds_bucket", by="instance, le")
+    first_token = by_server(f"histogram_quantile(0.95, {buckets}) >= 0")
+    return [
+        timeseries("Requests by server", "reqps", {"{{instance}}": requests}, stacked=True),
+        timeseries("Load by server", "none", {"{{instance}}": load}),
+        timeseries("First token by server", "s", {"{{instance}}": first_token}),
+    ]

@@ -1,196 +1,105 @@
-"""The dashboard *Steering*: what interventions take away, how hard they push, what they cost."""
+"""The dashboard *Steering*: what interventions achieve, how strongly they act, what they cost."""
 
-from docker.grafana.effect import EFFECT
-from docker.grafana.model import Dashboard, Panel, Section, Target
+from grafana_foundation_sdk.builders.dashboard import CustomVariable
+from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.models.dashboard import Dashboard, Panel, VariableOption
+
+from docker.grafana.dashboard import dashboard, label_values
+from docker.grafana.panels import PERCENT, heatmap, timeseries
 from docker.grafana.queries import (
     CHOSEN,
     SMOOTH,
     distribution,
     gauge,
+    percentiles,
     rate,
-    seconds,
+    ratio,
+    select,
     total,
     unless_new,
 )
-from docker.grafana.variables import INTERVENTION, SERVERS, THRESHOLD
+from docker.grafana.service import TOKEN_LIMITS
+from docker.grafana.toxicity import toxicity
 
-DOSE = "steering_dose"
-
-
-def _dose(share: float) -> str:
-    buckets = total("rate", f"{DOSE}_bucket", CHOSEN, by="intervention, le")
-    found = f"histogram_quantile({share}, {buckets}) >= 0"
-    return unless_new(found, f"{DOSE}_count", CHOSEN, by="intervention")
+TOXIC_FROM = ("0.5", "0.8")  # the thresholds that server.metrics counts
 
 
-TRAFFIC = Section(
-    "Traffic",
-    (
-        Panel(
-            "Tokens by intervention",
-            "timeseries",
-            "short",
-            "Tokens per second by what steered them: one intervention, a stack (names joined by "
-            "+), or none.",
-            (
-                Target(rate("steered_tokens_total", CHOSEN, by="intervention"), "{{intervention}}"),
-                Target(
-                    f"clamp_min(({rate('generation_tokens_total')})"
-                    f" - ({rate('steered_tokens_total')}), 0)",
-                    "unsteered",
-                ),
-            ),
-            width=12,
-            stacked=True,
-        ),
-        Panel(
-            "Steered share of tokens",
-            "timeseries",
-            "percentunit",
-            "Share of the generated tokens that an intervention edited. With the policy `required` "
-            "or `locked` anything below 100 % is an edit whose settings do nothing.",
-            (
-                Target(
-                    f"(({rate('steered_tokens_total')}) / "
-                    f"({total('rate', 'generation_tokens_total')} > 0)) or on() vector(0)",
-                    "steered",
-                ),
-            ),
-            width=12,
-            maximum=1,
-        ),
-    ),
-)
+def steering() -> Dashboard:
+    """Build the dashboard."""
+    named = f"{select('completion_toxicity_count')}, intervention"
+    intervention = label_values("intervention", "Intervention", named)
+    options = [VariableOption(value == TOXIC_FROM[0], value, value) for value in TOXIC_FROM]
+    threshold = CustomVariable("threshold").label("Toxic from").values(",".join(TOXIC_FROM))
+    return dashboard(
+        "Steering",
+        "What interventions take away, how hard they push, and what they cost.",
+        {
+            "What steering takes away": toxicity(),
+            "Traffic": _traffic(),
+            "Dose": _dose(),
+            "Cost of steering": _cost(),
+            "Toxicity scoring": _scoring(),
+        },
+        [intervention.all_value(".*"), threshold.options(options).current(options[0])],
+    )
 
-STRENGTH = Section(
-    "Dose",
-    (
-        Panel(
-            "Dose by intervention",
-            "timeseries",
-            "percentunit",
-            "Size of the edit relative to the activation, in a sample of the steps. Near 0: the "
-            "intervention has stopped acting; above 100 %: it overwrites the model.",
-            (
-                Target(_dose(0.5), "{{intervention}}, median"),
-                Target(_dose(0.95), "{{intervention}}, p95"),
-            ),
-            width=12,
-            thresholds=((1.0, "red"),),
-            interval=SMOOTH,
-        ),
-        Panel(
-            "Distribution of doses",
-            "heatmap",
-            "percentunit",
-            "How many sampled steps had which dose, over the chosen interventions.",
-            (Target(distribution(DOSE, CHOSEN), "{{le}}"),),
-            width=12,
-            interval=SMOOTH,
-        ),
-    ),
-)
 
-COST = Section(
-    "Cost of steering",
-    (
-        Panel(
-            "Time taken by edits",
-            "timeseries",
-            "percentunit",
-            "Share of the steered steps' time that the edits took, in a sample of the steps. "
-            "Measured on a CPU only: 0 on a GPU, and while nothing is steered.",
-            (
-                Target(
-                    f"({total('rate', 'steering_edit_seconds_total')} / "
-                    f"({total('rate', 'steering_step_seconds_total')} > 0)) or on() vector(0)",
-                    "edits",
-                ),
-            ),
-            width=6,
-            thresholds=((0.05, "yellow"), (0.15, "red")),
-            interval=SMOOTH,
-        ),
-        Panel(
-            "Inter-token latency while steering",
-            "timeseries",
-            "s",
-            "Between one token and the next, steered or not: a batch's tokens come together. If "
-            "steering costs, this rises with the steered share of tokens. 0 without traffic.",
-            (
-                Target(seconds(0.5, "inter_token_latency_seconds"), "p50"),
-                Target(seconds(0.95, "inter_token_latency_seconds"), "p95"),
-            ),
-            width=6,
-            thresholds=((0.1, "yellow"), (0.5, "red")),
-        ),
-        Panel(
-            "Baselines",
-            "timeseries",
-            "ops",
-            "Unsteered answers per second generated beside steered ones, and those given up "
-            "because requests wanted the room. This is what measuring costs.",
-            (Target(rate("baselines_total", by="outcome"), "{{outcome}}"),),
-            width=6,
-        ),
-        Panel(
-            "Interventions",
-            "timeseries",
-            "none",
-            "Names in the registry, of the server with most and of the one with fewest: the same, "
-            "but for two seconds, where servers share one. And interventions loaded, of the server "
-            "with most. When the bank is full, the one that was used longest ago is replaced, and "
-            "read again when it is asked for.",
-            (
-                Target(gauge("interventions_stored", "max"), "stored, most"),
-                Target(gauge("interventions_stored", "min"), "stored, fewest"),
-                Target(gauge("intervention_slots_used", "max"), "slots used"),
-            ),
-            width=6,
-        ),
-    ),
-)
+def _traffic() -> list[TimeSeries]:
+    steered, generated = rate("steered_tokens_total"), rate("generation_tokens_total")
+    tokens = {
+        "{{intervention}}": rate("steered_tokens_total", CHOSEN, by="intervention"),
+        "unsteered": f"clamp_min(({generated}) - ({steered}), 0)",
+    }
+    share = ratio(total("rate", "steered_tokens_total"), total("rate", "generation_tokens_total"))
+    return [
+        timeseries("Tokens by intervention", "short", tokens, stacked=True).span(12),
+        timeseries("Steered share of tokens", PERCENT, {"steered": share}).max(1).span(12),
+    ]
 
-SCORING = Section(
-    "Toxicity scoring",
-    (
-        Panel(
-            "Scoring lag",
-            "timeseries",
-            "s",
-            "From an answer's end to its score. It costs clients nothing, but the panels above "
-            "are late by as much. Above a minute for the one that has waited longest: answers come "
-            "faster than they are scored. 0 while nothing is scored, or waits.",
-            (
-                Target(seconds(0.5, "toxicity_scoring_seconds"), "p50"),
-                Target(seconds(0.95, "toxicity_scoring_seconds"), "p95"),
-                Target(gauge("toxicity_longest_wait_seconds", "max"), "waiting longest"),
-            ),
-            thresholds=((2.0, "yellow"), (10.0, "red")),
-        ),
-        Panel(
-            "Scoring queue",
-            "timeseries",
-            "none",
-            "Answers that wait for their score. At STEERSERVE_TOXICITY_QUEUE_SIZE further ones are "
-            "dropped.",
-            (Target(gauge("toxicity_queue_depth"), "waiting"),),
-        ),
-        Panel(
-            "Answers not scored",
-            "timeseries",
-            "ops",
-            "Answers per second that got no score: the queue was full, or the scorer failed.",
-            (Target(rate("toxicity_dropped_total"), "dropped"),),
-            thresholds=((0.001, "red"),),
-        ),
-    ),
-)
 
-STEERING = Dashboard(
-    "steerserve-steering",
-    "steerserve: Steering",
-    "What interventions take away, how hard they push, and what they cost.",
-    (EFFECT, TRAFFIC, STRENGTH, COST, SCORING),
-    (*SERVERS, INTERVENTION, THRESHOLD),
-)
+def _dose() -> list[Builder[Panel]]:
+    def quantile(share: float) -> str:
+        buckets = total("rate", "steering_dose_bucket", CHOSEN, by="intervention, le")
+        found = f"histogram_quantile({share}, {buckets}) >= 0"
+        return unless_new(found, "steering_dose_count", CHOSEN, by="intervention")
+
+    doses = {"{{intervention}}, median": quantile(0.5), "{{intervention}}, p95": quantile(0.95)}
+    counts = distribution("steering_dose", CHOSEN)
+    return [
+        timeseries("Dose by intervention", PERCENT, doses, {1: "red"}).interval(SMOOTH).span(12),
+        heatmap("Distribution of doses", PERCENT, counts).interval(SMOOTH).span(12),
+    ]
+
+
+def _cost() -> list[TimeSeries]:
+    edits, steps = "steering_edit_seconds_total", "steering_step_seconds_total"
+    edit_share = {"edits": ratio(total("rate", edits), total("rate", steps))}
+    limits = {0.05: "yellow", 0.15: "red"}
+    latency = percentiles("inter_token_latency_seconds", 50, 95)
+    baselines = {"{{outcome}}": rate("baselines_total", by="outcome")}
+    interventions = {
+        "stored, most": gauge("interventions_stored", "max"),
+        "stored, fewest": gauge("interventions_stored", "min"),
+        "slots used": gauge("intervention_slots_used", "max"),
+    }
+    return [
+        timeseries("Time taken by edits", PERCENT, edit_share, limits).interval(SMOOTH).span(6),
+        timeseries("Inter-token latency while steering", "s", latency, TOKEN_LIMITS).span(6),
+        timeseries("Baselines", "ops", baselines).span(6),
+        timeseries("Interventions", "none", interventions).span(6),
+    ]
+
+
+def _scoring() -> list[TimeSeries]:
+    lag = {
+        **percentiles("toxicity_scoring_seconds", 50, 95),
+        "waiting longest": gauge("toxicity_longest_wait_seconds", "max"),
+    }
+    waiting = {"waiting": gauge("toxicity_queue_depth")}
+    dropped = {"dropped": rate("toxicity_dropped_total")}
+    return [
+        timeseries("Scoring lag", "s", lag, {2: "yellow", 10: "red"}),
+        timeseries("Scoring queue", "none", waiting),
+        timeseries("Answers not scored", "ops", dropped, {0.001: "red"}),
+    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from server.api.logprobs import ListedTokens, finite
-from server.engine.base import FinishReason, SpelledPrompt, StepOutput, TokenLogprobs
+from server.engine.base import FinishReason, PromptDescription, StepOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from docker.grafana.make_dashboards import DASHBOARDS, FOLDER
-from docker.grafana.prometheus import fill_in
-from tests.prometheus import tool
+from tests.prometheus import fill_in, tool
 
 STEP = 15  # seconds between two samples
 SERIES_STEPS = 60

@@ -19,9 +19,8 @@ import httpx
 import pytest
 
 from docker.grafana.make_dashboards import DASHBOARDS, FOLDER
-from docker.grafana.prometheus import Prometheus, Series, fill_in
 from tests.processes import ServerProcess, steerserve
-from tests.prometheus import PrometheusProcess, prometheus
+from tests.prometheus import Prometheus, PrometheusProcess, Series, fill_in, prometheus
 
 pytestmark = pytest.mark.embedded
 
