@@ -1,1 +1,1 @@
-"""What runs around the server: containers, Prometheus, Grafana, and traffic to look at."""
+"""Everything that runs beside the server: containers, Prometheus, Grafana and sample traffic."""

@@ -1,12 +1,13 @@
-"""Sends a mixture of requests to a running server, so that its dashboards have something to show.
+"""Sends sample traffic to a running server, so that its dashboards have something to show.
 
     python docker/traffic.py --url http://127.0.0.1:8000 --seconds 120 --rate 2
 
-Rude and mild prompts; plain, steered by each servable intervention at full and at half strength,
-and by a stack; completions and chats, streamed and not; some faulty requests, and some clients
-that leave in the middle. With an API key, set STEERSERVE_API_KEY. It needs httpx only.
+The requests are completions and chats, streamed or not, with rude and mild prompts. Some are
+unsteered; the others use each servable intervention at full and at reduced strength, or a stack of
+two. A few requests are faulty, and a few clients disconnect in the middle of a stream.
 
-It ends after --seconds with a count of what came back, and with 1 if nothing was answered.
+If the server has an API key, set STEERSERVE_API_KEY. The script needs no package but httpx. After
+--seconds it prints how many requests got which status, and exits with 1 if none got a 200.
 """
 
 import argparse
@@ -59,13 +60,13 @@ PLAIN_SHARE = 0.25
 FAULTY_SHARE = 0.04
 LEAVING_SHARE = 0.04
 READ_BEFORE_LEAVING = 3  # events of the stream
-MOST_AT_ONCE = 64  # a server that is slower than the rate must not pile up clients here
+MOST_AT_ONCE = 64  # bounds the clients that wait for a server slower than --rate
 TIMEOUT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One request, and how its client behaves."""
+    """A request to send; with `leaves`, its client disconnects after a few events of the stream."""
 
     path: str
     body: Json
@@ -73,16 +74,16 @@ class Wanted:
 
 
 class Mixture:
-    """Draws requests for a server that has this model and these interventions."""
+    """Draws random requests for a server with the given model and interventions."""
 
     def __init__(self, model: str, interventions: Mapping[str, str], seed: int) -> None:
-        """`interventions` are names and kinds."""
+        """Prepare the draws; `interventions` maps each name to its kind, affine or reward."""
         self._model = model
         self._steerings = steerings(interventions)
         self._random = random.Random(seed)
 
     def draw(self) -> Wanted:
-        """The next request."""
+        """Draw the next request."""
         draw = self._random.random
         if draw() < FAULTY_SHARE:
             return self._faulty()
@@ -112,7 +113,10 @@ class Mixture:
 
 
 def steerings(interventions: Mapping[str, str]) -> tuple[Steering, ...]:
-    """Each intervention as it comes and weaker, and the first of each kind stacked."""
+    """Return each intervention at its default and at a weaker setting, and one stack.
+
+    The stack holds the first intervention of each kind, and is left out if there is only one kind.
+    """
     weaker: dict[str, Json] = {"affine": {"strength": 0.5}, "reward": {"iterations": 2}}
     singles = [
         {"intervention": name, **settings}
@@ -130,17 +134,17 @@ async def discover(client: httpx.AsyncClient, seed: int) -> Mixture:
     """Ask the server for its model and for the interventions that it can serve.
 
     Raises:
-        httpx.HTTPError: it does not answer as it should.
+        httpx.HTTPError: the server does not answer with a 200.
     """
     models = (await client.get("/v1/models")).raise_for_status().json()["data"]
     found = (await client.get("/v1/interventions")).raise_for_status().json()["data"]
     servable = {item["name"]: item["kind"] for item in found if item["servable"]}
-    # `model+intervention` are in the list too, behind the names of the model itself.
+    # The list begins with the model's own name; entries `model+intervention` follow.
     return Mixture(models[0]["id"], servable, seed)
 
 
 async def send(client: httpx.AsyncClient, wanted: Wanted) -> str:
-    """Send one request, and say in a word what became of it."""
+    """Send one request; returns its status, "left", or the name of a connection's error."""
     try:
         async with client.stream("POST", wanted.path, json=wanted.body) as answer:
             events = 0
@@ -154,17 +158,17 @@ async def send(client: httpx.AsyncClient, wanted: Wanted) -> str:
 
 
 async def run(url: str, seconds: float, rate: float, seed: int) -> Counter[str]:
-    """Send requests for a while, `rate` a second whatever comes back; count what did.
+    """Send `rate` requests a second, however slow the answers are, and count the outcomes.
 
     Raises:
-        httpx.HTTPError: the server does not say what it serves.
+        httpx.HTTPError: the server does not list its model or its interventions.
     """
     key = os.environ.get("STEERSERVE_API_KEY", "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     counted: Counter[str] = Counter()
     running: set[asyncio.Task[None]] = set()
 
-    # The server is near: no proxy of the machine's stands between.
+    # Ignores HTTP_PROXY and the like: the server is on this machine or in its network.
     async with httpx.AsyncClient(
         base_url=url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False
     ) as client:
@@ -189,12 +193,12 @@ async def run(url: str, seconds: float, rate: float, seed: int) -> Counter[str]:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random requests")
     given = parser.parse_args()
     try:
         counted = asyncio.run(run(given.url, given.seconds, given.rate, given.seed))

@@ -1,15 +1,15 @@
 #!/bin/sh
-# Runs a command with STEERSERVE_ADMIN_KEY set: to what it is already, else to the key kept in
-# /data/admin-key, which is made the first time. Without one a server that binds more than loopback
-# refuses uploads. Read it with: docker compose -f docker/compose.yaml exec steerserve cat /data/admin-key
-# Where STEERSERVE_ADMIN_KEY_FILE names a file, the server reads that, and no other key is set or made.
+# Runs a command with an admin key, because a server that listens beyond loopback refuses uploads without
+# one. If STEERSERVE_ADMIN_KEY is not set, it becomes the key in /data/admin-key, which the first run
+# makes. If STEERSERVE_ADMIN_KEY_FILE is set, the server reads that file, and no key is made.
+# To read the key: docker compose -f docker/compose.yaml exec steerserve cat /data/admin-key
 set -eu
 if [ -z "${STEERSERVE_ADMIN_KEY:-}${STEERSERVE_ADMIN_KEY_FILE:-}" ]; then
     file="${STEERSERVE_ADMIN_KEY_PATH:-/data/admin-key}"
     if [ ! -s "$file" ]; then
         umask 077
         python -c 'import secrets; print(secrets.token_urlsafe(32))' > "$file.new"
-        mv "$file.new" "$file"  # in one move: a crash leaves no half of a key
+        mv "$file.new" "$file"  # atomic, so that a crash leaves no partial key
     fi
     STEERSERVE_ADMIN_KEY="$(cat "$file")"
     export STEERSERVE_ADMIN_KEY

@@ -1,1 +1,1 @@
-"""The dashboards, as a program that writes what Grafana reads."""
+"""The dashboards as code; `make_dashboards` writes the JSON files that Grafana reads."""

@@ -1,4 +1,4 @@
-"""The alert rules: promtool finds them right, and its unit tests pass."""
+"""Checks the alert rules with promtool: their syntax and their unit tests."""
 
 import re
 import subprocess
@@ -62,7 +62,7 @@ def test_promtool_takes_the_lines_for_a_key_that_are_a_comment(path: Path, tmp_p
 
 
 def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:
-    """That the tests hold each rule to something: with its bound moved far off, they fail."""
+    """Moves the bound of each rule far off, and expects the rule's unit test to fail."""
     text = RULES.read_text()
     moved = {
         "== 0)": "== 7)",

@@ -1,4 +1,4 @@
-"""The container files: what can be told without a daemon. See docs/observability.md."""
+"""Checks the Dockerfile and the compose files as far as that is possible without Docker."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def read_compose(name: str) -> dict[str, Any]:
 
 
 def services_of(name: str) -> dict[str, dict[str, Any]]:
-    """A file's services, with what each takes from another file."""
+    """Read a file's services, merged with the services that they extend."""
     found = {}
     for service, own in read_compose(name)["services"].items():
         source = own.get("extends", {})
@@ -48,7 +48,7 @@ def services_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def with_admin_key(folder: Path, **env: str) -> str:
-    """Run the script; returns the key that its command was given."""
+    """Run the script; returns the admin key in the environment of its command."""
     ran = subprocess.run(
         [SCRIPT, "sh", "-c", 'printf %s "$STEERSERVE_ADMIN_KEY"'],
         env={"PATH": os.environ["PATH"], "STEERSERVE_ADMIN_KEY_PATH": str(folder / "key"), **env},
@@ -129,11 +129,11 @@ def test_every_variable_of_the_server_is_a_setting_or_its_own(name: str) -> None
 
 def test_the_two_servers_are_told_the_same_and_share_one_folder() -> None:
     one, two = (services_of("compose.replicas.yaml")[f"steerserve-{place}"] for place in (1, 2))
-    # That the second one waits for the first makes neither another server.
+    # The order of their start (`depends_on`) is the only difference allowed.
     assert {**two, "depends_on": None} == {**one, "depends_on": None}
     assert "data:/data" in one["volumes"]
     assert "STEERSERVE_REGISTRY=/data/registry" in DOCKERFILE
-    assert "ports" not in one  # outside, there is only nginx
+    assert "ports" not in one  # clients reach the servers only through nginx
 
 
 def test_what_stands_before_the_servers_knows_them_and_their_times() -> None:

@@ -1,4 +1,4 @@
-"""The dashboards and their page, as far as they can be told right without Grafana or Prometheus."""
+"""Checks the dashboards and docs/observability.md without Grafana and without Prometheus."""
 
 import json
 import re
@@ -29,7 +29,7 @@ PAGE = (ROOT / "docs" / "observability.md").read_text()
 RULES = yaml.safe_load((DOCKER / "prometheus" / "rules" / "steerserve.yml").read_text())
 GRID_COLUMNS = 24
 HISTOGRAM_PARTS = re.compile("_(?:bucket|sum|count)$")
-BUILT_IN = {"__rate_interval", "__range"}  # what Grafana itself fills in
+BUILT_IN = {"__rate_interval", "__range"}  # variables that Grafana fills in itself
 
 every_dashboard = pytest.mark.parametrize("name", sorted(DASHBOARDS))
 
@@ -145,7 +145,7 @@ def registered(
     registry: Registry,
     affine_artifact: WriteArtifact,
 ) -> dict[str, tuple[str, set[str]]]:
-    """Type and labels of every metric of the server."""
+    """Map every metric of the server to its type and its labels."""
     registry.add(affine_artifact("maps"), "maps")
     metrics = Metrics(tiny_engine, registry, "tiny")
     metrics.expect("/v1/completions", ("success",))

@@ -1,4 +1,4 @@
-"""What each panel shows of two servers of one model: sums, maxima, and quantiles over all."""
+"""Evaluates every panel for two servers of one model: sums, maxima, and quantiles over both."""
 
 import json
 import re
@@ -25,7 +25,7 @@ GRAFANA = {
 
 Labels = Mapping[str, str]
 
-# Of each server: what a gauge is.
+# The value of each gauge, at the first and at the second server.
 GAUGES = {
     "engine_up": (1, 1),
     'model_info{model="m"}': (1, 1),
@@ -39,7 +39,7 @@ GAUGES = {
 }
 SERVED, BASELINE = (f'{{intervention="detox", arm="{arm}"}}' for arm in ("served", "baseline"))
 PLAIN = '{intervention="none", arm="served"}'
-# Of each server: by how much a counter grows a second.
+# The growth of each counter per second, at the first and at the second server.
 COUNTERS = {
     'requests_total{endpoint="/v1/completions", outcome="success"}': (1, 3),
     'requests_total{endpoint="/v1/completions", outcome="rejected"}': (1, 2),
@@ -64,7 +64,7 @@ COUNTERS = {
     f'toxic_completions_total{BASELINE[:-1]}, threshold="0.5"}}': (1, 0.8),
     'steering_dose_count{intervention="detox"}': (1, 3),
 }
-# All of one server's are at most 1, all of the other's are above.
+# Histograms and their labels. The first server observes values up to 1, the second values above.
 HISTOGRAMS = {
     **dict.fromkeys(
         (
@@ -78,7 +78,7 @@ HISTOGRAMS = {
     "completion_toxicity": 'intervention="detox", arm="served"',
 }
 BUCKETS = {"1.0": (1, 0), "5.0": (1, 3), "+Inf": (1, 3)}
-# Of four a second, one is at most 1 and three lie evenly between 1 and 5.
+# Of four observations a second, one is at most 1 and three are spread evenly between 1 and 5.
 P50, P95, P99 = (1 + 4 * (4 * share - 1) / 3 for share in (0.5, 0.95, 0.99))
 BUCKETS_IN_A_MINUTE = {"1.0": 60.0, "5.0": 240.0, "+Inf": 240.0}
 
@@ -102,7 +102,7 @@ def quantiles(title: str, *names: str) -> dict[str, dict[str, float]]:
 
 EXPECTED: dict[str, dict[str, float]] = {
     "Engine: engine": alone(1),
-    "Model: {{model}}": of("model", m=2),  # its name is shown
+    "Model: {{model}}": of("model", m=2),  # the panel shows the label, not the value
     "Requests per second: requests": alone(7),
     "Tokens per second: tokens": alone(40),
     "Failed share: failed": alone(3 / 7),
@@ -162,7 +162,7 @@ EXPECTED: dict[str, dict[str, float]] = {
     "Scoring queue: waiting": alone(10),
     "Answers not scored: dropped": alone(2),
 }
-# Nothing is taken together in these, or only what is the same for both.
+# Targets that do not aggregate over servers, or only values that are the same at both.
 NOT_TOGETHER = {
     *("Engine: engine", "Alerts firing: alerts"),
     *("Load by server: {{instance}}", "First token by server: {{instance}}"),
@@ -202,7 +202,7 @@ def input_series() -> list[dict[str, str]]:
 
 
 def differing(folder: Path, asked: Mapping[str, str]) -> set[str]:
-    """The panels' targets whose expressions give something else than is expected."""
+    """Return the targets of which promtool computes other values than the expected ones."""
     cases = [
         {
             "expr": rounded(expression),
@@ -227,7 +227,7 @@ def differing(folder: Path, asked: Mapping[str, str]) -> set[str]:
 
 
 def rounded(expression: str) -> str:
-    """Promtool compares to the last bit."""
+    """Round an expression's values, because promtool compares floats exactly."""
     return f"round({expression}, 0.0001)"
 
 

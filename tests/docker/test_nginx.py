@@ -1,7 +1,7 @@
-"""The committed configuration of nginx: what it sends where, and what it never sends twice.
+"""Tests the committed configuration of nginx: where it sends requests, which it repeats.
 
-The servers behind it are imitations, which do at the right moment what a real one does when it is
-killed. tests/docker/test_replicas.py has real ones.
+The servers behind nginx are imitations, which can fail at a chosen moment as a killed server does.
+tests/docker/test_replicas.py runs real servers.
 """
 
 import re
@@ -36,7 +36,7 @@ from tests.prometheus import tool
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as a server got it."""
+    """A request as a server received it."""
 
     method: str
     path: str
@@ -50,7 +50,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class Imitation:
-    """A server that does what it is told with each request, and remembers them."""
+    """A server that handles each request with `answer`, and records it."""
 
     address: str
     answer: Answer
@@ -69,7 +69,7 @@ def answers(status: int = 200, body: bytes = b'{"ok": true}') -> Answer:
 
 
 def dies(handler: BaseHTTPRequestHandler) -> None:
-    """As a killed server does that has begun: all of the request was read, nothing is answered."""
+    """Close the connection without an answer, like a server that is killed during a request."""
     handler.close_connection = True
 
 
@@ -87,7 +87,7 @@ def imitation(answer: Answer) -> Iterator[Imitation]:
         do_GET = do_POST = do_DELETE = handle_any  # noqa: N815  # names of http.server's
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-            """Nothing: it would go to the test's output."""
+            """Log nothing, to keep the output of the tests readable."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         host, port = server.server_address[:2]
@@ -103,7 +103,7 @@ def imitation(answer: Answer) -> Iterator[Imitation]:
 
 @dataclass(frozen=True)
 class Stand:
-    """nginx in front of imitations."""
+    """An nginx, the imitations behind it, and a client of the nginx."""
 
     nginx: NginxProcess
     servers: tuple[Imitation, ...]
@@ -115,7 +115,7 @@ class Stand:
 
 @contextmanager
 def stand(folder: Path, *servers: Answer | None) -> Iterator[Stand]:
-    """nginx in front of imitations; None is a server that is not there."""
+    """Run nginx in front of imitations; None stands for a server that does not run."""
     with ExitStack() as stack:
         imitations = [
             Imitation(f"127.0.0.1:{free_port()}", dies)
@@ -168,7 +168,7 @@ def test_requests_go_round(tmp_path: Path) -> None:
     with stand(tmp_path, answers(), answers(), answers()) as there:
         for _ in range(9):
             there.client.post("/v1/completions", json={}).raise_for_status()
-        # Workers share what they know, but not whose turn it is.
+        # nginx's workers share which servers fail, but each worker counts its own round robin.
         assert all(2 <= len(server.seen) <= 4 for server in there.servers)
 
 
@@ -217,7 +217,7 @@ def test_without_a_server_the_error_is_in_the_envelope(
     tmp_path: Path, method: str, path: str
 ) -> None:
     with stand(tmp_path, None, None) as there:
-        for _ in range(3):  # the later ones go to none, as both have failed
+        for _ in range(3):  # after the first, nginx tries neither: both count as failed
             answer = there.client.request(method, path)
             assert answer.status_code == 502
             assert error_of(answer)["code"] == "server_lost"
@@ -225,7 +225,7 @@ def test_without_a_server_the_error_is_in_the_envelope(
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_the_servers_own_errors_pass_and_end_nothing(tmp_path: Path, status: int) -> None:
-    """A 503 may come after all the work: the score of an answer may be what cannot be had."""
+    """A 503 may come after generation, for example if the toxicity score fails: never repeat it."""
     body = b'{"error": {"message": "m", "type": "t", "param": null, "code": "its own"}}'
     with stand(tmp_path, answers(status, body), answers(status, body)) as there:
         for number in range(1, 6):
@@ -252,7 +252,9 @@ def test_connections_to_servers_are_kept(tmp_path: Path) -> None:
     with stand(tmp_path, answers()) as there:
         for _ in range(10):
             there.client.post("/v1/completions", json={})
-        assert len({seen.client for seen in there.seen()}) <= 2  # nginx has two workers here
+        assert (
+            len({seen.client for seen in there.seen()}) <= 2
+        )  # one for each of nginx's two workers
 
 
 def test_tokens_are_not_held_back(tmp_path: Path) -> None:
@@ -349,7 +351,7 @@ def test_a_server_that_comes_back_is_used_again(tmp_path: Path) -> None:
         lost = 0
         for _ in range(10):
             lost += there.client.post("/v1/completions", json={}).status_code == 502
-        # It had no more than one request in as long as a failure counts.
+        # While a failure counts (`fail_timeout`), the server gets no further request.
         assert lost == len(there.servers[0].seen) <= 2
         there.servers[0].answer = answers()
         time.sleep(FAIL_SECONDS + 1)

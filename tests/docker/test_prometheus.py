@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real server; every expression of panels, variables and rules runs.
+"""Lets a real Prometheus scrape a real server, and runs all queries of dashboards and rules.
 
 The dashboards are to show something from the first minute on: before any traffic each query gives a
 number, and under the sample traffic each that should moves.
@@ -36,18 +36,18 @@ GRAFANA: Mapping[str, str] = {
     "intervention": ".*",
     "threshold": "0.5",
 }
-# What stays at 0 as long as nothing goes wrong, and what is over too soon for a scrape to see.
+# Panels that stay at 0 while nothing goes wrong, or whose values last too short for a scrape.
 STILL = {
     *("Failed share", "Alerts firing", "Preemptions", "Answers not scored", "Scoring queue"),
     *("Prefix cache hit rate", "Tokens: prompt, from the prefix cache"),
     "Running and waiting: waiting",
-    "Share above threshold: served and baseline",  # of so few answers none may reach it
+    "Share above threshold: served and baseline",  # few answers: perhaps none is toxic
 }
 
 
 @dataclass(frozen=True)
 class Stand:
-    """A server, and the Prometheus that scrapes it."""
+    """A server and the Prometheus that scrapes it."""
 
     server: ServerProcess
     prometheus: PrometheusProcess
@@ -70,7 +70,7 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 
 @dataclass(frozen=True)
 class Query:
-    """An expression with Grafana's variables filled in, and where it stands."""
+    """A panel's expression, with Grafana's variables filled in."""
 
     panel: str
     legend: str
@@ -91,7 +91,7 @@ def values(found: list[Series]) -> list[float]:
 
 
 def test_no_panel_is_empty_before_any_traffic(stand: Stand) -> None:
-    # Two scrapes are what a rate needs.
+    # A rate needs two scrapes of the server's metrics.
     stand.prometheus.wait_for('count_over_time(up{job="steerserve"}[1m]) >= 3 and up == 1', 30)
     for query in panel_queries():
         found = values(stand.api.query(query.expression))
@@ -101,7 +101,7 @@ def test_no_panel_is_empty_before_any_traffic(stand: Stand) -> None:
 
 @pytest.fixture(scope="module")
 def busy(stand: Stand) -> Stand:
-    """The stand after some sample traffic, all of which Prometheus has seen."""
+    """Send sample traffic to the server, and wait until Prometheus has scraped all of it."""
     began = time.time()
     subprocess.run(
         [
@@ -111,7 +111,7 @@ def busy(stand: Stand) -> Stand:
         check=True,
         timeout=120,
     )
-    # Of every one, a baseline in quiet: among the traffic not each of them had room for one.
+    # Baselines give way to traffic, so each steering gets one more request while it is quiet.
     for steering in STEERINGS:
         body = {**QUIET, "steering": [{"intervention": name} for name in steering]}
         httpx.post(f"{stand.server.url}/v1/completions", json=body, timeout=60).raise_for_status()
@@ -130,7 +130,7 @@ def test_every_panel_shows_the_sample_traffic(busy: Stand) -> None:
     (now,) = (point[0] for series in busy.api.query("vector(0)") for point in series.points)
     still = set()
     for query in panel_queries():
-        # Not at this moment: a mean over the last 20 s has no value once the traffic is older.
+        # Queries a range: a mean over the last 20 s has no value once the traffic has ended.
         found = values(busy.api.query_range(query.expression, busy.traffic_since, now, 1))
         assert found, query
         assert all(map(math.isfinite, found)), query

@@ -1,4 +1,4 @@
-"""Two real servers on one registry, behind nginx with the committed configuration, under load."""
+"""Tests two real servers that share a registry, under load, behind nginx as configured here."""
 
 import signal
 import time
@@ -22,13 +22,13 @@ from tests.tiny import random_maps
 ADMIN = {"Authorization": "Bearer the-admin-key"}
 CLIENTS = 4
 UPLOADS = 24
-SEEN_SECONDS = 2  # after which every server serves what was uploaded to one
+SEEN_SECONDS = 2  # from an upload at one server until all servers know the name
 COMPLETIONS = "/v1/completions"
 
 
 @dataclass
 class Replica:
-    """A server that can be started anew at its address."""
+    """A server that can be restarted at the same address."""
 
     folder: Path
     registry: Path
@@ -46,12 +46,12 @@ class Replica:
         return f"http://{self.address}"
 
     def start(self) -> None:
-        """Start it, and wait until it is ready."""
+        """Start the server, and wait until it is ready."""
         self.folder.mkdir(exist_ok=True)
         server = steerserve(
             self.folder,
             *("--model", str(self.model), "--dtype", "float32", "--toxicity-scorer", "none"),
-            *("--threads", "1"),  # they would only wait for each other
+            *("--threads", "1"),  # more threads of two servers would compete for the processors
             *("--shutdown-keep-alive", "6", "--admin-key", "the-admin-key"),
             module="tests.tiny_server",
             env={"STEERSERVE_TEST_DEATH": str(self.folder / "never")},
@@ -61,32 +61,32 @@ class Replica:
         self._running.append(self._stack.enter_context(server))
 
     def drain(self) -> float:
-        """End it as a supervisor does; returns how many seconds that took."""
+        """Stop the server with SIGTERM; returns the seconds until it has exited."""
         began = time.monotonic()
         self._running[-1].process.send_signal(signal.SIGTERM)
         assert self._running[-1].process.wait(STOP_SECONDS) == 0
         return time.monotonic() - began
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the server."""
         self._running[-1].process.kill()
         self._running[-1].process.wait()
 
     def close(self) -> None:
-        """End it at the end of the tests."""
+        """Stop the server at the end of the tests."""
         self._stack.close()
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The servers, and nginx in front of them."""
+    """The servers and the nginx in front of them."""
 
     replicas: tuple[Replica, ...]
     nginx: NginxProcess
     artifact: Path
 
     def upload(self, name: str, **headers: str) -> httpx.Response:
-        """Through nginx."""
+        """Upload the artifact through nginx under a name."""
         return httpx.post(
             f"{self.nginx.url}/v1/interventions",
             files={"file": ("x", self.artifact.read_bytes())},
@@ -96,7 +96,7 @@ class Cluster:
         )
 
     def check_nothing_was_repeated(self) -> None:
-        """Of what changes something, or generates, nothing was sent to two servers."""
+        """Assert that nothing but a GET was sent to more than one server."""
         for passage in self.nginx.passages():
             if passage.method != "GET":
                 assert not any(passage.sent[:-1]), passage
@@ -124,7 +124,7 @@ def cluster(
 
 @pytest.fixture(scope="module")
 def questions(cluster: Cluster) -> Questions:
-    """What is asked through nginx, with what each server answers alone."""
+    """Return prompts with the answers that both servers give when asked directly."""
     uploaded = cluster.upload("maps", **ADMIN)
     assert uploaded.status_code == 201, uploaded.text
     time.sleep(SEEN_SECONDS)
@@ -174,7 +174,7 @@ def test_both_are_drained_in_turn_under_load_and_nobody_notices(
     assert {passage.addresses[-1] for passage in last} == {
         replica.address for replica in cluster.replicas
     }
-    # What came for a server that had left went to the other one.
+    # nginx sent requests that a stopped server had refused to the other server.
     assert any(len(passage.addresses) == 2 for passage in passages)
 
 
@@ -198,7 +198,7 @@ def test_one_is_killed_under_load_and_only_what_it_had_is_lost(
         killed.kill()
         load.wait_for(6 * CLIENTS)
     lost = load.problems()
-    # Each was on its way when the server was killed; nginx hears of that a moment later.
+    # Only requests in flight are lost, and those sent before nginx notices the kill.
     assert all(outcome.running_at(moment) or 0 < outcome.begun - moment < 2 for outcome in lost)
     assert len(lost) <= CLIENTS
     for outcome in lost:
@@ -211,7 +211,7 @@ def test_one_is_killed_under_load_and_only_what_it_had_is_lost(
 
 
 def check_uploads(cluster: Cluster, uploads: Mapping[str, int]) -> None:
-    """What was confirmed is stored once, what was lost is stored at most once."""
+    """Assert that a confirmed upload is stored once, and a lost one at most once."""
     assert len(uploads) == UPLOADS
     assert set(uploads.values()) <= {201, 502}
     time.sleep(SEEN_SECONDS)
