@@ -5,6 +5,8 @@ Interventions (affine maps or reward heads) are stored in a registry and named b
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -79,10 +81,16 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]
     return folders
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_tiny(tiny_folders: Mapping[str, Path]) -> LoadTiny:
-    def load(family: str = "llama") -> LoadedModel:
+    """Read each family from its folder once: to copy a model is several times as fast."""
+
+    @cache
+    def read(family: str) -> LoadedModel:
         return load_model(str(tiny_folders[family]), dtype="float32")
+
+    def load(family: str = "llama") -> LoadedModel:
+        return deepcopy(read(family))
 
     return load
 
