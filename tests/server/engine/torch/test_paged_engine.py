@@ -16,19 +16,16 @@ from server.engine.torch.core import EngineCore
 from server.engine.torch.model.loader import ModelLoadError
 from steering.settings import RewardSettings
 from tests.conftest import LoadTiny
-from tests.oracles import Oracle
 from tests.paged import OPTIONS, make_all, use_pages
 from tests.steered import (
     NEW_TOKENS,
     PROMPTS,
     STACKS,
     assert_equal_to_oracle,
-    expected_of,
     logprobs_of,
     tokens_of,
 )
 from tests.stepped import finish, sequence
-from tests.tiny import tiny_model
 
 EDITED = ("base", "a", "b then a", "r", "a and r", "a support", "four")
 
@@ -42,14 +39,12 @@ def test_any_mix_in_one_batch_equals_the_oracle(
     cases = [
         (PROMPTS[number % len(PROMPTS)], edits) for number, edits in enumerate(STACKS.values())
     ]
-    oracle = Oracle(tiny_model(family))
-    expected = [expected_of(oracle, family, prompt, edits) for prompt, edits in cases]
     # The steps run first without graphs, then as replays of graphs.
     for replayed in (0, NEW_TOKENS // 2):
         capture.replayed = 0
         outputs = finish(core, [sequence(prompt, edits) for prompt, edits in cases], family)
-        for each, one in zip(outputs, expected, strict=True):
-            assert_equal_to_oracle(each, *one)
+        for each, (prompt, edits) in zip(outputs, cases, strict=True):
+            assert_equal_to_oracle(each, family, prompt, edits)
         assert capture.replayed >= replayed
         make_all(core)
 
@@ -122,8 +117,7 @@ def test_what_begins_alike_is_read_from_the_prefix_cache(
     for name in ("base", "a", "base", "r", "a"):
         before = core.store.prefixes.hits
         [outputs] = finish(core, [sequence(prompt, STACKS[name])])
-        expected = expected_of(Oracle(tiny_model("llama")), "llama", prompt, STACKS[name])
-        assert_equal_to_oracle(outputs, *expected)
+        assert_equal_to_oracle(outputs, "llama", prompt, STACKS[name])
     assert core.store.prefixes.hits - before > PAGE
 
 
@@ -138,9 +132,8 @@ def test_who_yields_for_want_of_pages_goes_on_later(
     prompts = [(PROMPTS[2] * 3)[start : start + PAGE - 6] for start in range(3)]
     outputs = finish(core, [sequence(prompt, STACKS["a"]) for prompt in prompts])
     assert core.scheduler.preemptions > 0
-    oracle = Oracle(tiny_model("llama"))
     for prompt, each in zip(prompts, outputs, strict=True):
-        assert_equal_to_oracle(each, *expected_of(oracle, "llama", prompt, STACKS["a"]))
+        assert_equal_to_oracle(each, "llama", prompt, STACKS["a"])
 
 
 def test_memory_without_a_page_to_spare_is_refused(
@@ -159,6 +152,5 @@ def test_rewards_act_after_a_replayed_step(
     before = capture.captured
     edits = (Edit("r", RewardSettings(0.5, 5)),)
     [outputs] = finish(core, [sequence(PROMPTS[0], edits)])
-    expected = expected_of(Oracle(tiny_model("llama")), "llama", PROMPTS[0], edits)
-    assert_equal_to_oracle(outputs, *expected)
+    assert_equal_to_oracle(outputs, "llama", PROMPTS[0], edits)
     assert capture.captured == before, "a reward needs no graph of its own"

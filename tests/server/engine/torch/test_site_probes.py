@@ -19,10 +19,9 @@ from steering.affine import AffineMap
 from steering.hooks import SteeringHooks
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny, StartEngine
-from tests.oracles import Oracle
 from tests.serving import eventually
-from tests.steered import GREEDY, NEW_TOKENS, PROMPTS, assert_equal_to_oracle, generate
-from tests.tiny import random_maps, tiny_model
+from tests.steered import GREEDY, PROMPTS, assert_equal_to_stack, generate
+from tests.tiny import random_maps
 
 EDITS = (Edit("many", AffineSettings(0.1)),)
 
@@ -165,8 +164,7 @@ async def test_steps_go_on_while_an_artifact_of_many_sites_comes(
     assert sorted(events.probed) == sorted(all_sites(load_tiny))
     assert events.most_between_steps() == 1
     stack = [(all_sites(load_tiny), EDITS[0].settings)]
-    expected = Oracle(tiny_model("llama")).greedy(PROMPTS[0], NEW_TOKENS, stack)
-    assert_equal_to_oracle(outputs, *expected)
+    assert_equal_to_stack(outputs, "llama", PROMPTS[0], stack)
 
 
 async def test_requests_with_the_same_new_sites_share_the_probes(
