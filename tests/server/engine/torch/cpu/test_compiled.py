@@ -85,7 +85,7 @@ def llama(load_tiny: LoadTiny) -> EngineCore:
 
 def test_the_default_sites_are_compiled_before_anybody_asks(llama: EngineCore) -> None:
     layers = compiled_of(llama)
-    assert {variant.depth for variant in layers._graphs._lasting} == {0, 1}
+    assert {variant.depth for variant in layers._graphs._permanent} == {0, 1}
     assert everything_made(layers)
 
 
@@ -99,7 +99,8 @@ async def test_any_mix_on_compiled_layers_equals_the_oracle(
     await everything_compiled(engine)
     layers = compiled_of(engine._core)
     assert everything_made(layers), "some graphs could not be made"
-    monkeypatch.setattr(layers._layers, "_own", [pytest.fail] * 2)  # Nothing runs uncompiled now.
+    # Nothing runs uncompiled now.
+    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
     cases = [(prompt, edits) for edits in FEW.values() for prompt in PROMPTS]
     mixed = await asyncio.gather(*(generate(engine, *case) for case in cases))
     for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
@@ -114,7 +115,8 @@ def test_gates_and_inputs_are_compiled_too(
     wait_for_graphs(llama)
     layers = compiled_of(llama)
     assert everything_made(layers), "some graphs could not be made"
-    monkeypatch.setattr(layers._layers, "_own", [pytest.fail] * 2)  # Nothing runs uncompiled now.
+    # Nothing runs uncompiled now.
+    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
     [outputs] = finish(llama, [sequence(PROMPTS[0], edits)])
     assert_equal_to_oracle(outputs, "llama", PROMPTS[0], edits)
 
@@ -153,7 +155,7 @@ def take_all_slots(core: EngineCore) -> None:
     """Load other interventions, so that the next one gets a slot that held one of these."""
     for number in range(OPTIONS.max_loaded_interventions):
         digest = f"other {number}"
-        core.interventions.hold(digest, {digest: random_maps(20 + number)})
+        core.interventions.pin_or_install(digest, {digest: random_maps(20 + number)})
         core.interventions.unpin(digest)
 
 
