@@ -55,7 +55,7 @@ def gauge(metric: str, function: str = "sum") -> str:
 
 
 def ratio(part: str, whole: str) -> str:
-    """Divide two expressions; 0 where the divisor is 0 or missing."""
+    """Divide two expressions; 0 where the divisor is 0, or where either has no value."""
     return or_zero(f"({part} / ({whole} > 0))")
 
 
