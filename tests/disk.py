@@ -3,7 +3,8 @@
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -128,6 +129,14 @@ class FaultyDisk:
         if number == self._number or (self._lasting and number > self._number):
             self.refused.append(operation)
             raise OSError(self._fails, os.strerror(self._fails), str(path))
+
+
+@contextmanager
+def watching(root: Path, before: Callable[[str, Path], None]) -> Iterator[None]:
+    """Watch a folder's disk within the context."""
+    with pytest.MonkeyPatch.context() as patched:
+        WatchedDisk(root, before).install(patched)
+        yield
 
 
 class SlowDisk:

@@ -30,7 +30,7 @@ from tests.artifact_samples import (
     same_parameters,
 )
 from tests.catalogues import damaged_files, history_of, names_of
-from tests.disk import FOLDER_SYNC, SlowDisk, WatchedDisk
+from tests.disk import FOLDER_SYNC, SlowDisk, WatchedDisk, watching
 
 
 @pytest.fixture
@@ -377,12 +377,11 @@ def test_pinned_bytes_of_a_deleted_name_go_at_the_next_start(
 
 
 def test_no_pin_takes_bytes_that_are_being_removed(
-    registry: Registry, root: Path, make: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+    registry: Registry, root: Path, make: Callable[[int], Path]
 ) -> None:
     entry, _ = upload(registry, make(1), "a")
     disk = SlowDisk("unlink")
-    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
-        WatchedDisk(root, disk.before).install(patched)
+    with ThreadPoolExecutor(1) as pool, watching(root, disk.before):
         deletion = pool.submit(registry.delete, "a")
         until(lambda: bool(disk.waiting))
         with pytest.raises(UnknownInterventionError):
@@ -395,12 +394,11 @@ def test_no_pin_takes_bytes_that_are_being_removed(
 
 
 def test_a_pin_that_comes_during_a_deletion_keeps_the_bytes(
-    registry: Registry, root: Path, make: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+    registry: Registry, root: Path, make: Callable[[int], Path]
 ) -> None:
     entry, _ = upload(registry, make(1), "a")
     disk = SlowDisk(FOLDER_SYNC)
-    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
-        WatchedDisk(root, disk.before).install(patched)
+    with ThreadPoolExecutor(1) as pool, watching(root, disk.before):
         deletion = pool.submit(registry.delete, "a")
         until(lambda: bool(disk.waiting))
         registry.pin(entry.digest)

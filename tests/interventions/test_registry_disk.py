@@ -19,7 +19,7 @@ from interventions.name_records import Version
 from interventions.registry import Registry
 from tests.artifact_samples import affine_manifest, affine_parameters
 from tests.catalogues import damaged_files, history_of
-from tests.disk import FaultyDisk, WatchedDisk
+from tests.disk import FaultyDisk, watching
 
 CHUNK_BYTES = 700  # an artifact comes in two chunks
 NAMES = ("a", "b", "new")
@@ -124,8 +124,7 @@ def operations(change: Change, template: Path, root: Path, artifacts: Artifacts)
     """Return how many disk operations a change takes."""
     shutil.copytree(template, root)
     counted = FaultyDisk(-1, FAILING, lasting=False)
-    with Registry(root) as registry, pytest.MonkeyPatch.context() as patched:
-        WatchedDisk(root, counted.before).install(patched)
+    with Registry(root) as registry, watching(root, counted.before):
         change(registry, artifacts)
     return len(counted.done)
 
@@ -146,8 +145,7 @@ def test_a_disk_that_refuses_any_operation(
             before = contents(registry)
             disk = FaultyDisk(number, fails, lasting=lasting)
             error = None
-            with pytest.MonkeyPatch.context() as patched:
-                WatchedDisk(root, disk.before).install(patched)
+            with watching(root, disk.before):
                 try:
                     change(registry, artifacts)
                 except RegistryDiskError as raised:
@@ -375,8 +373,7 @@ def test_an_upload_in_place_of_a_damaged_record(
         stored = objects(root)
         with Registry(root) as registry:
             disk = FaultyDisk(number, FAILING, lasting=False)
-            with pytest.MonkeyPatch.context() as patched:
-                WatchedDisk(root, disk.before).install(patched)
+            with watching(root, disk.before):
                 try:
                     change(registry, artifacts)
                     made = True
@@ -408,8 +405,7 @@ def test_what_could_not_be_removed_goes_with_the_next_change(
             if operation == "unlink":
                 raise PermissionError(errno.EPERM, "immutable", str(path))
 
-        with pytest.MonkeyPatch.context() as patched:
-            WatchedDisk(root, refuse).install(patched)
+        with watching(root, refuse):
             registry.unpin(digest)
             upload(registry, artifacts[2], "new")  # works: its temporary file is moved, not removed
             registry.delete("new")
@@ -439,10 +435,9 @@ def test_a_crash_at_any_step_of_a_deletion_on_a_full_disk(folder: Path, template
             steps += 1
             full.before(operation, path)
 
-        with Registry(root) as registry, pytest.MonkeyPatch.context() as patched:
+        with Registry(root) as registry:
             old = registry.resolve("a")
-            WatchedDisk(root, before).install(patched)
-            with suppress(PowerCutError):
+            with watching(root, before), suppress(PowerCutError):
                 registry.delete("a")
         with Registry(root) as registry:
             assert damaged_files(registry) == ()

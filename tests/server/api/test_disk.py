@@ -15,7 +15,7 @@ from interventions.registry import Registry
 from server.api import interventions
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import MakeClient, WriteArtifact
-from tests.disk import FOLDER_SYNC, FaultyDisk, SlowDisk, WatchedDisk
+from tests.disk import FOLDER_SYNC, FaultyDisk, SlowDisk, WatchedDisk, watching
 from tests.serving import Json, bytes_of, complete, error_of, eventually, push, text_of
 
 STEERED: Json = {"steering": {"intervention": "maps"}}
@@ -161,7 +161,6 @@ async def test_an_upload_that_the_disk_refuses(
     client: httpx.AsyncClient,
     affine_artifact: WriteArtifact,
     root: Path,
-    monkeypatch: pytest.MonkeyPatch,
     fails: int,
     status: int,
     code: str,
@@ -174,8 +173,7 @@ async def test_an_upload_that_the_disk_refuses(
         digest = (await push(client, old))["digest"]
         before = (await client.get("/v1/interventions/maps")).json()
         disk = FaultyDisk(number, fails, lasting=False)
-        with monkeypatch.context() as patched:
-            WatchedDisk(root, disk.before).install(patched)
+        with watching(root, disk.before):
             response = await upload(client, bytes_of(new))
         if response.status_code != 201:
             assert response.status_code == status, disk.done
@@ -200,7 +198,6 @@ async def test_an_upload_in_small_pieces_to_a_full_disk(
     client: httpx.AsyncClient,
     affine_artifact: WriteArtifact,
     root: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     content = bytes_of(affine_artifact("maps"))
     request = client.build_request("POST", "/v1/interventions", files={"file": ("x", content)})
@@ -212,8 +209,7 @@ async def test_an_upload_in_small_pieces_to_a_full_disk(
 
     headers = {"Content-Type": request.headers["content-type"]}
     disk = FaultyDisk(4, errno.ENOSPC, lasting=True)
-    with monkeypatch.context() as patched:
-        WatchedDisk(root, disk.before).install(patched)
+    with watching(root, disk.before):
         for _ in range(3):
             response = await client.post("/v1/interventions", content=pieces(), headers=headers)
             assert response.status_code == 507
@@ -229,11 +225,9 @@ async def test_deleting_on_a_full_disk(
     client: httpx.AsyncClient,
     affine_artifact: WriteArtifact,
     root: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await push(client, affine_artifact("maps"))
-    with monkeypatch.context() as patched:
-        WatchedDisk(root, FaultyDisk(0, errno.ENOSPC, lasting=True).before).install(patched)
+    with watching(root, FaultyDisk(0, errno.ENOSPC, lasting=True).before):
         assert (await client.delete("/v1/interventions/maps")).status_code == 200
         assert (await client.get("/v1/interventions/maps")).status_code == 404
         assert objects(root) == set()
@@ -247,11 +241,9 @@ async def test_deleting_where_the_disk_is_read_only(
     client: httpx.AsyncClient,
     affine_artifact: WriteArtifact,
     root: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await push(client, affine_artifact("maps"))
-    with monkeypatch.context() as patched:
-        WatchedDisk(root, FaultyDisk(0, errno.EROFS, lasting=True).before).install(patched)
+    with watching(root, FaultyDisk(0, errno.EROFS, lasting=True).before):
         response = await client.delete("/v1/interventions/maps")
         assert response.status_code == 503
         assert error_of(response)["code"] == "registry_unwritable"

@@ -17,7 +17,7 @@ from interventions.registry import Registry
 from server.cli import launch
 from server.config import ConfigurationError, Settings
 from server.engine.torch.engine import TorchEngine
-from tests.disk import FaultyDisk, WatchedDisk
+from tests.disk import FaultyDisk, watching
 from tests.processes import ROOT, STOP_SECONDS, steerserve
 
 
@@ -98,12 +98,10 @@ async def test_what_is_loaded_is_nothing_that_a_request_makes_the_collector_look
 
 
 def test_a_full_disk_stores_no_bundled_intervention_and_stops_no_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Registry(tmp_path / "registry") as registry:
-        with monkeypatch.context() as patched:
-            full = FaultyDisk(0, errno.ENOSPC, lasting=True)
-            WatchedDisk(tmp_path / "registry", full.before).install(patched)
+        with watching(tmp_path / "registry", FaultyDisk(0, errno.ENOSPC, lasting=True).before):
             launch._add_bundled(registry)
         assert registry.entries() == []
         assert "detox-lineas is not stored. The registry's disk is full" in caplog.text

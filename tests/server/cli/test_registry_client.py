@@ -16,7 +16,7 @@ from interventions.registry import Registry
 from server.cli.registry_client import app
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
-from tests.disk import FaultyDisk, WatchedDisk
+from tests.disk import FaultyDisk, watching
 from tests.live import live
 from tests.manifests import manifest_of
 from tests.serving import build_app
@@ -127,13 +127,12 @@ async def test_warnings_are_shown(tmp_path: Path, tiny_engine: TorchEngine) -> N
 
 @pytest.mark.usefixtures("server")
 async def test_a_full_disk_is_told_also_while_the_file_is_sent(
-    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, registry: Registry
 ) -> None:
     path = tmp_path / "large.safetensors"
     _make_sparse(path, 50_000_000)  # more than the sockets buffer before the server refuses it
     disk = FaultyDisk(1, errno.ENOSPC, lasting=True)
-    with monkeypatch.context() as patched:
-        WatchedDisk(tmp_path / "registry", disk.before).install(patched)
+    with watching(tmp_path / "registry", disk.before):
         result = await run("push", str(path))
     assert disk.refused == ["write"]
     assert result.exit_code == 1
