@@ -140,7 +140,7 @@ def test_who_needs_nothing_new_keeps_the_graphs_of_before(
     capture = use_pages(monkeypatch)
     core = build_core(load_tiny(), OPTIONS)
     finish(core, [sequence(PROMPTS[0], (Edit(later, AffineSettings(1.0)),), tokens=1)])
-    core._runner._wanted.clear()  # type: ignore[attr-defined]
+    core._runner._pending.clear()  # type: ignore[attr-defined]
     before, captured = capture.replayed, capture.captured
     [outputs] = finish(core, [sequence(PROMPTS[0], STACKS["a"])])
     assert_equal_to_oracle(outputs, "llama", PROMPTS[0], STACKS["a"])
