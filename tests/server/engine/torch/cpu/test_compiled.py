@@ -1,8 +1,4 @@
-"""Tests compiled layers against the oracle, and engines where compiling fails.
-
-The oracle runs Hugging Face's model on one request at a time, with slow reference edits. A graph is
-a compiled decoder layer with edits at certain sites. Steps run uncompiled until it is made.
-"""
+"""Compiled layers against the oracle, and what happens where they cannot be had."""
 
 import asyncio
 import logging
@@ -19,6 +15,7 @@ from server.engine.torch.cpu import compiled
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.step import decoder
+from server.engine.torch.step.decoder import DecoderLayers
 from steering.settings import AffineSettings
 from tests.conftest import LoadTiny, StartEngine
 from tests.steered import (
@@ -35,8 +32,7 @@ from tests.tiny import random_maps
 
 pytestmark = pytest.mark.timeout(900)  # compiling takes minutes on a busy machine
 OPTIONS = EngineOptions(
-    # 13 slots, as many as the recorded prefill has tokens: the compiler must not take the two
-    # sizes for one.
+    # As many slots as the probe has tokens: a compiler must not take one for the other.
     kv_cache_gb=0.02,
     compile_layers=True,
     compile_at_once=True,
@@ -45,7 +41,8 @@ OPTIONS = EngineOptions(
     dose_interval=1,
 )
 SECONDS = 600.0
-# With compile_at_once, graphs for a stack are made as soon as a request uses it.
+FAMILY = "mistral"  # with windows that are shorter than the prompts
+# The graphs of each are made as soon as they are asked for.
 FEW: Mapping[str, tuple[Edit, ...]] = {
     name: STACKS[name]
     for name in ("base", "a", "a at another strength", "b", "a on the prompt", "r", "a and r")
@@ -59,9 +56,16 @@ def compiled_of(core: EngineCore) -> compiled.CompiledLayers:
 
 
 def everything_made(layers: compiled.CompiledLayers) -> bool:
-    """Return whether the graphs of all expected and all used variants of layers are ready."""
+    """Whether all graphs that were asked for are there."""
     graphs = layers._graphs
     return all(graphs.has_graphs(variant) for variant in {*graphs._permanent, *graphs._used})
+
+
+def run_compiled_only(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that all graphs are there, and let no layer run uncompiled from now on."""
+    layers = compiled_of(core)
+    assert everything_made(layers), "some graphs could not be made"
+    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
 
 
 def wait_for_graphs(core: EngineCore) -> None:
@@ -73,78 +77,91 @@ async def everything_compiled(engine: TorchEngine) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama(load_tiny: LoadTiny) -> EngineCore:
+def core(load_tiny: LoadTiny) -> EngineCore:
     """A core whose graphs of the default sites are made; tests have it make others."""
-    oracle_of("llama")  # made first: the compiler draws from the same random numbers
-    core = build_core(load_tiny(), OPTIONS)
+    oracle_of(FAMILY)  # made first: the compiler draws from the same random numbers
+    core = build_core(load_tiny(FAMILY), OPTIONS)
     assert core.compiling
     wait_for_graphs(core)
     assert core.compiling == 0
     return core
 
 
-def test_the_default_sites_are_compiled_before_anybody_asks(llama: EngineCore) -> None:
-    layers = compiled_of(llama)
+def test_the_default_sites_are_compiled_before_anybody_asks(core: EngineCore) -> None:
+    layers = compiled_of(core)
     assert {variant.depth for variant in layers._graphs._permanent} == {0, 1}
     assert everything_made(layers)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # layers differ: window, attention scale
-async def test_any_mix_on_compiled_layers_equals_the_oracle(
-    start_engine: StartEngine, family: str, monkeypatch: pytest.MonkeyPatch
+CASES = [(prompt, edits) for edits in FEW.values() for prompt in PROMPTS]
+
+
+def test_any_mix_on_compiled_layers_equals_the_oracle(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = await start_engine(interventions_of(family), family, OPTIONS)
-    for edits in FEW.values():  # runs uncompiled until the stack's graphs are made
+    for edits in FEW.values():
+        finish(core, [sequence(PROMPTS[1], edits)], FAMILY)
+    wait_for_graphs(core)
+    run_compiled_only(core, monkeypatch)
+    mixed = finish(core, [sequence(*case) for case in CASES], FAMILY)
+    for outputs, (prompt, edits) in zip(mixed, CASES, strict=True):
+        assert_equal_to_oracle(outputs, FAMILY, prompt, edits)
+
+
+async def test_layers_that_are_not_alike_have_graphs_of_their_own(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This GPT-2 scales a layer's attention by the layer's number."""
+    engine = await start_engine(interventions_of("gpt2"), "gpt2", OPTIONS)
+    for edits in FEW.values():  # eager, until what it asks for is there
         await generate(engine, PROMPTS[1], edits)
     await everything_compiled(engine)
-    layers = compiled_of(engine._core)
-    assert everything_made(layers), "some graphs could not be made"
-    # Nothing runs uncompiled now.
-    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
-    cases = [(prompt, edits) for edits in FEW.values() for prompt in PROMPTS]
-    mixed = await asyncio.gather(*(generate(engine, *case) for case in cases))
-    for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
-        assert_equal_to_oracle(outputs, family, prompt, edits)
+    run_compiled_only(engine._core, monkeypatch)
+    mixed = await asyncio.gather(*(generate(engine, *case) for case in CASES))
+    for outputs, (prompt, edits) in zip(mixed, CASES, strict=True):
+        assert_equal_to_oracle(outputs, "gpt2", prompt, edits)
+
+
+def test_a_window_in_some_layers_makes_them_unlike(load_tiny: LoadTiny) -> None:
+    assert len(DecoderLayers(load_tiny("qwen2").model).structures) == 2
+    assert len(DecoderLayers(load_tiny(FAMILY).model).structures) == 1
 
 
 def test_gates_and_inputs_are_compiled_too(
-    llama: EngineCore, monkeypatch: pytest.MonkeyPatch
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits = (*STACKS["gated and supported"], *STACKS["inputs"])
-    finish(llama, [sequence(PROMPTS[1], edits)])
-    wait_for_graphs(llama)
-    layers = compiled_of(llama)
-    assert everything_made(layers), "some graphs could not be made"
-    # Nothing runs uncompiled now.
-    monkeypatch.setattr(layers._layers, "_originals", [pytest.fail] * 2)
-    [outputs] = finish(llama, [sequence(PROMPTS[0], edits)])
-    assert_equal_to_oracle(outputs, "llama", PROMPTS[0], edits)
+    finish(core, [sequence(PROMPTS[1], edits)], FAMILY)
+    wait_for_graphs(core)
+    run_compiled_only(core, monkeypatch)
+    [outputs] = finish(core, [sequence(PROMPTS[0], edits)], FAMILY)
+    assert_equal_to_oracle(outputs, FAMILY, PROMPTS[0], edits)
 
 
 def logprobs_beside(core: EngineCore, *stacks: tuple[Edit, ...]) -> list[list[float]]:
-    """Return the log-probabilities of equal prompts, one for each stack, computed in one batch."""
-    outputs = finish(core, [sequence(PROMPTS[0], each, tokens=6) for each in stacks])
+    """The log-probabilities of equal prompts that are admitted, and so computed, together."""
+    outputs = finish(core, [sequence(PROMPTS[0], each, tokens=6) for each in stacks], FAMILY)
     return [logprobs_of(each) for each in outputs]
 
 
-def test_who_is_not_steered_has_the_base_models_bits_whoever_else_is(llama: EngineCore) -> None:
-    """A step with edits runs another graph than one without, yet an unsteered row stays equal."""
+def test_who_is_not_steered_has_the_base_models_bits_whoever_else_is(core: EngineCore) -> None:
+    """A step that edits runs on another graph than one that does not."""
     nothing = (Edit("a", AffineSettings(0.0)),)
-    alone = logprobs_beside(llama, (), (), ())
-    assert alone == logprobs_beside(llama, nothing, (), nothing)
-    logprobs_beside(llama, STACKS["a support"])
-    wait_for_graphs(llama)
+    alone = logprobs_beside(core, (), (), ())
+    assert alone == logprobs_beside(core, nothing, (), nothing)
+    logprobs_beside(core, STACKS["a support"])
+    wait_for_graphs(core)
     for steered in ("a", "a support", "r"):
-        assert alone[0] == logprobs_beside(llama, (), STACKS[steered], ())[0] != []
-        assert alone[2] == logprobs_beside(llama, STACKS[steered], STACKS["a"], ())[2]
+        assert alone[0] == logprobs_beside(core, (), STACKS[steered], ())[0] != []
+        assert alone[2] == logprobs_beside(core, STACKS[steered], STACKS["a"], ())[2]
 
 
-def test_compiled_layers_tell_the_same_doses(llama: EngineCore, load_tiny: LoadTiny) -> None:
+def test_compiled_layers_tell_the_same_doses(core: EngineCore, load_tiny: LoadTiny) -> None:
     doses = []
-    for core in (build_core(load_tiny(), replace(OPTIONS, compile_layers=False)), llama):
+    for each in (build_core(load_tiny(FAMILY), replace(OPTIONS, compile_layers=False)), core):
         found = []
         for name in ("a", "a and r", "a on the prompt"):
-            [outputs] = finish(core, [sequence(PROMPTS[0], STACKS[name])])
+            [outputs] = finish(each, [sequence(PROMPTS[0], STACKS[name])], FAMILY)
             found += [dose for output in outputs for dose in output.doses if dose is not None]
         doses.append(found)
     assert len(doses[0]) > 20
@@ -159,16 +176,16 @@ def take_all_slots(core: EngineCore) -> None:
         core.interventions.unpin(digest)
 
 
-def test_a_slot_that_is_filled_anew_steers_as_what_it_holds_now(llama: EngineCore) -> None:
+def test_a_slot_that_is_filled_anew_steers_as_what_it_holds_now(core: EngineCore) -> None:
     """At other sites, too: `b` lacks one of those of what was in its slot before."""
     for _ in range(2):
         for name in ("a", "b", "a support", "a"):
-            take_all_slots(llama)
+            take_all_slots(core)
             [edit] = STACKS[name]
-            assert llama.interventions.missing({edit.digest})
-            [outputs] = finish(llama, [sequence(PROMPTS[0], STACKS[name])])
-            assert_equal_to_oracle(outputs, "llama", PROMPTS[0], STACKS[name])
-        wait_for_graphs(llama)
+            assert core.interventions.missing({edit.digest})
+            [outputs] = finish(core, [sequence(PROMPTS[0], STACKS[name])], FAMILY)
+            assert_equal_to_oracle(outputs, FAMILY, PROMPTS[0], STACKS[name])
+        wait_for_graphs(core)
 
 
 def broken_compiler(*_: object, **__: object) -> object:
@@ -194,10 +211,7 @@ async def test_without_a_compiler_layers_run_as_they_are_and_one_sentence_says_s
 async def test_a_graph_that_is_wrong_for_a_layer_is_not_used(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tiny GPT-2 scales each layer's attention by a constant, so one graph cannot serve two.
-
-    The patch makes the compiler believe that all layers have the same structure.
-    """
+    """This GPT-2 scales a layer's attention by the layer's number, which is no tensor."""
     monkeypatch.setattr(decoder, "_signature", lambda _layer: "all alike")
     with caplog.at_level(logging.WARNING):
         engine = await start_engine(interventions_of("gpt2"), "gpt2", OPTIONS)
