@@ -5,12 +5,7 @@ Each token is edited by a stack of maps, given by their slots in a table. A map 
 Its tests on a GPU are in `tests/cuda`.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 import pytest
@@ -36,6 +31,7 @@ from tests.affine_batches import (
     random_maps,
     table_of,
 )
+from tests.gpu_code import compiled_for_gpus
 
 pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
 CPU = torch.device("cpu")
@@ -198,16 +194,6 @@ def test_a_token_has_the_same_bits_whoever_is_beside_it(
 
 def test_it_compiles_for_an_a100_and_an_h100() -> None:
     """The compiled kernel spills no registers, except a few for the widest rows."""
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.affine_compiler", "80", "90"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    rows = json.loads(made.stdout)
-    assert {row["capability"] for row in rows} == {"80", "90"}
-    for row in rows:
+    for row in compiled_for_gpus("affine_compiler"):
         assert row["spilled"] <= (128 if row["width"] > 16384 else 0), row
         assert row["wide_reads"], row

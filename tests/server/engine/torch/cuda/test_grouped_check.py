@@ -4,12 +4,7 @@ The kernels refine the rows (hidden states before `lm_head`) of several reward h
 """
 
 import importlib
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,6 +15,7 @@ from server.engine.torch.cuda import grouped_check
 from server.engine.torch.cuda.grouped_check import make_grouped_refinement
 from server.engine.torch.model import fallback
 from server.engine.torch.model.loader import ModelLoadError
+from tests.gpu_code import compiled_for_gpus
 from tests.grouped import expected_of, mixed_settings, random_rows, refined_by, use_few_programs
 from tests.tiny import random_head
 
@@ -84,17 +80,7 @@ def test_without_triton_there_is_none(
 def test_the_kernels_compile_for_an_a100_and_an_h100() -> None:
     """For heads of 1024 units, three programs of each kernel but one fit on a multiprocessor."""
     pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.reward_kernel_compiler", "80", "90"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[5],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    rows = json.loads(made.stdout)
-    assert {row["capability"] for row in rows} == {"80", "90"}
-    for row in rows:
+    for row in compiled_for_gpus("reward_kernel_compiler"):
         assert row["shared"] <= 32 * 1024, row
         assert row["registers"] * row["threads"] <= 65536 // (
             1 if row["kernel"] == "ascend" else 3

@@ -3,12 +3,7 @@
 Its tests on a GPU are in `tests/cuda`.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +12,8 @@ from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE, SCRATCH
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex, Tiling
-from server.engine.torch.attention.slab import KVShape
+from server.engine.torch.attention.slab import SlabShape
+from tests.gpu_code import compiled_for_gpus
 from tests.paged import paged_reference
 
 triton = pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
@@ -132,17 +128,7 @@ def test_strided_queries_are_read_where_they_are(kernel: PagedAttention) -> None
 
 def test_it_compiles_for_an_a100_and_an_h100() -> None:
     """The limit of 99 KiB shared memory lets smaller GPUs of the A100's generation run it too."""
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.kernel_compiler", "80", "90"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[5],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    rows = json.loads(made.stdout)
-    assert {row["capability"] for row in rows} == {"80", "90"}
-    for row in rows:
+    for row in compiled_for_gpus("kernel_compiler"):
         assert row["shared"] <= 99 * KIBIBYTE, row
         assert row["tensor_cores"] is (row["dtype"] == "bf16"), row
         assert row["machine_code"], row
