@@ -14,7 +14,7 @@ from types import MappingProxyType
 import httpx
 
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 120
+START_SECONDS = 240  # a busy machine takes long to import torch
 STOP_SECONDS = 60
 
 
