@@ -210,7 +210,7 @@ class Settings(BaseSettings):
     cuda_graphs: bool = True
     """Replay steps that only decode as CUDA graphs, on a GPU whose KV cache is in pages."""
     compile_layers: bool = True
-    """On a CPU, compile the layers in the background, and the reward edits at the start."""
+    """On a CPU, compile the layers in the background."""
     prefix_cache: bool = True
     """Keep the keys and values of prompts for later requests that begin with equal tokens."""
     check_invariants: bool = False

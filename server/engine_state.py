@@ -39,7 +39,7 @@ class EngineState(Collector):
             ("interventions_stored", "Names in the registry.", len(self._interventions.entries())),
             (
                 "engine_compiling",
-                "Compiled graphs of layers and reward heads that are being made.",
+                "Layer graphs that are being compiled or wait for it.",
                 stats.compiling,
             ),
         )
