@@ -37,11 +37,7 @@ class EngineState(Collector):
             ),
             ("intervention_slots_used", "Interventions loaded in the bank.", stats.slots_used),
             ("interventions_stored", "Names in the registry.", len(self._interventions.entries())),
-            (
-                "engine_compiling",
-                "Layer graphs that are being compiled or wait for it.",
-                stats.compiling,
-            ),
+            ("engine_compiling", "Layer graphs that are being compiled.", stats.compiling),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(_PREFIX + name, text, value)
