@@ -12,7 +12,7 @@ from server.engine.torch.attention.backend import AttentionParams
 from server.engine.torch.attention.page_pool import PAGE, SCRATCH
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, PagedIndex, Tiling
-from server.engine.torch.attention.slab import SlabShape
+from server.engine.torch.attention.slab import KVShape
 from tests.gpu_code import compiled_for_gpus
 from tests.paged import paged_reference
 
