@@ -1,93 +1,91 @@
-"""Everything that steerserve claims about speed, measured side by side on this machine.
+"""Measures everything that steerserve claims about speed, side by side on this machine.
 
 python -m benchmarks --vllm-python /path/to/vllm/venv/bin/python
 """
 
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from benchmarks.core import Bench, BenchmarkError, open_bench
+from benchmarks.decoding import BenchEngine, BenchmarkError
 from benchmarks.distinct import measure_distinct
 from benchmarks.engines import measure_engines
 from benchmarks.growth import measure_growth
 from benchmarks.latency import measure_latency
+from benchmarks.models import open_engine
 from benchmarks.options import Options
-from benchmarks.report import write_section
+from benchmarks.report import Section, write_section
 from benchmarks.steering import measure_steering
+from server.cli.bench.client import BenchError
+from server.cli.bench.progress import progress
 
-IN_PROCESS = {
+_IN_PROCESS: Final[Mapping[str, Callable[[BenchEngine, Options, Progress], Section]]] = {
     "steering": measure_steering,
     "distinct": measure_distinct,
     "growth": measure_growth,
 }
-SECTIONS = ("steering", "distinct", "engines", "latency", "growth")
-RESULTS = Path(__file__).parent / "results"
+SECTIONS: Final = ("steering", "distinct", "engines", "latency", "growth")
+_RESULTS: Final = Path(__file__).parent / "results"
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(SECTIONS),
+    only: Annotated[str, typer.Option(help="Sections to run, separated by commas.")] = ",".join(
+        SECTIONS
+    ),
     rounds: Annotated[
-        int, typer.Option(min=1, help="Values of each arm; a third as many of what takes long.")
+        int, typer.Option(min=1, help="Rounds; a third as many for engines and latency.")
     ] = 15,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = _RESULTS,
     vllm_python: Annotated[
         Path | None,
-        typer.Option(help="The python of an environment with vLLM; not run if unset.", exists=True),
+        typer.Option(
+            help="Python of an environment with vLLM; if unset, vLLM is not run.", exists=True
+        ),
     ] = None,
-    model: Annotated[str, typer.Option(help="embedded, or a folder.")] = "embedded",
-    device: Annotated[str, typer.Option(help="cpu, or cuda: of what runs in process.")] = "cpu",
+    model: Annotated[str, typer.Option(help='"embedded", or a folder.')] = "embedded",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda, for the sections that run in this process.")
+    ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run of a few tokens.")] = False,
 ) -> None:
     """Measure what steering costs, and this engine beside others."""
-    # As an exception, which ends the engines' processes on its way.
+    # An exception ends the processes of the engines on its way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     chosen = only.split(",")
     if unknown := [name for name in chosen if name not in SECTIONS]:
         raise typer.BadParameter(f"--only knows {', '.join(SECTIONS)}, not {unknown[0]!r}")
-    options = (
-        Options.quick(model, device, vllm_python)
-        if quick
-        else Options(model, device, rounds, vllm_python)
-    )
+    if quick:
+        options = Options.quick(model, device, vllm_python)
+    else:
+        options = Options(model, device, rounds, vllm_python)
     try:
         _measure(chosen, options, out)
-    except BenchmarkError as error:
+    except (BenchmarkError, BenchError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
 def _measure(chosen: list[str], options: Options, out: Path) -> None:
-    """Each section is written as soon as it is there."""
-    # What runs in other processes comes first, while this one holds no model.
+    """Write each section as soon as it is measured."""
+    # Other processes are measured first, while this one holds no model.
     if "engines" in chosen:
-        with _progress() as bar:
+        with progress() as bar:
             section = measure_engines(options, bar)
         write_section(section, out)
     if "latency" in chosen:
         write_section(measure_latency(options), out)
-    bench: Bench | None = None
-    for name in (name for name in IN_PROCESS if name in chosen):
-        if bench is None:
-            bench = open_bench(options.model, options.device)
-        with _progress() as bar:
-            section = IN_PROCESS[name](bench, options, bar)
-        write_section(section, out)
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
+    measures = {name: measure for name, measure in _IN_PROCESS.items() if name in chosen}
+    if measures:
+        engine = open_engine(options.model, options.device)
+        for measure in measures.values():
+            with progress() as bar:
+                section = measure(engine, options, bar)
+            write_section(section, out)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""How fast this machine reads memory."""
+"""How fast a device reads its memory."""
 
 import statistics
 import time
 
 import torch
 
-BYTES = 512 * 1024 * 1024
-REPEATS = 9
+_REPEATS = 9
+_SUMS = 4  # that are waited for together
 
 
-def read_bandwidth(device: str) -> float:
-    """Bytes a second, by a sum over far more than the caches hold; a median."""
-    values = torch.ones(BYTES // 4, dtype=torch.float32, device=device)
+def read_bandwidth(device: str | torch.device, size: int = 512 << 20) -> float:
+    """Return bytes per second, a median, from sums over `size` bytes, more than caches hold."""
+    values = torch.ones(size // 4, dtype=torch.float32, device=device)
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(_REPEATS):
         began = time.perf_counter()
-        values.sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return BYTES / statistics.median(seconds)
+        for _ in range(_SUMS):
+            total = values.sum()
+        total.item()  # waits for the device
+        seconds.append((time.perf_counter() - began) / _SUMS)
+    return size / statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""(b) Whether distinct configurations in one batch cost more than equal ones."""
+"""Measures batches of distinct configurations beside batches of equal ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,29 +7,25 @@ from typing import Final
 from rich.progress import Progress
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.core import ARGRE, LINEAS, Bench, head_bytes
+from benchmarks.decoding import ETA, ITERATIONS, BatchEdits, BenchEngine
 from benchmarks.options import Options
-from benchmarks.random_edits import permuted_head, random_maps
 from benchmarks.report import Section
-from benchmarks.steering import measured
-from benchmarks.turns import Rows, take_turns
-from server.cli.bench_stats import Spread
-from server.cli.bench_tables import MILLI, throughput_rows
-from server.cli.bench_tables import Rows as TableRows
-from server.engine.base import Edit
+from benchmarks.turns import take_turns
+from server.measuring.comparison import Spread, Throughput
+from server.measuring.table import Table, throughput_table
 from steering.reward import RewardHead
-from steering.settings import AffineSettings, RewardSettings
 
-_NONE: Final = "none"
+_UNSTEERED: Final = "none"
 _EQUAL: Final = "equal"
 _MAPS: Final = "distinct affine maps, distinct strengths"
 _STRENGTHS: Final = "one affine map, distinct strengths"
 _ETAS: Final = "one reward head, distinct step sizes"
+_MILLI: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class HeadsCost:
-    """What some distinct heads in one batch cost in each step; seconds."""
+    """The seconds that some distinct heads in one batch add to each step."""
 
     heads: int
     batch: int
@@ -38,111 +34,92 @@ class HeadsCost:
     reading: float  # the heads' bytes ÷ bandwidth
 
     def cells(self) -> tuple[str, ...]:
-        """For the table."""
+        """Return the table's row."""
         return (
             str(self.heads),
-            self.over_unsteered.times(MILLI).shown(3),
-            self.over_one_head.times(MILLI).shown(3),
-            f"{self.reading * MILLI:.3f}",
+            self.over_unsteered.shown(3, _MILLI),
+            self.over_one_head.shown(3, _MILLI),
+            f"{self.reading * _MILLI:.3f}",
             f"{self.over_unsteered.median / self.reading:.2f}",
             f"{self.over_one_head.median / self.reading:.2f}",
         )
 
 
-def measure_distinct(bench: Bench, options: Options, bar: Progress) -> Section:
-    """Distinct maps and settings over equal ones, and what distinct heads cost."""
+def measure_distinct(engine: BenchEngine, options: Options, bar: Progress) -> Section:
+    """Compare distinct maps and settings with equal ones, and measure what distinct heads cost."""
     count = options.distinct
     bandwidth = read_bandwidth(options.device)
     task = bar.add_task("distinct", total=2 * (options.rounds + 1))
 
-    def turns(arms: Mapping[str, Rows]) -> dict[str, list[float]]:
-        return take_turns(bench, arms, options.turns, lambda: bar.advance(task))
+    def turns(trials: Mapping[str, BatchEdits]) -> dict[str, list[float]]:
+        return take_turns(engine, trials, options.turns, lambda: bar.advance(task))
 
-    maps, heads = turns(_maps(bench, count)), turns(_heads(bench, count, options.head_counts))
-    outcome = [
-        measured(label, count, seconds[_EQUAL], seconds[label])
+    maps, heads = turns(_maps(engine, count)), turns(_heads(engine, count, options.head_counts))
+    measured = [
+        Throughput.of(label, count, count, seconds[_EQUAL], seconds[label])
         for seconds, label in ((maps, _MAPS), (maps, _STRENGTHS), (heads, _ETAS))
     ]
-    costs = [_cost(bench, number, count, heads, bandwidth) for number in options.head_counts]
+    costs = [
+        HeadsCost(
+            number,
+            count,
+            _added(heads[str(number)], heads[_UNSTEERED]),
+            _added(heads[str(number)], heads[_EQUAL]),
+            number * _stored_bytes(engine.head) / bandwidth,
+        )
+        for number in options.head_counts
+    ]
     title = f"Decode speed of a batch of {count}, distinct ÷ equal. Target: ≥ 0.98."
     return Section(
         "distinct",
         "Distinct configurations in one batch",
-        f"{options.conditions} Maps are at the {len(bench.default_sites)} default sites; every "
-        f"reward head takes {ARGRE.iterations} iterations, and distinct heads have the units of "
-        "one in other orders.",
-        bench.dtype,
-        [throughput_rows(title, "equal", outcome), _head_table(costs, count, bandwidth)],
+        f"{options.conditions} Maps are at the {len(engine.sites)} default sites; every reward "
+        f"head takes {ITERATIONS} iterations, and distinct heads have the units of one in other "
+        "orders.",
+        engine.dtype,
+        [throughput_table(title, "equal", measured), _heads_table(costs, count, bandwidth)],
         {
-            "distinct": [asdict(each) for each in outcome],
+            "distinct": [asdict(each) for each in measured],
             "heads": [asdict(each) for each in costs],
             "bandwidth_bytes_per_second": bandwidth,
         },
     )
 
 
-def _maps(bench: Bench, count: int) -> dict[str, Rows]:
-    """A batch of equal affine edits, and two in which none is like another."""
-    # The first is the real one, so that equal requests use what everybody uses.
-    digests = [bench.lineas, *(f"map {seed}" for seed in range(1, count))]
-    for seed, digest in enumerate(digests[1:], 1):
-        bench.parameters[digest] = random_maps(bench.loaded, bench.default_sites, seed)
-    strengths = [AffineSettings((place + 1) / count) for place in range(count)]
+def _maps(engine: BenchEngine, count: int) -> dict[str, BatchEdits]:
+    """Return a batch of equal affine edits, and two in which all edits are distinct."""
+    strengths = [(row + 1) / count for row in range(count)]
     return {
-        _EQUAL: [(Edit(bench.lineas, LINEAS),)] * count,
-        _MAPS: [(Edit(digest, each),) for digest, each in zip(digests, strengths, strict=True)],
-        _STRENGTHS: [(Edit(bench.lineas, each),) for each in strengths],
+        _EQUAL: [(engine.lineas(),)] * count,
+        _MAPS: [(engine.lineas(row, strength),) for row, strength in enumerate(strengths)],
+        _STRENGTHS: [(engine.lineas(0, strength),) for strength in strengths],
     }
 
 
-def _heads(bench: Bench, count: int, numbers: Sequence[int]) -> dict[str, Rows]:
-    """Batches without a head, with one in equal settings or in distinct ones, and with several."""
-    etas = [
-        RewardSettings(ARGRE.eta * (place + 1) / count, ARGRE.iterations) for place in range(count)
-    ]
-    arms: dict[str, Rows] = {
-        _NONE: [()] * count,
-        _EQUAL: [(Edit(bench.argre, ARGRE),)] * count,
-        _ETAS: [(Edit(bench.argre, each),) for each in etas],
+def _heads(engine: BenchEngine, count: int, numbers: Sequence[int]) -> dict[str, BatchEdits]:
+    """Return batches without a head, with one in equal or distinct settings, and with several."""
+    return {
+        _UNSTEERED: [()] * count,
+        _EQUAL: [(engine.argre(),)] * count,
+        _ETAS: [(engine.argre(0, ETA * (row + 1) / count),) for row in range(count)],
+        **{
+            str(number): [(engine.argre(row % number),) for row in range(count)]
+            for number in numbers
+        },
     }
-    head = bench.parameters[bench.argre]
-    assert isinstance(head, RewardHead), "not a reward intervention"
-    for number in numbers:
-        digests = _head_digests(bench, number)
-        for seed, digest in enumerate(digests[1:], 1):
-            bench.parameters[digest] = permuted_head(head, seed)
-        arms[str(number)] = [(Edit(digests[row % number], ARGRE),) for row in range(count)]
-    return arms
 
 
-def _head_digests(bench: Bench, number: int) -> list[str]:
-    return [bench.argre, *(f"head {seed}" for seed in range(1, number))]
-
-
-def _cost(
-    bench: Bench, number: int, batch: int, seconds: Mapping[str, Sequence[float]], bandwidth: float
-) -> HeadsCost:
-    """What `number` heads took more than none, and than one."""
-    stored = sum(
-        head_bytes(head)
-        for digest in _head_digests(bench, number)
-        if isinstance(head := bench.parameters[digest], RewardHead)
-    )
-    return HeadsCost(
-        number,
-        batch,
-        _more(seconds[str(number)], seconds[_NONE]),
-        _more(seconds[str(number)], seconds[_EQUAL]),
-        stored / bandwidth,
-    )
-
-
-def _more(seconds: Sequence[float], base: Sequence[float]) -> Spread:
+def _added(seconds: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread.of([other - before for other, before in zip(seconds, base, strict=True)])
 
 
-def _head_table(heads: list[HeadsCost], count: int, bandwidth: float) -> TableRows:
-    return TableRows(
+def _stored_bytes(head: RewardHead) -> int:
+    tensors = (head.w1, head.b1, head.w2, head.b2, head.direction, head.positive_reward)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _heads_table(costs: Sequence[HeadsCost], count: int, bandwidth: float) -> Table:
+    return Table(
         f"Distinct reward heads in a batch of {count}: milliseconds a step [quartiles], beside "
         f"reading their stored bytes once at the {bandwidth / 1e9:.1f} GB/s measured in this run. "
         "Target: at most 1.5 times the reading.",
@@ -150,5 +127,5 @@ def _head_table(heads: list[HeadsCost], count: int, bandwidth: float) -> TableRo
             *("heads", "over unsteered, ms", "over one head, ms", "reading, ms"),
             *("over unsteered ÷ reading", "over one head ÷ reading"),
         ),
-        tuple(each.cells() for each in heads),
+        [each.cells() for each in costs],
     )

@@ -1,4 +1,4 @@
-"""(c) Our engine beside the others, each in a process of its own, in turns."""
+"""Measures steerserve's engine beside others, each in a process of its own, in turns."""
 
 import statistics
 import sys
@@ -7,40 +7,39 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
-from pydantic import JsonValue
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from transformers import AutoTokenizer
 
 from benchmarks.models import default_dtype, model_folder
 from benchmarks.options import Options
-from benchmarks.processes import ROOT, Worker
+from benchmarks.processes import ROOT, Answer, Worker
 from benchmarks.report import Section
-from server.cli.bench_stats import Spread
-from server.cli.bench_tables import Rows
+from server.measuring.comparison import Spread, turns
+from server.measuring.table import Table
 
-OURS = "steerserve"
-GENERATE = "transformers generate, static batch"
-CONTINUOUS = "transformers continuous batching"
-VLLM = "vLLM"
-# GiB for keys and values: more than this load fills. By default it takes 92 % of the machine's
-# memory, and does not start where others have some.
-VLLM_MEMORY = "VLLM_CPU_KVCACHE_SPACE=4"
-PEERS = (GENERATE, CONTINUOUS, VLLM)
+OURS: Final = "steerserve"
+GENERATE: Final = "transformers generate, static batch"
+CONTINUOUS: Final = "transformers continuous batching"
+VLLM: Final = "vLLM"
+# GiB for keys and values, which is more than this load fills. By default vLLM takes 92 % of the
+# machine's memory, and does not start where others use the rest.
+_VLLM_MEMORY: Final = "VLLM_CPU_KVCACHE_SPACE=4"
 
 
 @dataclass(frozen=True, slots=True)
-class EngineMeasured:
-    """One engine at one batch. `agreement` is how many new tokens equal `generate`'s, a median."""
+class EngineSpeed:
+    """The speed of one engine at one batch size."""
 
     engine: str
     batch: int
     tokens_per_second: Spread
-    agreement: float
+    agreement: float  # first new tokens that equal those of `generate`, a median over requests
 
 
 def measure_engines(options: Options, bar: Progress) -> Section:
-    """Each engine at each batch; those that were not told how to start are shown as not run.
+    """Measure each engine at each batch size; vLLM is shown as not run if it has no Python.
 
     Raises:
         BenchmarkError: an engine did not start, or did not do its work.
@@ -48,7 +47,7 @@ def measure_engines(options: Options, bar: Progress) -> Section:
     folder = model_folder(options.model)
     dtype = default_dtype(folder)
     commands = _commands(folder, dtype, options.vllm_python)
-    turns = options.fewer_rounds
+    rounds = options.fewer_rounds
     with ExitStack() as stack:
         logs = Path(tempfile.mkdtemp(prefix="steerserve-benchmarks-"))
         starting = bar.add_task("starting engines", total=len(commands))
@@ -56,23 +55,26 @@ def measure_engines(options: Options, bar: Progress) -> Section:
         for name, command in commands.items():
             workers.append(stack.enter_context(Worker(name, command, logs)))
             bar.advance(starting)
-        task = bar.add_task("engines", total=len(options.batches) * (turns + 1) * len(workers))
-        outcome = []
+        task = bar.add_task("engines", total=len(options.batches) * (rounds + 1) * len(workers))
+        speeds: list[EngineSpeed] = []
         for batch in options.batches:
-            prompts = [_prompts(folder, batch, options, turn) for turn in range(turns + 1)]
-            outcome += _take_turns(workers, prompts, options.new_tokens, bar, task)
+            prompts = [_prompts(folder, batch, options, number) for number in range(rounds + 1)]
+            speeds += _take_turns(workers, prompts, options.new_tokens, lambda: bar.advance(task))
         versions = {name: text for worker in workers for name, text in worker.info.items()}
     return Section(
         "engines",
         "Engines side by side",
         f"{options.model}, greedy, end-of-text ignored: each request has {options.prompt_tokens} "
         f"prompt tokens of real text and {options.new_tokens} new ones; all of a batch come at "
-        f"once. {turns} turns each, in turns, the others stopped meanwhile; other prompts in each "
-        "turn, the same for all. New tokens over all the time that a batch takes, its prompts "
-        "included.",
+        f"once. {rounds} rounds, in turns, the other engines stopped meanwhile; other prompts in "
+        "each round, the same for all. New tokens over all the time that a batch takes, its "
+        "prompts included.",
         dtype,
-        [_speeds(outcome, options), _ratios(outcome, options), _agreements(outcome, options)],
-        {"engines": [asdict(each) for each in outcome], "not_run": _not_run(options)},
+        [_table(speeds, options.new_tokens)],
+        {
+            "engines": [asdict(each) for each in speeds],
+            "not_run": [] if VLLM in commands else [VLLM],
+        },
         versions,
     )
 
@@ -89,16 +91,16 @@ def _commands(folder: Path, dtype: str, vllm_python: Path | None) -> dict[str, l
     if vllm_python is not None:
         # Not resolved: a virtual environment's python is a link that must be called by its name.
         command = worker("vllm_worker", python=str(vllm_python.absolute()))
-        commands[VLLM] = ["env", VLLM_MEMORY, *command]
+        commands[VLLM] = ["env", _VLLM_MEMORY, *command]
     return commands
 
 
-def _prompts(folder: Path, batch: int, options: Options, turn: int) -> list[list[int]]:
-    """Stretches of real text from places that no other prompt begins at."""
+def _prompts(folder: Path, batch: int, options: Options, number: int) -> list[list[int]]:
+    """Return stretches of real text; those of each round begin at other places."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens: list[int] = tokenizer((ROOT / "LICENSE").read_text())["input_ids"]
     length = options.prompt_tokens
-    places = [(turn * 997 + row * 61) % (len(tokens) - length) for row in range(batch)]
+    places = [(number * 997 + row * 61) % (len(tokens) - length) for row in range(batch)]
     return [tokens[place : place + length] for place in places]
 
 
@@ -106,87 +108,50 @@ def _take_turns(
     workers: Sequence[Worker],
     prompts: Sequence[list[list[int]]],
     new_tokens: int,
-    bar: Progress,
-    task: TaskID,
-) -> list[EngineMeasured]:
-    """One batch size; the first of the prompts warms up."""
-    speeds: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    agreements: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    advance: Callable[[], None],
+) -> list[EngineSpeed]:
+    """Measure one batch size, with the prompts of each round; the first round warms up."""
+    answers: dict[str, list[Answer]] = {worker.name: [] for worker in workers}
+    for worker, _ in turns(workers, len(prompts) - 1):
+        done = answers[worker.name]
+        done.append(worker.generate(prompts[len(done)], new_tokens))
+        advance()
     batch = len(prompts[0])
-    for turn, texts in enumerate(prompts):
-        answers = {}
-        for worker in workers[:: 1 if turn % 2 else -1]:
-            answers[worker.name] = worker.generate(texts, new_tokens)
-            bar.advance(task)
-        if not turn:
-            continue
-        reference = answers[GENERATE].tokens
-        for name, answer in answers.items():
-            speeds[name].append(batch * new_tokens / answer.seconds)
-            agreements[name] += map(_equal_tokens, reference, answer.tokens)
-    return [
-        EngineMeasured(name, batch, Spread.of(values), statistics.median(agreements[name]))
-        for name, values in speeds.items()
-    ]
+    reference = [row for answer in answers[GENERATE][1:] for row in answer.tokens]
+    measured = []
+    for name, (_, *counted) in answers.items():
+        speed = Spread.of([batch * new_tokens / answer.seconds for answer in counted])
+        rows = [row for answer in counted for row in answer.tokens]
+        agreement = statistics.median(map(_equal_tokens, reference, rows))
+        measured.append(EngineSpeed(name, batch, speed, agreement))
+    return measured
 
 
 def _equal_tokens(reference: Sequence[int], tokens: Sequence[int]) -> float:
-    """How many tokens are equal before the first that is not."""
+    """Count the tokens that are equal before the first that is not."""
     pairs = zip(reference, tokens, strict=True)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), len(reference))
 
 
-def _speeds(outcome: Sequence[EngineMeasured], options: Options) -> Rows:
-    def cell(each: EngineMeasured) -> str:
-        return each.tokens_per_second.shown(1)
-
-    cells = _cells(outcome, options, (OURS, *PEERS), cell)
-    return Rows("New tokens a second [quartiles], by batch.", _columns(options), cells)
-
-
-def _ratios(outcome: Sequence[EngineMeasured], options: Options) -> Rows:
-    ours = {each.batch: each for each in outcome if each.engine == OURS}
-
-    def cell(each: EngineMeasured) -> str:
-        return f"{ours[each.batch].tokens_per_second.median / each.tokens_per_second.median:.2f}"
-
-    return Rows(
-        "Ours ÷ the other, by batch, of medians. Targets: ≥ 1.0 of vLLM, ≥ 2.5 of continuous "
-        "batching.",
-        _columns(options),
-        _cells(outcome, options, PEERS, cell),
+def _table(speeds: Sequence[EngineSpeed], new_tokens: int) -> Table:
+    ours = {each.batch: each.tokens_per_second.median for each in speeds if each.engine == OURS}
+    rows = [
+        (
+            each.engine,
+            str(each.batch),
+            each.tokens_per_second.shown(1),
+            f"{ours[each.batch] / each.tokens_per_second.median:.2f}",
+            f"{each.agreement:g}",
+        )
+        for each in speeds
+    ]
+    if VLLM not in {each.engine for each in speeds}:
+        rows.append((VLLM, "", "not run", "", ""))
+    return Table(
+        "Targets for ours ÷ the other, of medians: ≥ 1.0 of vLLM, ≥ 2.5 of continuous batching. "
+        f"Equal tokens are those of {new_tokens} new ones that equal `generate`'s before the first "
+        "that does not (a median over requests): they show that all engines do the same work. In "
+        "bfloat16 near ties fall either way.",
+        ("engine", "batch", "tok/s [quartiles]", "ours ÷ it", "equal tokens"),
+        rows,
     )
-
-
-def _agreements(outcome: Sequence[EngineMeasured], options: Options) -> Rows:
-    def cell(each: EngineMeasured) -> str:
-        return f"{each.agreement:g}"
-
-    return Rows(
-        f"Of {options.new_tokens} new tokens, how many equal `generate`'s before the first that "
-        "does not (a median over requests): that all engines do the same work. In bfloat16 near "
-        "ties fall either way.",
-        _columns(options),
-        _cells(outcome, options, (OURS, *PEERS), cell),
-    )
-
-
-def _columns(options: Options) -> tuple[str, ...]:
-    return ("engine", *(str(batch) for batch in options.batches))
-
-
-def _cells(
-    outcome: Sequence[EngineMeasured],
-    options: Options,
-    engines: Sequence[str],
-    cell: Callable[[EngineMeasured], str],
-) -> tuple[tuple[str, ...], ...]:
-    by_place = {(each.engine, each.batch): cell(each) for each in outcome}
-    return tuple(
-        (name, *(by_place.get((name, batch), "not run") for batch in options.batches))
-        for name in engines
-    )
-
-
-def _not_run(options: Options) -> JsonValue:
-    return [] if options.vllm_python is not None else [VLLM]

@@ -1,4 +1,4 @@
-"""How long and how much is measured."""
+"""How much is measured, and with what."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +8,16 @@ from benchmarks.turns import Turns
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What whoever runs the benchmarks may choose, and what follows from `--quick`."""
+    """The options of the command, and the amount of work in each section."""
 
     model: str
     device: str
-    rounds: int  # of all arms, or turns of each engine
+    rounds: int  # that count; one more warms up
     vllm_python: Path | None
     batches: tuple[int, ...] = (1, 8, 32)
-    # Of each arm in a round: as many as those of which one is measured for its dose.
-    steps: int = 16
+    steps: int = 16  # of each trial in a round; the engine measures the dose in one of 16
     prompt_tokens: int = 32
-    new_tokens: int = 128  # of each request of an engine that is compared
+    new_tokens: int = 128  # of each request to the engines that are compared
     distinct: int = 32
     head_counts: tuple[int, ...] = (1, 8, 32)
     growth_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -30,30 +29,26 @@ class Options:
 
     @property
     def fewer_rounds(self) -> int:
-        """Of what takes long, or spreads little."""
+        """The rounds of sections that take long."""
         return max(1, self.rounds // 3)
 
     @property
     def turns(self) -> Turns:
-        """Of arms in the engine."""
+        """The length of comparisons in the engine."""
         return Turns(self.rounds, self.steps, self.prompt_tokens)
 
     @property
     def conditions(self) -> str:
-        """What is done with them, for the head of a page."""
-        return self.conditions_on(self.model)
-
-    def conditions_on(self, model: str) -> str:
-        """The same, on another model than the one that is chosen."""
+        """What is measured in the engine, for the head of a page."""
         return (
-            f"Decode steps in the engine on {model}, {self.prompt_tokens} prompt tokens and "
+            f"Decode steps in the engine on {self.model}, {self.prompt_tokens} prompt tokens and "
             f"{self.turns.tokens} generated ones in each sequence. What is compared takes a step "
             f"in turns; the time of {self.steps} steps is one value, {self.rounds} values each."
         )
 
     @classmethod
     def quick(cls, model: str, device: str, vllm_python: Path | None) -> "Options":
-        """Enough to see that everything runs; its figures mean nothing."""
+        """Return options that show that everything runs; the figures mean nothing."""
         return cls(
             model,
             device,

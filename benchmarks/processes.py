@@ -1,64 +1,65 @@
 """An engine in a process of its own, which takes no processor time while it is not its turn."""
 
-import json
 import os
-import select
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Final, Self
 
 import psutil
 
-from benchmarks.core import BenchmarkError
+from benchmarks.decoding import BenchmarkError
+from benchmarks.workers.protocol import CONNECTION
 
-ROOT = Path(__file__).parent.parent
-START_SECONDS = 600.0  # vLLM compiles at its first start
-ANSWER_SECONDS = 600.0
-POLL_SECONDS = 1.0  # how often it is seen whether a silent worker lives
-LOG_LINES = 5
+ROOT: Final = Path(__file__).parent.parent
+_START_SECONDS: Final = 600.0  # vLLM compiles at its first start
+_ANSWER_SECONDS: Final = 600.0
+_LOG_LINES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a worker generated, and how long that took inside of it."""
+    """The tokens that a worker generated, and the seconds that it measured itself."""
 
     seconds: float
     tokens: list[list[int]]
 
 
 class Worker:
-    """A worker that speaks benchmarks/workers/protocol.py, stopped (SIGSTOP) between requests.
+    """A process that runs `benchmarks.workers.protocol.serve`, stopped between requests.
 
-    Used as a context manager, whose end is the process's.
+    The process starts with the context manager and is killed at its end.
     """
 
     def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+        """`folder` is for the log of all that the process prints."""
         self.name = name
         self.info: dict[str, str] = {}
         self._command = list(command)
         self._log = folder / f"{name.replace(' ', '-')}.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._unread = b""
 
     def __enter__(self) -> Self:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+        self._connection, theirs = Pipe()
+        with self._log.open("wb") as log, theirs:
+            self._process = psutil.Popen(
                 self._command,
                 cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", CONNECTION: str(theirs.fileno())},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
                 stderr=log,
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        self._ended = os.pidfd_open(self._process.pid)
         try:
-            self.info = self._read(START_SECONDS)["info"]
+            self.info = self._receive(_START_SECONDS)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -71,81 +72,43 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._process is not None
         self._signal(signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):  # of what was not read any more
-                    pipe.close()
+        self._connection.close()
+        os.close(self._ended)
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Answer:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Answer:
         """Have the worker continue all prompts at once; it runs only meanwhile.
 
         Raises:
             BenchmarkError: the worker has ended, or has generated less than it should.
         """
-        request = {"prompts": [list(prompt) for prompt in prompts], "new_tokens": new_tokens}
         self._signal(signal.SIGCONT)
         try:
-            stdin = self._pipe("stdin")
-            try:
-                stdin.write(json.dumps(request).encode() + b"\n")
-                stdin.flush()
-            except BrokenPipeError as error:
-                raise self._failed("has ended") from error
-            answer = self._read(ANSWER_SECONDS)
+            with suppress(BrokenPipeError):  # `_receive` tells why
+                self._connection.send((prompts, new_tokens))
+            answer = Answer(*self._receive(_ANSWER_SECONDS))
         finally:
             self._signal(signal.SIGSTOP)
-        tokens: list[list[int]] = answer["tokens"]
-        if [len(row) for row in tokens] != [new_tokens] * len(prompts):
+        if [len(row) for row in answer.tokens] != [new_tokens] * len(prompts):
             raise self._failed(f"did not generate {new_tokens} tokens for each prompt")
-        return Answer(answer["seconds"], tokens)
+        return answer
 
-    def _read(self, seconds: float) -> dict[str, Any]:
-        """The next answer; whatever else a library prints is passed over."""
-        descriptor = self._pipe("stdout").fileno()
-        deadline = time.monotonic() + seconds
-        while True:
-            line, end, rest = self._unread.partition(b"\n")
-            if end:
-                self._unread = rest
-                if line.startswith(b"{"):
-                    answer: dict[str, Any] = json.loads(line)
-                    return answer
-                continue
-            if not select.select([descriptor], [], [], POLL_SECONDS)[0]:
-                # A child of a dead worker may keep the pipe open.
-                if self._process is None or self._process.poll() is not None:
-                    raise self._failed("has ended")
-                if time.monotonic() > deadline:
-                    raise self._failed(f"does not answer within {seconds:g} s")
-                continue
-            read = os.read(descriptor, 1 << 16)
-            if not read:
-                raise self._failed("has ended")
-            self._unread += read
-
-    def _pipe(self, name: str) -> IO[bytes]:
-        assert self._process is not None
-        pipe: IO[bytes] | None = getattr(self._process, name)
-        assert pipe is not None
-        return pipe
+    def _receive(self, seconds: float) -> Any:
+        # A child of a dead worker may keep the connection open, so the process is watched, too.
+        ready = wait([self._connection, self._ended], seconds)
+        if self._connection in ready:
+            with suppress(EOFError):
+                return self._connection.recv()
+        raise self._failed("has ended" if ready else f"does not answer within {seconds:g} s")
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the process and all that it has started, children that made their own group too."""
-        assert self._process is not None
-        try:
-            parent = psutil.Process(self._process.pid)
-            processes = [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for process in processes:
-            try:
-                process.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
+        """Send a signal to the process and to all that it has started, in any process group."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [*self._process.children(recursive=True), self._process]:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     def _failed(self, what: str) -> BenchmarkError:
-        lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return BenchmarkError("\n".join([f"{self.name} {what}; see {self._log}:", *lines]))

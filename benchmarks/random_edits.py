@@ -1,4 +1,4 @@
-"""Random interventions, as speed does not depend on what they are."""
+"""Random interventions. Speed does not depend on what an intervention has learned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ HEAD_UNITS: Final = 1024  # as in the paper (ARGRE, NeurIPS 2025)
 def random_maps(
     loaded: LoadedModel, sites: Sequence[str], seed: int, gated: bool = False
 ) -> Mapping[str, AffineMap]:
-    """Maps near the identity at some sites, so that activations stay finite."""
+    """Return maps near the identity at some sites, so that activations stay finite."""
     random = torch.Generator().manual_seed(seed)
     widths = loaded.description.site_widths
     return {
@@ -34,9 +34,10 @@ def _random_gate(width: int, random: torch.Generator) -> Gate:
 
 
 def random_head(loaded: LoadedModel, seed: int) -> RewardHead:
-    """A reward head as wide as the paper's, which moves as many units past zero as a trained one.
+    """Return a reward head as wide as the paper's, as costly to refine by as a trained one.
 
-    On hidden states whose numbers are about 1: some 5 of 1024 in each step of the paper's size.
+    On hidden states whose numbers are about 1, a step of the paper's size changes the sign of some
+    5 of the 1024 units.
     """
     random = torch.Generator().manual_seed(seed)
     width = loaded.description.head_width
@@ -51,6 +52,6 @@ def random_head(loaded: LoadedModel, seed: int) -> RewardHead:
 
 
 def permuted_head(head: RewardHead, seed: int) -> RewardHead:
-    """The same function, whose units lie in another order and in memory of its own."""
+    """Return a head that computes the same, with its units in another order, in its own memory."""
     order = torch.randperm(len(head.w1), generator=torch.Generator().manual_seed(seed))
     return replace(head, w1=head.w1[order], b1=head.b1[order], w2=head.w2[order], prepared=None)

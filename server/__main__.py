@@ -3,7 +3,7 @@
 import typer
 
 from server.cli import fit, registry_client
-from server.cli.bench import bench
+from server.cli.bench.command import bench
 from server.cli.serve import serve
 
 app = typer.Typer(

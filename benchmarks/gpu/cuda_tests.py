@@ -1,75 +1,64 @@
-"""The tests marked `cuda`, by a pytest that has no plugins."""
+"""Runs the tests marked `cuda`, by a pytest without plugins."""
 
 import os
-import re
-import subprocess
-import sys
-import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from typing import Final
 
+import pytest
+
+from benchmarks.gpu.page import Page
 from benchmarks.gpu.parts import ROOT, TESTS_SECONDS
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.rows import Rows
 from server.variables import DRY_RUN
 
 _FOLDER: Final = "tests/cuda"
-# Match the lines of `pytest -v`: a test and its outcome, or a line of the summary.
-_OUTCOME: Final = re.compile(r"(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
-_SUMMARY: Final = re.compile(r"(?:FAILED|ERROR) (?P<test>\S+::.+?)(?: - (?P<message>.*))?$")
 
 
-def run(place: Place, rows: Rows) -> None:
-    """Run them, and tell what failed, and how many passed, also where time has run out."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=10"),
-            *("-c", f"{_FOLDER}/pytest.ini", "--rootdir", str(ROOT)),
-            *("--confcutdir", _FOLDER, "-p", "no:cacheprovider", _FOLDER),
-        ],
-        cwd=ROOT,
-        env=os.environ | _variables(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    timer = threading.Timer(TESTS_SECONDS, process.kill)
-    timer.start()
-    assert process.stdout is not None
-    try:
-        with process:
-            count = _follow(process.stdout, rows)
-    finally:
-        timer.cancel()
-    rows.tell(
-        passed=count["PASSED"],
-        failed=count["FAILED"] + count["ERROR"],
-        skipped=count["SKIPPED"],
-        complete=process.returncode >= 0,
-    )
-    if process.returncode or not count["PASSED"]:
-        rows.failures += 1
+class Reporter:
+    """A pytest plugin that tells each failure at once, and ends the tests when time has run out."""
+
+    def __init__(self, page: Page, seconds: float) -> None:
+        self.count: Counter[str] = Counter()  # of tests by outcome: passed, failed or skipped
+        self.complete = True
+        self._page = page
+        self._end = time.monotonic() + seconds
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count the outcome; of a test's setup and teardown only what is not a pass."""
+        if report.when != "call" and report.passed:
+            return
+        self.count[report.outcome] += 1
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = str(crash.message if crash else report.longrepr).splitlines()[0]
+            self._page.tell(test=report.nodeid, message=message[:250])
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """End the tests after this one if time has run out."""
+        if time.monotonic() > self._end:
+            self.complete = False
+            pytest.exit(f"{nodeid} was the last test that began in time", returncode=1)
 
 
-def _variables(place: Place) -> Mapping[str, str]:
-    return {
+def run(place: Place, page: Page) -> None:
+    """Run the tests; tell which failed and how many passed, even if the time runs out."""
+    os.environ |= {
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "COLUMNS": "250",  # of which a message gets what the test's name leaves
         DRY_RUN.name: "1" if place.device.type == "cpu" else "0",
     }
-
-
-def _follow(lines: Iterable[str], rows: Rows) -> Counter[str]:
-    """Copy pytest's lines, and tell each test that failed; how many had each outcome."""
-    count: Counter[str] = Counter()
-    for line in lines:
-        sys.stdout.write(line)
-        if found := _OUTCOME.match(line):
-            count[found["outcome"]] += 1
-            if found["outcome"] in ("FAILED", "ERROR"):
-                rows.tell(test=found["test"], message=None)
-        elif found := _SUMMARY.match(line):
-            rows.tell(test=found["test"], message=found["message"])
-    return count
+    reporter = Reporter(page, TESTS_SECONDS)
+    arguments = [
+        *("-v", "--tb=short", "--durations=10", "-c", f"{_FOLDER}/pytest.ini"),
+        *("--rootdir", str(ROOT), "--confcutdir", _FOLDER, "-p", "no:cacheprovider", _FOLDER),
+    ]
+    status = pytest.main(arguments, plugins=[reporter])
+    count = reporter.count
+    page.tell(
+        passed=count["passed"],
+        failed=count["failed"],
+        skipped=count["skipped"],
+        complete=reporter.complete,
+    )
+    if status or not count["passed"]:
+        page.failures += 1

@@ -1,4 +1,4 @@
-"""Versions and the device."""
+"""Tells the versions and the device."""
 
 import platform
 import shutil
@@ -7,23 +7,22 @@ from importlib import metadata
 import torch
 import transformers
 
+from benchmarks.gpu.page import Page, Value
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.rows import Rows
 
 
-def run(place: Place, rows: Rows) -> None:
+def run(place: Place, page: Page) -> None:
     """Tell the versions, then the device and how fast its memory is."""
-    rows.tell(
+    page.tell(
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         triton=_version("triton"),
         cuda=torch.version.cuda,
-        # Triton compiles its launcher by it.
-        c_compiler=shutil.which("gcc") or shutil.which("clang"),
+        c_compiler=shutil.which("gcc") or shutil.which("clang"),  # for Triton's launcher
     )
-    with rows.attempt(device=str(place.device)):
-        rows.tell(**_device(place.device), read_gb_per_s=round(place.bandwidth() / 1e9, 1))
+    with page.attempt(device=str(place.device)):
+        page.tell(**_device(place.device), read_gb_per_s=round(place.bandwidth() / 1e9, 1))
 
 
 def _version(name: str) -> str | None:
@@ -33,7 +32,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device(device: torch.device) -> dict[str, str | int | float]:
+def _device(device: torch.device) -> dict[str, Value]:
     if device.type != "cuda":
         return {"device": platform.processor() or platform.machine()}
     properties = torch.cuda.get_device_properties(device)

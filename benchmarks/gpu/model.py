@@ -1,4 +1,4 @@
-"""Random models, as speed does not depend on what they know."""
+"""Random models. Speed does not depend on what a model has learned."""
 
 from typing import Final
 
@@ -15,10 +15,8 @@ from transformers import (
 
 from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.model.loader import LoadedModel, describe, reference_attention
-from steering.sites import default_sites, match_sites
 
-# It is as large as Mistral 7B.
-SEVEN_BILLION: Final = LlamaConfig(
+SEVEN_BILLION: Final = LlamaConfig(  # as large as Mistral 7B
     vocab_size=32000,
     hidden_size=4096,
     intermediate_size=14336,
@@ -41,12 +39,12 @@ TINY: Final = LlamaConfig(
 
 
 def random_llama(config: LlamaConfig, device: torch.device) -> LoadedModel:
-    """A Llama in bfloat16 that knows nothing, made on a device."""
+    """Return a Llama with random weights in bfloat16, made on a device."""
     return random_model(config, device, torch.bfloat16)
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """A model of any family that knows nothing, made on a device."""
+    """Return a model with random weights of any family, made on a device."""
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation=reference_attention(config)
@@ -56,14 +54,8 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     return LoadedModel(model, _tokenizer(), describe(model, "random"))
 
 
-def sites_of(loaded: LoadedModel) -> tuple[str, ...]:
-    """List the sites that affine maps edit by default."""
-    pattern = default_sites(type(loaded.model).__name__)
-    return match_sites(pattern, loaded.description.site_widths)
-
-
 def step_bytes(loaded: LoadedModel, tokens: int) -> int:
-    """Count the bytes that a step of one sequence reads: weights once, keys and values once."""
+    """Return the bytes that a step of one sequence reads: weights, and keys and values, once."""
     model = loaded.model
     embeddings: object = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Module)
@@ -75,7 +67,7 @@ def step_bytes(loaded: LoadedModel, tokens: int) -> int:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, as an engine wants one; nothing reads the text."""
+    """Return a tokenizer with a token for each byte; nothing reads its text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,18 +1,16 @@
 """The parts of a check, each a process of its own with a time limit."""
 
 import os
+import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TextIO
-
-from benchmarks.gpu.rows import Row, read_row
+from typing import Final
 
 ROOT: Final = Path(__file__).parent.parent.parent
-TESTS_SECONDS: Final = 115.0  # of pytest, so that what it has shown is told in time
+TESTS_SECONDS: Final = 115.0  # for pytest, so that its outcomes are told within the part's limit
 _TAIL_LINES: Final = 25
 
 
@@ -20,23 +18,19 @@ _TAIL_LINES: Final = 25
 class Part:
     """One part; all limits together are at most eight minutes."""
 
-    name: str  # `python -m benchmarks.gpu.part NAME` runs it
+    name: str
     title: str
     seconds: float
-
-    def command(self, dry_run: bool) -> list[str]:
-        """Give the command that runs the part."""
-        command = [sys.executable, "-m", "benchmarks.gpu.part", self.name]
-        return [*command, "--dry-run"] if dry_run else command
+    function: str  # "module:function" in `benchmarks.gpu`
 
 
 PARTS: Final = (
-    Part("environment", "Versions and device", 30),
-    Part("families", "Self-test, form of attention and graphs of each family", 75),
-    Part("tests", "The tests marked `cuda`", TESTS_SECONDS + 10),
-    Part("replayed", "A random Llama, decoding by CUDA graphs", 125),
-    Part("eager", "A random Llama, without CUDA graphs", 70),
-    Part("profile", "The kernels of one steered decode step, the longest first", 55),
+    Part("environment", "Versions and device", 30, "environment:run"),
+    Part("families", "Self-test, attention and graphs of each family", 75, "families:run"),
+    Part("tests", "The tests marked `cuda`", TESTS_SECONDS + 10, "cuda_tests:run"),
+    Part("replayed", "A random Llama, decoding by CUDA graphs", 125, "speed:run_replayed"),
+    Part("eager", "A random Llama, without CUDA graphs", 70, "speed:run_eager"),
+    Part("profile", "The slowest kernels of one steered decode step", 55, "profiling:run"),
 )
 
 
@@ -46,58 +40,34 @@ class Outcome:
 
     passed: bool
     how: str  # in a few words
-    tail: str  # the last lines that it wrote, if it did not pass
+    tail: str  # the last lines of its log, if it did not pass
 
 
-def run_part(
-    command: Sequence[str], seconds: float, take: Callable[[Row], None], log: TextIO
-) -> Outcome:
-    """Run a part's command to its end, or for so many seconds.
+def run_part(command: Sequence[str], seconds: float, log: Path) -> Outcome:
+    """Run a part's command to its end, or for at most so many seconds.
 
     Args:
-        take: is given each row as it comes.
-        log: is given all that the command writes.
+        log: the file to write all that the command prints to.
     """
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(_python_path())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        # With what it has started itself: a part that is stuck must not hold the device.
-        os.killpg(process.pid, 9)
-
-    timer = threading.Timer(seconds, end)
-    timer.start()
-    lines: list[str] = []
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        with process:
-            for line in process.stdout:
-                log.write(line)
-                row = read_row(line)
-                if row is None:
-                    lines = [*lines, line.rstrip()][-_TAIL_LINES:]
-                else:
-                    take(row)
+        status = process.wait(seconds)
+        how = f"failed with {status}" if status else "passed"
+    except subprocess.TimeoutExpired:
+        status, how = 1, f"ended after {seconds:.0f} s"
     finally:
-        timer.cancel()
-    if late.is_set():
-        return Outcome(False, f"ended after {seconds:.0f} s", "\n".join(lines))
-    if process.returncode:
-        return Outcome(False, f"failed with {process.returncode}", "\n".join(lines))
-    return Outcome(True, "passed", "")
-
-
-def _python_path() -> Iterator[str]:
-    yield str(ROOT)
-    if given := os.environ.get("PYTHONPATH"):
-        yield given
+        if process.poll() is None:
+            # The whole group ends, as whatever the part has started must not hold the device.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if status else []
+    return Outcome(not status, how, "\n".join(lines))

@@ -4,29 +4,28 @@ from typing import Final
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.decoding import Bench, decoding, stack
+from benchmarks.gpu.engine import begin, open_engine, steerings
+from benchmarks.gpu.page import Page
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.rows import Rows
 
 _SHOWN: Final = 20
 _WARM_STEPS: Final = 3  # the dose is measured in one of 16 steps, and not in the next
 
 
-def run(place: Place, rows: Rows) -> None:
+def run(place: Place, page: Page) -> None:
     """Profile a step in which all sequences are steered by both methods, graphs and all."""
-    bench = Bench.open(place, cuda_graphs=True)
+    engine = open_engine(place, cuda_graphs=True)
     on_gpu = place.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     for batch in place.batches[:2]:
-        with rows.attempt(batch=batch):
-            with decoding(bench, [stack("both")] * batch, place) as take:
-                take(_WARM_STEPS)
+        with page.attempt(batch=batch):
+            with begin(engine, [steerings(engine)["both"]] * batch, place) as trial:
+                trial.seconds(_WARM_STEPS)
                 with profile(activities=[activity]) as found:
-                    take(1)
-                    place.synchronize()
+                    trial.seconds(1)
             events = sorted(found.key_averages(), key=lambda each: -_microseconds(each, on_gpu))
             for event in events[:_SHOWN]:
-                rows.tell(
+                page.tell(
                     batch=batch,
                     kernel=event.key[:120],
                     calls=event.count,

@@ -1,10 +1,10 @@
-"""Our engine as a worker: all of it, as the server uses it, with asyncio and detokenisation."""
+"""Runs steerserve's engine as a worker, with asyncio and detokenization, as the server uses it."""
 
 import asyncio
 import sys
+import time
 
-from benchmarks.core import at_full_speed
-from benchmarks.workers.protocol import claim_stdout, serve
+from benchmarks.workers.protocol import serve
 from server.engine.base import Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.generation import TorchGeneration
@@ -16,7 +16,7 @@ from server.own_thread import in_own_thread
 async def generate(
     engine: TorchEngine, prompts: list[list[int]], new_tokens: int
 ) -> list[list[int]]:
-    """One request for each prompt, all at once; greedy, end-of-text ignored."""
+    """Send one greedy request for each prompt, all at once, and ignore end-of-text tokens."""
     sampling = SamplingSettings(new_tokens, temperature=0, ignore_eos=True)
     requests = [Request("bench", tuple(prompt), sampling) for prompt in prompts]
     generations = await engine.submit(requests)
@@ -29,20 +29,16 @@ async def _tokens(generation: TorchGeneration) -> list[int]:
 
 def main(folder: str, dtype: str) -> None:
     """Load a folder, then answer."""
-    answers = claim_stdout()
     with asyncio.Runner() as runner:
         options = EngineOptions(compile_layers=True)
-        # As the server does.
+        # The server makes its engine in a thread of its own, too.
         engine = in_own_thread(
             lambda: TorchEngine(load_model(folder, dtype), lambda _: {}, options)
         ).result()
         runner.run(engine.start())
-        at_full_speed(engine._core)
-        serve(
-            lambda prompts, new_tokens: runner.run(generate(engine, prompts, new_tokens)),
-            {},
-            answers,
-        )
+        while engine.stats().compiling:
+            time.sleep(0.1)
+        serve(lambda prompts, tokens: runner.run(generate(engine, prompts, tokens)), {})
         runner.run(engine.close())
 
 

@@ -1,57 +1,21 @@
-"""Hugging Face transformers as a worker: `generate` on a static batch, or continuous batching."""
+"""Runs Hugging Face transformers as a worker: `generate` on a static batch, or its batching."""
 
 import sys
-from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from benchmarks.workers.protocol import Generate, claim_stdout, serve
+from benchmarks.workers.protocol import Generate, serve
 
-# Of the machine's memory, for keys and values: more than this load fills. By default it takes 90 %,
-# writes zeros into all of it, and is killed where others have some.
-MEMORY_SHARE = 0.2
-
-
-class Output(Protocol):
-    """One request's, of continuous batching."""
-
-    generated_tokens: list[int]
+# The share of the machine's memory for keys and values, which is more than this load fills. By
+# default they take 90 %, filled with zeros, and the process is killed where others use the rest.
+_MEMORY_SHARE = 0.2
 
 
-class Model(Protocol):
-    """What transformers' models have and its types do not tell."""
-
-    device: torch.device
-    generation_config: GenerationConfig
-
-    def generate(
-        self, inputs: Tensor, *, attention_mask: Tensor, generation_config: GenerationConfig
-    ) -> Tensor:
-        """Prompts and completions: (rows, tokens)."""
-        ...
-
-    def generate_batch(
-        self,
-        inputs: list[list[int]],
-        generation_config: GenerationConfig,
-        continuous_batching_config: ContinuousBatchingConfig,
-        *,
-        persistent_manager: bool,
-    ) -> Mapping[str, Output]:
-        """By request, in the order of the prompts."""
-        ...
-
-    def destroy_cached_continuous_batching_manager(self) -> None:
-        """Let go of the manager that `persistent_manager` has kept."""
-        ...
-
-
-def static_batch(model: Model) -> Generate:
-    """`generate` on prompts of equal lengths, as one tensor."""
+def static_batch(model: Any) -> Generate:
+    """Return a function that calls `generate` on prompts of equal lengths, as one tensor."""
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         input_ids = torch.tensor(prompts, device=model.device)
@@ -66,12 +30,11 @@ def static_batch(model: Model) -> Generate:
     return generate
 
 
-def continuous_batching(model: Model) -> Generate:
-    """`generate_batch` with its default settings, but for the size of its cache.
+def continuous_batching(model: Any) -> Generate:
+    """Return a function that calls `generate_batch` with its defaults, but for its cache's size.
 
-    Its manager, with the cache, is kept from call to call for as long as the batch stays the same
-    size, so that only the first call pays for it: better than the default, which makes another one
-    each time.
+    The manager and its cache are kept from call to call while the batch size stays the same, so
+    that only the first call pays for them. By default every call makes another manager.
     """
     batch = 0
 
@@ -83,7 +46,7 @@ def continuous_batching(model: Model) -> Generate:
         outputs = model.generate_batch(
             prompts,
             _greedy(new_tokens),
-            ContinuousBatchingConfig(max_memory_percent=MEMORY_SHARE),
+            ContinuousBatchingConfig(max_memory_percent=_MEMORY_SHARE),
             persistent_manager=True,
         )
         return [list(output.generated_tokens) for output in outputs.values()]
@@ -94,18 +57,16 @@ def continuous_batching(model: Model) -> Generate:
 MODES = {"generate": static_batch, "continuous": continuous_batching}
 
 
-def load(folder: str, dtype: str) -> Model:
-    """A model that no token ends the answers of."""
-    model = cast(Model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+def load(folder: str, dtype: str) -> Any:
+    """Load a model whose answers no token ends. Its types do not declare what is used here."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.generation_config.eos_token_id = None
     return model  # in evaluation mode, as `from_pretrained` leaves it
 
 
 def main(mode: str, folder: str, dtype: str) -> None:
     """Load a folder, then answer."""
-    answers = claim_stdout()
-    generate = MODES[mode](load(folder, dtype))
-    serve(generate, {"transformers": transformers.__version__}, answers)
+    serve(MODES[mode](load(folder, dtype)), {"transformers": transformers.__version__})
 
 
 def _greedy(new_tokens: int) -> GenerationConfig:

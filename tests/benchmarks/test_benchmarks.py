@@ -17,12 +17,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import main
-from benchmarks.core import OPTIONS, BenchmarkError, open_bench
+from benchmarks.decoding import BatchEdits, BenchEngine, BenchmarkError, decoding
+from benchmarks.models import OPTIONS, open_engine
 from benchmarks.processes import Worker
-from benchmarks.turns import Rows, Turns, take_turns
+from benchmarks.turns import Turns, take_turns
 from benchmarks.workers.steerserve_worker import generate
 from benchmarks.workers.transformers_worker import load, static_batch
-from server.engine.base import Edit
 from server.engine.torch.attention.backend import LaneSpan
 from server.engine.torch.attention.slab_attention import SlabMemory, SlabStep
 from server.engine.torch.engine import TorchEngine
@@ -31,25 +31,31 @@ from server.engine.torch.options import EngineOptions
 from server.engine.torch.step.batch import Batch
 from steering.bank import Bank
 from steering.dose import DoseMeter
-from steering.settings import AffineSettings
 from tests.serving import eventually
 
 PROMPTS = [[1, 2, 3, 4], [50, 60, 70, 80]]
 ECHO = """
-import subprocess, sys
-from benchmarks.workers.protocol import claim_stdout, serve
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+import os, subprocess, sys
+from benchmarks.workers.protocol import CONNECTION, serve
+inherited = [int(os.environ[CONNECTION])]  # the child keeps the connection open
+command = [sys.executable, "-c", "input()"]
+child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=inherited)
 print("a library says something")
-answers = claim_stdout()
-print("and again")
 info = {"child": str(child.pid)}
-serve(lambda prompts, new: [prompt[:1] * new for prompt in prompts], info, answers)
+serve(lambda prompts, new: [prompt[:1] * new for prompt in prompts], info)
 """
 
 
 @pytest.fixture
 def tiny_llama(tiny_folders: Mapping[str, Path]) -> str:
     return str(tiny_folders["llama"])
+
+
+@pytest.fixture
+def engine(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> BenchEngine:
+    """An engine that compiles nothing, as compiling takes most of the time."""
+    monkeypatch.setattr("benchmarks.models.OPTIONS", replace(OPTIONS, compile_layers=False))
+    return open_engine(tiny_llama)
 
 
 @pytest.fixture
@@ -75,28 +81,27 @@ def test_the_engine_is_measured_in_this_process(tiny_llama: str, tmp_path: Path)
         assert page["dtype"] in ("bfloat16", "float32")
         assert page["command"] in (tmp_path / f"{name}.md").read_text()
     labels = [(each["batch"], each["label"]) for each in pages["steering"]["steering"]]
-    arms = (
+    trials = (
         *("none, once more", "LinEAS at 2 sites", "gated maps at 2 sites"),
         *("ARGRE, 5 iterations", "both"),
     )
-    assert labels == [(batch, arm) for batch in (1, 2) for arm in arms]
+    assert labels == [(batch, trial) for batch in (1, 2) for trial in trials]
     assert [each["heads"] for each in pages["distinct"]["heads"]] == [1, 4]
     assert pages["distinct"]["bandwidth_bytes_per_second"] > 1e8
     assert len(pages["growth"]["loaded"]) == 2
     assert set(pages["growth"]["lookup_seconds"]) == {"1", "10"}
 
 
-def test_each_arm_is_steered_as_it_should_and_nothing_is_left(tiny_llama: str) -> None:
-    bench = open_bench(tiny_llama)
-    steered = (Edit(bench.lineas, AffineSettings(1.0)),)
-    runner = bench.core._runner
+def test_each_trial_is_steered_as_it_should_and_nothing_is_left(engine: BenchEngine) -> None:
+    steered = (engine.lineas(),)
+    runner = engine.core._runner
     run = runner.run
     seen: list[bool] = []
 
-    def recording(batch: Batch, bank: Bank, meter: DoseMeter | None) -> Tensor:
+    def recording(batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
         affine = batch.route.affine
         found = {} if affine is None else bank.tables_for(affine)
-        assert len(found) in (0, len(bench.default_sites))
+        assert len(found) in (0, len(engine.sites))
         seen.append(bool(found))
         return run(batch, bank, meter)
 
@@ -104,18 +109,17 @@ def test_each_arm_is_steered_as_it_should_and_nothing_is_left(tiny_llama: str) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "run", recording)
         seconds = take_turns(
-            bench, {"plain": [()] * 2, "steered": [steered] * 2}, turns, lambda: None
+            engine, {"plain": [()] * 2, "steered": [steered] * 2}, turns, lambda: None
         )
     # In turns, in each step of three rounds, the first of which warms up.
     assert seen[-12:] == [False, True] * 6
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
-    bench.core.check()
-    assert not bench.core.has_work
+    engine.core.check()
+    assert not engine.core.has_work
 
 
-def test_sequences_of_an_arm_stay_neighbours_of_one_length(tiny_llama: str) -> None:
-    """So that every arm is attended to in one call, whose mask no arm needs more than another."""
-    bench = open_bench(tiny_llama)
+def test_sequences_of_a_trial_stay_neighbours_of_one_length(engine: BenchEngine) -> None:
+    """Attention takes one call for every trial, and no trial needs a mask that others do not."""
     step = SlabMemory.step
     seen: list[tuple[int, int]] = []
 
@@ -124,38 +128,48 @@ def test_sequences_of_an_arm_stay_neighbours_of_one_length(tiny_llama: str) -> N
         seen.append((len(found._parts), len({span.start for span in spans})))
         return found
 
-    steered = (Edit(bench.lineas, AffineSettings(1.0)),)
-    arms: dict[str, Rows] = {"two": [()] * 2, "four": [steered] * 4, "three": [()] * 3}
+    steered = (engine.lineas(),)
+    trials: dict[str, BatchEdits] = {"two": [()] * 2, "four": [steered] * 4, "three": [()] * 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SlabMemory, "step", recording)
         five_of_the_smallest = 5 * 64
         patch.setattr("server.engine.torch.attention.slab._GROUP_TOKENS", five_of_the_smallest)
-        take_turns(bench, arms, Turns(rounds=1, steps=4, prompt_tokens=8), lambda: None)
+        take_turns(engine, trials, Turns(rounds=1, steps=4, prompt_tokens=8), lambda: None)
     assert seen[-24:] == [(1, 1)] * 24
 
 
-def test_arms_that_do_not_fit_together_are_not_measured(
+def test_trials_that_do_not_fit_together_are_not_measured(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.core.OPTIONS", replace(OPTIONS, kv_cache_gb=0.0001))
-    bench = open_bench(tiny_llama)
-    free = bench.core.scheduler.pool.free_blocks
+    monkeypatch.setattr(
+        "benchmarks.models.OPTIONS", replace(OPTIONS, kv_cache_gb=0.0001, compile_layers=False)
+    )
+    engine = open_engine(tiny_llama)
+    free = engine.core.scheduler.pool.free_blocks
     with pytest.raises(BenchmarkError, match=f"of which {free} are free"):
-        take_turns(bench, {"plain": [()] * 9, "again": [()] * 9}, Turns(1, 20, 8), lambda: None)
+        take_turns(engine, {"plain": [()] * 9, "again": [()] * 9}, Turns(1, 20, 8), lambda: None)
 
 
 def test_a_step_that_advances_too_few_is_no_measurement(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.core.OPTIONS", replace(OPTIONS, max_batch_size=2))
-    with pytest.raises(BenchmarkError, match="advanced 2 of 3"):
-        take_turns(open_bench(tiny_llama), {"plain": [()] * 3}, Turns(1, 2, 4), lambda: None)
+    options = replace(OPTIONS, max_batch_size=2, compile_layers=False)
+    monkeypatch.setattr("benchmarks.models.OPTIONS", options)
+    engine = open_engine(tiny_llama)
+    with pytest.raises(BenchmarkError, match="steps, not 1"):
+        take_turns(engine, {"plain": [()] * 3}, Turns(1, 2, 4), lambda: None)
+    with (
+        pytest.raises(BenchmarkError, match="a step advanced 1 of 3 sequences"),
+        decoding(engine, [()] * 3, prompt_tokens=4, new_tokens=6) as trial,
+    ):
+        trial.seconds(1)
+    engine.core.check()
+    assert not engine.core.has_work
 
 
-def test_doses_are_measured_as_often_in_each_arm(tiny_llama: str) -> None:
-    bench = open_bench(tiny_llama)
+def test_doses_are_measured_as_often_in_each_trial(engine: BenchEngine) -> None:
     measured: list[int] = []
-    meter = bench.core._meter
+    meter = engine.core._meter
 
     def recording(batch: Batch) -> DoseMeter | None:
         found = meter(batch)
@@ -163,19 +177,18 @@ def test_doses_are_measured_as_often_in_each_arm(tiny_llama: str) -> None:
             measured.append(len(batch.rows))
         return found
 
-    steered = (Edit(bench.lineas, AffineSettings(1.0)),)
+    steered = (engine.lineas(),)
     turns = Turns(rounds=1, steps=16, prompt_tokens=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.core, "_meter", recording)
-        take_turns(bench, {"one": [steered], "two": [steered] * 2}, turns, lambda: None)
+        patch.setattr(engine.core, "_meter", recording)
+        take_turns(engine, {"one": [steered], "two": [steered] * 2}, turns, lambda: None)
     assert measured[-4:] == [1, 2, 1, 2]
 
 
-def test_an_intervention_that_breaks_the_model_is_not_measured(tiny_llama: str) -> None:
-    bench = open_bench(tiny_llama)
-    edits = (Edit(bench.lineas, AffineSettings(float("1e38"))),)
+def test_an_intervention_that_breaks_the_model_is_not_measured(engine: BenchEngine) -> None:
+    edits = (engine.lineas(strength=1e38),)
     with pytest.raises(BenchmarkError, match="a sequence was lost"):
-        take_turns(bench, {"broken": [edits]}, Turns(1, 3, 4), lambda: None)
+        take_turns(engine, {"broken": [edits]}, Turns(1, 3, 4), lambda: None)
 
 
 def wait_until_stopped(process: psutil.Process) -> None:

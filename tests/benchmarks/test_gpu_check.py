@@ -1,24 +1,23 @@
 """`make gpu-check`: all of it on the CPU, without what serves; and parts that fail or get stuck."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
-from benchmarks.gpu import cuda_tests, parts
 from benchmarks.gpu.page import Page
-from benchmarks.gpu.parts import PARTS, ROOT, Outcome, Part, run_part
-from benchmarks.gpu.rows import Row, Rows, read_row
+from benchmarks.gpu.parts import PARTS, ROOT, Outcome, run_part
 
 # What a bare machine lacks, and what this environment has beside it.
 _LACKING = (
     *("pydantic", "pydantic_settings", "fastapi", "starlette", "typer", "httpx", "uvicorn"),
-    *("pytest_asyncio", "pytest_timeout", "hypothesis", "prometheus_client"),
+    *("pytest_asyncio", "pytest_timeout", "hypothesis", "prometheus_client", "rich"),
 )
 _BLOCKER = f"""
 import sys
@@ -81,30 +80,49 @@ def test_all_parts_together_take_eight_minutes_at_most() -> None:
     assert sum(part.seconds for part in PARTS) <= 8 * 60
 
 
-def test_a_part_that_is_stuck_is_ended_with_all_that_it_has_started() -> None:
+def test_what_a_bare_machine_needs_is_imported_without_the_servers_packages(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_BLOCKER)
+    modules = ["server.measuring.table", "benchmarks.gpu.page", "benchmarks.gpu.part"]
+    modules += [f"benchmarks.gpu.{part.function.partition(':')[0]}" for part in PARTS]
     code = (
-        "import subprocess, sys, time; print('ROW {\"a\": 1}', flush=True); "
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-        "print('almost', flush=True); time.sleep(60)"
+        f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); "
+        f"[importlib.import_module(each) for each in {modules}]; "
+        f"assert not {set(_LACKING)!r} & sys.modules.keys()"
     )
-    rows: list[Row] = []
+    done = subprocess.run(
+        command(code),
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_part_that_is_stuck_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(child.pid); print('almost'); time.sleep(60)"
+    )
+    log = tmp_path / "log"
     began = time.monotonic()
-    outcome = run_part(command(code), 2.0, rows.append, io.StringIO())
-    assert time.monotonic() - began < 20
-    assert outcome == Outcome(False, "ended after 2 s", "almost")
-    assert rows == [{"a": 1}]
+    outcome = run_part(["-c", code], 5.0, log)
+    assert time.monotonic() - began < 30
+    child = int(log.read_text().splitlines()[0])
+    assert outcome == Outcome(False, "ended after 5 s", f"{child}\nalmost")
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
-def test_a_part_that_fails_says_its_last_lines() -> None:
-    rows: list[Row] = []
-    code = "print('ROW {\"a\": 1}', flush=True); print(*range(100), sep='\\n'); raise SystemExit(3)"
-    log = io.StringIO()
-    outcome = run_part(command(code), 60, rows.append, log)
-    assert log.getvalue().splitlines()[1] == "0", "the log has not all lines"
+def test_a_part_that_fails_says_its_last_lines(tmp_path: Path) -> None:
+    code = "print(*range(100), sep='\\n'); raise SystemExit(3)"
+    outcome = run_part(["-c", code], 60, tmp_path / "log")
+    assert (tmp_path / "log").read_text().splitlines()[0] == "0", "the log has not all lines"
     assert (outcome.passed, outcome.how) == (False, "failed with 3")
     assert outcome.tail.splitlines()[-1] == "99"
     assert len(outcome.tail.splitlines()) == 25
-    assert rows == [{"a": 1}]
 
 
 def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
@@ -128,64 +146,94 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
 
 
 def test_a_page_is_whole_after_each_row(tmp_path: Path) -> None:
-    page = Page(tmp_path, "a command")
-    page.begin(Part("one", "The first", 1.0))
-    rows: list[Row] = [{"a": 1, "b": None}, {"a": 2, "b": "x|y"}, {"c": "z"}]
-    for row in rows:
-        page.row(row)
+    page = Page(tmp_path)
+    page.start()
+    page.begin("one", "The first")
+    part = Page(tmp_path)  # in the part's process
+    for row in ({"a": 1, "b": None}, {"a": 2, "b": "x|y"}, {"c": "z"}):
+        part.tell(**row)
         told = json.loads((tmp_path / "gpu.json").read_text())
         assert told["parts"][-1]["rows"][-1] == row
-    page.end(Outcome(False, "failed with 1", "the tail"), 2.0)
+    page.end(**asdict(Outcome(False, "failed with 1", "the tail")), seconds=2.0)
     page.close("0 of 1 parts passed")
     lines = (tmp_path / "gpu.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("|")] == [
-        "| a | b |",
-        "| --- | --- |",
-        "| 1 |  |",
-        "| 2 | x/y |",
-        "| c |",
+        "| a   |   b |",
+        "| --- | --: |",
+        "| 1   |     |",
+        "| 2   | x/y |",
+        "| c   |",
         "| --- |",
-        "| z |",
+        "| z   |",
     ]
+    assert "Failed with 1, 2.0 s." in lines
     assert "the tail" in lines
     assert lines[-1] == "0 of 1 parts passed"
 
 
-def test_what_fails_in_a_row_is_told_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = Rows(sys.stdout)
-    with rows.attempt(batch=1):
+def test_what_fails_in_a_row_is_told_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Page(tmp_path)
+    page.start()
+    page.begin("one", "The first")
+    with page.attempt(batch=1):
         int("no number\nand more")
-    with rows.attempt(batch=2):
-        rows.tell(batch=2, speed=3)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("Traceback") for line in lines)
-    told = [row for line in lines if (row := read_row(line)) is not None]
+    with page.attempt(batch=2):
+        page.tell(batch=2, speed=3)
+    assert "Traceback" in capsys.readouterr().err
     failed = "ValueError: invalid literal for int() with base 10: 'no number\\nand more'"
-    assert told == [{"batch": 1, "failed": failed}, {"batch": 2, "speed": 3}]
-    assert rows.failures == 1
-    assert read_row("nothing of ours") is None
+    rows = json.loads((tmp_path / "gpu.json").read_text())["parts"][0]["rows"]
+    assert rows == [{"batch": 1, "failed": failed}, {"batch": 2, "speed": 3}]
+    assert page.failures == 1
 
 
-def test_each_test_that_fails_is_told_when_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [
-        "tests/cuda/test_a.py::test_one[llama-0 1] PASSED   [ 10%]",
-        "tests/cuda/test_a.py::test_two FAILED              [ 20%]",
-        "tests/cuda/test_a.py::test_three SKIPPED (no)      [ 30%]",
-        "tests/cuda/test_a.py::test_four ERROR              [ 40%]",
-        "something else PASSED",
-        "FAILED tests/cuda/test_a.py::test_two - assert 1 == 2",
-    ]
-    count = cuda_tests._follow([f"{line}\n" for line in lines], Rows(sys.stdout))
-    assert count == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
-    out = capsys.readouterr().out.splitlines()
-    told = [row for line in out if (row := read_row(line)) is not None]
-    assert [(row["test"], row["message"]) for row in told] == [
-        ("tests/cuda/test_a.py::test_two", None),
-        ("tests/cuda/test_a.py::test_four", None),
-        ("tests/cuda/test_a.py::test_two", "assert 1 == 2"),
-    ]
+_CUDA_TESTS = """
+import pytest
+def test_one(): pass
+def test_two(): assert 1 == 2
+@pytest.mark.skip
+def test_three(): pass
+@pytest.fixture
+def broken(): raise ValueError("broken")
+def test_four(broken): pass
+"""
+_RUN_REPORTER = """
+import sys
+from pathlib import Path
+import pytest
+from benchmarks.gpu.cuda_tests import Reporter
+from benchmarks.gpu.page import Page
+folder = sys.argv[1]
+page = Page(Path(folder))
+page.start()
+page.begin("tests", "The tests")
+reporter = Reporter(page, float(sys.argv[2]))
+pytest.main(["-p", "no:cacheprovider", "-c", "/dev/null", folder], plugins=[reporter])
+print(dict(reporter.count), reporter.complete)
+"""
 
 
-def test_the_path_to_import_from_keeps_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/given")
-    assert list(parts._python_path()) == [str(ROOT), "/given"]
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        ("60", "{'passed': 1, 'failed': 2, 'skipped': 1} True"),
+        ("0", "{'passed': 1} False"),
+    ],
+)
+def test_each_test_that_fails_is_told_until_time_runs_out(
+    tmp_path: Path, seconds: str, told: str
+) -> None:
+    (tmp_path / "test_some.py").write_text(_CUDA_TESTS)
+    done = subprocess.run(
+        [*command(_RUN_REPORTER), str(tmp_path), seconds],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == told, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["parts"][0]["rows"]
+    failures = [(row["test"].partition("::")[2], row["message"]) for row in rows]
+    expected = [("test_two", "assert 1 == 2"), ("test_four", "ValueError: broken")]
+    assert failures == (expected if seconds == "60" else [])

@@ -1,4 +1,4 @@
-"""`steerserve bench` measures what steering costs on a running server, as ratios."""
+"""The options of `steerserve bench`, and what it prints."""
 
 import json
 import sys
@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 from pydantic import JsonValue
-from rich.console import Console
 
-from server.cli.bench_client import BenchClient, BenchError
-from server.cli.bench_run import LONG_PROMPT_TOKENS, SECTIONS, BenchPlan, run
+from server.cli.bench.client import BenchError
+from server.cli.bench.plan import LONG_PROMPT_TOKENS, SECTIONS, BenchPlan
+from server.cli.bench.run import run
 from server.cli.registry_client import DEFAULT_URL, ApiKey, AsJson, Url
 
 
@@ -57,12 +57,10 @@ def bench(
     ones. latency: how long clients wait for tokens while others send long prompts. Nothing else
     should use the server meanwhile.
     """
-    plan = BenchPlan(
-        _sections(only), _batches(batches), tokens, rounds, long_prompt_tokens=long_prompt
-    )
-    wanted = None if steering is None else [_parsed(text) for text in steering]
+    plan = BenchPlan(_sections(only), _batches(batches), tokens, rounds, long_prompt)
+    steerings = None if steering is None else [_parsed(text) for text in steering]
     try:
-        report = run(BenchClient(url, api_key, model), wanted, plan)
+        report = run(url, plan, api_key, model, steerings)
     except BenchError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -71,10 +69,8 @@ def bench(
         shown = {"url": url, "command": " ".join(command), **report.json()}
         typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return
-    console = Console(markup=False, emoji=False, highlight=False)
-    for rows in report.tables():
-        console.print(rows.table())
-        console.print()
+    for table in report.tables():
+        typer.echo(table.page())
 
 
 def _parsed(text: str) -> JsonValue:

@@ -1,0 +1,1 @@
+"""`steerserve bench`: what steering costs on a running server, measured over HTTP."""
