@@ -31,7 +31,7 @@ class Reporter:
         self.count[report.outcome] += 1
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            message = str(crash.message if crash else report.longrepr).splitlines()[0]
+            message, *_ = str(crash.message if crash else report.longrepr).partition("\n")
             self._page.tell(test=report.nodeid, message=message[:250])
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
