@@ -16,7 +16,7 @@ class PinnedCatalogue:
         self._pins: Counter[str] = Counter()
 
     def pin(self, digest: str) -> None:
-        """Keep an object until as many calls of `unpin`.
+        """Keep an object until `unpin` has been called for it as often as `pin`.
 
         Raises:
             UnknownInterventionError: the object is not stored, or its bytes are being removed.
@@ -26,7 +26,10 @@ class PinnedCatalogue:
             self._pins[digest] += 1
 
     def unpin(self, digest: str) -> bool:
-        """Undo one `pin`; return True if neither a pin nor a name needs the object now.
+        """Undo one `pin`.
+
+        Returns True if the object may be removed: the catalogue holds it, and neither a pin nor a
+        name needs it.
 
         Raises:
             RegistryError: the digest is not pinned.
@@ -41,7 +44,9 @@ class PinnedCatalogue:
             return not self.catalogue.needs(digest) and digest in self.catalogue.objects
 
     def replace(self, found: Catalogue) -> frozenset[str]:
-        """Make `found`, what the folder holds, the current catalogue; return the pinned digests.
+        """Make `found`, read from the registry's folder, the current catalogue.
+
+        Returns the pinned digests, which the server's lease must name.
 
         An object that no name needs is left out, so that it cannot be pinned any more, unless it is
         pinned now. A pinned object stays even if its file is missing.

@@ -18,7 +18,9 @@ _DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 
 
 def named_host(host: str) -> str | None:
-    """Takes the name out of a Host header: lower case, without port, brackets or a last dot.
+    """Return the name in a Host header: lower case, without port, brackets or a last dot.
+
+    An IPv6 address is compressed.
 
     Returns:
         The name, or None if the header is not `name`, `name:port`, `[IPv6 address]` or
@@ -29,7 +31,7 @@ def named_host(host: str) -> str | None:
 
 
 def is_loopback(name: str) -> bool:
-    """Tells whether a name, as `named_host` gives it, can only mean the machine it is used on."""
+    """Return whether a name, as `named_host` gives it, can only mean the machine it is used on."""
     if name == "localhost":
         return True
     try:
@@ -41,7 +43,7 @@ def is_loopback(name: str) -> bool:
 
 
 def check_host(value: str) -> str:
-    """Checks a host that an operator allows; returns it as `named_host` does.
+    """Check a host that an operator allows; return it as `named_host` does.
 
     Raises:
         ValueError: the host is neither a name nor an address, or has a port.
@@ -57,7 +59,7 @@ def check_host(value: str) -> str:
 
 
 def check_origin(value: str) -> str:
-    """Checks an origin that an operator allows; returns it as browsers write it, or `*`.
+    """Check an origin that an operator allows; return it as browsers write it, or `*`.
 
     Raises:
         ValueError: the origin is neither `*` nor `scheme://host[:port]`.
@@ -80,7 +82,10 @@ def check_origin(value: str) -> str:
 
 
 def _canonical(name: str) -> str | None:
-    """Return the name in lower case, without brackets; None if these hold no IPv6 address."""
+    """Return the name in lower case, without brackets or a last dot, an IPv6 address compressed.
+
+    Returns None if the brackets hold no IPv6 address.
+    """
     name = name.lower()
     if not name.startswith("["):
         return name.removesuffix(".")

@@ -19,9 +19,10 @@ from server.framing import HttpConnection, ServerState
 # Seconds for which the data of a refused client is read and dropped. If the connection were closed
 # at once, the client might see a reset instead of its answer.
 _LINGER_SECONDS: Final = 2.0
-# Bytes and events that are read before other connections get their turn: each chunk of a body is an
-# event, and one packet may have tens of thousands of chunks.
-_READ_BYTES: Final = 4 * 1024  # bytes
+# Data is read in pieces of _READ_BYTES. After the piece that brings _EVENTS_AT_ONCE events, other
+# connections get their turn: each chunk of a body is an event, and one packet may have tens of
+# thousands of chunks.
+_READ_BYTES: Final = 4 * 1024
 _EVENTS_AT_ONCE: Final = 128
 _LONGEST_PROBLEM: Final = 200  # characters of h11's message, which quotes the request
 _COMMENT: Final = b":\n\n"  # a comment of an event stream, which clients ignore
@@ -34,8 +35,8 @@ _KEEP_ALIVE_PROBES: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_KEEPC
 class HttpProtocol(H11Protocol):
     """Uvicorn's protocol for one connection.
 
-    Data that is not HTTP is answered with OpenAI's error envelope. A client that closes its sending
-    side, and goes on reading, gets the answers to its requests.
+    Data that is not HTTP is answered with OpenAI's error envelope. A client of HTTP/1.1 that closes
+    its sending side and goes on reading gets the answers to its requests.
     """
 
     conn: HttpConnection
@@ -50,7 +51,7 @@ class HttpProtocol(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self.conn = HttpConnection(server_state)
         self._client_sent_eof = False
-        self._eof_before_read = False  # True if the client sent EOF while `_unread` has data
+        self._eof_before_read = False  # True if the client sent EOF while `_unread` had data
         self._lingering: TimerHandle | None = None
         self._unread = bytearray()
         self._reading: Handle | None = None  # scheduled while `_unread` has data
@@ -72,7 +73,7 @@ class HttpProtocol(H11Protocol):
             self.transport.pause_reading()
 
     def _read(self) -> None:
-        """Read the data that has come, and leave the rest for later if it is much work."""
+        """Read what has come; after _EVENTS_AT_ONCE events, leave the rest for later."""
         self._reading = None
         last = self.conn.events + _EVENTS_AT_ONCE
         while self._unread and self.conn.events < last:
@@ -92,7 +93,10 @@ class HttpProtocol(H11Protocol):
             self.transport.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer data that is not HTTP, and close; if an answer has begun, only close."""
+        """Answer data that is not HTTP, and close; if an answer has begun, only close.
+
+        `msg`, uvicorn's text, is not used: h11's own error says more.
+        """
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the request's body will never be complete
             self.cycle.message_event.set()
@@ -107,9 +111,9 @@ class HttpProtocol(H11Protocol):
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's always closes
         """Tell asyncio whether to keep the connection after the client has sent EOF.
 
-        A client that has left sends EOF too. To tell the two apart, the server sends data that a
-        reading client ignores: if nobody reads it, the client's machine resets the connection, see
-        `close_if_reset`.
+        A client that has left sends EOF, and so does one that has only closed its sending side. To
+        tell them apart, the server sends data that a reading client ignores: if nobody reads it,
+        the client's machine resets the connection, see `close_if_reset`.
         """
         self._eof_before_read = self._reading is not None
         if self._eof_before_read:
@@ -117,7 +121,7 @@ class HttpProtocol(H11Protocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
-        if self.conn.their_http_version == b"1.0":  # has no interim answers
+        if self.conn.their_http_version == b"1.0":  # HTTP/1.0 has no interim answers
             return False
         if not self._client_sent_eof:
             self._client_sent_eof = True
@@ -125,7 +129,7 @@ class HttpProtocol(H11Protocol):
         return True
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or close if the client has sent EOF."""
+        """Go on with the next request; close if there is none and the client has sent EOF."""
         super().on_response_complete()
         if self._client_sent_eof and self.cycle.response_complete:
             self.transport.close()
@@ -140,7 +144,8 @@ class HttpProtocol(H11Protocol):
     def close_if_reset(self) -> None:
         """Close the connection if its client has sent EOF and then reset it.
 
-        To be called often, because asyncio itself would notice a reset only at the next write.
+        The server's timer calls this often, because asyncio itself would notice a reset only at the
+        next write.
         """
         if not self._client_sent_eof or self.transport.is_closing():
             return
@@ -150,7 +155,7 @@ class HttpProtocol(H11Protocol):
                 self.transport.abort()
 
     def _probe(self) -> None:
-        """Send data that a client ignores, and turn on TCP keep-alive."""
+        """Send data that a client ignores, if the answer allows it, and turn on TCP keep-alive."""
         if self.conn.our_state is h11.SEND_RESPONSE:
             interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             self.transport.write(self.conn.send(interim))

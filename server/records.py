@@ -11,8 +11,8 @@ Outcome: TypeAlias = Literal[
     "success",
     "client_error",
     "rejected",  # the queue is full
-    "unavailable",
-    "server_error",
+    "unavailable",  # a 503: the server is not ready, stops, or lacks room for an intervention
+    "server_error",  # another error of the server's, such as a timeout
     "cancelled",
 ]
 OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
@@ -46,7 +46,7 @@ class GenerationRecord:
 
     operation: Operation
     response_id: str
-    model: str  # the name that the request gives, which is served
+    model: str  # the model name in the request; the server has it
     served_model: str  # the main name of the loaded model
     stream: bool = False
     choices: int = 1
@@ -58,7 +58,7 @@ class GenerationRecord:
     queue_seconds: float | None = None  # of the first choice to be scheduled
     first_token_seconds: float | None = None  # from the request's arrival
     prompts: Sequence[MessageRecord] = ()  # empty unless content is logged
-    completions: Sequence[str] = ()  # the same; one text for each choice
+    completions: Sequence[str] = ()  # empty unless content is logged; one text for each choice
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class RequestRecord:
     status: int = 500
     outcome: Outcome = "server_error"
     seconds: float = 0.0  # to the end of the answer
-    error_code: str | None = None  # the envelope's `code`
+    error_code: str | None = None  # `code` in the answer's error object
     generation: GenerationRecord | None = None
 
 

@@ -1,8 +1,11 @@
-"""Refines rows with three products by W1 for any number of steps, from a prepared reward head.
+"""Applies a reward head to rows of hidden states, with three products by W1 in all.
+
+`steering/reward.py` has the equations and their names.
 
 A step along the gradient g changes a row h by eta g, and its units u = W1 h + b1 by eta W1 g.
-Between two steps few units pass zero (5 of 1024 in a trained head). Each of them adds its row of W1
-to g, and its row of W1 W1^T to W1 g, times its w2, or subtracts them. `apply_prepared` does this on
+Between two steps few units pass zero (5 of 1024 in a trained head). A unit that becomes positive
+adds w2 times its line of W1 to g, and w2 times its line of W1 W1^T to W1 g; a unit that stops being
+positive subtracts the same. `apply_prepared` does this on
 a CPU, `GroupedRefinement` on a GPU.
 """
 
@@ -13,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, pad
 
-# The kernels on a GPU want the width d to be a multiple of _LANES, and m to be one of _GROUP.
+# The kernels on a GPU want the width d to be a multiple of _LANES, and the number m of units to be
+# one of _GROUP.
 _LANES: Final = 16
 _GROUP: Final = 64
 _MAX_UNITS: Final = 2048  # limit for a prepared head: W1 W1^T has m * m numbers
@@ -78,11 +82,18 @@ def prepare(
 def apply_prepared(
     h: Tensor, head: PreparedHead, direction_scale: Tensor, step_sizes: Tensor
 ) -> Tensor:
-    """Refine n rows by one head: `apply_reward`'s equations with fewer products.
+    """Do what `apply_reward` does, with fewer products.
 
-    A row's bits depend on its own numbers and settings, and on n.
+    The bits of a resulting row depend on the head, the row, its settings and n only.
 
-    Args and returned tensor are those of `apply_reward`.
+    Args:
+        h: (n, d) float32.
+        head: the head that all rows use.
+        direction_scale: (n, 1) float32.
+        step_sizes: (n, most iterations) float32, a row's eta for each of its iterations, then 0.
+
+    Returns:
+        (n, d) float32.
     """
     width = h.shape[1]
     h = pad(h, (0, head.width - width))
@@ -104,20 +115,21 @@ def apply_prepared(
             starts = torch.searchsorted(rows, torch.arange(len(h)))
             gradient += _sums(head.w1, flipped, starts, changes)
             gram_slopes += _sums(head.gram, flipped, starts, changes)
-        # A finished row has eta 0. Its gradient may be infinite, and 0 * inf is NaN: hence `where`.
+        # A row whose iterations are over has eta 0. 0 times an infinite gradient is NaN: hence
+        # `where`.
         h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
         units.addcmul_(eta, gram_slopes)
     return h[:, :width]
 
 
 def _slopes(units: Tensor, w2: Tensor) -> Tensor:
-    """Return 1[units > 0] * w2. A NaN unit keeps its slope (NaN <= 0 is false), and so shows."""
+    """Return w2 where a unit is above 0 or NaN, else 0, so that no NaN unit is hidden."""
     slopes: Tensor = torch.ops.aten.threshold_backward(w2.expand_as(units), units, 0)
     return slopes
 
 
 def _sums(table: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum of each row's own lines of a table, always added in one order.
+    """Return, for each of n rows, the weighted sum of some lines of a table, added in their order.
 
     Args:
         table: (m, k) float32.

@@ -22,16 +22,26 @@ from steering.kernels.affine_triton import _constants, _edit_kernel, _options
 
 WIDTHS = (576, 4096, 8192, 28672)  # of SmolLM2, Llama 8B, Llama 70B, and Llama 70B's MLP
 DTYPES = ("bf16", "fp32")  # Triton's names
-_TABLES = ("delta", "bias", "low", "high", "gate_weight")  # the kernel's float32 tables
+_TABLES = (
+    "delta",
+    "bias",
+    "low",
+    "high",
+    "gate_weight",
+)  # float32, at addresses that are multiples of 16
 _OTHERS = {"slots": "*i64", "flags": "*i32"} | dict.fromkeys(
     ("strength", "gate_bias", "doses"), "*fp32"
 )
 
 
 def compiled(capability: int, width: int, dtype: str, has_doses: bool) -> dict[str, object]:
-    """Return the kernel's registers and spilled bytes per thread, and its shared memory."""
+    """Compile the kernel for a GPU of some compute capability.
+
+    Returns its registers and stack bytes per thread, its shared memory, and whether it reads 16
+    bytes at once.
+    """
     constants = _constants(width, has_doses)
-    # The launcher tells Triton that these addresses are multiples of 16 bytes.
+    # When the kernel is launched, Triton sees that these addresses are multiples of 16 bytes.
     aligned = dict.fromkeys(("edited", "activations"), f"*{dtype}") | dict.fromkeys(
         _TABLES, "*fp32"
     )

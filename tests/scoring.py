@@ -32,7 +32,8 @@ def score_of(text: str) -> float:
 class TestScorer:
     """Scores texts and records them in `texts`.
 
-    It waits while `may_go_on` is not set, and raises where `fails` is set or after `close`.
+    `score` waits up to 20 s for `may_go_on`, then raises a ScoringError if `fails` is set, which
+    `close` does too.
     """
 
     __test__ = False
@@ -61,7 +62,10 @@ class TestScorer:
 async def scored_client(
     engine: Engine, registry: Registry, scorer: TestScorer, **settings: object
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Make a client of an application that serves the model "tiny" and scores generated text."""
+    """Make a client of an application that serves the model "tiny" and scores generated text.
+
+    `settings` are passed to `build_app`.
+    """
     app = build_app(engine, registry, scorer, **settings)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (

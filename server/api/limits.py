@@ -39,7 +39,7 @@ class _BodyLimits:
 class BodyLimitMiddleware:
     """Refuses a body that is too large, too slow, or incomplete when the server stops.
 
-    The size is judged by the Content-Length, and by the bytes that come.
+    The size is judged by the Content-Length, which must be a number, and by the bytes that come.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, lifecycle: Lifecycle) -> None:

@@ -7,7 +7,10 @@ from server.engine.base import FinishReason, Request, StepOutput
 
 @dataclass(slots=True)
 class Progress:
-    """A generation's tokens, text and times, up to now."""
+    """A generation's tokens, text and times, up to now.
+
+    `add` keeps what the engine says; the caller sets the times of tokens and what scoring adds.
+    """
 
     request: Request  # as the client asked for it, without additions for a comparison
     token_ids: list[int] = field(default_factory=list)

@@ -16,7 +16,7 @@ from rich.table import Table
 from server.variables import URL
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
-# Checking and storing a large artifact takes the server a while after the last byte.
+# A large artifact takes a while to send, and the server takes a while to check and store it.
 TIMEOUT: Final = httpx.Timeout(10.0, read=300.0, write=300.0)
 
 Url: TypeAlias = Annotated[str, typer.Option(help="The server's address.", envvar=URL.name)]
@@ -30,6 +30,8 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for
 Name: TypeAlias = Annotated[str, typer.Argument(help="The intervention's name.")]
 
 Json: TypeAlias = dict[str, JsonValue]
+
+# Commands that change the registry send the admin key if one is given, others the API key.
 
 app = typer.Typer(no_args_is_help=True, help="Manage the interventions of a running server.")
 
@@ -127,7 +129,7 @@ def delete(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a name from a running server."""
+    """Delete a name, and the artifact if nothing else needs it, from a running server."""
     answer, _ = _call(url, admin_key or api_key, "DELETE", _path(name))
     if as_json:
         _print_json(answer)

@@ -1,4 +1,7 @@
-"""Defines toxicity scorers and their specs, without imports that a worker must not load."""
+"""Defines toxicity scorers and their specs.
+
+It imports the standard library only, so that the scoring process starts quickly.
+"""
 
 import urllib.parse
 from collections.abc import Sequence
@@ -22,8 +25,8 @@ class Backend(Protocol):
             The texts' toxicity, 0 to 1 each, in their order.
 
         Raises:
-            ScoringError: none of the texts could be scored. The message is logged, so it must
-                quote no text and no secret of the operator's.
+            ScoringError: a text could not be scored; no score is returned. The message is logged,
+                so it must quote no text and no secret of the operator's.
         """
 
 

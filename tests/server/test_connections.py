@@ -1,4 +1,4 @@
-"""Tests that idle connections and stalled readers are closed, but not slow answers or readers."""
+"""Tests that a connection is closed if it idles or its reader stalls, not if either is slow."""
 
 import asyncio
 import json
@@ -42,11 +42,15 @@ class Transport(asyncio.Transport):
 
 @dataclass
 class Cycle:
+    """The part of uvicorn's request cycle that `IdleConnections` reads."""
+
     response_complete: bool = False
 
 
 @dataclass(eq=False)
 class Connection:
+    """The part of a connection that `IdleConnections` reads."""
+
     transport: Transport = field(default_factory=Transport)
     cycle: Cycle | None = None
     between_requests: bool = False
@@ -90,7 +94,7 @@ def test_a_connection_may_rest_longer_between_requests_than_within_one() -> None
     connection.between_requests = True
     for now in (0, 64):
         idle.close([connection], now)
-    connection.between_requests = False  # the first byte of the next request
+    connection.between_requests = False  # the first byte of the next request has come
     for now in (65, 94):
         idle.close([connection], now)
     assert not connection.transport.closed
@@ -122,7 +126,7 @@ async def test_half_a_request_does_not_keep_its_connection(
 
         dripping = asyncio.create_task(drip())
         async with asyncio.timeout(10):
-            # A byte that reaches the server after it closed the connection resets it.
+            # A byte that comes after the server has closed the connection resets the connection.
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""
         dripping.cancel()
@@ -148,7 +152,10 @@ async def test_an_answer_may_take_longer(
 
 
 def cut_at(times: dict[float, int]) -> bool:
-    """Return whether a connection is cut off at the last of `times`: time → its unsent bytes."""
+    """Return whether a connection is cut off at the last of `times`.
+
+    `times` maps a time to the number of bytes that the connection has unsent then.
+    """
     stalled, transport = StalledConnections(STALL_LIMIT), Transport()
     for now, unsent in times.items():
         assert not transport.aborted
@@ -197,7 +204,7 @@ def connect(port: int, buffer: int) -> socket.socket:
 
 
 def ask(reader: socket.socket, **fields: object) -> None:
-    """Send a request for many long answers."""
+    """Send a request for 16 completions with log-probabilities; `fields` are added to its body."""
     wanted = {"model": "tiny", "prompt": "x", "ignore_eos": True, "logprobs": 5, "n": 16, **fields}
     body = json.dumps(wanted).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""Tests of how the base model scores a compared answer: the queue place held for it is freed."""
+"""Tests that the queue place held for scoring a compared answer is freed, whatever happens."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ COMPARED: Json = {"steering": {"intervention": "maps"}, "compare": True, "ignore
 
 @dataclass
 class FakeGeneration:
-    """A generation that yields the given outputs; a follower of it begins scoring at once."""
+    """A generation that yields the given outputs; `follow` begins the scoring at once."""
 
     request: Request
     outputs: Sequence[StepOutput]
@@ -67,7 +67,10 @@ class FakeGeneration:
 
 @dataclass
 class FakeEngine:
-    """An engine with nothing but the protocol's members. Its queue is full after one `submit`."""
+    """A fake engine whose queue is full after one `submit`.
+
+    Of `Engine` it has only the protocol's members; its other members are for this file.
+    """
 
     model: ModelDescription
     tokens: tuple[int, ...] = (5, 6, 2)
@@ -331,7 +334,7 @@ async def test_a_step_that_fails_leaves_no_place_taken(
 
 
 def code_of(response: httpx.Response, stream: bool, status: int) -> object:
-    """Return the error code of an answer, or of the last event of a stream."""
+    """Check that an answer has failed, with `status` if it is no stream; return its error code."""
     if stream:
         assert "[DONE]" not in response.text
         return json.loads(events(response.text)[-1])["error"]["code"]

@@ -66,7 +66,7 @@ async def test_only_changes_of_the_registry_wait_for_a_slow_disk(
     ]
     await eventually(lambda: bool(disk.waiting))
     assert registry.path(gone).exists()
-    assert await running  # its end unpins the deleted bytes
+    assert await running  # when the request ends, it unpins the bytes whose name was deleted
     for _ in range(2):
         assert (await complete(client, **STEERED)).status_code == 200
         for path in ("", "/maps", "/maps/artifact"):
@@ -169,6 +169,7 @@ async def test_an_upload_that_the_disk_refuses(
     refusals = 0
     number = 0
     disk = FaultyDisk(-1, fails, lasting=False)
+    # Each round lets one further disk operation of the upload fail, until there is none left.
     while number <= len(disk.done):
         digest = (await push(client, old))["digest"]
         before = (await client.get("/v1/interventions/maps")).json()

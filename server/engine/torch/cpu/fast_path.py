@@ -24,7 +24,10 @@ def prepare(model: PreTrainedModel, options: EngineOptions) -> None:
 
 
 def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
-    """Return a runner whose layers are compiled in the background, if the options ask for it."""
+    """Return a runner whose layers are compiled in the background.
+
+    It is the eager runner if the options do not ask for compiled layers.
+    """
     if not options.compile_layers:
         return parts.eager_runner
     return Runner(parts.loaded.model, parts.hooks, _compiled_layers(parts, options))
@@ -33,8 +36,8 @@ def faster_runner(parts: EngineParts, options: EngineOptions) -> Runner:
 def _compiled_layers(parts: EngineParts, options: EngineOptions) -> CompiledLayers:
     loaded = parts.loaded
     model, widths = loaded.model, loaded.description.site_widths
-    # A separate memory, because the recorded steps keep their lane: each new graph is checked with
-    # them.
+    # The steps are recorded in a K/V memory of their own. They keep their keys and values there for
+    # good, because each new graph is checked by repeating them.
     memory = SlabMemory(KVShape.of(model))
     layers = DecoderLayers(model)
     more_tokens, one_token = record_layers(model, layers, parts.eager_runner, memory)

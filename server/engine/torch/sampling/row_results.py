@@ -1,7 +1,7 @@
 """Reads a step's logits: draws tokens, and computes log-probabilities.
 
-Everything is computed on the device and copied to the host together. A step waits for the device
-only here.
+Everything is computed on the device and copied to the host together or, rarely, in two parts. A
+step waits for the device only here.
 """
 
 from collections.abc import Mapping, Sequence

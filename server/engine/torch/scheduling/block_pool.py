@@ -9,7 +9,11 @@ class BlockPool:
     """Counts a fixed number of blocks of `block_size` tokens; each has one owner or none."""
 
     def __init__(self, blocks: int, block_size: int, page_tokens: Fraction = Fraction(1)) -> None:
-        """`page_tokens` (1 or more) is the unit in which an owner's memory grows, in tokens."""
+        """Start with `blocks` free blocks.
+
+        An owner's memory grows by pages of the operating system. `page_tokens` is the number of
+        tokens whose keys and values fill one, 1 or more, and seldom a whole number.
+        """
         self.blocks = blocks
         self.block_size = block_size
         self._page_tokens = page_tokens
@@ -27,12 +31,12 @@ class BlockPool:
         return int(self.blocks * self.block_size // self._page_tokens * self._page_tokens)
 
     def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks an owner of `tokens` tokens needs, its last page in full."""
+        """Return how many blocks an owner of `tokens` tokens needs, counting whole pages."""
         pages = ceil(tokens / self._page_tokens)
         return ceil(pages * self._page_tokens / self.block_size)
 
     def allocate(self, owner: Hashable, tokens: int) -> bool:
-        """Make `owner` hold blocks for `tokens` tokens in all.
+        """Make `owner` hold at least the blocks for `tokens` tokens; never free any.
 
         Returns False, and changes nothing, if too few blocks are free.
         """

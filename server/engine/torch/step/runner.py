@@ -1,4 +1,4 @@
-"""Runs the model on one batch, edited as its route says."""
+"""Runs the model on one batch; hooks edit its activations as the batch's route says."""
 
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
@@ -29,7 +29,14 @@ class LayerCompiler(Protocol):
     def step(
         self, bank: Bank, route: Route, tokens: int, meter: DoseMeter | None = None
     ) -> AbstractContextManager[None]:
-        """Run a step's layers compiled within the context, as far as they are compiled."""
+        """Return a context in which the layers that are compiled already run compiled.
+
+        Args:
+            bank: the parameters of the step's edits.
+            route: the step's route.
+            tokens: the number of the step's tokens.
+            meter: adds up the edits' doses, if given.
+        """
         ...
 
 
@@ -48,16 +55,19 @@ class Runner:
 
     @property
     def pending(self) -> int:
-        """The number of graphs that would make steps faster, and are not made yet."""
+        """The number of graphs that would make steps faster and are not made yet."""
         return 0 if self.compiled is None else self.compiled.pending
 
     def make_pending(self) -> bool:
-        """Make one pending graph that the calling thread has to make; False if there is none."""
+        """Make one pending graph that the calling thread has to make; False if there is none.
+
+        This runner's graphs are made by another thread.
+        """
         return False
 
     @torch.inference_mode()
     def run(self, batch: Batch, bank: Bank, meter: DoseMeter | None = None) -> Tensor:
-        """Compute the logits of the batch's rows: (rows, vocabulary) float32.
+        """Compute the logits at the batch's `logits_rows`: (rows, vocabulary) float32.
 
         A meter, if one is given, measures how large the edits are.
         """

@@ -29,7 +29,8 @@ def reference(
 ) -> Tensor:
     """Return causal attention, (heads, n, width), for one whole sequence, query by query.
 
-    The query, key and value have the shape (heads, n, width) too.
+    The query is (HEADS, n, width). The key and value are (KV_HEADS, n, width), each shared by
+    HEADS / KV_HEADS query heads. Scores are scaled by 0.5.
     """
     output = torch.zeros_like(query)
     for head in range(HEADS):
