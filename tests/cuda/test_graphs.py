@@ -81,7 +81,7 @@ def test_edits_in_graphs_follow_settings_without_another_capture(
     assert graphs_of(core).graphs == made
 
 
-def test_what_is_loaded_later_is_in_no_graph_of_before(
+def test_new_sites_get_new_graphs(
     load_on_device: LoadOnDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replays = Replays(monkeypatch)
@@ -103,7 +103,7 @@ def test_what_is_loaded_later_is_in_no_graph_of_before(
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_step_waits_for_the_device_when_it_is_read_only(
+def test_steps_wait_for_the_gpu_at_most_once(
     load_on_device: LoadOnDevice, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
     """With all graphs made, a step of prefill or decoding waits for the GPU at most once."""

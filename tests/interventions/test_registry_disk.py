@@ -391,7 +391,7 @@ def test_an_upload_in_place_of_a_damaged_record(
             assert not list((root / "tmp").iterdir())
 
 
-def test_what_could_not_be_removed_goes_with_the_next_change(
+def test_failed_removal_is_retried_by_the_next_change(
     folder: Path, template: Path, artifacts: Artifacts
 ) -> None:
     root = folder / "registry"

@@ -54,7 +54,7 @@ def strictly(text: str) -> object:
         st.tuples(st.integers(0, 200), st.sampled_from(["", *'"\\{}[]:, u0a\0'])), max_size=4
     ),
 )
-def test_of_a_text_that_is_nearly_json_the_same_is_read_and_refused_as_by_python(
+def test_near_json_is_read_and_refused_as_by_python(
     value: object, changes: list[tuple[int, str]]
 ) -> None:
     text = json.dumps({"a": value, 'b"\\': [value]})

@@ -65,7 +65,7 @@ async def test_an_open_connection_brings_one_more_request(
         await ended(server)  # at once, as no connection is left
 
 
-async def test_without_that_time_it_is_closed_at_once(
+async def test_idle_connection_closes_at_once_without_shutdown_keep_alive(
     tiny_engine: TorchEngine, registry: Registry
 ) -> None:
     async with leaving(tiny_engine, registry, keep_alive=0) as (server, client):

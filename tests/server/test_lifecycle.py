@@ -381,7 +381,7 @@ def wait_for_running(url: str, count: int) -> None:
     raise TimeoutError
 
 
-def test_who_waits_for_a_score_at_the_end_is_told_in_time(
+def test_shutdown_ends_the_wait_for_a_score(
     tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     """The scorer hangs, so the shutdown must end the wait for the score of a generated text."""

@@ -212,7 +212,7 @@ async def test_stacks_that_clients_make_up_leave_room_for_names(
     assert 'steered_tokens_total{intervention="new",kind="affine"} 1.0' in page
 
 
-async def test_a_name_that_means_something_else_as_a_label_is_none(
+async def test_reserved_label_names_count_as_other(
     client: httpx.AsyncClient, affine_artifact: WriteArtifact
 ) -> None:
     for name in ("none", "other"):

@@ -14,7 +14,7 @@ def test_the_result_comes_from_another_thread_which_ends() -> None:
     assert not thread.is_alive()
 
 
-def test_so_does_an_exception() -> None:
+def test_exception_reaches_the_future() -> None:
     def fails() -> None:
         raise ValueError("no")
 

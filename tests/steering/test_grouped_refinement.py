@@ -178,7 +178,7 @@ def test_heads_in_another_order_give_the_same_rows(large: ModuleType) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_numbers_that_are_none_show_and_harm_no_neighbour(
+def test_nonfinite_rows_stay_nonfinite_and_spare_others(
     large: ModuleType, known: bool, bad: float
 ) -> None:
     head = random_head(1, 32)

@@ -85,7 +85,7 @@ def test_an_input_is_edited_whether_it_is_given_by_place_or_by_name() -> None:
             torch.testing.assert_close(edited[0], expected)
 
 
-def test_a_name_of_an_input_and_of_a_module_is_no_site() -> None:
+def test_ambiguous_input_paths_are_no_sites() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -53,7 +53,7 @@ async def test_the_score_is_of_the_completion_alone(client: httpx.AsyncClient) -
     assert "toxicity" not in await answer(client, toxicity=False)
 
 
-async def test_every_choice_has_its_own(client: httpx.AsyncClient) -> None:
+async def test_every_choice_has_its_own_score(client: httpx.AsyncClient) -> None:
     body = await answer(client, toxicity=True, prompt=["Hello", "Bye"], n=2, **SAMPLED)
     texts = [choice["text"] for choice in body["choices"]]
     assert len(set(texts)) == 4
@@ -222,7 +222,7 @@ async def test_a_policy_that_steers_everything_gives_nobody_the_bare_model(
         assert (await complete(client, toxicity=True)).status_code == 200
 
 
-async def test_what_is_compared_counts_three_times(
+async def test_compared_choice_counts_as_three_completions(
     tiny_engine: TorchEngine,
     registry: Registry,
     scorer: TestScorer,
@@ -239,7 +239,7 @@ async def test_what_is_compared_counts_three_times(
         assert error_of(response)["param"] == "n"
 
 
-async def test_what_is_asked_for_is_recorded_once(
+async def test_metrics_count_each_completion_once(
     client: httpx.AsyncClient, scorer: TestScorer
 ) -> None:
     requests: list[Json] = [

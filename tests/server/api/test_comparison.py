@@ -110,7 +110,7 @@ async def compared(client: httpx.AsyncClient, name: str, **fields: object) -> An
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED, FILTERED], ids=["greedy", "drawn", "filtered"])
 @pytest.mark.parametrize("name", STEERING)
-async def test_it_is_what_the_oracle_says_of_the_same_token_ids(
+async def test_mean_log_ratio_equals_oracle(
     client: httpx.AsyncClient, answers: dict[str, list[int]], name: str, sampling: Json
 ) -> None:
     body = await compared(client, name, n=3, **sampling)
@@ -218,7 +218,7 @@ async def test_a_conversation_has_it_too(
     assert '"logprobs":{' not in response.text
 
 
-async def test_where_nothing_is_edited_it_is_zero_and_nothing_is_scored(
+async def test_ratio_is_zero_without_effective_edits(
     client: httpx.AsyncClient, answers: dict[str, list[int]]
 ) -> None:
     nothing = {"intervention": "maps", "strength": 0}
@@ -232,7 +232,7 @@ async def test_where_nothing_is_edited_it_is_zero_and_nothing_is_scored(
     assert not answers, "a place was held for a request that does not come"
 
 
-async def test_an_answer_without_tokens_has_none(client: httpx.AsyncClient) -> None:
+async def test_empty_answer_has_no_ratio(client: httpx.AsyncClient) -> None:
     body = await compared(client, "maps", max_tokens=0, echo=True, prompt=["a", "bcd"])
     assert body["comparison"]["mean_log_ratio"] == [None, None]
 

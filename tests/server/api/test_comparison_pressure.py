@@ -200,7 +200,7 @@ async def test_a_stream_has_no_chunk_for_log_probabilities_that_nobody_asked_for
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 0, "echo": True}, {"strength": 0}])
-async def test_what_is_not_scored_takes_no_place_for_long(
+async def test_unscored_answers_free_their_place(
     fake: FakeEngine, registry: Registry, fields: Json
 ) -> None:
     steering = {"intervention": "maps", **fields} if "strength" in fields else None

@@ -215,7 +215,7 @@ WRONG_SAMPLING: tuple[tuple[str, object], ...] = (
 )
 
 
-async def test_the_ends_of_the_ranges_are_in_them(
+async def test_sampling_ranges_are_inclusive(
     client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends: tuple[Json, ...] = (
@@ -369,7 +369,7 @@ async def test_which_logprobs_are_asked_for(
     assert (sampling.logprobs, sampling.prompt_logprobs) == (logprobs, prompt_logprobs)
 
 
-async def test_no_tokens_are_only_for_reading_the_prompt(
+async def test_max_tokens_0_needs_echo(
     client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for fields in ({}, {"echo": False}, {"logprobs": 1}):
@@ -393,7 +393,7 @@ async def test_no_tokens_are_only_for_reading_the_prompt(
 
 
 @pytest.mark.parametrize("steered", [False, True])
-async def test_a_prompt_scores_as_it_did_when_it_was_generated(
+async def test_prompt_logprobs_equal_generated_logprobs(
     client: httpx.AsyncClient,
     tiny_engine: TorchEngine,
     affine_artifact: WriteArtifact,

@@ -105,7 +105,7 @@ async def test_one_of_two_names_may_go_where_it_was_given_by_its_digest(
     assert await text_of(restarted) == expected
 
 
-async def test_both_of_two_names_do_not_go_at_once(
+async def test_concurrent_deletes_keep_one_name_of_the_default(
     make_client: MakeClient, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
     path = affine_artifact("maps")
@@ -146,7 +146,7 @@ async def test_without_a_default_every_name_may_change(
 
 
 @pytest.mark.parametrize("policy", ["optional", "required", "locked"])
-async def test_what_was_resolved_at_start_is_applied_whatever_else_moves_the_names(
+async def test_default_stays_as_resolved_at_start(
     make_client: MakeClient,
     affine_artifact: WriteArtifact,
     registry: Registry,
@@ -199,7 +199,7 @@ async def test_damage_makes_the_server_unready_and_is_never_left_out(
     assert (await client.get("/ready")).status_code == 503
 
 
-async def test_damage_before_the_start_ends_it(
+async def test_damaged_default_prevents_start(
     tiny_engine: TorchEngine, affine_artifact: WriteArtifact, registry: Registry
 ) -> None:
     path = registry.path(registry.add(affine_artifact("maps")).digest)

@@ -125,7 +125,7 @@ async def test_many_uploads_to_a_disk_that_hangs_stop_nobody_else(
     assert {response.status_code for response in await asyncio.gather(*uploads)} == {200, 201}
 
 
-async def test_asking_whether_a_disk_that_hangs_is_ready_stops_nobody_else(
+async def test_hanging_readiness_checks_block_no_other_request(
     make_client: MakeClient,
     affine_artifact: WriteArtifact,
     registry: Registry,

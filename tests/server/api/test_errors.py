@@ -264,7 +264,7 @@ async def test_what_the_engine_refuses(
         assert error["message"] == "why"
 
 
-async def test_a_failure_of_ours_tells_nothing(
+async def test_internal_error_hides_its_message(
     client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_: object) -> None:

@@ -204,7 +204,7 @@ async def test_a_request_that_runs_keeps_what_was_deleted(
     await eventually(lambda: not registry.path(digest).exists())
 
 
-async def test_one_that_the_model_cannot_take_is_listed(
+async def test_incompatible_intervention_is_listed_as_unservable(
     client: httpx.AsyncClient, registry: Registry, affine_artifact: WriteArtifact, tmp_path: Path
 ) -> None:
     await push(client, affine_artifact("maps"))

@@ -266,7 +266,9 @@ async def test_every_endpoint_that_generates_is_in_the_matrix(serve: Serve) -> N
 
 
 @pytest.mark.parametrize("policy", ["optional", "required", "locked"])
-async def test_every_way_to_ask(serve: Serve, digests: dict[str, str], policy: str) -> None:
+async def test_policy_for_every_kind_of_request(
+    serve: Serve, digests: dict[str, str], policy: str
+) -> None:
     server = await serve(policy)
     assert [edit.digest for edit in server.default] == [digests["maps"]]
     # Each request is streamed at one endpoint and not at the other.
@@ -330,7 +332,7 @@ async def test_defaults_of_every_form(
 
 @pytest.mark.parametrize("policy", ["required", "locked"])
 @pytest.mark.parametrize("by_digest", [False, True])
-async def test_names_that_point_elsewhere_by_now(
+async def test_policy_holds_after_names_move_or_go(
     serve: Serve,
     digests: dict[str, str],
     registry: Registry,
@@ -360,7 +362,7 @@ async def test_names_that_point_elsewhere_by_now(
 
 
 @pytest.mark.parametrize("policy", ["required", "locked"])
-async def test_bodies_that_say_two_things(serve: Serve, policy: str) -> None:
+async def test_ambiguous_bodies_are_refused(serve: Serve, policy: str) -> None:
     """A parser might silently take one of two equal keys, or NaN for a number."""
     server = await serve(policy)
     for path, fields in ENDPOINTS.items():

@@ -305,7 +305,7 @@ async def test_locked(
     ],
 )
 @pytest.mark.usefixtures("stocked")
-async def test_a_default_that_fails_is_no_application(
+async def test_invalid_default_prevents_start(
     tiny_engine: TorchEngine, registry: Registry, default: dict[str, JsonValue]
 ) -> None:
     with pytest.raises(ConfigurationError, match="default steering cannot be applied"):

@@ -71,7 +71,7 @@ def test_what_is_compiled_is_kept_in_the_users_cache(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "steerserve" / "compiled")
 
 
-async def test_what_is_loaded_is_nothing_that_a_request_makes_the_collector_look_at(
+async def test_loaded_objects_are_frozen_for_gc(
     tiny_engine: TorchEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[int] = []

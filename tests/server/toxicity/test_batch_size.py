@@ -43,7 +43,7 @@ def test_texts_that_take_longer_than_the_target_go_one_by_one() -> None:
     assert found.count(2) < 6  # a batch of two is seldom tried again
 
 
-def test_it_follows_the_machine() -> None:
+def test_size_adapts_to_changed_speed() -> None:
     size = BatchSize()
     assert sizes(lambda texts: 0.001 * texts, 6, size)[-1] == MAX_TEXTS
     assert sizes(lambda texts: 2.0 * texts, 4, size)[1:] == [1, 1, 1]

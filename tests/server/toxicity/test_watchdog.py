@@ -45,7 +45,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_one_that_has_little_of_a_processor_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starved_worker_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LIMIT, 1e9)
     looks = measured(monkeypatch, lambda look: look * LOOK / 1000)
     with sleeping() as process:
@@ -55,7 +55,7 @@ def test_one_that_has_little_of_a_processor_goes_on(monkeypatch: pytest.MonkeyPa
         assert process.poll() is None
 
 
-def test_it_does_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kills_after_ten_times_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = measured(monkeypatch, lambda look: look * LOOK / 1000)
     with sleeping() as process, Watchdog(process, LOOK) as dog:
         assert process.wait(30) < 0

@@ -85,7 +85,9 @@ def test_stacks_of_all_sorts_of_maps_equal_the_oracle(
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("sorts", [(PLAIN,), (PLAIN, SUPPORTED), (GATED, PLAIN), (BOTH,)])
-def test_a_table_may_lack_what_no_map_has(edit: Edit, sorts: tuple[Sort, ...], depth: int) -> None:
+def test_tables_without_supports_or_gates_are_edited(
+    edit: Edit, sorts: tuple[Sort, ...], depth: int
+) -> None:
     batch = random_batch(table(sorts), 6, depth, seed=depth)
     assert (batch.table.low is None) is not any(sort.support for sort in sorts)
     assert (batch.table.gate_weight is None) is not any(sort.gate for sort in sorts)
@@ -143,7 +145,7 @@ def test_a_coordinate_outside_the_support_keeps_its_bits(edit: Edit) -> None:
 
 
 @ODD
-def test_what_is_no_number_stays_where_it_is(edit: Edit) -> None:
+def test_nan_gates_leave_coordinates_outside_the_support(edit: Edit) -> None:
     """A gate that is NaN changes its map's coordinates, but none outside the map's support."""
     width = 5  # the kernel reads 8 columns, of which 3 must not count
     maps = random_maps(width)

@@ -202,7 +202,7 @@ async def test_the_queue_is_bounded(start_engine: StartEngine) -> None:
     await eventually(lambda: idle(engine))
 
 
-async def test_what_comes_at_once_to_an_idle_engine_is_taken_as_far_as_it_can_run_or_wait(
+async def test_idle_engines_admit_batch_plus_queue(
     start_engine: StartEngine,
 ) -> None:
     options = EngineOptions(kv_cache_gb=0.02, max_batch_size=8, max_waiting=2)

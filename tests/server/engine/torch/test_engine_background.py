@@ -77,7 +77,7 @@ async def test_it_is_not_begun_without_room(start_engine: StartEngine) -> None:
     assert len(tokens_of(await read(await submit(engine)))) == LONG.max_tokens
 
 
-async def test_its_admission_is_in_nobodys_way(start_engine: StartEngine) -> None:
+async def test_background_admission_takes_no_queue_place(start_engine: StartEngine) -> None:
     """A background request that is being admitted does not count against the queue's bound."""
     engine = await start_engine({}, options=replace(OPTIONS, max_waiting=1))
     short = replace(GREEDY, max_tokens=1)
@@ -88,7 +88,7 @@ async def test_its_admission_is_in_nobodys_way(start_engine: StartEngine) -> Non
         (await background).cancel()
 
 
-async def test_who_leaves_takes_it_along(start_engine: StartEngine) -> None:
+async def test_cancelling_frees_background_work(start_engine: StartEngine) -> None:
     engine = await start_engine({}, options=OPTIONS)
     background = await submit(engine)
     background.cancel()

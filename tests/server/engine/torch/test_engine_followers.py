@@ -90,7 +90,7 @@ async def test_who_is_cancelled_gives_the_place_up(
     assert len(await fill(engine)) == 1 + 3
 
 
-async def test_only_who_has_a_place_can_be_followed_and_once(start_engine: StartEngine) -> None:
+async def test_followers_need_a_reserved_place_once(start_engine: StartEngine) -> None:
     engine = await start_engine({})
     alone, leader = await engine.submit([SHORT, LEADER])
     with pytest.raises(EngineError, match="no place"):

@@ -121,7 +121,7 @@ def test_what_begins_alike_is_read_from_the_prefix_cache(
     assert core.store.prefixes.hits - before > PAGE
 
 
-def test_who_yields_for_want_of_pages_goes_on_later(
+def test_sequences_preempted_for_pages_finish(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_pages(monkeypatch)

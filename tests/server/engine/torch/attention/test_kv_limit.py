@@ -106,7 +106,7 @@ def requests(seed: int, longest: int) -> Iterator[Sequence]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 @pytest.mark.parametrize("seed", range(2))
-def test_whatever_comes_no_more_is_taken_than_the_limit_and_everybody_ends(
+def test_random_requests_stay_within_the_limit_and_finish(
     shape: KVShape, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 2500 * shape.bytes_per_token
@@ -181,7 +181,7 @@ def store(slab: Slab, tokens: int) -> None:
 
 @linux
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_what_is_counted_is_what_the_system_has_given(shape: KVShape) -> None:
+def test_counted_bytes_equal_resident_bytes(shape: KVShape) -> None:
     pool = SlabPool(shape)
     slabs = [Slab(pool) for _ in range(4)]
     for slab, tokens in zip(slabs, (1, 40, 64, 33), strict=True):

@@ -53,7 +53,7 @@ def test_pages_that_are_lost_are_noticed() -> None:
         pool.check([])
 
 
-def test_who_wants_more_pages_than_there_are_is_told() -> None:
+def test_reserving_too_many_pages_raises() -> None:
     pool = PagePool(SHAPE, 3)
     lane = lane_of(pool, PAGE)
     with pytest.raises(OutOfPagesError, match="3 pages"):

@@ -101,7 +101,7 @@ def test_a_device_that_has_failed_serves_nothing(
         plan_kv(suited.model, options(attention))
 
 
-def test_memory_that_the_device_has_not_is_said(
+def test_out_of_memory_names_kv_cache_gb(
     suited: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

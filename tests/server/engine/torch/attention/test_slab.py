@@ -54,7 +54,7 @@ def test_each_layer_keeps_its_keys_and_values_on_its_own_device() -> None:
     assert [slab.layer(index).device.type for index in range(2)] == ["cpu", "meta"]
 
 
-def test_what_no_token_was_stored_in_is_zero_whoever_had_it_before() -> None:
+def test_reused_slab_memory_is_zero() -> None:
     """Attention reads beyond a sequence's end, where a NaN would pass through the mask."""
     pool = SlabPool(SHAPE)
     neighbour, first = Slab(pool), Slab(pool)

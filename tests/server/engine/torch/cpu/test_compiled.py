@@ -144,7 +144,7 @@ def logprobs_beside(core: EngineCore, *stacks: tuple[Edit, ...]) -> list[list[fl
     return [logprobs_of(each) for each in outputs]
 
 
-def test_who_is_not_steered_has_the_base_models_bits_whoever_else_is(core: EngineCore) -> None:
+def test_unsteered_rows_keep_their_bits_beside_steered_ones(core: EngineCore) -> None:
     """A step that edits runs on another graph than one that does not."""
     nothing = (Edit("a", AffineSettings(0.0)),)
     alone = logprobs_beside(core, (), (), ())

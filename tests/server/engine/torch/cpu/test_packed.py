@@ -65,7 +65,7 @@ def test_a_packed_model_computes_what_it_did(family: str) -> None:
 
 
 @torch.inference_mode()
-def test_who_reads_the_same_input_is_one_product(products: list[int]) -> None:
+def test_layers_with_one_input_share_a_product(products: list[int]) -> None:
     model = bfloat16("llama")
     pack_linear_layers(model)
     layers = packed_layers(model)

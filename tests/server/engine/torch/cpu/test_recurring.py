@@ -42,7 +42,7 @@ def test_a_long_pause_begins_the_count_anew() -> None:
     assert times(counts, "x", 1)
 
 
-def test_what_recurs_at_once() -> None:
+def test_at_once_rule_counts_the_first_use() -> None:
     assert RecurrenceCounter[str](RecurrenceRule.at_once()).count("x")
 
 

@@ -70,9 +70,7 @@ def assert_as_the_oracle_says(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whoever_comes_and_goes_each_row_is_the_oracles(
-    monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_random_sequences_equal_the_oracle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Random sequences start, skip steps and end, and every row equals the reference."""
     monkeypatch.setattr(penalty_table, "_LEAST", 2)  # makes segments too small after a few draws
     chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)

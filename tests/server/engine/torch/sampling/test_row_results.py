@@ -45,7 +45,7 @@ def read(rows: list[Row], logits: torch.Tensor) -> RowResults:
     return draw_and_score(rows, logits, draws, PenaltyTable(logits.device))
 
 
-def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
+def test_a_steps_results_are_copied_once(waits: list[object]) -> None:
     greedy = SamplingSettings(4, temperature=0)
     scoring = sequence(replace(greedy, logprobs=2, prompt_logprobs=1))
     filtered = sequence(SamplingSettings(4, top_p=0.9, logprobs=0))
@@ -77,7 +77,7 @@ def test_all_that_a_step_says_is_read_at_once(waits: list[object]) -> None:
     assert third.logprobs is None
 
 
-def test_who_keeps_unusually_much_is_sorted_alone(waits: list[object]) -> None:
+def test_rows_whose_filters_keep_many_tokens_are_sorted_alone(waits: list[object]) -> None:
     """A row whose filters keep many tokens is drawn a second time, with other rows unchanged."""
     flat = sequence(SamplingSettings(4, top_p=0.99, logprobs=1))
     peaked = sequence(SamplingSettings(4, top_p=0.5, logprobs=1))

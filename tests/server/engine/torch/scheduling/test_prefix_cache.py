@@ -172,14 +172,14 @@ def test_the_last_token_is_always_computed(tokens: int, found: int) -> None:
     assert cache.find(sequence(tokens)) == found
 
 
-def test_only_what_is_full_and_checked_is_kept() -> None:
+def test_only_full_blocks_with_finite_logits_are_kept() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
     cache.save(sequence(40, computed=31), slab())
     assert len(cache) == 1
     assert cache.find(sequence(40)) == 16
 
 
-def test_who_wants_each_tokens_logits_reads_nothing_and_is_not_counted() -> None:
+def test_prompt_logprobs_bypass_the_cache() -> None:
     cache = PrefixCache[list[torch.Tensor]](BlockPool(10, SIZE), enabled=True)
     cache.save(sequence(), slab())
     reader = sequence(scored=True)
@@ -261,7 +261,7 @@ def test_the_next_turn_finds_prompt_and_answer(load_tiny: LoadTiny) -> None:
     assert core.store.prefixes.hits == 48
 
 
-def test_a_prompt_is_found_while_who_brought_it_still_decodes(load_tiny: LoadTiny) -> None:
+def test_prompts_are_shared_while_the_first_request_decodes(load_tiny: LoadTiny) -> None:
     core = build_core(load_tiny(), OPTIONS)
     first = submit(core, TEXT[:40], tokens=100)
     core.step()
@@ -271,7 +271,7 @@ def test_a_prompt_is_found_while_who_brought_it_still_decodes(load_tiny: LoadTin
     assert first in core.scheduler.running
 
 
-def test_who_yielded_finds_what_there_was_room_for(
+def test_preempted_sequences_find_cached_blocks(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = EngineOptions(kv_cache_gb=16 * BLOCK / 1e9, max_batch_size=4, check_invariants=True)
@@ -294,7 +294,7 @@ def test_who_yielded_finds_what_there_was_room_for(
     )
 
 
-def test_a_client_that_leaves_leaves_what_is_whole(load_tiny: LoadTiny) -> None:
+def test_cancelling_keeps_full_blocks(load_tiny: LoadTiny) -> None:
     core = build_core(load_tiny(), OPTIONS)
     leaving = submit(core, TEXT[:20], tokens=100)
     for _ in range(30):
@@ -338,7 +338,7 @@ def test_a_step_that_fails_keeps_nothing_of_its_sequences(
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_logits_that_are_no_numbers_keep_nothing(
+def test_nonfinite_logits_cache_nothing(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     core = build_core(load_tiny(), OPTIONS)

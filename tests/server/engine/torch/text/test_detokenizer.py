@@ -164,7 +164,7 @@ def test_the_prompt_is_no_part_of_a_stop_string() -> None:
     assert not detokenizer.stopped
 
 
-def test_what_a_prompt_began_and_nobody_ends_is_nobodys() -> None:
+def test_incomplete_prompt_bytes_give_no_text() -> None:
     euro = [BYTES[byte] for byte in "\u20ac".encode()]
     detokenizer = Detokenizer(VOCABULARY, (), [BYTES[ord("a")], *euro[:2]])
     assert (detokenizer.push(BYTES[ord("b")]), detokenizer.offset) == ("b", 0)
@@ -175,7 +175,7 @@ def test_what_a_prompt_began_and_nobody_ends_is_nobodys() -> None:
 
 
 @pytest.mark.parametrize("token", [TOKENIZER.token_to_id("<eos>"), BYTES[0xFF], BYTES[0xE2]])
-def test_what_gives_no_text_does_not_cost_more_and_more(
+def test_textless_tokens_are_decoded_in_constant_time(
     token: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary = Vocabulary(TOKENIZER)
