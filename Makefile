@@ -14,7 +14,7 @@ serve: $(VENV)/serve.installed
 	@exec $(BIN)/steerserve serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ def run() -> None:
 
     with (
         mock.patch.object(EngineCore, "step", slow_step),
-        mock.patch("server.engine.torch.engine.LAST_STEP_SECONDS", 0.3),
+        mock.patch("server.engine.torch.engine.LAST_STEP_SECONDS", 3.0),
     ):
         main()
 

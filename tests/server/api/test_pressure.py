@@ -35,6 +35,7 @@ class Gate:
         self._core = engine._core
         self._step: Callable[[], object] = engine._core.step
         self._permits = threading.Semaphore(0)
+        self.used = 0  # permits
         self._open = threading.Event()
         monkeypatch.setattr(engine._core, "step", self._gated_step)
 
@@ -50,6 +51,7 @@ class Gate:
     def _gated_step(self) -> object:
         if self._core.has_work and not self._open.is_set():
             assert self._permits.acquire(timeout=20)
+            self.used += 1
         return self._step()
 
 
@@ -66,7 +68,8 @@ async def begin(engine: TorchEngine, gate: Gate, state: str) -> None:
     await eventually(lambda: engine.stats().waiting == 1)
     if state == "running":
         gate.let(3)
-        await eventually(lambda: engine.stats().running == 1)
+        # Permits that are left would let the engine go on, whatever the test does next.
+        await eventually(lambda: gate.used == 3 and engine.stats().running == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])

@@ -33,14 +33,14 @@ SAMPLING = SamplingSettings(
 # Functions that only fill the prefix cache; they may fail before they have done anything.
 OPTIONAL = (
     (Slab, "read"),
-    (KeyChain, "first"),
+    (KeyChain, "first_keys"),
     (PrefixCache, "save"),
 )
 # Functions that free resources; the tests let them do so, and then raise.
 FREEING = (
     (Scheduler, "remove"),
-    (KVStore, "end"),
-    (KVStore, "discard"),
+    (KVStore, "cache_and_free_lane"),
+    (KVStore, "free_lane"),
     (Slab, "free"),
     (PenaltyTable, "free"),
     (LoadedInterventions, "unpin"),
