@@ -97,7 +97,7 @@ def test_bfloat16_log_probabilities_in_a_mixed_batch_are_within_tolerance_of_tho
     stacks = [(), (affine,), (reward,), (affine, reward)]
     prompts = [
         loaded.tokenizer.backend_tokenizer.encode(text).ids
-        for text in ("The old man and the", "My neighbour is such a", "It was", "What a")
+        for text in ("My neighbour is such a", "It was")
     ]
     sampling = SamplingSettings(NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0)
 
