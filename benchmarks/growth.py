@@ -93,7 +93,7 @@ def _load(engine: BenchEngine, count: int) -> None:
     for number in range(count):
         digest = engine.lineas(number).digest
         engine.core.interventions.pin_or_install(digest, engine.parameters)
-        engine.core.interventions.unpin(digest)
+        engine.core.interventions.slots.unpin(digest)
 
 
 def _lookup_seconds(count: int) -> Spread:

@@ -1,7 +1,7 @@
 """Hooks that edit a model. Installed once, they read the current route and index the bank."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
@@ -72,12 +72,10 @@ class SteeringHooks:
     def _before_lm_head(self, _module: nn.Module, args: tuple[Tensor, ...]) -> object:
         if self._bank is None or self._route is None or not self._route.reward:
             return None
-        with self._timed():
+        timed = nullcontext() if self._meter is None else self._meter.timing_edits()
+        with timed:
             edited = self._bank.edit_rows(args[0], self._route, self._meter)
         return (edited, *args[1:])
-
-    def _timed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._meter is None else self._meter.timing_edits()
 
 
 def edit_activations(

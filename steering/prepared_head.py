@@ -113,8 +113,13 @@ def apply_prepared(
             rows, flipped = (slopes != before).nonzero(as_tuple=True)
             changes = (slopes - before)[rows, flipped]
             starts = torch.searchsorted(rows, torch.arange(len(h)))
-            gradient += _sums(head.w1, flipped, starts, changes)
-            gram_slopes += _sums(head.gram, flipped, starts, changes)
+            # `embedding_bag` adds each row's weighted lines of the table in their order.
+            gradient += embedding_bag(
+                flipped, head.w1, starts, mode="sum", per_sample_weights=changes
+            )
+            gram_slopes += embedding_bag(
+                flipped, head.gram, starts, mode="sum", per_sample_weights=changes
+            )
         # A row whose iterations are over has eta 0. 0 times an infinite gradient is NaN: hence
         # `where`.
         h = torch.where(eta == 0, h, torch.addcmul(h, eta, gradient))
@@ -126,18 +131,3 @@ def _slopes(units: Tensor, w2: Tensor) -> Tensor:
     """Return w2 where a unit is above 0 or NaN, else 0, so that no NaN unit is hidden."""
     slopes: Tensor = torch.ops.aten.threshold_backward(w2.expand_as(units), units, 0)
     return slopes
-
-
-def _sums(table: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Return, for each of n rows, the weighted sum of some lines of a table, added in their order.
-
-    Args:
-        table: (m, k) float32.
-        places: (changes,) int64, the lines of the first row, then those of the second, and so on.
-        starts: (n,) int64, where each row's lines begin in `places`.
-        weights: (changes,) float32.
-
-    Returns:
-        (n, k) float32.
-    """
-    return embedding_bag(places, table, starts, mode="sum", per_sample_weights=weights)

@@ -32,20 +32,14 @@ class RewardHead:
     positive_reward: Tensor  # () float32, mean reward of the training positives
     # What the faster forms of `apply_reward` read. None before `prepare`, and for heads that
     # `prepared_head.prepare` refuses.
-    prepared: PreparedHead | None = field(default=None, repr=False)
+    prepared: PreparedHead | None = field(default=None, repr=False, kw_only=True)
 
     def to(self, device: torch.device) -> "RewardHead":
         """Return the head on a device, without `prepared` if it has to be copied."""
         if self.w1.device == device:
             return self
-        w1, b1, w2, b2, direction, positive_reward = (
-            tensor.to(device)
-            for tensor in (
-                *(self.w1, self.b1, self.w2, self.b2),
-                *(self.direction, self.positive_reward),
-            )
-        )
-        return RewardHead(w1, b1, w2, b2, direction, positive_reward)
+        tensors = (self.w1, self.b1, self.w2, self.b2, self.direction, self.positive_reward)
+        return RewardHead(*(each.to(device) for each in tensors))
 
     def prepare(self) -> "RewardHead":
         """Return the head with `prepared` filled in, unless `prepared_head.prepare` refuses it."""

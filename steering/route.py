@@ -5,7 +5,7 @@ The host computes it once a step; the hooks in the model only index the bank by 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,10 +40,6 @@ class AffineRoute:
     # The slots in `slots`, without 0; None: `slots` may later hold any.
     used_slots: frozenset[int] | None
 
-    def to(self, device: torch.device) -> "AffineRoute":
-        """Return the route on a device."""
-        return replace(self, slots=self.slots.to(device), strength=self.strength.to(device))
-
 
 class HeadRows(NamedTuple):
     """A head's slot, and the number of consecutive rows of a stage that it edits."""
@@ -64,17 +60,6 @@ class RewardStage:
     tile_sizes: Tensor  # (n,) int32, the size of the tile that a row begins, or 0; see `tiles`
     direction_scale: Tensor  # (n, 1) float32
     step_sizes: Tensor  # (n, most iterations) float32, eta for each of a row's iterations, then 0
-
-    def to(self, device: torch.device) -> "RewardStage":
-        """Return the stage on a device."""
-        return replace(
-            self,
-            rows=self.rows.to(device),
-            slots=self.slots.to(device),
-            tile_sizes=self.tile_sizes.to(device),
-            direction_scale=self.direction_scale.to(device),
-            step_sizes=self.step_sizes.to(device),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +84,47 @@ class Route:
         if device == self.device:
             return self
         if device not in self._copies:
-            self._copies[device] = Route(
-                None if self.affine is None else self.affine.to(device),
-                tuple(stage.to(device) for stage in self.reward),
-                device,
-            )
+            copies = [each.to(device) for each in self.tensors()]
+            self._copies[device] = self.with_tensors(copies, device)
         return self._copies[device]
+
+    def tensors(self) -> list[Tensor]:
+        """List the route's tensors."""
+        tensors = [] if self.affine is None else [self.affine.slots, self.affine.strength]
+        for stage in self.reward:
+            tensors += [stage.rows, stage.slots, stage.tile_sizes]
+            tensors += [stage.direction_scale, stage.step_sizes]
+        return tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor], device: torch.device) -> "Route":
+        """Return the route with other tensors on a device, in the order of `tensors()`."""
+        rest = iter(tensors)
+        affine = self.affine
+        if affine is not None:
+            affine = replace(affine, slots=next(rest), strength=next(rest))
+        reward = tuple(
+            replace(
+                stage,
+                rows=next(rest),
+                slots=next(rest),
+                tile_sizes=next(rest),
+                direction_scale=next(rest),
+                step_sizes=next(rest),
+            )
+            for stage in self.reward
+        )
+        return Route(affine, reward, device)
 
 
 _AffineEdit: TypeAlias = tuple[int, AffineSettings]
 _RewardEdit: TypeAlias = tuple[int, RewardSettings]
+_Settings = TypeVar("_Settings", AffineSettings, RewardSettings)
 
 
 def build_route(spans: Sequence[Span], device: torch.device) -> Route:
     """Build the route of a step whose tokens are those of `spans`, in order."""
-    affine = [_affine_edits(span) for span in spans]
-    reward = [_reward_edits(span) for span in spans]
+    affine = [_edits_of(span, AffineSettings) for span in spans]
+    reward = [_edits_of(span, RewardSettings) for span in spans]
     reward_stages = (
         _reward_stage(spans, reward, index, device)
         for index in range(max(map(len, reward), default=0))
@@ -126,20 +136,9 @@ def build_route(spans: Sequence[Span], device: torch.device) -> Route:
     )
 
 
-def _affine_edits(span: Span) -> list[_AffineEdit]:
-    return [
-        (edit.slot, edit.settings)
-        for edit in span.edits
-        if isinstance(edit.settings, AffineSettings)
-    ]
-
-
-def _reward_edits(span: Span) -> list[_RewardEdit]:
-    return [
-        (edit.slot, edit.settings)
-        for edit in span.edits
-        if isinstance(edit.settings, RewardSettings)
-    ]
+def _edits_of(span: Span, kind: type[_Settings]) -> list[tuple[int, _Settings]]:
+    """Return the slot and the settings of each of a span's edits of one kind."""
+    return [(edit.slot, edit.settings) for edit in span.edits if isinstance(edit.settings, kind)]
 
 
 def _edited_tokens(span: Span, positions: Positions) -> range:

@@ -25,10 +25,9 @@ def measure_site_widths(model: nn.Module, vocab_size: int) -> Mapping[str, int]:
     modules = {path: module for path, module in model.named_modules() if path}
     with ExitStack() as hooks, torch.inference_mode():
         for path, module in modules.items():
-            hooks.callback(module.register_forward_hook(_output_recorder(path, widths)).remove)
+            hooks.enter_context(module.register_forward_hook(_output_recorder(path, widths)))
             recorder = _input_recorder(input_site(path), widths)
-            handle = module.register_forward_pre_hook(recorder, with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.enter_context(module.register_forward_pre_hook(recorder, with_kwargs=True))
         device = next(model.parameters()).device
         tokens = torch.arange(2, device=device).remainder(vocab_size)[None]
         model(input_ids=tokens, use_cache=False, logits_to_keep=1)

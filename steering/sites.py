@@ -9,8 +9,7 @@ takes any other regular expression; an artifact lists its sites one by one.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 INPUT: Final = "input"
@@ -38,47 +37,25 @@ class SiteError(ValueError):
     """A pattern or an architecture gives no sites; the message says why."""
 
 
-class UnknownArchitectureError(SiteError):
-    """The table has no default sites for this architecture."""
+# The input of each block's feed-forward network, after its norm.
+_FEED_FORWARD_INPUT: Final = r"model\.layers\.\d+\.post_attention_layernorm"
 
-
-@dataclass(frozen=True, slots=True)
-class FamilySites:
-    """The default sites of one family of architectures."""
-
-    architectures: tuple[str, ...]  # class names, as in a model's `config.architectures`
-    pattern: str  # matched against the whole Hugging Face module path
-    meaning: str
-
-
-DEFAULT_SITES: tuple[FamilySites, ...] = (
-    FamilySites(
-        architectures=(
-            "LlamaForCausalLM",
-            "MistralForCausalLM",
-            "Phi3ForCausalLM",
-            "Qwen2ForCausalLM",
-            "Qwen3ForCausalLM",
-        ),
-        pattern=r"model\.layers\.\d+\.post_attention_layernorm",
-        meaning="the input of each block's feed-forward network, after its norm",
+# By class name, as in a model's `config.architectures`.
+DEFAULT_SITES: Final[Mapping[str, str]] = {
+    "LlamaForCausalLM": _FEED_FORWARD_INPUT,
+    "MistralForCausalLM": _FEED_FORWARD_INPUT,
+    "Phi3ForCausalLM": _FEED_FORWARD_INPUT,
+    "Qwen2ForCausalLM": _FEED_FORWARD_INPUT,
+    "Qwen3ForCausalLM": _FEED_FORWARD_INPUT,
+    # What each block's attention and feed-forward network add to the residual stream.
+    "Gemma2ForCausalLM": (
+        r"model\.layers\.\d+\.(post_attention_layernorm|post_feedforward_layernorm)"
     ),
-    FamilySites(
-        architectures=("Gemma2ForCausalLM",),
-        pattern=r"model\.layers\.\d+\.(post_attention_layernorm|post_feedforward_layernorm)",
-        meaning="what each block's attention and feed-forward network add to the residual stream",
-    ),
-    FamilySites(
-        architectures=("GPT2LMHeadModel",),
-        pattern=r"transformer\.h\.\d+\.(ln_1|ln_2)",
-        meaning="the inputs of each block's attention and feed-forward network, after their norms",
-    ),
-    FamilySites(
-        architectures=("OPTForCausalLM",),
-        pattern=r"model\.decoder\.layers\.\d+\.(self_attn_layer_norm|final_layer_norm)",
-        meaning="the outputs of each block's two layer norms",
-    ),
-)
+    # The inputs of each block's attention and feed-forward network, after their norms.
+    "GPT2LMHeadModel": r"transformer\.h\.\d+\.(ln_1|ln_2)",
+    # The outputs of each block's two layer norms.
+    "OPTForCausalLM": r"model\.decoder\.layers\.\d+\.(self_attn_layer_norm|final_layer_norm)",
+}
 
 
 def default_sites(architecture: str) -> str:
@@ -88,13 +65,12 @@ def default_sites(architecture: str) -> str:
         architecture: the model's class name, e.g. "LlamaForCausalLM".
 
     Raises:
-        UnknownArchitectureError: the table has no such architecture; the message lists all it has.
+        SiteError: the table has no such architecture; the message lists all it has.
     """
-    for family in DEFAULT_SITES:
-        if architecture in family.architectures:
-            return family.pattern
-    known = ", ".join(sorted(name for family in DEFAULT_SITES for name in family.architectures))
-    raise UnknownArchitectureError(
+    if architecture in DEFAULT_SITES:
+        return DEFAULT_SITES[architecture]
+    known = ", ".join(sorted(DEFAULT_SITES))
+    raise SiteError(
         f"no default sites are known for {architecture}: give a regular expression over its module "
         f"paths (defaults exist for {known})"
     )

@@ -13,7 +13,7 @@ def idle(engine: TorchEngine) -> bool:
     stats = engine.stats()
     return (
         (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
-        and engine._core.interventions.slots.pins == 0
+        and engine._core.interventions.slots._pins.total() == 0
         and not engine._core.scheduler.leaders
         and not engine._core.store.lanes
         and not engine._generations

@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
 
 from steering.fit import FitError
 
@@ -41,12 +43,9 @@ def pad_right(sequences: Sequence[TokenIds], device: torch.device) -> TokenBatch
     lengths = [len(sequence) for sequence in sequences]
     if not lengths or min(lengths) == 0:
         raise FitError("a sequence to fit on has no token")
-    input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-    return TokenBatch(input_ids.to(device), attention_mask.to(device))
+    input_ids = pad_sequence([torch.tensor(each) for each in sequences], batch_first=True)
+    is_token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return TokenBatch(input_ids.to(device), is_token.long().to(device))
 
 
 def token_mean(z: Tensor, attention_mask: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: O
 
     with ExitStack() as hooks:
         for site in sites:
-            hooks.enter_context(_output_hook(_submodule(model, site), site, edited))
+            hooks.enter_context(_hook_output(_submodule(model, site), site, edited))
         _run_until_stopped(model, batch)
     if remaining:
         raise FitError(f"the model does not run {', '.join(sorted(remaining))}")
@@ -175,7 +174,7 @@ def collect_hidden_states(
     states: list[Tensor] = []
     for start in range(0, len(sequences), batch_size):
         chunk = sequences[start : start + batch_size]
-        with _removed_afterwards(head.register_forward_pre_hook(capture)):
+        with head.register_forward_pre_hook(capture):
             _run_until_stopped(model, pad_right(chunk, model_device(model)))
         if not captured:
             raise FitError("the model does not run its language-model head")
@@ -215,16 +214,7 @@ def _submodule(model: nn.Module, site: str) -> nn.Module:
         raise FitError(f"the model has no module {site}") from error
 
 
-@contextmanager
-def _removed_afterwards(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _output_hook(module: nn.Module, site: str, edit: OutputEdit) -> Iterator[None]:
+def _hook_output(module: nn.Module, site: str, edit: OutputEdit) -> RemovableHandle:
     def hook(_module: nn.Module, _args: object, output: object) -> object:
         if isinstance(output, tuple):
             return (edit(site, output[0]), *output[1:])
@@ -232,8 +222,7 @@ def _output_hook(module: nn.Module, site: str, edit: OutputEdit) -> Iterator[Non
             return edit(site, output)
         raise FitError(f"{site} returns a {type(output).__name__}, not a tensor")
 
-    with _removed_afterwards(module.register_forward_hook(hook)):
-        yield
+    return module.register_forward_hook(hook)
 
 
 def _run_until_stopped(model: nn.Module, batch: TokenBatch) -> None:

@@ -12,8 +12,9 @@ start at the identity (w = 1, b = 0) and are optimised by SGD or Adam with a cos
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -167,7 +168,9 @@ class _Fit:
         batch = pad_right(
             [self._source[row] for row in source_rows.tolist()], model_device(self._model)
         )
-        edits = {site: _edit(map_) for site, map_ in self.maps.items()}
+        edits = {
+            site: partial(torch.addcmul, map_.bias, map_.weight) for site, map_ in self.maps.items()
+        }
         means = site_token_means(self._model, list(self.maps), batch, edits)
         target = {site: every[target_rows] for site, every in self._target_means.items()}
         return distributional_loss(means, target)
@@ -178,10 +181,6 @@ class _Fit:
         full = len(self._source) // self.batch_size
         batches = torch.arange(full * self.batch_size).view(full, self.batch_size)
         return float(torch.stack([self.loss(rows, rows) for rows in batches]).mean())
-
-
-def _edit(map_: AffineMap) -> Callable[[Tensor], Tensor]:
-    return lambda z: torch.addcmul(map_.bias, map_.weight, z)
 
 
 def _draw(

@@ -5,7 +5,7 @@ instead, so that the compiler fuses its arithmetic with the layer's.
 """
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,17 +21,8 @@ _SCHEMA: Final = (
 )
 
 
-class EditStacks(Protocol):
-    """A function that edits n tokens at one site, as `edit_stacks` does."""
-
-    def __call__(
-        self,
-        activations: Tensor,
-        slots: Tensor,
-        strength: Tensor,
-        table: MapTable,
-        doses: Tensor | None,
-    ) -> Tensor: ...
+EditStacks: TypeAlias = Callable[[Tensor, Tensor, Tensor, MapTable, Tensor | None], Tensor]
+"""A function that edits n tokens at one site, as `edit_stacks` does."""
 
 
 def affine_edit(

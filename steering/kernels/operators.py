@@ -28,7 +28,7 @@ def define_operator(
         fake: returns an empty tensor of the result's shape, for compilers.
         backends: the dispatch keys for which `function` computes the operator.
     """
-    name = _name(schema)
+    name = schema.partition("(")[0]
     library: Any = _LIBRARY
     library.define(schema)
     for backend in backends:
@@ -42,7 +42,3 @@ def use_on_gpus(name: str, function: Callable[..., Tensor]) -> None:
     dispatch: Any = torch._C
     if not dispatch._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", "CUDA"):
         library.impl(name, function, "CUDA")
-
-
-def _name(schema: str) -> str:
-    return schema.partition("(")[0]

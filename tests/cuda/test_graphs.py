@@ -88,7 +88,7 @@ def test_new_sites_get_new_graphs(
     core = build_core(load_on_device(dtype="float32"), TOGETHER)
     [first] = finish(core, [sequence(PROMPTS[0], STACKS["a"])])
     core.interventions.install("attention", interventions_of()["attention"])
-    core.interventions.unpin("attention")
+    core.interventions.slots.unpin("attention")
     edits = STACKS["a tuple's first place"]
     [edited] = finish(core, [sequence(PROMPTS[0], edits)])
     assert logprobs_of(edited) != logprobs_of(first)

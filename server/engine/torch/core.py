@@ -26,7 +26,6 @@ from server.engine.torch.scheduling.scheduler import Scheduler, StepPlan
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.batch import Batch, build_batch
 from server.engine.torch.step.runner import Runner
-from server.engine.torch.text.detokenizer import Detokenizer
 from server.engine.torch.text.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
@@ -129,17 +128,13 @@ class EngineCore:
             # them.
             for digest in sorted(digests, key=missing.__contains__):
                 slots[digest] = self.interventions.pin_or_install(digest, parameters)
-                held.callback(self.interventions.unpin, digest)
+                held.callback(self.interventions.slots.unpin, digest)
             # Everything that may fail happens before the first sequence is queued.
-            made = [SequenceOutputs(each, self._detokenizer(each)) for each in sequences]
+            made = [SequenceOutputs(each, self._vocabulary) for each in sequences]
             for sequence, outputs in zip(sequences, made, strict=True):
                 self._queue(sequence, outputs, slots)
         if leader is not None:
             self.scheduler.leaders.discard(leader)
-
-    def _detokenizer(self, sequence: Sequence) -> Detokenizer:
-        request = sequence.request
-        return Detokenizer(self._vocabulary, request.sampling.stop, request.prompt)
 
     def _queue(
         self, sequence: Sequence, outputs: SequenceOutputs, slots: Mapping[str, int]
@@ -150,7 +145,7 @@ class EngineCore:
             for edit in sequence.request.effective_edits
         )
         for digest in sequence.digests:
-            self.interventions.pin(digest)
+            self.interventions.slots.pin(digest)
         self._outputs[sequence] = outputs
         self.scheduler.add(sequence)
         self.store.prefixes.trim()
@@ -166,7 +161,7 @@ class EngineCore:
         # An ExitStack calls back in reverse order, and goes on when one callback raises.
         with ExitStack() as freeing:
             for digest in sequence.digests:
-                freeing.callback(self.interventions.unpin, digest)
+                freeing.callback(self.interventions.slots.unpin, digest)
             if outputs.penalties is not None:
                 freeing.callback(self._penalties.free, outputs.penalties)
             freeing.callback(self.store.cache_and_free_lane, sequence)
@@ -207,7 +202,8 @@ class EngineCore:
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         deliveries: list[Delivery] = [
-            (sequence, _no_background_room()) for sequence in plan.dropped
+            (each, NoBackgroundRoomError("background work was ended, as requests want its room"))
+            for each in plan.dropped
         ]
         if plan.chunks:
             try:
@@ -283,10 +279,6 @@ class EngineCore:
         self._penalties.check([each for each in penalties if each is not None])
         pins = Counter(digest for sequence in sequences for digest in sequence.digests)
         self.interventions.slots.check(pins)
-
-
-def _no_background_room() -> NoBackgroundRoomError:
-    return NoBackgroundRoomError("background work was ended, as requests want its room")
 
 
 def _with_doses(

@@ -10,7 +10,6 @@ from typing import Final, TypeVar
 
 import torch
 
-from interventions.model import ModelDescription
 from server.engine.base import (
     EngineError,
     EngineStats,
@@ -25,7 +24,7 @@ from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.reads import SharedReads
-from server.engine.torch.request_checks import RequestChecks
+from server.engine.torch.request_checks import check_requests
 from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.text.prompts import Prompts
@@ -52,15 +51,10 @@ class TorchEngine:
         source: Callable[[str], Parameters],
         options: EngineOptions,
     ) -> None:
-        self._loaded = loaded
+        self.model = loaded.description
         self._core = build_core(loaded, options)
-        self._max_model_len = context_length(loaded, options, self._core.scheduler.pool)
-        self._prompts = Prompts(loaded.tokenizer, self._max_model_len)
-        self._checks = RequestChecks(
-            self._max_model_len,
-            loaded.description.vocab_size,
-            self._core.interventions.slots.capacity,
-        )
+        self.max_model_len = context_length(loaded, options, self._core.scheduler.pool)
+        self._prompts = Prompts(loaded.tokenizer, self.max_model_len)
         self._thread = EngineThread(self._core, self._hand_over, self._hand_over_end)
         self._thread_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -70,16 +64,6 @@ class TorchEngine:
             partial(_read_and_prepare, source, self._core.interventions.bank, loaded.model.device)
         )
         self._admitting = 0  # queue places of requests that are not in the scheduler's queue yet
-
-    @property
-    def model(self) -> ModelDescription:
-        """The description of the loaded model."""
-        return self._loaded.description
-
-    @property
-    def max_model_len(self) -> int:
-        """The largest number of tokens that a prompt and its completion may have together."""
-        return self._max_model_len
 
     @property
     def ready(self) -> bool:
@@ -174,7 +158,8 @@ class TorchEngine:
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
             raise self._thread.end_error
-        self._checks.check(requests)
+        slots = self._core.interventions.slots.capacity
+        check_requests(requests, self.max_model_len, self.model.vocab_size, slots)
 
     async def _admit(
         self, requests: Sequence[Request], leader: EngineSequence | None

@@ -35,21 +35,13 @@ class LoadedInterventions:
         """Return the interventions that are not loaded."""
         return {digest for digest in digests if not self.slots.is_loaded(digest)}
 
-    def pin(self, digest: str) -> int | None:
-        """Pin a loaded intervention and return its slot; None if it is not loaded."""
-        return self.slots.pin(digest)
-
     def pin_or_install(self, digest: str, parameters: Mapping[str, Parameters]) -> int:
         """Pin an intervention, installing it if it is not loaded, and return its slot.
 
         Raises what `install` raises.
         """
-        slot = self.pin(digest)
+        slot = self.slots.pin(digest)
         return self.install(digest, parameters[digest]) if slot is None else slot
-
-    def unpin(self, digest: str) -> None:
-        """Release one pin."""
-        self.slots.unpin(digest)
 
     def prepare(self, parameters: Parameters, seconds: float) -> bool:
         """Probe a few of an intervention's new sites, for about `seconds`.

@@ -98,9 +98,9 @@ def record_layers(
     recorded = []
     for start, count in ((0, _RECORDED_TOKENS), (_RECORDED_TOKENS, 1)):
         batch = build_batch([Chunk(sequence, start, count)], lanes, memory, model.device)
-        with layers.recording(count) as trace:
+        with layers.recording(count, batch.attention) as step:
             runner.run(batch, bank)
-        recorded.append(RecordedStep(trace, batch.attention))
+        recorded.append(step)
     return recorded
 
 

@@ -47,7 +47,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
-        self._died = False
+        self.died = False  # true once an exception has ended the thread
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -55,11 +55,6 @@ class EngineThread:
     def alive(self) -> bool:
         """True while the thread runs and takes calls."""
         return self._thread.is_alive() and not self._stopping and not self._ended
-
-    @property
-    def died(self) -> bool:
-        """True once an exception has ended the thread."""
-        return self._died
 
     @property
     def end_error(self) -> EngineError:
@@ -136,7 +131,7 @@ class EngineThread:
                     self._deliver(outputs)
                 _run_next(self._pieces)
         except BaseException:
-            self._died = True
+            self.died = True
             logger.critical("the engine thread died", exc_info=True)
         finally:
             self._ended = True

@@ -77,7 +77,7 @@ def answers_of(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str
     def recording(deliveries: Any) -> None:
         for sequence, output in deliveries:
             if sequence.request.has_follower:
-                found.setdefault(sequence.id, []).extend(output.token_ids)
+                found.setdefault(sequence.request.request_id, []).extend(output.token_ids)
         deliver(deliveries)
 
     monkeypatch.setattr(engine, "_deliver", recording)

@@ -236,7 +236,9 @@ class Held:
         self._may_go_on.set()
 
     def _held_step(self) -> object:
-        if any(each.id.endswith("-scored") for each in self._core.scheduler.waiting):
+        if any(
+            each.request.request_id.endswith("-scored") for each in self._core.scheduler.waiting
+        ):
             self.begun.set()
             assert self._may_go_on.wait(20)
         return self._step()

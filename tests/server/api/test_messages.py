@@ -119,7 +119,7 @@ async def test_a_template_with_a_place_for_names_is_given_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     template = "{% for m in messages %}<{{ m.name or m.role }}>{{ m.content }}{% endfor %}"
-    monkeypatch.setattr(chat_engine._loaded.tokenizer, "chat_template", template)
+    monkeypatch.setattr(chat_engine._prompts._chat, "chat_template", template)
     messages = [user("u", name="Ann"), user("v", name="")]
     assert (await chat(chat_client, messages=messages)).status_code == 200
     assert script.submitted[0].prompt == tuple(chat_engine.tokenize("<Ann>u<user>v"))
@@ -207,7 +207,7 @@ async def test_a_conversation_as_lm_evaluation_harness_sends_it(
 async def test_a_template_that_fails_is_the_requests_error(
     chat_client: httpx.AsyncClient, chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = chat_engine._loaded.tokenizer
+    tokenizer = chat_engine._prompts._chat
     for template in (
         "{{ 1 // 0 }}",
         "{{ raise_exception(messages[0].content) }}",

@@ -99,6 +99,11 @@ class LaneSpan:
     start: int  # tokens that the lane holds already
     count: int
 
+    @property
+    def end(self) -> int:
+        """The number of tokens that the lane holds after the step."""
+        return self.start + self.count
+
 
 class KVMemory(ABC):
     """Memory for the keys and values of all sequences."""

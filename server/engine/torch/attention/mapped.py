@@ -59,12 +59,6 @@ class TensorPool:
         self._size = prod(shape) * dtype.itemsize
         self._stride = whole_pages(self._size)
         self._free: dict[Mapping, list[int]] = {}  # by chunk, the byte offsets of its free slots
-        self.in_use = 0  # tensors in use
-
-    @property
-    def bytes(self) -> int:
-        """The bytes that tensors in use take."""
-        return self.in_use * self._stride
 
     def take(self) -> Tensor:
         """Return a contiguous tensor of the shape, filled with zeros.
@@ -80,11 +74,9 @@ class TensorPool:
         view = chunk.view(slot, self._size)
         # The tensor's storage keeps `view` alive, so this runs when its last user is gone.
         weakref.finalize(view, self._give_back, chunk, slot).atexit = False
-        self.in_use += 1
         return torch.frombuffer(view, dtype=self._dtype).view(self._shape)
 
     def _give_back(self, chunk: Mapping, slot: int) -> None:
-        self.in_use -= 1
         chunk.clear(slot, slot + self._stride)
         self._free[chunk].append(slot)
         if len(self._free[chunk]) == _SLOTS_A_CHUNK:

@@ -42,11 +42,6 @@ class PagePool:
         self.tables = torch.full((_FIRST_ROWS, 1), SCRATCH, dtype=torch.int32)
         self._free_rows = list(reversed(range(_FIRST_ROWS)))
 
-    @property
-    def free_pages(self) -> int:
-        """The number of free pages."""
-        return len(self._free)
-
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return views of one layer's keys and values: (pages, 64, kv_heads, head_dim) each."""
         keys, values = self._store[index]

@@ -62,13 +62,9 @@ class PagedMemory(KVMemory):
     def __init__(self, shape: KVShape, pages: int, tiling: Tiling, attend: PagedAttention) -> None:
         """`pages` counts the scratch page."""
         self.pool = PagePool(shape, pages)
+        self.device = self.pool.device
         self.tiling = tiling
         self.attend = attend
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the pages are on."""
-        return self.pool.device
 
     def lane(self) -> PagedLane:
         """Make a lane that has no pages yet."""
@@ -76,20 +72,18 @@ class PagedMemory(KVMemory):
 
     def step(self, spans: Sequence[LaneSpan]) -> PagedStep:
         """Make the attention of a step; its tensors are on the CPU."""
-        return PagedStep(self.pool, self.attend, self._index(spans))
-
-    def check(self, lanes: Iterable[Lane]) -> None:
-        """Assert that exactly these lanes have pages, and that none share any."""
-        self.pool.check(_paged(lane) for lane in lanes)
-
-    def _index(self, spans: Sequence[LaneSpan]) -> PagedIndex:
         rows = torch.tensor([_paged(span.lane).row for span in spans])
-        return build_index(
+        index = build_index(
             self.pool.tables.index_select(0, rows),
             [span.start for span in spans],
             [span.count for span in spans],
             self.tiling,
         )
+        return PagedStep(self.pool, self.attend, index)
+
+    def check(self, lanes: Iterable[Lane]) -> None:
+        """Assert that exactly these lanes have pages, and that none share any."""
+        self.pool.check(_paged(lane) for lane in lanes)
 
 
 def _paged(lane: Lane) -> PagedLane:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention.backend import Lane
-from server.engine.torch.attention.mapped import TensorPool, whole_pages
-from server.engine.torch.attention.slab_rows import make_rows
+from server.engine.torch.attention.mapped import TensorPool
+from server.engine.torch.attention.slab_rows import MappedRows, PlainRows
 from server.engine.torch.model.devices import layer_devices
 
 _SMALLEST: Final = 64  # the least capacity of a slab, in tokens
@@ -64,10 +64,6 @@ class KVShape:
         """The bytes of one token's keys (or values) of one head in one layer."""
         return self.head_dim * self.dtype.itemsize
 
-    def bytes_of(self, tokens: int) -> int:
-        """Return the bytes that a slab with `tokens` stored tokens takes on a CPU."""
-        return 2 * len(self.devices) * self.kv_heads * whole_pages(tokens * self.head_bytes)
-
 
 class SlabGroup:
     """Holds slabs of one capacity, in the first rows of `layers` without a gap."""
@@ -78,10 +74,11 @@ class SlabGroup:
         self.number = number  # counts groups in the order in which they were made
         self.slabs: list[Slab] = []  # by row
         self._max_slabs = max(1, _GROUP_TOKENS // capacity)
-        self._rows = [
-            make_rows(
-                self._max_slabs, shape.kv_heads, capacity, shape.head_dim, shape.dtype, device
-            )
+        size = (2, self._max_slabs, shape.kv_heads, capacity, shape.head_dim)
+        self._rows: list[MappedRows | PlainRows] = [
+            MappedRows(size, shape.dtype)
+            if device.type == "cpu"
+            else PlainRows(size, shape.dtype, device)
             for device in shape.devices
         ]
         # A layer's keys, then its values: (2, rows, kv_heads, capacity, head_dim).
@@ -141,14 +138,6 @@ class SlabPool:
         self._groups: dict[int, list[SlabGroup]] = {}  # by capacity
         self._groups_made = 0  # so far
         self._copies: dict[int, TensorPool] = {}  # by number of tokens
-
-    @property
-    def bytes(self) -> int:
-        """The bytes that slabs, and copies of their tokens, take on a CPU."""
-        # A set, because a slab is in two groups while it grows.
-        slabs = {*chain.from_iterable(group.slabs for group in self._all_groups())}
-        stored = sum(self.shape.bytes_of(slab.tokens) for slab in slabs)
-        return stored + sum(copies.bytes for copies in self._copies.values())
 
     def copy_of(self, layers: Sequence[Tensor]) -> list[Tensor]:
         """Copy some tokens of a slab, given and returned as one tensor a layer.

@@ -5,7 +5,6 @@ else is in the batch. One call attends for all decoding sequences whose slabs ar
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
@@ -24,25 +23,11 @@ from server.engine.torch.attention.slab import KVShape, Slab, SlabGroup, SlabPoo
 from server.engine.torch.attention.soft_cap import soft_capped_attention
 
 
-@dataclass(frozen=True, slots=True)
-class SlabSpan:
-    """Consecutive tokens of one sequence in a step."""
-
-    slab: Slab
-    start: int  # tokens that the slab holds already
-    count: int
-
-    @property
-    def end(self) -> int:
-        """The number of tokens that the slab holds after the step."""
-        return self.start + self.count
-
-
 class SlabStep(AttentionStep):
     """Attends for one step over slabs."""
 
-    def __init__(self, spans: Sequence[SlabSpan]) -> None:
-        """Decoding spans should be in the order of `decoding_order`, so that they share calls."""
+    def __init__(self, spans: Sequence[LaneSpan]) -> None:
+        """Decoding spans should be in the order of `SlabMemory.order`, so that they share calls."""
         super().__init__()
         self._parts = _parts(spans)
 
@@ -68,22 +53,20 @@ class SlabMemory(KVMemory):
     def __init__(self, shape: KVShape) -> None:
         self._pool = SlabPool(shape)
 
-    @property
-    def bytes(self) -> int:
-        """The bytes that slabs, and copies of their tokens, take on a CPU."""
-        return self._pool.bytes
-
     def lane(self) -> Slab:
         """Make a slab that has no room yet."""
         return Slab(self._pool)
 
     def order(self, span: LaneSpan) -> tuple[bool, int, int]:
         """Return a sort key that puts decoding sequences first, neighbouring slabs together."""
-        return decoding_order(_slab_span(span))
+        slab = _slab(span.lane)
+        if span.count > 1 or slab.group is None:
+            return True, 0, 0
+        return False, slab.group.number, slab.row
 
     def step(self, spans: Sequence[LaneSpan]) -> SlabStep:
         """Make the attention of a step; `spans` should be in the order of `order`."""
-        return SlabStep([_slab_span(span) for span in spans])
+        return SlabStep(spans)
 
     def check(self, lanes: Iterable[Lane]) -> None:
         """Assert that exactly these slabs have memory, and that none share any."""
@@ -95,27 +78,15 @@ def _slab(lane: Lane) -> Slab:
     return lane
 
 
-def _slab_span(span: LaneSpan) -> SlabSpan:
-    return SlabSpan(_slab(span.lane), span.start, span.count)
-
-
-def decoding_order(span: SlabSpan) -> tuple[bool, int, int]:
-    """Return a sort key that puts decoding spans first, neighbouring slabs together."""
-    if span.count > 1 or span.slab.group is None:
-        return True, 0, 0
-    return False, span.slab.group.number, span.slab.row
-
-
 class _Decode:
     """Attends for one token of each of some sequences, whose slabs are neighbours."""
 
-    def __init__(self, first: int, spans: Sequence[SlabSpan]) -> None:
+    def __init__(self, first: int, spans: Sequence[LaneSpan]) -> None:
         self.tokens = slice(first, first + len(spans))
-        group = spans[0].slab.group
-        assert group is not None, "nothing was reserved"
-        self._group: SlabGroup = group
-        row = spans[0].slab.row
-        self._rows = slice(row, row + len(spans))
+        slab = _slab(spans[0].lane)
+        assert slab.group is not None, "nothing was reserved"
+        self._group: SlabGroup = slab.group
+        self._rows = slice(slab.row, slab.row + len(spans))
         self._places = [span.start for span in spans]
         self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
@@ -164,9 +135,10 @@ class _Decode:
 class _Prefill:
     """Attends for several tokens of one sequence."""
 
-    def __init__(self, first: int, span: SlabSpan) -> None:
+    def __init__(self, first: int, span: LaneSpan) -> None:
         self.tokens = slice(first, first + span.count)
         self._span = span
+        self._slab = _slab(span.lane)
         self._masks: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, new: Tensor, params: AttentionParams) -> Tensor:
@@ -175,7 +147,7 @@ class _Prefill:
         (heads, n, head_dim), (2, kv_heads, n, head_dim) -> (n, heads, head_dim).
         """
         span = self._span
-        stored = span.slab.layer(layer)
+        stored = self._slab.layer(layer)
         stored[:, :, span.start : span.end] = new
         keys, values = stored[:, None, :, _first_key(span.start, params.window) : span.end]
         heads, count, head_dim = query.shape
@@ -201,7 +173,7 @@ class _Prefill:
 _Part: TypeAlias = _Decode | _Prefill
 
 
-def _parts(spans: Sequence[SlabSpan]) -> list[_Part]:
+def _parts(spans: Sequence[LaneSpan]) -> list[_Part]:
     """Divide spans, in order, into parts each of which one call attends for."""
     parts: list[_Part] = []
     first = 0
@@ -217,9 +189,10 @@ def _parts(spans: Sequence[SlabSpan]) -> list[_Part]:
     return parts
 
 
-def _run(index: int, span: SlabSpan) -> tuple[object, int]:
+def _run(index: int, span: LaneSpan) -> tuple[object, int]:
     if span.count == 1:
-        return span.slab.group, span.slab.row - index
+        slab = _slab(span.lane)
+        return slab.group, slab.row - index
     return span, 0
 
 

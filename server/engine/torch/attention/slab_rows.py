@@ -1,35 +1,14 @@
 """Allocates the rows that one layer's slabs lie in; rows are zeros where no token is stored."""
 
 from math import gcd
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from server.engine.torch.attention.mapped import PAGE_BYTES, Mapping, whole_pages
 
-
-class LayerRows(Protocol):
-    """A layer's keys, then its values: (2, rows, kv_heads, capacity, head_dim)."""
-
-    tensor: Tensor
-    granule: int  # the least number of a head's tokens that fill whole pages; 1 without pages
-
-    def clear(self, row: int, start: int) -> None:
-        """Zero a row's tokens from `start` on, and give their memory back if possible."""
-        ...
-
-
-def make_rows(
-    rows: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> LayerRows:
-    """Make rows of zeros.
-
-    Raises:
-        OSError, torch.OutOfMemoryError: there is no memory.
-    """
-    size = (2, rows, kv_heads, capacity, head_dim)
-    return MappedRows(size, dtype) if device.type == "cpu" else PlainRows(size, dtype, device)
+RowsSize: TypeAlias = tuple[int, int, int, int, int]
+"""A layer's keys, then its values: (2, rows, kv_heads, capacity, head_dim)."""
 
 
 class PlainRows:
@@ -37,7 +16,7 @@ class PlainRows:
 
     granule = 1
 
-    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: RowsSize, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.zeros(size, dtype=dtype, device=device)
 
     def clear(self, row: int, start: int) -> None:
@@ -48,12 +27,13 @@ class PlainRows:
 class MappedRows:
     """Rows on a CPU, which take memory as tokens are stored, by pages of each head."""
 
-    def __init__(self, size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, size: RowsSize, dtype: torch.dtype) -> None:
         parts, rows, heads, capacity, head_dim = size
         self._token = head_dim * dtype.itemsize
         self._head = whole_pages(capacity * self._token)  # so that each head begins a page
         self._row = heads * self._head
         self._part = rows * self._row
+        # The least number of a head's tokens that fill whole pages.
         self.granule = PAGE_BYTES // gcd(PAGE_BYTES, self._token)
         self._mapping = Mapping(parts * self._part)
         strides = (self._part, self._row, self._head, self._token, dtype.itemsize)

@@ -76,17 +76,17 @@ def make_graphs(
 
 def _graph(layers: DecoderLayers, variant: Variant, run: Graph, recorded: RecordedStep) -> Graph:
     alike = [i for i, each in enumerate(layers.structure_of) if each == variant.structure]
-    maps, step = _example_maps(variant), _example_step(variant, recorded.trace.tokens)
+    maps, step = _example_maps(variant), _example_step(variant, recorded.tokens)
 
     def inputs(index: int) -> _Inputs:
-        args, kwargs = recorded.trace.inputs[index]
+        args, kwargs = recorded.inputs[index]
         tensors = {**layers.tensors[index], **maps}
         return tensors, step, args, {**kwargs, "layer_index": layers.index_tensors[index]}
 
     with recorded.attention.activate():
-        graph = _compiled_ahead(run, inputs(alike[0]), recorded.trace.tokens)
+        graph = _compiled_ahead(run, inputs(alike[0]), recorded.tokens)
         for index in alike:
-            expected = run(*inputs(index)) if variant.sites else recorded.trace.outputs[index]
+            expected = run(*inputs(index)) if variant.sites else recorded.outputs[index]
             compare(graph(*inputs(index)), expected)
     return graph
 

@@ -169,8 +169,7 @@ def _with_equal_inputs(model: PreTrainedModel) -> list[list[tuple[str, nn.Linear
 
     with ExitStack() as hooks:
         for path, linear in linears.items():
-            hook = linear.register_forward_pre_hook(recorder(path), with_kwargs=True)
-            hooks.callback(hook.remove)
+            hooks.enter_context(linear.register_forward_pre_hook(recorder(path), with_kwargs=True))
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     groups: dict[object, list[tuple[str, nn.Linear]]] = {}
     for path, linear in linears.items():

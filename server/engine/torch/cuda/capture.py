@@ -2,27 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Launches: TypeAlias = Callable[[], Sequence[Tensor]]
+Capture: TypeAlias = Callable[[Launches], tuple[Callable[[], None], Sequence[Tensor]]]
+"""Captures a function, which must read and write the same tensors each time.
 
-class Capture(Protocol):
-    """Captures a function, which must read and write the same tensors each time."""
-
-    def __call__(
-        self, function: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """Capture a function.
-
-        Returns:
-            A function that replays it, and the tensors that each replay writes its results to.
-
-        Raises:
-            CaptureError: the function cannot be captured.
-        """
-        ...
+Returns a function that replays it, and the tensors that each replay writes its results to. Raises
+CaptureError if the function cannot be captured.
+"""
 
 
 class CaptureError(RuntimeError):
@@ -42,9 +33,7 @@ class CudaCapture:
         # torch frees a pool with its last graph, so the newest graph is kept alive here.
         self._last: torch.cuda.CUDAGraph | None = None
 
-    def __call__(
-        self, function: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    def __call__(self, function: Launches) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """Capture a function; see `Capture`.
 
         Raises:

@@ -10,16 +10,8 @@ from server.engine.torch.attention.page_pool import PAGE, SCRATCH
 from server.engine.torch.attention.paged_index import PagedIndex, Tiling
 from server.engine.torch.model.transfer import Layout
 from server.engine.torch.step.batch import Batch
+from server.engine.torch.step.graph_keys import GraphKey
 from steering.route import AffineRoute, Route
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeShape:
-    """The steps that one graph serves."""
-
-    rows: int  # sequences, each with one token; steps of fewer are padded
-    depth: int  # affine edits in the deepest stack
-    pages: int  # pages of the longest sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +33,17 @@ class _Tensors:
 class DecodeInputs:
     """Holds all inputs of one graph, and fills them by one copy from the host."""
 
-    def __init__(self, shape: DecodeShape, device: torch.device) -> None:
-        self.shape = shape
+    def __init__(self, key: GraphKey, pages: int, device: torch.device) -> None:
+        """`pages` is the number of pages of the longest sequence."""
+        self._key = key
+        self._pages = pages
         self._device = device
-        self._layout = Layout.of(_empty(shape))
+        self._layout = Layout.of(_empty(key, pages))
         self._buffer = torch.zeros(self._layout.size, dtype=torch.uint8, device=device)
         self._tensors = _Tensors(*self._layout.views(self._buffer))
+        self.input_ids = self._tensors.input_ids  # (1, rows) int64
+        self.position_ids = self._tensors.position_ids  # (1, rows) int64
         self._send(lambda _tensors: None)
-
-    @property
-    def input_ids(self) -> Tensor:
-        """(1, rows) int64."""
-        return self._tensors.input_ids
-
-    @property
-    def position_ids(self) -> Tensor:
-        """(1, rows) int64."""
-        return self._tensors.position_ids
 
     def index(self, tiling: Tiling) -> PagedIndex:
         """Make an index for the attention, whose tensors are the inputs."""
@@ -70,19 +56,19 @@ class DecodeInputs:
             block_spans=tensors.block_spans,
             block_starts=tensors.block_starts,
             block_rows=tiling.block_rows(1),
-            splits=tiling.splits(self.shape.rows),
-            max_keys=self.shape.pages * PAGE,
+            splits=tiling.splits(self._key.rows),
+            max_keys=self._pages * PAGE,
         )
 
     def route(self) -> Route:
         """Make a route for the hooks, whose tensors are the inputs."""
         tensors = self._tensors
-        indices = tuple(range(self.shape.depth))
+        indices = tuple(range(self._key.depth))
         affine = AffineRoute(indices, tensors.edit_slots, tensors.strength, used_slots=None)
         return Route(affine if indices else None, (), self._device)
 
     def fill(self, batch: Batch, index: PagedIndex) -> None:
-        """Copy in a decoding batch of at most `shape.rows` rows; `index` is its attention's."""
+        """Copy in a decoding batch that fits the graph; `index` is its attention's."""
         count = batch.input_ids.numel()
 
         def put(tensors: _Tensors) -> None:
@@ -102,7 +88,7 @@ class DecodeInputs:
 
     def fill_example(self, vocabulary: int, slot: int) -> None:
         """Copy in an example: tokens stored in the scratch page, all edited by a slot's map."""
-        places = torch.arange(self.shape.rows) % PAGE  # rows that share a place are equal
+        places = torch.arange(self._key.rows) % PAGE  # rows that share a place are equal
 
         def put(tensors: _Tensors) -> None:
             tensors.input_ids[0] = (7 * places + 3) % vocabulary
@@ -118,8 +104,8 @@ class DecodeInputs:
         """Let `put` fill a buffer on the host, and copy it; rows that it leaves are padding."""
         host = self._layout.host_buffer(self._device).zero_()  # slot 0 edits nothing
         tensors = _Tensors(*self._layout.views(host))
-        torch.arange(self.shape.rows + 1, out=tensors.query_ends)
-        torch.arange(self.shape.rows, out=tensors.block_spans)
+        torch.arange(self._key.rows + 1, out=tensors.query_ends)
+        torch.arange(self._key.rows, out=tensors.block_spans)
         # A padding row sees one key, its own, which it writes to the scratch page.
         tensors.slots.fill_(SCRATCH * PAGE)
         tensors.lengths.fill_(1)
@@ -128,22 +114,22 @@ class DecodeInputs:
         self._buffer.copy_(host, non_blocking=True)
 
 
-def _empty(shape: DecodeShape) -> Sequence[Tensor]:
+def _empty(key: GraphKey, pages: int) -> Sequence[Tensor]:
     """Make tensors like the fields of `_Tensors`, without memory."""
 
     def like(*size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    rows = shape.rows
+    rows = key.rows
     return (
         like(1, rows, dtype=torch.int64),
         like(1, rows, dtype=torch.int64),
         like(rows, dtype=torch.int64),
         like(rows + 1, dtype=torch.int32),
         like(rows, dtype=torch.int32),
-        like(rows, shape.pages, dtype=torch.int32),
+        like(rows, pages, dtype=torch.int32),
         like(rows, dtype=torch.int32),
         like(rows, dtype=torch.int32),
-        like(shape.depth, rows, dtype=torch.int64),
-        like(shape.depth, rows, dtype=torch.float32),
+        like(key.depth, rows, dtype=torch.int64),
+        like(key.depth, rows, dtype=torch.float32),
     )

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_attention import PagedMemory, PagedStep
-from server.engine.torch.attention.staging import route_tensors, with_route_tensors
 from server.engine.torch.cuda.capture import Capture
-from server.engine.torch.cuda.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.cuda.decode_inputs import DecodeInputs
 from server.engine.torch.cuda.decoder_call import Decoder
 from server.engine.torch.model.devices import has_failed
 from server.engine.torch.model.transfer import to_device
@@ -30,7 +29,6 @@ from server.engine.torch.step.staged_runner import StagedRunner, paged_step
 from steering.bank import Bank, SitePart
 from steering.dose import DoseMeter
 from steering.hooks import SteeringHooks
-from steering.route import Route
 
 logger = logging.getLogger(__name__)
 
@@ -190,10 +188,9 @@ class GraphRunner(StagedRunner):
         self, graph: _Graph, batch: Batch, bank: Bank, meter: DoseMeter | None
     ) -> Tensor:
         """Compute logits from the decoder's hidden states, with the reward edits."""
-        logits_rows, *rewards = to_device(
-            [batch.logits_rows, *route_tensors(_without_affine(batch.route))], self._device
-        )
-        route = with_route_tensors(_without_affine(batch.route), rewards, self._device)
+        route = replace(batch.route, affine=None)
+        logits_rows, *rewards = to_device([batch.logits_rows, *route.tensors()], self._device)
+        route = route.with_tensors(rewards, self._device)
         with (
             self._decoder.returning(graph.output, graph.hidden),
             self._hooks.routed(bank, route, meter),
@@ -218,7 +215,7 @@ class GraphRunner(StagedRunner):
             {part.site for part in parts if not self._decoder.contains(part.site)}
         ):
             raise GraphError(f"{', '.join(outside)} is outside of the decoder, and in no graph")
-        inputs = DecodeInputs(DecodeShape(key.rows, key.depth, self._pages), self._device)
+        inputs = DecodeInputs(key, self._pages, self._device)
         step = PagedStep(self._memory.pool, self._memory.attend, inputs.index(self._memory.tiling))
         route = inputs.route()
         with step.activate():
@@ -242,7 +239,3 @@ class GraphRunner(StagedRunner):
         if not difference < _TOLERANCE:
             raise GraphError(f"a replayed step is off by {difference:.2g}")
         return _Graph(inputs, replay, hidden, doses, captured.output, parts)
-
-
-def _without_affine(route: Route) -> Route:
-    return replace(route, affine=None)

@@ -166,6 +166,8 @@ def refuse_unservable_class(model: PreTrainedModel) -> None:
 def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
     """Return what must be known of a model to check artifacts against it."""
     refuse_unservable_class(model)
+    lm_head = _output_embeddings(model)
+    assert isinstance(lm_head, nn.Linear)
     config = model.config.get_text_config()
     return ModelDescription(
         id=identity,
@@ -173,7 +175,7 @@ def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
-        head_width=_lm_head(model).in_features,
+        head_width=lm_head.in_features,
         site_widths=measure_site_widths(model, config.vocab_size),
         fingerprint=fingerprint_of(model),
     )
@@ -181,9 +183,3 @@ def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
 
 def _output_embeddings(model: PreTrainedModel) -> object:
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
-
-
-def _lm_head(model: PreTrainedModel) -> nn.Linear:
-    lm_head = _output_embeddings(model)
-    assert isinstance(lm_head, nn.Linear)
-    return lm_head

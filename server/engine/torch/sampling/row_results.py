@@ -61,7 +61,7 @@ def draw_and_score(
         draws: one for each row that draws, in the order of `rows`.
         penalties: the table that holds the draws' penalties.
     """
-    scored = [i for i, row in enumerate(rows) if row.scores]
+    scored = [i for i, row in enumerate(rows) if not row.draws]
     drawn = [i for i, row in enumerate(rows) if row.draws]
     finite = logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
     prompts = _score_prompts(rows, logits, scored) if scored else None

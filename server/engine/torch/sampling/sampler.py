@@ -37,17 +37,6 @@ class Draw:
     uniform: float
     penalties: Penalties | None = None
 
-    @property
-    def greedy(self) -> bool:
-        """True if the best token is taken."""
-        return self.settings.temperature == 0
-
-    @property
-    def filtered(self) -> bool:
-        """True if top-k, top-p or min-p may remove tokens."""
-        settings = self.settings
-        return settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0
-
 
 class Sample(NamedTuple):
     """The next token of each row, on the device of its logits."""
@@ -70,7 +59,7 @@ def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] =
     exact = torch.ones_like(tokens, dtype=torch.bool)
     by_method: dict[_Method, list[int]] = {}
     for row, draw in enumerate(draws):
-        if not draw.greedy:
+        if draw.settings.temperature != 0:  # otherwise the best token is taken
             by_method.setdefault(_method(draw, row in sorted_rows), []).append(row)
     for method, rows in by_method.items():
         places = device_tensor(rows, logits.device)
@@ -82,7 +71,8 @@ _Method: TypeAlias = Callable[[Tensor, Sequence[Draw]], tuple[Tensor, Tensor]]
 
 
 def _method(draw: Draw, sort: bool) -> _Method:
-    if not draw.filtered:
+    settings = draw.settings
+    if settings.top_k <= 0 and settings.top_p >= 1 and settings.min_p <= 0:
         return _draw_from_all
     return _draw_from_sorted if sort else _draw_from_best
 

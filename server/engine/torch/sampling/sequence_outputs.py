@@ -9,6 +9,7 @@ from server.engine.torch.sampling.penalties import Penalties, changes_logits
 from server.engine.torch.sampling.sampler import Draw
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.text.detokenizer import Detokenizer
+from server.engine.torch.text.vocabulary import Vocabulary
 
 
 class SequenceOutputs:
@@ -17,10 +18,10 @@ class SequenceOutputs:
     A preemption does not change it.
     """
 
-    def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
+    def __init__(self, sequence: Sequence, vocabulary: Vocabulary) -> None:
         self._sequence = sequence
-        self._detokenizer = detokenizer
         request = sequence.request
+        self._detokenizer = Detokenizer(vocabulary, request.sampling.stop, request.prompt)
         # None if the request changes no logits.
         self.penalties = Penalties(request) if changes_logits(request.sampling) else None
         self._random = random.Random(sequence.request.sampling.seed)
@@ -60,12 +61,11 @@ class SequenceOutputs:
         text = self._detokenizer.push(token, ends=ended)
         if logprobs is not None:
             logprobs = replace(logprobs, offset=self._detokenizer.offset)
+        reason: FinishReason | None = None
         if ended or self._detokenizer.stopped or len(sequence.tokens) == sequence.max_length:
             text += self._detokenizer.finish()
-            stopped = ended or self._detokenizer.stopped
-            reason: FinishReason = "stop" if stopped else "length"
-            return self._output((token,), text, logprobs, reason)
-        return self._output((token,), text, logprobs, None)
+            reason = "stop" if ended or self._detokenizer.stopped else "length"
+        return self._output((token,), text, logprobs, reason)
 
     def only_output(self) -> StepOutput:
         """Return the only output of a request without a completion, whose prompt is computed."""

@@ -67,11 +67,6 @@ class StepPlan:
     dropped: list[Sequence]  # background work that was ended
 
 
-def no_cached_tokens(_: Sequence) -> int:
-    """Return 0: without a prefix cache, no tokens are found."""
-    return 0
-
-
 @dataclass(slots=True)
 class Scheduler:
     """Serves sequences in the order of their arrival, however they are steered or sampled.
@@ -96,7 +91,7 @@ class Scheduler:
     # Prompt tokens in a step that also decodes; None for all that the step has room for.
     prefill_tokens: int | None = None
     # Says how many of a sequence's first tokens the prefix cache has, when it gets its first chunk.
-    find_cached: Callable[[Sequence], int] = no_cached_tokens
+    find_cached: Callable[[Sequence], int] = lambda _sequence: 0
     # Both in order of arrival; all running sequences came before all waiting ones.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)

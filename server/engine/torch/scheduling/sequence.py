@@ -33,11 +33,6 @@ class Sequence:
         return cls(request, list(request.prompt), chain, scored_prompt_tokens=unasked)
 
     @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.request_id
-
-    @property
     def digests(self) -> tuple[str, ...]:
         """The digests of the interventions that it pins, from its admission to its end."""
         return tuple(edit.digest for edit in self.request.effective_edits)

@@ -24,11 +24,6 @@ class SlotTable:
         return len(self._slots)
 
     @property
-    def pins(self) -> int:
-        """The number of pins, over all slots."""
-        return self._pins.total()
-
-    @property
     def capacity(self) -> int:
         """The number of all slots."""
         return len(self._free) + len(self._slots)

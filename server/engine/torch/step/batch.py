@@ -21,13 +21,8 @@ class Row:
 
     @property
     def draws(self) -> bool:
-        """Whether the sequence's next token is drawn from the row."""
+        """Whether the sequence's next token is drawn from the row; else it scores a prompt's."""
         return self.position == len(self.sequence.tokens) - 1
-
-    @property
-    def scores(self) -> bool:
-        """Whether the row gives the log-probability of a prompt's next token."""
-        return not self.draws
 
 
 @dataclass(frozen=True, slots=True, eq=False)

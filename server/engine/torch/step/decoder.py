@@ -16,21 +16,14 @@ from steering.sites import SiteLocation, locate_site
 LayerCall: TypeAlias = Callable[..., object]
 
 
-@dataclass(slots=True)
-class LayerTrace:
-    """The layers' inputs and outputs in one forward pass of `tokens` tokens."""
-
-    tokens: int
-    inputs: list[tuple[tuple[object, ...], dict[str, object]]]  # by layer
-    outputs: list[object]  # by layer
-
-
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """A recorded forward pass, with which graphs are compiled and checked."""
+    """The layers' inputs and outputs in a forward pass, to compile and check graphs with."""
 
-    trace: LayerTrace
+    tokens: int
     attention: AttentionStep
+    inputs: list[tuple[tuple[object, ...], dict[str, object]]]  # by layer
+    outputs: list[object]  # by layer
 
 
 class DecoderLayers:
@@ -77,21 +70,21 @@ class DecoderLayers:
             self._calls = before
 
     @contextmanager
-    def recording(self, tokens: int) -> Iterator[LayerTrace]:
+    def recording(self, tokens: int, attention: AttentionStep) -> Iterator[RecordedStep]:
         """Record the forward pass, of `tokens` tokens, that is run within the context."""
-        trace = LayerTrace(tokens, [], [])
+        recorded = RecordedStep(tokens, attention, [], [])
 
         def recorder(compute: LayerCall) -> LayerCall:
             def call(*args: object, **kwargs: object) -> object:
                 output = compute(*args, **kwargs)
-                trace.inputs.append((args, kwargs))
-                trace.outputs.append(output)
+                recorded.inputs.append((args, kwargs))
+                recorded.outputs.append(output)
                 return output
 
             return call
 
         with self.replaced_by([recorder(compute) for compute in self._originals]):
-            yield trace
+            yield recorded
 
     def _dispatch(self, index: int) -> LayerCall:
         def forward(*args: object, **kwargs: object) -> object:

@@ -7,12 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.torch.attention.paged_attention import PagedStep
-from server.engine.torch.attention.staging import (
-    index_tensors,
-    route_tensors,
-    with_index_tensors,
-    with_route_tensors,
-)
+from server.engine.torch.attention.staging import index_tensors, with_index_tensors
 from server.engine.torch.model.transfer import to_device
 from server.engine.torch.step.batch import Batch
 from server.engine.torch.step.runner import Runner
@@ -42,7 +37,7 @@ def paged_step(batch: Batch) -> PagedStep:
 def _on_device(batch: Batch, device: torch.device) -> Batch:
     """Copy all of a batch's tensors to a device at once."""
     step = paged_step(batch)
-    of_index, of_route = index_tensors(step.index), route_tensors(batch.route)
+    of_index, of_route = index_tensors(step.index), batch.route.tensors()
     inputs = [batch.input_ids, batch.position_ids, batch.logits_rows]
     moved = to_device([*inputs, *of_index, *of_route], device)
     input_ids, position_ids, logits_rows, *rest = moved
@@ -52,5 +47,5 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
         position_ids=position_ids,
         logits_rows=logits_rows,
         attention=step.moved(with_index_tensors(step.index, rest[: len(of_index)])),
-        route=with_route_tensors(batch.route, rest[len(of_index) :], device),
+        route=batch.route.with_tensors(rest[len(of_index) :], device),
     )

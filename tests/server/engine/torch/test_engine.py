@@ -268,7 +268,7 @@ async def test_requests_are_admitted_all_or_none(start_engine: StartEngine) -> N
     two_new = [request(sampling, PROMPT, affine("b")), request(sampling, PROMPT, affine("wide"))]
     with pytest.raises(BankFullError):
         await engine.submit(two_new)
-    assert engine._core.interventions.slots.pins == 1
+    assert engine._core.interventions.slots._pins.total() == 1
     assert len(engine._generations) == 1
     with pytest.raises(InvalidRequestError, match="3 interventions at once"):
         await engine.submit([*two_new, request(sampling, PROMPT, affine("a"))])
@@ -523,7 +523,7 @@ async def test_an_admission_that_fails_half_way_leaves_nothing_behind(
             raise MemoryError
         return Detokenizer(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("server.engine.torch.core.Detokenizer", failing)
+    monkeypatch.setattr("server.engine.torch.sampling.sequence_outputs.Detokenizer", failing)
     with pytest.raises(MemoryError):
         await engine.submit([request(ENDLESS, PROMPT, affine("a"))] * 3)
     assert len(made) == 2

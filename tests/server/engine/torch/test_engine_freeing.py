@@ -97,7 +97,7 @@ def assert_whole(core: EngineCore) -> None:
     """Assert that no request holds anything, and that a new request is answered."""
     core.check()
     assert not core.has_work
-    assert core.interventions.slots.pins == 0
+    assert core.interventions.slots._pins.total() == 0
     assert core.scheduler.pool.free_blocks == core.scheduler.pool.blocks
     assert not core.store.lanes
     assert not core._penalties._segments

@@ -139,4 +139,4 @@ async def test_a_cancelled_request_that_had_yielded_frees_everything(
     await asyncio.wrap_future(engine._thread.call(engine._core.check))
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
-    assert engine._core.interventions.slots.pins == 0
+    assert engine._core.interventions.slots._pins.total() == 0

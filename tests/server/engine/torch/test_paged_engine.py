@@ -93,7 +93,7 @@ def test_a_sequence_that_cannot_begin_gives_its_pages_back(
     core = build_core(load_tiny(), OPTIONS)
     memory = core.store.memory
     assert isinstance(memory, PagedMemory)
-    free = memory.pool.free_pages
+    free = len(memory.pool._free)
 
     def fail(*_args: object) -> None:
         raise RuntimeError("out of luck")
@@ -103,7 +103,7 @@ def test_a_sequence_that_cannot_begin_gives_its_pages_back(
         patch.setattr(core.store.prefixes, "load", fail)
         [(_, output)] = core.step()
     assert isinstance(output, StepFailedError)
-    assert memory.pool.free_pages == free
+    assert len(memory.pool._free) == free
     finish(core, [sequence(PROMPTS[0])])
 
 

@@ -124,7 +124,7 @@ def test_an_installation_that_fails_leaves_its_slot_free(
         failing.setattr(core.interventions.bank, "put", fail)
         with pytest.raises(MemoryError):
             core.interventions.install("a", random_maps(1))
-    assert core.interventions.slots.used == core.interventions.slots.pins == 0
+    assert core.interventions.slots.used == core.interventions.slots._pins.total() == 0
     assert core.interventions.install("a", random_maps(1)) == 1
 
 

@@ -191,7 +191,7 @@ async def test_a_request_that_is_cancelled_ends_its_probes(
     assert probed < len(all_sites(load_tiny))
     await generate(engine, PROMPTS[0], sampling=replace(GREEDY, max_tokens=5))
     assert len(events.probed) == probed
-    assert engine._core.interventions.slots.pins == 0
+    assert engine._core.interventions.slots._pins.total() == 0
 
 
 async def test_an_edit_that_reaches_nothing_is_refused_when_its_probe_has_shown_it(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.torch.attention.backend import LaneSpan
 from server.engine.torch.attention.slab import KVShape, Slab, SlabPool
-from server.engine.torch.attention.slab_attention import SlabSpan, SlabStep, decoding_order
+from server.engine.torch.attention.slab_attention import SlabMemory, SlabStep
 from server.engine.torch.attention.transformers_hook import (
     UnsupportedAttentionError,
     engine_attention,
@@ -73,10 +74,10 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
             count = min(chunk, length - done[owner])
             if count:
                 place = slice(done[owner], done[owner] + count)
-                segment = SlabSpan(slabs[owner], done[owner], count)
+                segment = LaneSpan(slabs[owner], done[owner], count)
                 packed.append((segment, owner, [part[:, place] for part in sequences[owner]]))
                 done[owner] += count
-        packed.sort(key=lambda item: decoding_order(item[0]))
+        packed.sort(key=lambda item: SlabMemory(SHAPE).order(item[0]))
         segments, owners = [item[0] for item in packed], [item[1] for item in packed]
         query, key, value = (
             torch.cat(parts, dim=1)[None]
@@ -113,6 +114,6 @@ def test_sequences_of_unequal_lengths_in_chunks_equal_the_reference(
 )
 def test_what_would_change_the_result_is_refused(asked: dict[str, object], named: str) -> None:
     token = torch.ones(1, KV_HEADS, 1, WIDTH)
-    step = SlabStep([SlabSpan(slab_of(1, SlabPool(SHAPE)), 0, 1)])
+    step = SlabStep([LaneSpan(slab_of(1, SlabPool(SHAPE)), 0, 1)])
     with step.activate(), pytest.raises(UnsupportedAttentionError, match=named):
         engine_attention(LAYER, token, token, token, None, **asked)  # type: ignore[arg-type]

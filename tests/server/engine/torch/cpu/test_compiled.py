@@ -173,7 +173,7 @@ def take_all_slots(core: EngineCore) -> None:
     for number in range(OPTIONS.max_loaded_interventions):
         digest = f"other {number}"
         core.interventions.pin_or_install(digest, {digest: random_maps(20 + number)})
-        core.interventions.unpin(digest)
+        core.interventions.slots.unpin(digest)
 
 
 def test_a_slot_that_is_filled_anew_steers_as_what_it_holds_now(core: EngineCore) -> None:

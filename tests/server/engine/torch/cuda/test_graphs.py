@@ -18,12 +18,12 @@ from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda import graphs as cuda_graphs
 from server.engine.torch.cuda.capture import CaptureError
-from server.engine.torch.cuda.decode_inputs import DecodeInputs, DecodeShape
+from server.engine.torch.cuda.decode_inputs import DecodeInputs
 from server.engine.torch.cuda.decoder_call import Decoder, DecoderCallError
 from server.engine.torch.cuda.graphs import GraphRunner
 from server.engine.torch.model import fallback
 from server.engine.torch.model.loader import ModelLoadError
-from server.engine.torch.step.graph_keys import buckets
+from server.engine.torch.step.graph_keys import GraphKey, buckets
 from server.engine.torch.step.staged_runner import StagedRunner
 from steering.bank import Bank
 from steering.settings import AffineSettings
@@ -165,7 +165,7 @@ def test_a_model_that_gives_its_decoder_more_than_inputs_has_no_graph(load_tiny:
     decoder = Decoder(model)
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: forward(*args, extra=torch.ones(1), **kwargs)
-    inputs = DecodeInputs(DecodeShape(rows=2, depth=0, pages=1), torch.device("cpu"))
+    inputs = DecodeInputs(GraphKey(rows=2, depth=0), 1, torch.device("cpu"))
     with pytest.raises(DecoderCallError, match="other inputs"):
         decoder.capture_call(model, inputs)
 
@@ -261,7 +261,7 @@ def test_base_graphs_outlive_what_is_loaded(
     for maps in core.interventions.bank._sites.values():
         assert not maps.table.flags.any()
     core.interventions.install("x", random_maps(1))
-    core.interventions.unpin("x")
+    core.interventions.slots.unpin("x")
     finish(core, [sequence(PROMPTS[0])])
     assert capture.captured == made
 

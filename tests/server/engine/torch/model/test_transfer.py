@@ -5,8 +5,6 @@ import torch
 from server.engine.torch.attention.paged_index import PagedIndex
 from server.engine.torch.attention.staging import (
     index_to_device,
-    route_tensors,
-    with_route_tensors,
 )
 from server.engine.torch.model.transfer import Layout, to_device
 from steering.route import Span, build_route
@@ -74,12 +72,12 @@ def test_a_route_keeps_its_places() -> None:
     )
     spans = [Span(0, 2, 2, range(1), edits), Span(0, 1, 1, range(1, 2), edits[1:])]
     route = build_route(spans, CPU)
-    moved = with_route_tensors(route, to_device(route_tensors(route), CPU), CPU)
+    moved = route.with_tensors(to_device(route.tensors(), CPU), CPU)
     assert moved.affine is not None
     assert route.affine is not None
     assert (moved.affine.indices, moved.affine.used_slots) == ((0, 1), frozenset({1, 3}))
     assert [(layer.heads, layer.step_sizes.shape) for layer in moved.reward] == [
         (((2, 2, 4),), (2, 4))
     ]
-    for before, after in zip(route_tensors(route), route_tensors(moved), strict=True):
+    for before, after in zip(route.tensors(), moved.tensors(), strict=True):
         assert torch.equal(before, after)
