@@ -22,7 +22,7 @@ from benchmarks.options import Options
 from benchmarks.report import Section, write_section
 from benchmarks.steering import measure_steering
 from server.cli.bench.client import BenchError
-from server.cli.bench.progress import progress
+from server.cli.progress import progress
 
 _IN_PROCESS: Final[Mapping[str, Callable[[BenchEngine, Options, Progress], Section]]] = {
     "steering": measure_steering,

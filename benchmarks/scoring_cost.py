@@ -26,7 +26,7 @@ from benchmarks.models import default_dtype, model_folder
 from benchmarks.report import Section, write_section
 from benchmarks.running_server import RunningServer, running_server
 from server.cli.bench.client import BenchClient
-from server.cli.bench.progress import progress
+from server.cli.progress import progress
 from server.measuring.comparison import Throughput, turns
 from server.measuring.table import Table, throughput_table
 

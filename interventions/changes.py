@@ -90,11 +90,10 @@ class RegistryChanges:
             try:
                 # A stored object has equal bytes; a damaged one is repaired by this.
                 self._folder.move_object(staged.path, digest)
-                self._folder.sync_object(digest)
                 changed = self._point_name(name, digest)
             except OSError:  # a RegistryDiskError would mean that the name has changed already
-                if not was_stored:
-                    self._undo_new_object(digest)
+                if not was_stored and not self._catalogue.refers_to(digest):
+                    self._remove_object(digest)
                 raise
             try:
                 return self._catalogue.get(name), changed
@@ -233,11 +232,6 @@ class RegistryChanges:
             finally:
                 self._contents = self._reader.read()
                 self._stored.replace(self._contents.catalogue)
-
-    def _undo_new_object(self, digest: str) -> None:
-        """Remove the object of a failed change, unless a name refers to it."""
-        if not self._catalogue.refers_to(digest):
-            self._remove_object(digest)
 
     def _remove_in_background(self) -> None:
         if self._closed:

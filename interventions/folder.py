@@ -9,8 +9,10 @@ at any byte leaves the old state or the new one. The methods raise OSError.
 
 import logging
 import os
+import random
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -18,9 +20,7 @@ from typing import Final
 from interventions.catalogue import DELETED_SUFFIX, OBJECT_SUFFIX, RECORD_SUFFIX
 from interventions.errors import RegistryBusyError, RegistryError
 from interventions.storage import (
-    LockedError,
     create,
-    locked,
     make_directory,
     publish,
     sync_directory,
@@ -30,6 +30,7 @@ from interventions.storage import (
 )
 
 LOCK_SECONDS: Final = 10.0  # longest wait of a change for another server's change
+_LONGEST_PAUSE: Final = 0.02  # seconds between two tries to lock the folder
 
 _logger = logging.getLogger(__name__)
 
@@ -52,15 +53,26 @@ class RegistryFolder:
 
         Raises:
             RegistryBusyError: other servers have held it for `seconds`.
+            OSError: the lock cannot be opened or locked.
         """
-        try:
-            with locked(self._lock, seconds):
-                yield
-        except LockedError as error:
-            raise RegistryBusyError(
-                f"Another server has been changing the registry for {seconds:.0f} s, or has "
-                "stopped in the middle of it; nothing was changed."
-            ) from error
+        deadline = time.monotonic() + seconds
+        while True:
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                held = try_lock(descriptor)
+                # The folder may have been replaced, with another file of this name.
+                if held and os.path.samestat(os.fstat(descriptor), self._lock.stat()):
+                    yield
+                    return
+            finally:
+                with suppress(OSError):  # nothing was written to it
+                    os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise RegistryBusyError(
+                    f"Another server has been changing the registry for {seconds:.0f} s, or has "
+                    "stopped in the middle of it; nothing was changed."
+                )
+            time.sleep(random.uniform(0, _LONGEST_PAUSE))
 
     def make(self) -> None:
         """Create the missing folders and the lock."""
@@ -129,14 +141,10 @@ class RegistryFolder:
             self.remove_temporary(path)
 
     def move_object(self, temporary: Path, digest: str) -> None:
-        """Move complete and synced bytes to their object's path; `sync_object` makes it durable."""
+        """Move complete and synced bytes to their object's path, durably."""
         target = self.object_path(digest)
         make_directory(target.parent)
-        temporary.replace(target)
-
-    def sync_object(self, digest: str) -> None:
-        """Make the object's name durable."""
-        sync_directory(self.object_path(digest).parent)
+        publish(temporary, target)
 
     def remove_object(self, digest: str) -> None:
         """Remove an object's bytes, if they exist."""

@@ -114,6 +114,18 @@ class _Common(_Strict):
     base_model: BaseModelReference
     training: dict[str, TrainingValue] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _defaults_lie_inside_limits(self) -> Self:
+        fields = dict(self)
+        for field, (low, high) in fields["limits"]:
+            value = getattr(fields["defaults"], field)
+            if not low <= value <= high:
+                raise ValueError(
+                    f'"defaults.{field}" is {value:g}, outside of "limits.{field}" '
+                    f"[{low:g}, {high:g}]"
+                )
+        return self
+
 
 class AffineManifest(_Common):
     """The manifest of affine maps (LinEAS, Lin-AcT, mean shift, CAA)."""
@@ -122,11 +134,6 @@ class AffineManifest(_Common):
     defaults: AffineDefaults
     limits: AffineLimits = AffineLimits()
 
-    @model_validator(mode="after")
-    def _defaults_lie_inside_limits(self) -> Self:
-        _check_inside("strength", self.defaults.strength, self.limits.strength)
-        return self
-
 
 class RewardManifest(_Common):
     """The manifest of a reward head (ARGRE)."""
@@ -134,13 +141,6 @@ class RewardManifest(_Common):
     kind: Literal["reward"]
     defaults: RewardDefaults
     limits: RewardLimits = RewardLimits()
-
-    @model_validator(mode="after")
-    def _defaults_lie_inside_limits(self) -> Self:
-        _check_inside("eta", self.defaults.eta, self.limits.eta)
-        _check_inside("iterations", self.defaults.iterations, self.limits.iterations)
-        _check_inside("direction_scale", self.defaults.direction_scale, self.limits.direction_scale)
-        return self
 
 
 Manifest: TypeAlias = Annotated[AffineManifest | RewardManifest, Field(discriminator="kind")]
@@ -167,14 +167,6 @@ def parse_manifest(text: str) -> Manifest:
 def manifest_text(manifest: Manifest) -> str:
     """Return the manifest as JSON; equal manifests give equal text."""
     return manifest.model_dump_json()
-
-
-def _check_inside(field: str, value: float, limits: tuple[float, float]) -> None:
-    if not limits[0] <= value <= limits[1]:
-        raise ValueError(
-            f'"defaults.{field}" is {value:g}, outside of "limits.{field}" '
-            f"[{limits[0]:g}, {limits[1]:g}]"
-        )
 
 
 def _sentence(error: ValidationError) -> str:

@@ -2,24 +2,14 @@
 
 import fcntl
 import os
-import random
 import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeAlias
-
-_LONGEST_PAUSE: Final = 0.02  # seconds between two tries to lock a file
-
 
 FileState: TypeAlias = tuple[int, ...]
 """Numbers that change whenever a file's bytes change; empty if there is no file."""
 UNREADABLE: Final[FileState] = (-1,)  # equals no file's state, so the file is read again
-
-
-class LockedError(Exception):
-    """Another process or thread has held a lock for too long."""
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -95,30 +85,6 @@ def try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-@contextmanager
-def locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold a file's lock during the block. The file must exist.
-
-    Raises:
-        LockedError: others have held it for `seconds`.
-        OSError: the file cannot be opened or locked.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            # The folder may have been replaced, with another file of this name.
-            if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), path.stat()):
-                yield
-                return
-        finally:
-            with suppress(OSError):  # nothing was written to it
-                os.close(descriptor)
-        if time.monotonic() > deadline:
-            raise LockedError
-        time.sleep(random.uniform(0, _LONGEST_PAUSE))
 
 
 def file_state(file: "Path | os.DirEntry[str]") -> FileState:

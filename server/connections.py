@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 logger = logging.getLogger("uvicorn.error")
@@ -33,13 +32,6 @@ class Connection(Protocol):
         """True if a request was answered and no byte of a further one has come."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Idle:
-    after: Cycle | None  # the last request
-    between_requests: bool
-    since: float  # seconds, by the clock of `close`
-
-
 class IdleConnections:
     """Closes connections that for `timeout` seconds have sent no request, or only part of one.
 
@@ -50,7 +42,9 @@ class IdleConnections:
     def __init__(self, timeout: float, keep_alive: float) -> None:
         self._timeout = timeout
         self._keep_alive = keep_alive
-        self._idle: Mapping[Connection, _Idle] = {}
+        # For each idle connection: its last request, whether that was answered and no byte of a
+        # further one has come, and since when, by the clock of `close`.
+        self._idle: Mapping[Connection, tuple[Cycle | None, bool, float]] = {}
 
     def close(self, connections: Iterable[Connection], now: float) -> None:
         """Close the connections that were idle too long; to be called often.
@@ -58,27 +52,21 @@ class IdleConnections:
         Args:
             now: the time in seconds, by any monotonic clock.
         """
-        idle: dict[Connection, _Idle] = {}
+        idle: dict[Connection, tuple[Cycle | None, bool, float]] = {}
         for connection in connections:
             cycle = connection.cycle
             answering = cycle is not None and not cycle.response_complete
             if answering or connection.transport.get_write_buffer_size():
                 continue
             resting = connection.between_requests
-            before = self._idle.get(connection)
+            last, rested, since = self._idle.get(connection, (None, False, now))
             # A whole request may have come and been answered since the last call.
-            if before is None or before.after is not cycle or before.between_requests != resting:
-                before = _Idle(cycle, resting, now)
-            idle[connection] = before
-            if now - before.since > (self._keep_alive if resting else self._timeout):
+            if last is not cycle or rested != resting:
+                since = now
+            idle[connection] = cycle, resting, since
+            if now - since > (self._keep_alive if resting else self._timeout):
                 connection.transport.close()
         self._idle = idle
-
-
-@dataclass(frozen=True, slots=True)
-class _Unsent:
-    size: int  # bytes waiting in the process
-    since: float  # when the size last changed, in seconds, by the clock of `cut`
 
 
 class StalledConnections:
@@ -91,7 +79,8 @@ class StalledConnections:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._unsent: dict[asyncio.Transport, _Unsent] = {}
+        # The bytes that wait in the process, and since when their number is the same.
+        self._unsent: dict[asyncio.Transport, tuple[int, float]] = {}
 
     def cut(self, transports: Iterable[asyncio.Transport], now: float) -> None:
         """Abort the connections that have stalled; to be called often.
@@ -99,18 +88,16 @@ class StalledConnections:
         Args:
             now: the time in seconds, by any monotonic clock.
         """
-        unsent: dict[asyncio.Transport, _Unsent] = {}
+        unsent: dict[asyncio.Transport, tuple[int, float]] = {}
         for transport in transports:
             size = transport.get_write_buffer_size()
             if size == 0:
                 continue
             # A write makes the buffer larger, and a reading client makes it smaller.
-            before = self._unsent.get(transport)
-            if before is None or before.size != size:
-                before = _Unsent(size, now)
-            unsent[transport] = before
+            before, since = self._unsent.get(transport, (size, now))
+            unsent[transport] = size, since if before == size else now
         self._unsent = unsent
-        for transport, state in unsent.items():
-            if now - state.since > self._timeout:
+        for transport, (_, since) in unsent.items():
+            if now - since > self._timeout:
                 logger.warning("Cutting off a client that has read nothing for %g s", self._timeout)
                 transport.abort()

@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop serving; uvicorn calls this ten times a second."""
         if not self._engine.ready and not self._lifecycle.stopping:
-            logger.critical("The engine has died; the server stops, to be started empty_copy.")
+            logger.critical("The engine has died; the server stops, to be started anew.")
             self.engine_died = True
             self._drain_seconds = 0
             self.config.timeout_graceful_shutdown = 1

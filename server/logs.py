@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Final, Literal, TypeAlias
 
@@ -126,10 +127,7 @@ def fields_of(record: RequestRecord, *, with_content: bool) -> dict[str, JsonVal
         "response_id": generation.response_id,
         "model": generation.model,
         "stream": generation.stream,
-        "interventions": [
-            {"name": each.name, "digest": each.digest, "kind": each.kind}
-            for each in generation.interventions
-        ],
+        "interventions": [asdict(each) for each in generation.interventions],
         "choices": generation.choices,
         "prompt_tokens": generation.prompt_tokens,
         "completion_tokens": generation.completion_tokens,
@@ -138,7 +136,7 @@ def fields_of(record: RequestRecord, *, with_content: bool) -> dict[str, JsonVal
         "first_token_seconds": _rounded(generation.first_token_seconds),
     }
     if with_content:
-        fields["prompts"] = [{"role": each.role, "text": each.text} for each in generation.prompts]
+        fields["prompts"] = [asdict(each) for each in generation.prompts]
         fields["completions"] = list(generation.completions)
     return fields
 

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -18,6 +18,7 @@ from server.config import ConfigurationError
 from server.records import GenerationRecord, MessageRecord, RequestRecord
 from server.version import installed_version
 
+T = TypeVar("T")
 Attribute: TypeAlias = str | bool | int | float | Sequence[str]
 
 PROVIDER: Final = "steerserve"
@@ -61,9 +62,10 @@ class TraceSink:
         attributes = _attributes_of(record) | _generation_attributes(generation)
         if self._with_content:
             attributes |= _content_attributes(generation)
+        headers = {"traceparent": record.traceparent, "tracestate": record.tracestate}
         span = self._tracer.start_span(
             f"{generation.operation} {generation.model}",
-            context=self._propagator.extract(_trace_headers(record)),
+            context=self._propagator.extract(_known(headers)),
             kind=SpanKind.SERVER,
             attributes=attributes,
             start_time=record.started_ns,
@@ -228,13 +230,8 @@ def _messages(messages: Iterable[MessageRecord]) -> list[dict[str, object]]:
     return shown
 
 
-def _known(attributes: Mapping[str, Attribute | None]) -> dict[str, Attribute]:
-    return {name: value for name, value in attributes.items() if value is not None}
-
-
-def _trace_headers(record: RequestRecord) -> dict[str, str]:
-    headers = {"traceparent": record.traceparent, "tracestate": record.tracestate}
-    return {name: value for name, value in headers.items() if value is not None}
+def _known(values: Mapping[str, T | None]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _after(record: RequestRecord, seconds: float) -> int:

@@ -62,7 +62,8 @@ def _why_not_local(headers: Headers, settings: Settings) -> str | None:
         return "this server is not bound to a loopback address"
     if settings.api_key is not None:
         return "this server has an API key, so others than its admin use it"
-    proxied = next((name for name in headers if _is_forwarding(name)), None)
+    names = {name: name.lower().replace("_", "-") for name in headers}
+    proxied = next((name for name in names if _FORWARDING.fullmatch(names[name])), None)
     if proxied is not None:
         return f"the header {proxied[:50]} says that the request came through a proxy"
     host = named_host(headers.get("host", ""))
@@ -71,10 +72,6 @@ def _why_not_local(headers: Headers, settings: Settings) -> str | None:
     if not _is_same_origin(headers):
         return "the request comes from another site's page"
     return None
-
-
-def _is_forwarding(header: str) -> bool:
-    return _FORWARDING.fullmatch(header.lower().replace("_", "-")) is not None
 
 
 async def require_metrics_key(request: Request, context: AnyTimeContext) -> None:

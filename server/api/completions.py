@@ -1,8 +1,7 @@
 """`POST /v1/completions` generates text from a prompt, steered as the request asks."""
 
 import time
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -20,13 +19,10 @@ from server.engine.base import Engine, PromptDescription
 WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
 TOKEN_WORK: Final = 20  # to describe one token takes as long as to tokenize this many characters
 
+ReadPrompt: TypeAlias = tuple[tuple[int, ...], PromptDescription | None]
+"""A prompt's tokens, and the prompt to repeat, if the request asks for that."""
+
 router = APIRouter()
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadPrompt:
-    tokens: tuple[int, ...]
-    echo: PromptDescription | None
 
 
 @router.post(
@@ -48,13 +44,13 @@ async def create_completion(request: Request, context: Context) -> Response:
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
             ChoicePlan(
-                prompt.tokens,
+                tokens,
                 completion.sampling(index),
-                CompletionChoice(index, completion.logprobs is not None, prompt.echo),
+                CompletionChoice(index, completion.logprobs is not None, echo),
             )
-            for index, prompt in enumerate(repeated)
+            for index, (tokens, echo) in enumerate(repeated)
         ]
-        return await exchange.answer(plans, sum(len(prompt.tokens) for prompt in prompts))
+        return await exchange.answer(plans, sum(len(tokens) for tokens, _ in prompts))
 
 
 def _check(completion: CompletionRequest) -> None:
@@ -75,10 +71,10 @@ def _check(completion: CompletionRequest) -> None:
 
 async def _read_prompts(
     completion: CompletionRequest, context: ServerContext, exchange: Exchange
-) -> list[_ReadPrompt]:
+) -> list[ReadPrompt]:
     engine = context.engine
 
-    def read() -> list[_ReadPrompt]:
+    def read() -> list[ReadPrompt]:
         exchange.record_prompts(("user", _text(prompt, engine)) for prompt in completion.prompt)
         return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
 
@@ -94,12 +90,12 @@ def _work(prompt: Prompt, *, as_text: bool) -> int:
     return TOKEN_WORK * len(prompt) if as_text else 0
 
 
-def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> _ReadPrompt:
+def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> ReadPrompt:
     if echo:
         described = engine.describe_prompt(prompt)
-        return _ReadPrompt(described.tokens, described)
+        return described.tokens, described
     tokens = tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
-    return _ReadPrompt(tokens, None)
+    return tokens, None
 
 
 def _text(prompt: Prompt, engine: Engine) -> str:

@@ -10,7 +10,6 @@ from typing import Final, TypeAlias
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, JsonValue
 from starlette.responses import JSONResponse, Response
 
@@ -128,14 +127,7 @@ async def show_asset(asset: str) -> Response:
 
 def _schema(app: FastAPI) -> dict[str, object]:
     """Build the schema from the routes, and move the bodies' definitions to its components."""
-    schema = deepcopy(
-        get_openapi(
-            title=app.title,
-            version=app.version,
-            description=app.description,
-            routes=app.routes,
-        )
-    )
+    schema = deepcopy(app.openapi())  # it shares parts with the routes
     components = schema["components"]
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     error = {"$ref": _REFERENCE.format(model=ErrorEnvelope.__name__)}

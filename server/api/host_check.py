@@ -8,6 +8,7 @@ requests then reach this server, and only their Host header differs from a local
 from collections.abc import Callable
 from typing import TypeAlias
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ApiError
@@ -29,8 +30,8 @@ def host_check(settings: Settings) -> HostCheck | None:
         return None
 
     def check(hosts: list[str]) -> ApiError | None:
-        names = {named_host(host) for host in hosts}
-        if len(hosts) <= 1 and all(_passes(name, settings.allowed_hosts) for name in names):
+        name = named_host(hosts[0]) if len(hosts) == 1 else None
+        if not hosts or (name and (is_loopback(name) or name in settings.allowed_hosts)):
             return None
         return ApiError(
             403,
@@ -44,10 +45,6 @@ def host_check(settings: Settings) -> HostCheck | None:
     return check
 
 
-def _passes(name: str | None, allowed: tuple[str, ...]) -> bool:
-    return name is not None and (is_loopback(name) or name in allowed)
-
-
 class HostMiddleware:
     """Passes on only requests for the server's own hosts."""
 
@@ -56,13 +53,11 @@ class HostMiddleware:
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._check(_hosts(scope)) if scope["type"] == "http" else None
+        refusal = None
+        if scope["type"] == "http":
+            refusal = self._check(Headers(scope=scope).getlist("host"))
         if refusal is None:
             await self._app(scope, receive, send)
             return
         scope["state"]["error_code"] = refusal.code  # for the request's record
         await refusal.response(scope, receive, send)
-
-
-def _hosts(scope: Scope) -> list[str]:
-    return [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]

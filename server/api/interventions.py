@@ -76,7 +76,10 @@ async def show(reference: str, context: Context) -> Response:
         {"event": version.event, "digest": version.digest or None, "at": version.at.isoformat()}
         for version in entry.history
     ]
-    body = {**_describe(entry, context), "training": _training(entry), "history": history}
+    # Older artifacts record the command line too, which may name folders of the machine that fitted
+    # them; the other fields say the same about the fit.
+    training = {name: value for name, value in entry.manifest.training.items() if name != "command"}
+    body = {**_describe(entry, context), "training": training, "history": history}
     return JSONResponse(body)
 
 
@@ -146,12 +149,3 @@ def _summary(entry: Entry, warnings: tuple[str, ...], reason: str | None) -> Jso
         "warnings": list(warnings),
         **{field: manifest[field] for field in SHOWN},
     }
-
-
-def _training(entry: Entry) -> Json:
-    """Return how an artifact was made, without the command line that older artifacts record.
-
-    The command line may name folders of the machine that fitted the artifact, and the other fields
-    say the same about the fit.
-    """
-    return {name: value for name, value in entry.manifest.training.items() if name != "command"}

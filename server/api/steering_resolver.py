@@ -55,7 +55,10 @@ class SteeringResolver:
             self._default = self._resolve(requested)
         except ApiError as error:
             raise default_unavailable(error.message) from error
-        self._check_default()
+        if policy != "optional" and self._default and _does_nothing(self._default):
+            raise default_unavailable(
+                f"its settings do nothing, and the policy `{policy}` wants every request steered."
+            )
         given = zip(requested, self._default, strict=True)
         self.default_artifacts = DefaultArtifacts(
             registry, {item.reference: resolved.entry for item, resolved in given}
@@ -135,13 +138,6 @@ class SteeringResolver:
         if [item.edit for item in resolved] != [item.edit for item in self._default]:
             raise _locked()
         return resolved
-
-    def _check_default(self) -> None:
-        if self._policy != "optional" and self._default and _does_nothing(self._default):
-            raise default_unavailable(
-                f"its settings do nothing, and the policy `{self._policy}` wants every request "
-                "steered."
-            )
 
     def _check_required(self, resolved: Sequence[Resolved]) -> None:
         if self._policy == "optional":

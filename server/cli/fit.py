@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import typer
 from torch import Tensor
@@ -12,6 +12,7 @@ from interventions.manifest import (
     AffineDefaults,
     AffineLimits,
     AffineManifest,
+    BaseModelReference,
     RewardDefaults,
     RewardLimits,
     RewardManifest,
@@ -55,6 +56,13 @@ Threads: TypeAlias = Annotated[
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
+
+def _default(limits: tuple[float, float], what: str) -> Any:
+    """Make the option of a setting that the artifact has for requests that give none."""
+    low, high = limits
+    return typer.Option(min=low, max=high, help=f"Default {what}, for requests that give none.")
+
+
 app = typer.Typer(no_args_is_help=True, help="Fit an intervention to a model.")
 
 
@@ -82,14 +90,7 @@ def lineas(
             help="Regular expression for module paths; if unset, the model family's default sites.",
         ),
     ] = None,
-    strength: Annotated[
-        float,
-        typer.Option(
-            min=_AFFINE.strength[0],
-            max=_AFFINE.strength[1],
-            help="Default strength, for requests that give none.",
-        ),
-    ] = 1.0,
+    strength: Annotated[float, _default(_AFFINE.strength, "strength")] = 1.0,
     name: Name = None,
     description: Description = "",
     license_: License = "Apache-2.0",
@@ -102,7 +103,7 @@ def lineas(
 ) -> None:
     """Fit LinEAS maps, which move the activations on SOURCE to the distribution on TARGET."""
     with fit_output.user_errors_explained():
-        to = fit_output.destination(out, name, description, license_)
+        fields = fit_output.manifest_fields(out, name, description, license_)
         settings = LineasSettings(
             samples=samples,
             steps=steps,
@@ -126,14 +127,10 @@ def lineas(
                 advance,
             )
         manifest = AffineManifest(
-            format="steerserve/1",
+            **fields,
             kind="affine",
             method="lineas",
-            name=to.name,
-            description=to.description,
-            created=to.created,
-            license=to.license,
-            base_model=fit_output.base_model(loaded.description),
+            base_model=BaseModelReference.model_validate(loaded.description, from_attributes=True),
             defaults=AffineDefaults(strength=strength),
             training={
                 "source": source_file.name,
@@ -147,7 +144,7 @@ def lineas(
                 **fit_output.provenance(loaded),
             },
         )
-        fit_output.write(to, manifest, maps, asdict(report), as_json)
+        fit_output.write(out, manifest, maps, asdict(report), as_json)
 
 
 @app.command()
@@ -174,29 +171,10 @@ def argre(
             min=0, help="Interpolated points between the negative and the positive hidden states."
         ),
     ] = 7,
-    eta: Annotated[
-        float,
-        typer.Option(
-            min=_REWARD.eta[0],
-            max=_REWARD.eta[1],
-            help="Default step size, for requests that give none.",
-        ),
-    ] = 0.5,
-    iterations: Annotated[
-        int,
-        typer.Option(
-            min=_REWARD.iterations[0],
-            max=_REWARD.iterations[1],
-            help="Default number of iterations, for requests that give none.",
-        ),
-    ] = 5,
+    eta: Annotated[float, _default(_REWARD.eta, "step size")] = 0.5,
+    iterations: Annotated[int, _default(_REWARD.iterations, "number of iterations")] = 5,
     direction_scale: Annotated[
-        float,
-        typer.Option(
-            min=_REWARD.direction_scale[0],
-            max=_REWARD.direction_scale[1],
-            help="Default scale of the directional step, for requests that give none.",
-        ),
+        float, _default(_REWARD.direction_scale, "scale of the directional step")
     ] = 1.0,
     name: Name = None,
     description: Description = "",
@@ -210,7 +188,7 @@ def argre(
 ) -> None:
     """Fit an ARGRE reward head and direction on pairs of texts."""
     with fit_output.user_errors_explained():
-        to = fit_output.destination(out, name, description, license_)
+        fields = fit_output.manifest_fields(out, name, description, license_)
         settings = ArgreSettings(
             hidden_units=hidden_units,
             interpolations=interpolations,
@@ -227,14 +205,10 @@ def argre(
         with fit_output.progress("learning the reward") as advance:
             head, report = fit_argre(positives, negatives, settings, advance)
         manifest = RewardManifest(
-            format="steerserve/1",
+            **fields,
             kind="reward",
             method="argre",
-            name=to.name,
-            description=to.description,
-            created=to.created,
-            license=to.license,
-            base_model=fit_output.base_model(loaded.description),
+            base_model=BaseModelReference.model_validate(loaded.description, from_attributes=True),
             defaults=RewardDefaults(
                 eta=eta, iterations=iterations, direction_scale=direction_scale
             ),
@@ -249,7 +223,7 @@ def argre(
                 **fit_output.provenance(loaded),
             },
         )
-        fit_output.write(to, manifest, head, asdict(report), as_json)
+        fit_output.write(out, manifest, head, asdict(report), as_json)
 
 
 def _hidden_states(

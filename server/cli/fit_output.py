@@ -5,21 +5,20 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from interventions.artifact import write_artifact
 from interventions.header import ArtifactError
-from interventions.manifest import NAME_PATTERN, BaseModelReference, Manifest, TrainingValue
-from interventions.model import ModelDescription
+from interventions.manifest import NAME_PATTERN, Manifest, TrainingValue
+from server.cli.progress import progress as progress_bar
 from server.cli.training_files import TrainingFileError
 from server.engine.torch.model.embedded import EmbeddedModelError
 from server.engine.torch.model.loader import LoadedModel, ModelLoadError, load_model
@@ -53,19 +52,8 @@ _USER_ERRORS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """The path and the description of the artifact, checked before hours are spent on the fit."""
-
-    path: Path
-    name: str
-    description: str
-    license: str
-    created: datetime
-
-
-def destination(out: Path, name: str | None, description: str, license_: str) -> Destination:
-    """Check the artifact's path, name and licence.
+def manifest_fields(out: Path, name: str | None, description: str, license_: str) -> dict[str, Any]:
+    """Check the options before hours are spent on the fit; return the manifest's fields from them.
 
     `created` is the present time, or SOURCE_DATE_EPOCH if set, which makes the file reproducible.
 
@@ -85,7 +73,13 @@ def destination(out: Path, name: str | None, description: str, license_: str) ->
         raise FitCommandError(f"the folder of --out does not exist: {out.parent}")
     if not license_.strip():
         raise FitCommandError("--license must name a licence")
-    return Destination(out, name, description, license_, _now())
+    return {
+        "format": "steerserve/1",
+        "name": name,
+        "description": description,
+        "created": _now(),
+        "license": license_,
+    }
 
 
 def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedModel:
@@ -109,18 +103,6 @@ def tokenize(loaded: LoadedModel, text: str, max_tokens: int) -> list[int]:
     return token_ids
 
 
-def base_model(description: ModelDescription) -> BaseModelReference:
-    """Return the manifest's description of the model on which the artifact was fitted."""
-    return BaseModelReference(
-        id=description.id,
-        architecture=description.architecture,
-        hidden_size=description.hidden_size,
-        num_layers=description.num_layers,
-        vocab_size=description.vocab_size,
-        fingerprint=description.fingerprint,
-    )
-
-
 def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
     """Return the device and the versions that made the artifact, for the manifest.
 
@@ -139,41 +121,34 @@ def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
 
 
 def write(
-    to: Destination,
+    path: Path,
     manifest: Manifest,
     parameters: AffineParameters | RewardHead,
     figures: Mapping[str, float],
     as_json: bool,
 ) -> None:
     """Write the artifact and print a summary, as text or as JSON for machines."""
-    digest = write_artifact(to.path, manifest, parameters)
+    digest = write_artifact(path, manifest, parameters)
     if as_json:
         summary = {
-            "path": str(to.path),
-            "name": to.name,
+            "path": str(path),
+            "name": manifest.name,
             "kind": manifest.kind,
             "method": manifest.method,
             "digest": f"sha256:{digest}",
-            "bytes": to.path.stat().st_size,
+            "bytes": path.stat().st_size,
             **figures,
         }
         typer.echo(json.dumps(summary))
         return
     shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
-    typer.echo(f"{to.path}  sha256:{digest}\n{shown}")
+    typer.echo(f"{path}  sha256:{digest}\n{shown}")
 
 
 @contextmanager
 def progress(task: str) -> Iterator[Advance]:
     """Show a progress bar on stderr during the block."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar(TextColumn("{task.fields[note]}")) as bar:
         row = bar.add_task(task, total=None, note="")
 
         def advance(done: int, total: int, loss: float | None = None, /) -> None:

@@ -1,8 +1,7 @@
 """`steerserve push`, `list`, `show` and `delete` work on the registry of a running server."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Annotated, Final, NoReturn, TypeAlias
 from urllib.parse import quote
@@ -50,7 +49,11 @@ def push(
     """Upload an artifact to a running server."""
     fields = {} if name is None else {"name": name}
     console = Console(stderr=True)
-    with _open(path) as file, console.status(f"Uploading {path.name} to {url}"):
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        _fail(f"Cannot read {path}: {error.strerror}")
+    with file, console.status(f"Uploading {path.name} to {url}"):
         answer, status = _call(
             url,
             admin_key or api_key,
@@ -168,16 +171,6 @@ def _call(
         message = problem.get("message") if isinstance(problem, dict) else response.reason_phrase
         _fail(f"{message} (HTTP {response.status_code})")
     return answer, response.status_code
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        _fail(f"Cannot read {path}: {error.strerror}")
-    with file:
-        yield file
 
 
 def _shown(value: JsonValue) -> str:

@@ -16,7 +16,11 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table without its title. The first column has words, the others numbers."""
-        cells = [_one_line(row) for row in (self.columns, *self.rows)]
+        # A bar would end a cell, and a line end a row.
+        cells = [
+            [cell.replace("|", "/").replace("\n", " ") for cell in row]
+            for row in (self.columns, *self.rows)
+        ]
         widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
         heads, *lines = (
             [first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]
@@ -48,8 +52,3 @@ def throughput_table(title: str, base: str, measured: Sequence[Throughput]) -> T
         for each in measured
     ]
     return Table(title, columns, rows)
-
-
-def _one_line(row: Sequence[str]) -> list[str]:
-    """Replace what would end a cell or a line of Markdown."""
-    return [cell.replace("|", "/").replace("\n", " ") for cell in row]

@@ -12,13 +12,13 @@ from rich.progress import Progress
 from server.cli.bench.client import BenchClient, BenchError, ListedIntervention
 from server.cli.bench.latency import PHASES, Waits, latency_table, measure_latency
 from server.cli.bench.plan import BenchPlan
-from server.cli.bench.progress import progress
 from server.cli.bench.throughput import (
     Trial,
     distinct_trials,
     measure_throughput,
     steering_trials,
 )
+from server.cli.progress import progress
 from server.measuring.comparison import Throughput
 from server.measuring.table import Table, throughput_table
 
