@@ -4,9 +4,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from rich.progress import Progress
 
@@ -19,6 +19,9 @@ from interventions.registry import Registry
 from server.measuring.comparison import Spread, Throughput
 from server.measuring.table import Table, throughput_table
 
+Point: TypeAlias = tuple[str, str, Edits, int, int]
+"""A key of `_TITLES`, a label, the edits of a batch, its size, and the tokens of each prompt."""
+
 _LOOKUPS: Final = 200
 _MICRO: Final = 1e6
 _TITLES: Final = {
@@ -29,26 +32,14 @@ _TITLES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A steered batch that is measured beside the same batch without steering."""
-
-    kind: str  # a key of `_TITLES`
-    label: str
-    edits: Edits
-    batch: int
-    context: int  # tokens in each prompt
-
-
 def measure_growth(engine: BenchEngine, options: Options, bar: Progress) -> Section:
     """Compare steered with unsteered decode speed, as each quantity grows by itself."""
     task = bar.add_task("growth", total=None)
     measured: defaultdict[str, list[Throughput]] = defaultdict(list)
-    for point in _points(engine, options):
-        turns = replace(options.turns, prompt_tokens=point.context)
-        trials = {point.label: point.edits}
-        measured[point.kind] += compare_with_unsteered(
-            engine, trials, point.batch, turns, lambda: bar.advance(task)
+    for kind, label, edits, batch, context in _points(engine, options):
+        turns = replace(options.turns, prompt_tokens=context)
+        measured[kind] += compare_with_unsteered(
+            engine, {label: edits}, batch, turns, lambda: bar.advance(task)
         )
     lookups = {count: _lookup_seconds(count) for count in options.registered}
     lookup_table = Table(
@@ -76,16 +67,16 @@ def _points(engine: BenchEngine, options: Options) -> Iterator[Point]:
     lineas, both = engine.lineas(), (engine.lineas(), engine.argre())
     middle, context = options.batches[len(options.batches) // 2], options.prompt_tokens
     for batch in options.growth_batches:
-        yield Point("batch", f"batch {batch}", both, batch, context)
+        yield "batch", f"batch {batch}", both, batch, context
     for tokens in options.contexts:
-        yield Point("context", f"{tokens} tokens", both, middle, tokens)
+        yield "context", f"{tokens} tokens", both, middle, tokens
     total = len(engine.sites)
     for sites in sorted({1, max(1, total // 4), max(1, total // 2), total}):
         label = f"{sites} of {total} sites"
-        yield Point("sites", label, (engine.lineas(sites=sites),), middle, context)
+        yield "sites", label, (engine.lineas(sites=sites),), middle, context
     for count in options.loaded:
         _load(engine, count)
-        yield Point("loaded", f"{count} loaded", (lineas,), middle, context)
+        yield "loaded", f"{count} loaded", (lineas,), middle, context
 
 
 def _load(engine: BenchEngine, count: int) -> None:

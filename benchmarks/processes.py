@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import psutil
@@ -61,17 +60,12 @@ class Worker:
         try:
             self.info = self._receive(_START_SECONDS)
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         self._signal(signal.SIGSTOP)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._connection.close()

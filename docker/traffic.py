@@ -130,19 +130,6 @@ def steerings(interventions: Mapping[str, str]) -> tuple[Steering, ...]:
     return (*singles, *([stack] if len(stack) > 1 else []))
 
 
-async def discover(client: httpx.AsyncClient, seed: int) -> Mixture:
-    """Ask the server for its model and for the interventions that it can serve.
-
-    Raises:
-        httpx.HTTPError: the server does not answer with a 200.
-    """
-    models = (await client.get("/v1/models")).raise_for_status().json()["data"]
-    found = (await client.get("/v1/interventions")).raise_for_status().json()["data"]
-    servable = {item["name"]: item["kind"] for item in found if item["servable"]}
-    # The list begins with the model's own name; entries `model+intervention` follow.
-    return Mixture(models[0]["id"], servable, seed)
-
-
 async def send(client: httpx.AsyncClient, wanted: Wanted) -> str:
     """Send one request; returns its status, "left", or the name of a connection's error."""
     try:
@@ -172,7 +159,11 @@ async def run(url: str, seconds: float, rate: float, seed: int) -> Counter[str]:
     async with httpx.AsyncClient(
         base_url=url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False
     ) as client:
-        mixture = await discover(client, seed)
+        models = (await client.get("/v1/models")).raise_for_status().json()["data"]
+        found = (await client.get("/v1/interventions")).raise_for_status().json()["data"]
+        servable = {item["name"]: item["kind"] for item in found if item["servable"]}
+        # The list begins with the model's own name; entries `model+intervention` follow.
+        mixture = Mixture(models[0]["id"], servable, seed)
 
         async def one(wanted: Wanted) -> None:
             counted[await send(client, wanted)] += 1

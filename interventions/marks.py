@@ -44,9 +44,11 @@ class Marks:
             mark = self._marks.get(digest)
             # The object may have had a name in between, by which a server has pinned it.
             if mark is None or mark.times_stored != times_stored:
-                mark = _Mark(
-                    times_stored, {server: _reads(other) for server, other in others.items()}
-                )
+                reads = {
+                    server: None if other is None else other.reads
+                    for server, other in others.items()
+                }
+                mark = _Mark(times_stored, reads)
             marks[digest] = mark
             # A server that the mark lacks has opened the registry later, and read the names then.
             if all(_cannot_hold(mark, digest, server, other) for server, other in others.items()):
@@ -66,7 +68,3 @@ def _cannot_hold(mark: _Mark, digest: str, server: str, lease: Lease | None) -> 
         mark.reads[server] = lease.reads
         return False
     return digest not in lease.held and lease.reads >= before + _READS
-
-
-def _reads(lease: Lease | None) -> int | None:
-    return None if lease is None else lease.reads

@@ -64,7 +64,8 @@ def _parse_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
             raise ValueError(
                 f"its keys must be token ids, as strings of digits; {token[:SHOWN]!r} is none"
             )
-        if not _is_bias(bias):
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not is_number or not -LARGEST_BIAS <= bias <= LARGEST_BIAS:
             raise ValueError(
                 f"its values must be numbers from {-LARGEST_BIAS} to {LARGEST_BIAS}; that of token "
                 f"{token} is none"
@@ -72,19 +73,9 @@ def _parse_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in value.items())
 
 
-def _is_bias(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -LARGEST_BIAS <= value <= LARGEST_BIAS
-
-
 def _none_for_minus_one(value: object) -> object:
     """Read the seed -1 as no seed, as llama.cpp and vLLM do: some clients always send a seed."""
     return None if type(value) is int and value == -1 else value
-
-
-def _unchanged(value: object) -> object:
-    return value
 
 
 class Strict(BaseModel):
@@ -129,7 +120,7 @@ class GenerationFields(Strict):
 
     model: str
     steering: Annotated[
-        object, PlainValidator(_unchanged, json_schema_input_type=SteeringShape)
+        object, PlainValidator(lambda value: value, json_schema_input_type=SteeringShape)
     ] = None
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0

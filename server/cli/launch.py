@@ -87,7 +87,11 @@ def announce_failure(error: Exception, console: Console) -> None:
 def _run(settings: Settings, report: Callable[[str], None]) -> bool:
     """Serve until a signal; return whether the server had started and its engine is alive."""
     with ExitStack() as stack:
-        sinks = _record_sinks(settings, stack)
+        sinks: list[RecordSink] = [LogSink(with_content=settings.log_content)]
+        if settings.otlp_endpoint is not None:
+            traces = load_trace_sink(settings.otlp_endpoint, with_content=settings.log_content)
+            stack.callback(traces.close)
+            sinks.append(traces)
         scorer = None
         if settings.toxicity_scorer != "none":
             process = ScorerProcess(settings.toxicity_scorer)  # it loads while the model does
@@ -102,35 +106,21 @@ def _run(settings: Settings, report: Callable[[str], None]) -> bool:
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None
         if scorer is not None:
-            pace = _scoring_pace(settings, engine)
+            pace = None  # another machine scores at no cost to the engine
+            if parse_spec(settings.toxicity_scorer).kind != "http":
+                pace = Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
             scoring = ScoringQueue(scorer, metrics, settings.toxicity_queue_size, pace)
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
         names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
         report(f"interventions: {names}")
         server = Server(app)
-        _freeze_heap()
+        # The objects that exist now are hundreds of thousands, and live as long as the process. A
+        # garbage collection stops every thread while it visits each object that is not excluded,
+        # and a client can cause any number of collections by a body that holds many lists.
+        gc.collect()
+        gc.freeze()
         server.run()
         return server.started and not server.engine_died
-
-
-def _freeze_heap() -> None:
-    """Exclude the objects that exist now from garbage collection.
-
-    They are hundreds of thousands, and live as long as the process. A collection stops every thread
-    while it visits each object that is not excluded, and a client can cause any number of
-    collections by a request whose body holds many lists.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def _record_sinks(settings: Settings, stack: ExitStack) -> list[RecordSink]:
-    sinks: list[RecordSink] = [LogSink(with_content=settings.log_content)]
-    if settings.otlp_endpoint is not None:
-        traces = load_trace_sink(settings.otlp_endpoint, with_content=settings.log_content)
-        stack.callback(traces.close)
-        sinks.append(traces)
-    return sinks
 
 
 def load_trace_sink(endpoint: str, *, with_content: bool) -> ClosableSink:
@@ -190,13 +180,6 @@ def _load_engine(
         dose_interval=settings.dose_interval,
     )
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
-
-
-def _scoring_pace(settings: Settings, engine: TorchEngine) -> Pace | None:
-    """Return the pace of scoring; None if another machine scores, at no cost to the engine."""
-    if parse_spec(settings.toxicity_scorer).kind == "http":
-        return None
-    return Pace(settings.toxicity_share, lambda: engine.stats().running > 0)
 
 
 def _keep_compiled() -> None:
