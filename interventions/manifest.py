@@ -36,7 +36,7 @@ _RFC3339: Final = re.compile(
 
 
 class ManifestError(ValueError):
-    """The manifest is not accepted; the message is a sentence that names the field."""
+    """The manifest is not accepted; the message is a sentence, and names a field that is wrong."""
 
 
 def _ordered(limits: tuple[Number, Number]) -> tuple[Number, Number]:
@@ -46,7 +46,7 @@ def _ordered(limits: tuple[Number, Number]) -> tuple[Number, Number]:
 
 
 def _rfc3339(value: object) -> datetime:
-    # pydantic alone would also take a Unix timestamp, as a number or as a string of digits.
+    # pydantic alone would also take a Unix timestamp, as a string of digits.
     if isinstance(value, datetime):
         return value
     if not isinstance(value, str) or not _RFC3339.fullmatch(value):
@@ -76,20 +76,20 @@ class BaseModelReference(_Strict):
 
 
 class AffineDefaults(_Strict):
-    """The settings of requests that give none."""
+    """The value of each setting that a request does not give."""
 
     strength: float
     positions: Positions = "all"
 
 
 class AffineLimits(_Strict):
-    """The range of each setting, both ends included."""
+    """The range of each numeric setting, both ends included."""
 
     strength: Range = (0.0, 1.0)
 
 
 class RewardDefaults(_Strict):
-    """The settings of requests that give none."""
+    """The value of each setting that a request does not give."""
 
     eta: float
     iterations: NonNegativeInt
@@ -165,7 +165,7 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Return the manifest as JSON; equal manifests give equal text."""
+    """Return the manifest as JSON, its fields in a fixed order and `training` in the given one."""
     return manifest.model_dump_json()
 
 

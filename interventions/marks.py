@@ -6,21 +6,24 @@ from typing import Final
 
 from interventions.leases import Lease
 
-# One read is not enough: a server may read the names just before a deletion, and write its lease
-# just after it.
+# One read is not enough: a server may read the names just before the object's last name is deleted,
+# and write the lease that counts this read just after.
 _READS: Final = 2
 
 
 @dataclass(slots=True)
 class _Mark:
-    """Each server's `Lease.reads` at the moment when an object was first found unneeded."""
+    """An unneeded object: how often it had been stored when it was first found so.
+
+    `reads` has each server's `Lease.reads` at that moment; None until its lease is known.
+    """
 
     times_stored: int
     reads: dict[str, int | None] = field(default_factory=dict)
 
 
 class Marks:
-    """Remembers objects that no name needs, until their servers' leases show that they may go.
+    """Remembers objects that no name needs, until the other servers' leases show that they may go.
 
     A server that has read the names since an object lost its last name cannot pin the object any
     more. If it has pinned the object before, its lease lists it.
@@ -36,7 +39,7 @@ class Marks:
 
         Args:
             unneeded: the digests, and how often each was ever stored under a name.
-            others: the live leases of the other servers.
+            others: the leases of the other servers that live; None for one that cannot be read.
         """
         removable: set[str] = set()
         marks: dict[str, _Mark] = {}
@@ -58,7 +61,10 @@ class Marks:
 
 
 def _cannot_hold(mark: _Mark, digest: str, server: str, lease: Lease | None) -> bool:
-    """Tell whether a server does not hold an object, and cannot pin it any more."""
+    """Return whether a server does not hold an object, and cannot pin it any more.
+
+    A lease that is known for the first time is noted in the mark.
+    """
     if lease is None:
         return False
     if server not in mark.reads:

@@ -58,7 +58,7 @@ class HttpProtocol(H11Protocol):
 
     @property
     def between_requests(self) -> bool:
-        """True if a request was answered and no byte of a further one has come."""
+        """True if a request was answered and h11 has been given no byte of a further one."""
         answered = self.cycle is not None and self.cycle.response_complete
         return answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 

@@ -1,4 +1,4 @@
-"""Makes invalid input from valid input: JSON with wrong values, and files with wrong bytes."""
+"""Makes mostly invalid input from valid: JSON with wrong values, files with wrong bytes."""
 
 import copy
 import json

@@ -47,6 +47,8 @@ def run_part(command: Sequence[str], seconds: float, log: Path) -> Outcome:
     """Run a part's command to its end, or for at most so many seconds.
 
     Args:
+        command: the arguments for Python, without the interpreter.
+        seconds: the time limit.
         log: the file to write all that the command prints to.
     """
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

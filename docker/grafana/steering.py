@@ -22,7 +22,7 @@ from docker.grafana.queries import (
 from docker.grafana.service import TOKEN_LIMITS
 from docker.grafana.toxicity import toxicity
 
-TOXIC_FROM = ("0.5", "0.8")  # the thresholds that server.metrics counts
+TOXIC_FROM = ("0.5", "0.8")  # scores from which server.metrics counts an answer as toxic
 
 
 def steering() -> Dashboard:

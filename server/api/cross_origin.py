@@ -19,7 +19,8 @@ EXPOSED: Final = ("Location", "Retry-After", "X-Request-Id", "X-Should-Retry")
 class CrossOriginMiddleware(CORSMiddleware):
     """Lets pages of the allowed origins use the server, with the keys that they send.
 
-    Every answer carries the CORS headers, also an error of an inner layer. The server uses no
+    Every answer to a request with an Origin header carries the CORS headers, also an error of an
+    inner layer; only a preflight request refused for its Host gets none. The server uses no
     cookies, so browsers are not allowed to send credentials: a page has to know a key to send it.
     """
 

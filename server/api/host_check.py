@@ -22,9 +22,9 @@ def host_check(settings: Settings) -> HostCheck | None:
     """Make the check of a request's Host headers; None if the server answers for any host.
 
     Hosts are checked if the server is bound to loopback, or if the operator has named allowed
-    hosts. Loopback's own names always pass, because no page can have them. A request without the
-    header passes too: HTTP/1.0 allows it (health checks of load balancers), and no browser sends
-    one.
+    hosts. Loopback's own names always pass, because no page of another machine can have them. A
+    request without the header passes too: HTTP/1.0 allows it (health checks of load balancers), and
+    no browser sends one.
     """
     if not settings.binds_loopback and not settings.allowed_hosts:
         return None
@@ -46,7 +46,7 @@ def host_check(settings: Settings) -> HostCheck | None:
 
 
 class HostMiddleware:
-    """Passes on only requests for the server's own hosts."""
+    """Refuses HTTP requests for foreign hosts, and passes on all else."""
 
     def __init__(self, app: ASGIApp, check: HostCheck) -> None:
         self._app = app

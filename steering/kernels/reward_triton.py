@@ -1,9 +1,10 @@
 """Launches the Triton kernels of `GroupedRefinement`; this module is a `RefinementKernels`.
 
-Shapes depend only on the numbers of rows and steps and on `max_units`. All that differs from step
-to step is in tensors, so that a CUDA graph can hold the launches.
+Shapes and launch grids depend only on the numbers of rows and of gradient steps, on the width and
+on `max_units`. All else that differs from one decode step to the next is in tensors, so that a CUDA
+graph can hold the launches.
 
-Import it only where there is a GPU: `triton` is not installed everywhere.
+Import it only where it is used: `triton` is not installed everywhere.
 """
 
 from typing import Final
@@ -21,11 +22,12 @@ UNITS_BLOCK: Final = {"block_units": 8, "block_columns": 256}
 GRAM_BLOCK: Final = {"block_units": 32, "block_columns": 64}
 FINISH_BLOCK: Final = {"block_units": 64, "block_columns": 32}
 TILE_WARPS: Final = 4
-# Stages of the loads' software pipeline. `_mixed` reads blocks only in part, and so gets more.
+# Stages of the loads' software pipeline. `reward_tiles._mixed` skips rows of a block whose weights
+# are 0, so that its loads are shorter, and more of them are in flight.
 UNITS_STAGES: Final = 3
 MIXED_STAGES: Final = 4
 SPLITS: Final = 8  # programs that share the sum over units in W1 W1^T slopes
-FLIPS: Final = 16  # flipped units whose rows of W1 W1^T are added at once
+FLIPS: Final = 16  # units that pass zero in a step, whose rows of W1 W1^T are added at once
 
 
 def units(h: Tensor, heads: HeadLookup, max_units: int) -> Tensor:
@@ -138,5 +140,5 @@ def finish(h: Tensor, shifts: Tensor, slope_sums: Tensor, heads: HeadLookup) -> 
 
 
 def row_warps(block_units: int) -> int:
-    """Return the number of warps for a row's units, at 4 units a thread if 16 warps suffice."""
+    """Return the number of warps for a row's units: 4 units a thread, up to 16 warps."""
     return max(1, min(16, block_units // 128))

@@ -9,7 +9,7 @@ from server.toxicity.scorer import ScoringError
 
 
 class Picky:
-    """Scores texts that are numbers; fails on "bad", and gives no score for "short"."""
+    """Scores texts that are numbers; fails on "bad", and scores no text of a batch with "short"."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

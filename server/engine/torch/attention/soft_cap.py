@@ -1,6 +1,7 @@
 """Computes attention whose scores are bounded: softcap * tanh(scores / softcap) (Gemma 2).
 
-torch's scaled_dot_product_attention has no soft cap, so slabs need this plain arithmetic.
+torch's scaled_dot_product_attention has no soft cap, so attention over slabs (contiguous keys and
+values) needs this plain arithmetic.
 """
 
 import torch
@@ -18,7 +19,9 @@ def soft_capped_attention(
     """Attend in plain arithmetic, which holds all scores in memory.
 
     Args:
-        query: (n, kv_heads, queries, head_dim); `key`, `value`: (n, kv_heads, keys, head_dim).
+        query: (n, kv_heads, queries, head_dim), for n sequences; the queries of all heads that
+            share a key head are side by side.
+        key, value: (n, kv_heads, keys, head_dim).
         mask: added to the scores, broadcast; None where all keys are seen.
         scaling: None for 1 / sqrt(head_dim).
 
