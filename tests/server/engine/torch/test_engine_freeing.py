@@ -13,13 +13,13 @@ from server.engine.torch.attention.slab import Slab
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.kv_store import KVStore
-from server.engine.torch.loaded_interventions import LoadedInterventions
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.scheduling.block_keys import KeyChain
 from server.engine.torch.scheduling.prefix_cache import PrefixCache
 from server.engine.torch.scheduling.scheduler import Scheduler
 from server.engine.torch.scheduling.sequence import Sequence
+from server.engine.torch.scheduling.slots import SlotTable
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.engines import idle
 from tests.serving import eventually
@@ -43,7 +43,7 @@ FREEING = (
     (KVStore, "free_lane"),
     (Slab, "free"),
     (PenaltyTable, "free"),
-    (LoadedInterventions, "unpin"),
+    (SlotTable, "unpin"),
 )
 
 
