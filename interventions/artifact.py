@@ -69,6 +69,8 @@ def read_artifact(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Artifa
         raise UnreadableArtifactError(f"{path.name} cannot be read: {error.strerror}.") from error
     except SafetensorError as error:
         raise ArtifactError(f"The file is not a safetensors file: {error}") from error
+    except RuntimeError as error:  # torch opens the file once more, and raises this if it cannot
+        raise UnreadableArtifactError(f"{path.name} cannot be read.") from error
     _check_values(summary.shapes, tensors)
     return Artifact(
         digest=digest,

@@ -304,6 +304,24 @@ def test_refuses_a_lying_entry(tmp_path: Path, name: str, fields: Json, reason: 
         read_artifact(write(tmp_path, with_header(json.dumps(header).encode(), DATA)))
 
 
+def test_a_file_that_goes_while_it_is_read_is_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors checks the file, and then torch opens it once more."""
+    [path, *_] = bundled_artifacts()
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes(path.read_bytes())
+    open_by_torch = torch.UntypedStorage.from_file
+
+    def open_too_late(*args: object, **kwargs: object) -> object:
+        copied.unlink()
+        return open_by_torch(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", open_too_late)
+    with pytest.raises(UnreadableArtifactError, match="cannot be read"):
+        read_artifact(copied)
+
+
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a regular file"):
         read_artifact(tmp_path)

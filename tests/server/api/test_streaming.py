@@ -127,9 +127,11 @@ async def test_a_stream_as_guidellm_asks_for_it(chat_client: httpx.AsyncClient, 
     response = await chat_client.post(path, json={**shared, **own, "ignore_eos": True})
     assert response.status_code == 200, response.text
     stream = chunks(response.text)
-    # guidellm takes the first count for the tokens of the first text, and the last for the total.
-    counts = [chunk["usage"]["completion_tokens"] for chunk in stream]  # type: ignore[index]
-    assert counts[0] == 1
+    # guidellm takes the first count for the tokens of the first text, and the last for the total. A
+    # chunk has several tokens if the engine was faster than the event loop.
+    counts: list[int] = [chunk["usage"]["completion_tokens"] for chunk in stream]  # type: ignore[index]
+    assert counts == sorted(counts)
+    assert counts[0] > 0
     assert counts[-1] == 4
 
 
