@@ -1,4 +1,4 @@
-"""How fast a device reads its memory."""
+"""Measures how fast a device reads its memory."""
 
 import statistics
 import time

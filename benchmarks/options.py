@@ -1,4 +1,4 @@
-"""How much is measured, and with what."""
+"""Defines the options of the benchmarks: how much is measured, and with what."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Options:
 
     @property
     def conditions(self) -> str:
-        """What is measured in the engine, for the head of a page."""
+        """The sentence at the head of a page that says what was measured in the engine."""
         return (
             f"Decode steps in the engine on {self.model}, {self.prompt_tokens} prompt tokens and "
             f"{self.turns.tokens} generated ones in each sequence. What is compared takes a step "

@@ -262,7 +262,7 @@ class RegistryChanges:
                 self._contents = self._reader.read()
             self._write_marked()
         except OSError as error:
-            _logger.warning("what the registry no longer needs stays for now: %s", error)
+            _logger.warning("unneeded objects could not be removed yet: %s", error)
 
     def _remove_object(self, digest: str) -> None:
         try:

@@ -30,7 +30,7 @@ class RewardHead:
     b2: Tensor  # () float32
     direction: Tensor  # (d,) float32; its length is part of the method
     positive_reward: Tensor  # () float32, mean reward of the training positives
-    # What the faster forms of `apply_reward` read. None before `prepare`, and for heads that
+    # The faster forms of `apply_reward` read this layout. None before `prepare`, and for heads that
     # `prepared_head.prepare` refuses.
     prepared: PreparedHead | None = field(default=None, repr=False, kw_only=True)
 

@@ -47,7 +47,7 @@ DEFAULT_SITES: Final[Mapping[str, str]] = {
     "Phi3ForCausalLM": _FEED_FORWARD_INPUT,
     "Qwen2ForCausalLM": _FEED_FORWARD_INPUT,
     "Qwen3ForCausalLM": _FEED_FORWARD_INPUT,
-    # What each block's attention and feed-forward network add to the residual stream.
+    # The outputs of each block's attention and feed-forward network, after their norms.
     "Gemma2ForCausalLM": (
         r"model\.layers\.\d+\.(post_attention_layernorm|post_feedforward_layernorm)"
     ),

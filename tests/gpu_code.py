@@ -1,4 +1,4 @@
-"""What Triton makes of kernels for GPUs that are not there."""
+"""Compiles Triton kernels for GPUs that this machine does not have."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from tests.processes import ROOT
 
 
 def compiled_for_gpus(compiler: str) -> list[dict[str, Any]]:
-    """What a module of the tests tells of its kernels, compiled for an A100 and an H100.
+    """Compile the kernels of a tests' module for an A100 and an H100; return what it prints.
 
-    It runs in a process of its own: in this one, Triton interprets its kernels.
+    The module runs in another process, because Triton interprets its kernels in this one.
     """
     made = subprocess.run(
         [sys.executable, "-m", f"tests.{compiler}", "80", "90"],

@@ -36,7 +36,7 @@ PARTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a part has ended."""
+    """The end of a part: whether it passed, and why not."""
 
     passed: bool
     how: str  # in a few words

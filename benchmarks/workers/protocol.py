@@ -1,4 +1,4 @@
-"""How a worker answers the benchmark.
+"""Defines how a worker answers the benchmark.
 
 Imports the standard library only, as one worker runs in a virtual environment without steerserve.
 """

@@ -1,1 +1,1 @@
-"""What loads the base model and generates: one protocol, one package an engine."""
+"""Holds the engines, which load the base model and generate: one protocol, one package each."""

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.gpu.page import Page
 from benchmarks.gpu.parts import PARTS, ROOT, Outcome, run_part
 
-# What a bare machine lacks, and what this environment has beside it.
+# Packages that this environment has and a bare machine lacks.
 _LACKING = (
     *("pydantic", "pydantic_settings", "fastapi", "starlette", "typer", "httpx", "uvicorn"),
     *("pytest_asyncio", "pytest_timeout", "hypothesis", "prometheus_client", "rich"),

@@ -78,7 +78,7 @@ HISTOGRAMS = {
     "completion_toxicity": 'intervention="detox", arm="served"',
 }
 BUCKETS = {"1.0": (1, 0), "5.0": (1, 3), "+Inf": (1, 3)}
-# Of four observations a second, one is at most 1 and three are spread evenly between 1 and 5.
+# Four observations a second: one is at most 1, three are spread evenly between 1 and 5.
 P50, P95, P99 = (1 + 4 * (4 * share - 1) / 3 for share in (0.5, 0.95, 0.99))
 BUCKETS_IN_A_MINUTE = {"1.0": 60.0, "5.0": 240.0, "+Inf": 240.0}
 

@@ -102,7 +102,7 @@ def test_a_gate_is_no_site(tmp_path: Path) -> None:
         read_summary(path, ArtifactLimits(max_sites=1))
 
 
-# What a tensor's name means
+# --- the meaning of a tensor's name ---
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_gate_has_the_values_of_its_tensors(tmp_path: Path) -> None:
     assert (gate.weight.tolist(), gate.bias.item()) == ([-0.5, -0.5], 0.75)
 
 
-# What cannot be written, since it would read as something else
+# --- maps that cannot be written, because they would be read as others ---
 
 ONE, TWO = torch.ones(()), torch.ones(2)
 MAP = AffineMap(TWO, TWO)

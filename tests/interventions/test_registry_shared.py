@@ -179,7 +179,7 @@ def test_a_deletion_on_a_full_disk_is_seen(
     assert history_of(two, "a")[-1].event == "deleted"
 
 
-# What another server needs
+# --- objects that another server needs ---
 
 
 def test_bytes_that_another_server_holds_stay(servers: Servers, make: Make) -> None:

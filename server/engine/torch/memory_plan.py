@@ -32,7 +32,7 @@ _USABLE: Final = 0.97  # share of the free memory that the plan divides
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How the memory of one GPU that the weights leave free is divided, in bytes."""
+    """Divides the memory of one GPU that the weights leave free, in bytes."""
 
     free: int  # when the plan was made
     bank: int  # interventions that are loaded

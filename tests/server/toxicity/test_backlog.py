@@ -36,7 +36,7 @@ ELSEWHERE = Cost(lambda _: 2.0, lambda _: 0.001)
 
 @dataclass
 class Traffic:
-    """What became of the texts of one run."""
+    """Counts the texts of one run: how many were offered, dropped and scored."""
 
     offered: int = 0
     dropped: int = 0

@@ -108,7 +108,7 @@ class LaneSpan:
 class KVMemory(ABC):
     """Memory for the keys and values of all sequences."""
 
-    # Whether all memory is allocated at the start, so that no lane can exceed the plan.
+    # True if all memory is allocated at the start, so that no lane can exceed the plan.
     is_preallocated: bool
     # The device on which a step's tensors are built; None for the model's own.
     batch_device: torch.device | None = None

@@ -86,7 +86,7 @@ class SlabGroup:
 
     @property
     def full(self) -> bool:
-        """Whether every row is taken."""
+        """True if every row is taken."""
         return len(self.slabs) == self._max_slabs
 
     def add(self, slab: "Slab") -> None:

@@ -44,7 +44,7 @@ _MAX_PLANS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """How one layer is computed in a step."""
+    """Says how one layer is computed in a step."""
 
     variant: int  # index into the plan's variants
     tensors: Tensors  # the layer's own, and the maps of its sites
@@ -53,7 +53,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _LayerPlan:
-    """How all layers are computed, for one content of the bank and one set of used slots."""
+    """Says how all layers are computed, for one content of the bank and one set of used slots."""
 
     variants: tuple[Variant, ...]
     layers: list[_Layer]

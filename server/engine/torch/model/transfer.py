@@ -14,7 +14,7 @@ _ALIGNMENT: Final = 16  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where tensors of certain shapes and dtypes lie in a buffer of bytes."""
+    """Places tensors of certain shapes and dtypes in a buffer of bytes."""
 
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]

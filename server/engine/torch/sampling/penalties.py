@@ -17,7 +17,7 @@ def changes_logits(settings: SamplingSettings) -> bool:
 
 
 class PenaltyEntry(NamedTuple):
-    """How one token's logit changes."""
+    """Says how one token's logit changes."""
 
     token: int
     bias: float  # added

@@ -29,12 +29,12 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether the chunk ends with the sequence's last known token."""
+        """True if the chunk ends with the sequence's last known token."""
         return self.end == len(self.sequence.tokens)
 
     @property
     def draws(self) -> bool:
-        """Whether the sequence's next token is drawn after the chunk."""
+        """True if the sequence's next token is drawn after the chunk."""
         return self.completes and len(self.sequence.tokens) < self.sequence.max_length
 
     @property
@@ -60,7 +60,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step computes, and which sequences gave up their K/V for it."""
+    """The chunks that the next step computes, and the sequences that gave up their K/V for them."""
 
     chunks: list[Chunk]
     preempted: list[Sequence]  # will be computed anew later

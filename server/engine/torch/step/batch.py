@@ -21,7 +21,7 @@ class Row:
 
     @property
     def draws(self) -> bool:
-        """Whether the sequence's next token is drawn from the row; else it scores a prompt's."""
+        """True if the sequence's next token is drawn from the row; else it scores a prompt's."""
         return self.position == len(self.sequence.tokens) - 1
 
 

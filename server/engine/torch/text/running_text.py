@@ -25,7 +25,7 @@ class RunningText:
         self._decoder = getincrementaldecoder("utf-8")("replace")
         # The last token whose bytes are text by themselves.
         self._last_text_token: int | None = None
-        # Whether all bytes of an unfinished character come from the prompt.
+        # True if all bytes of an unfinished character come from the prompt.
         self._is_from_prompt = False
         self.length = 0  # characters so far, an unfinished one not counted
         self.token_start = 0  # the index of the character in which the last token begins

@@ -110,7 +110,7 @@ def test_what_could_start_at_once_does_not_wait() -> None:
 
 
 def test_what_has_a_place_but_no_memory_waits() -> None:
-    # Of three blocks, two sequences hold one each, and one stays spare for the first to grow.
+    # Two sequences hold one of three blocks each, and one stays spare for the first to grow.
     schedule = scheduler(blocks=3, batch=8, waiting=2)
     for _ in range(2 + 2):
         schedule.check_room(1)
