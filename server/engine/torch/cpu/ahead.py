@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._inductor.loop_body import InterpreterShim
 from torch.utils._pytree import tree_leaves
 
 from server.engine.torch.cpu.packed import MergeEqualProducts
@@ -32,6 +33,20 @@ _TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16:
 
 class CompiledWronglyError(Exception):
     """Compiled code gives other results than the code that it was made from."""
+
+
+def prepare_compiler() -> None:
+    """Make the compiler safe to run on one thread while another thread runs a model's modules.
+
+    Call this while no other thread runs a module. The first code that torch's compiler generates
+    makes an empty graph by `torch.fx.symbolic_trace`, which replaces `nn.Module.__call__` in the
+    whole process for some milliseconds: a module that another thread calls then raises a NameError.
+    torch keeps the graph, so it is made here. Everything else is traced by `PythonKeyTracer`, which
+    calls the modules of other threads as ever.
+    """
+    make_empty_graph = getattr(InterpreterShim, "_dummy_gm", None)
+    if make_empty_graph is not None:  # private, so another torch may do without it
+        make_empty_graph()
 
 
 def compile_ahead(

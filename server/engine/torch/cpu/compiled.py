@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from server.engine.torch.cpu.ahead import warn_uncompiled
+from server.engine.torch.cpu.ahead import prepare_compiler, warn_uncompiled
 from server.engine.torch.cpu.background import BackgroundThread
 from server.engine.torch.cpu.compiled_head import compile_head
 from server.engine.torch.cpu.graph_store import GraphStore
@@ -77,6 +77,7 @@ class CompiledLayers:
         self._layers = layers
         self._recorded = (one_token, more_tokens)
         self._plans: dict[tuple[Bank, int, frozenset[int] | None, int], _LayerPlan] = {}
+        prepare_compiler()
         self._background = BackgroundThread("compiler")
         self._graphs = GraphStore(self._start_making, rule)
         for structure in range(len(layers.structures)):
