@@ -23,13 +23,13 @@ from interventions.layout import (
     AffineShapes,
     Shapes,
     check_layout,
-    to_parameters,
     to_tensors,
 )
 from interventions.manifest import Manifest, ManifestError, manifest_text, parse_manifest
 from interventions.storage import publish, temporary_path, write_synced
 from steering.affine import AffineParameters
 from steering.reward import RewardHead
+from steering.stored import parameters_of
 
 _STORED_TYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 _HASHED_AT_ONCE: Final = 1 << 20
@@ -76,7 +76,7 @@ def read_artifact(path: Path, limits: ArtifactLimits = DEFAULT_LIMITS) -> Artifa
         digest=digest,
         size=summary.size,
         manifest=summary.manifest,
-        parameters=to_parameters(summary.shapes, tensors),
+        parameters=parameters_of(tensors),
     )
 
 

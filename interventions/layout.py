@@ -1,25 +1,17 @@
-"""Maps parameters to an artifact's tensors and back, and checks the tensors' names and shapes."""
+"""Maps parameters to an artifact's tensors, and checks the tensors' names and shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
 from interventions.header import ArtifactError, ArtifactLimits
 from interventions.manifest import AffineManifest, Manifest
-from interventions.site_tensors import Shape, shape_text, site_maps, site_tensors, site_widths
+from interventions.site_tensors import Shape, shape_text, site_tensors, site_widths
 from steering.affine import AffineParameters
 from steering.reward import RewardHead
-
-_HEAD_TENSORS: Final = (
-    "head.0.weight",
-    "head.0.bias",
-    "head.2.weight",
-    "head.2.bias",
-    "direction",
-    "positive_reward",
-)
+from steering.stored import HEAD_TENSORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +72,11 @@ def to_tensors(parameters: AffineParameters | RewardHead) -> dict[str, Tensor]:
     return site_tensors(parameters)
 
 
-def to_parameters(shapes: Shapes, tensors: Mapping[str, Tensor]) -> AffineParameters | RewardHead:
-    """Return the parameters that checked tensors stand for."""
-    if isinstance(shapes, RewardShapes):
-        return RewardHead(
-            w1=tensors["head.0.weight"],
-            b1=tensors["head.0.bias"],
-            w2=tensors["head.2.weight"].reshape(shapes.units),
-            b2=tensors["head.2.bias"].reshape(()),
-            direction=tensors["direction"],
-            positive_reward=tensors["positive_reward"],
-        )
-    return site_maps(shapes.site_widths.keys(), tensors)
-
-
 def _check_head(tensors: Mapping[str, Shape], limits: ArtifactLimits) -> RewardShapes:
     for name in tensors:
-        if name not in _HEAD_TENSORS:
+        if name not in HEAD_TENSORS:
             raise ArtifactError(f"A reward artifact has no tensor called {name[:300]!r}.")
-    for name in _HEAD_TENSORS:
+    for name in HEAD_TENSORS:
         if name not in tensors:
             raise ArtifactError(f'The artifact lacks the tensor "{name}".')
     first = tensors["head.0.weight"]
@@ -110,7 +88,7 @@ def _check_head(tensors: Mapping[str, Shape], limits: ArtifactLimits) -> RewardS
             f"The head has {units} hidden units; the limit is {limits.max_head_units}."
         )
     expected = ((units, width), (units,), (1, units), (1,), (width,), ())
-    for name, shape in zip(_HEAD_TENSORS, expected, strict=True):
+    for name, shape in zip(HEAD_TENSORS, expected, strict=True):
         if tensors[name] != shape:
             raise ArtifactError(
                 f'"{name}" has shape {shape_text(tensors[name])}; expected {shape_text(shape)}.'

@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 from torch import Tensor
 
 from interventions.header import ArtifactError
-from steering.affine import AffineMap, AffineParameters, Gate
+from steering.affine import AffineParameters
 from steering.sites import locate_site
 
 Shape: TypeAlias = tuple[int, ...]
@@ -64,27 +64,6 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, shape: Shape) ->
             f"{shape_text(shape)}."
         )
     tensors[name] = tensor
-
-
-def site_maps(sites: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-    """Return the maps at these sites, from tensors that `site_widths` has checked."""
-    return {
-        site: AffineMap(
-            weight=tensors[_name(site, "weight")],
-            bias=tensors[_name(site, "bias")],
-            low=tensors.get(_name(site, "low")),
-            high=tensors.get(_name(site, "high")),
-            gate=_gate(site, sites, tensors),
-        )
-        for site in sites
-    }
-
-
-def _gate(site: str, sites: Collection[str], tensors: Mapping[str, Tensor]) -> Gate | None:
-    weight = _name(site + _GATE, "weight")
-    if weight not in tensors or site + _GATE in sites:
-        return None
-    return Gate(weight=tensors[weight], bias=tensors[_name(site + _GATE, "bias")])
 
 
 def site_widths(shapes: Mapping[str, Shape], max_sites: int) -> dict[str, int]:
