@@ -65,10 +65,16 @@ class Bank:
         self.slot_changes += 1
 
     @torch.inference_mode()
-    def allocate_sites(self, widths: Mapping[str, int]) -> None:
-        """Allocate the memory for maps at some sites (site -> width), ahead of `put`."""
+    def allocate_sites(self, widths: Mapping[str, int], *, all_parts: bool = False) -> None:
+        """Allocate the memory for maps at some sites (site -> width), ahead of `put`.
+
+        With `all_parts`, memory for supports and gates is allocated too. The sites' tensors are
+        then the same ones for as long as the bank lives, as a compiled model needs them.
+        """
         for site, width in widths.items():
-            self._site(site, width)
+            maps = self._site(site, width)
+            if all_parts:
+                maps.allocate_all_parts()
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
@@ -101,6 +107,10 @@ class Bank:
     def parts_used(self, slots: Iterable[int]) -> frozenset[SitePart]:
         """Return the sites and parts of the maps in some slots."""
         return frozenset[SitePart]().union(*{self._parts[each] for each in slots})
+
+    def table(self, site: str) -> MapTable:
+        """Return all maps at a site that memory was allocated for."""
+        return self._sites[site].table
 
     def affine_slot(self) -> int | None:
         """Return a slot that holds affine maps, or None if there is none."""

@@ -83,6 +83,11 @@ class SiteMaps:
             self.table.gate_weight[slot] = 0
             self.table.gate_bias[slot] = 0
 
+    def allocate_all_parts(self) -> None:
+        """Allocate the memory for supports and gates, so that `put` replaces no tensor."""
+        self._supports()
+        self._gates()
+
     def move(self, device: torch.device) -> None:
         """Move the maps to a device, that of the site's activations."""
         if self.table.flags.device != device:

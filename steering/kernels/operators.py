@@ -36,6 +36,12 @@ def define_operator(
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
+def use_on_cpus(name: str, function: Callable[..., Tensor]) -> None:
+    """Register another function for an operator on CPUs."""
+    library: Any = _LIBRARY
+    library.impl(name, function, "CPU")
+
+
 def use_on_gpus(name: str, function: Callable[..., Tensor]) -> None:
     """Register an operator's function for NVIDIA GPUs, unless it has one."""
     library: Any = _LIBRARY

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from steering.affine import HAS_GATE, HAS_MAP
 from steering.bank import Bank
 from steering.grouped_refinement import GroupedRefinement
 from steering.route import Span, build_route
@@ -178,3 +179,17 @@ def test_kernels_refine_rows_by_the_heads_of_their_slots(monkeypatch: pytest.Mon
         torch.testing.assert_close(refined[row], expected, rtol=1e-4, atol=1e-4)
     bank.clear(3)
     assert not bank.grouped.has_heads([3])
+
+
+def test_sites_allocated_with_all_parts_keep_their_tensors() -> None:
+    """A compiled model holds the tensors themselves."""
+    bank = Bank(2, CPU)
+    bank.allocate_sites(dict.fromkeys(SITES, WIDTH), all_parts=True)
+    before = {site: bank.table(site) for site in SITES}
+    bank.put(1, random_maps(1, support=True))
+    bank.put(2, random_maps(2, gate=True))
+    bank.clear(1)
+    for site, table in before.items():
+        assert all(now is then for now, then in zip(bank.table(site), table, strict=True))
+        assert None not in table
+        assert table.flags.tolist() == [0, 0, HAS_MAP | HAS_GATE]

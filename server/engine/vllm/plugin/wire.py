@@ -1,0 +1,99 @@
+"""What the service and the workers tell each other, in types that vLLM serialises safely.
+
+At start, the service puts a `Layout` into vLLM's `additional_config`. With each request it sends a
+`Steering` in the sampling parameters' `extra_args`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Final, TypeAlias
+
+from steering.settings import AffineSettings, RewardSettings, Settings
+
+KEY: Final = "steerserve"
+# Part of the key under which vLLM stores compiled models. Raise it when the edits inside the model
+# change, so that no model that was compiled with others is loaded.
+_GRAPH_VERSION: Final = 1
+MOST_EDITS: Final = 4  # in one request's stack
+
+_KINDS: Final[Mapping[str, type[AffineSettings] | type[RewardSettings]]] = {
+    "affine": AffineSettings,
+    "reward": RewardSettings,
+}
+Json: TypeAlias = Any  # what vLLM's msgpack carries: numbers, texts, lists, dicts, None
+
+
+class WireError(ValueError):
+    """A message is not one that this version of the service sends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What is prepared in every worker before the model is traced, and cannot change later."""
+
+    slots: int  # interventions that can be loaded at once; slot 0, the identity, not counted
+    sites: tuple[str, ...]
+
+    def to_config(self) -> dict[str, Json]:
+        """Return vLLM's `additional_config`, which vLLM hashes into the key of compiled models."""
+        return {KEY: {"version": _GRAPH_VERSION, "slots": self.slots, "sites": list(self.sites)}}
+
+    @classmethod
+    def from_config(cls, additional_config: Json) -> "Layout":
+        """Read a layout from `additional_config`.
+
+        Raises:
+            WireError: there is none, or it is of another version.
+        """
+        match additional_config:
+            case {"steerserve": {"version": version, "slots": int(slots), "sites": list(sites)}}:
+                if version != _GRAPH_VERSION:
+                    raise WireError(f"the layout has version {version}, not {_GRAPH_VERSION}")
+                return cls(slots, tuple(sites))
+        raise WireError("vLLM was started without the layout of the sites: start it by steerserve")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEdit:
+    """One edit of a request: a slot, the digest of what it must hold, and the settings."""
+
+    slot: int
+    digest: str
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What a worker must know of a request beside vLLM's own sampling parameters."""
+
+    edits: tuple[LoadedEdit, ...] = ()  # in the order in which they apply
+    seed: int | None = None  # fixes the request's draws
+
+    def to_extra_args(self) -> dict[str, Json]:
+        """Return the sampling parameters' `extra_args`."""
+        edits = [
+            [edit.slot, edit.digest, _kind_of(edit.settings), *astuple(edit.settings)]
+            for edit in self.edits
+        ]
+        return {KEY: {"edits": edits, "seed": self.seed}}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Json] | None) -> "Steering":
+        """Read what a request asks for.
+
+        Raises:
+            WireError: it does not say whether it is steered. A request of the service always does.
+        """
+        match extra_args:
+            case {"steerserve": {"edits": list(edits), "seed": int() | None as seed}}:
+                return cls(tuple(_edit(each) for each in edits), seed)
+        raise WireError("a request does not say how it is steered")
+
+
+def _kind_of(settings: Settings) -> str:
+    return next(name for name, kind in _KINDS.items() if isinstance(settings, kind))
+
+
+def _edit(stored: Sequence[Json]) -> LoadedEdit:
+    slot, digest, kind, *settings = stored
+    return LoadedEdit(slot, digest, _KINDS[kind](*settings))

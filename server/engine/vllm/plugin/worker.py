@@ -1,0 +1,38 @@
+"""What vLLM's worker does more when it is steered: the calls that the service makes by name."""
+
+import torch
+from safetensors.torch import load
+from vllm.v1.worker.gpu_worker import Worker
+
+from server.engine.vllm.plugin.limits import refuse_unsupported
+from server.engine.vllm.plugin.runner import SteeredRunner
+from server.engine.vllm.plugin.steered_model import SteeredModel
+from steering.stored import parameters_of
+
+
+class SteeredWorker(Worker):
+    """A mixin before a worker."""
+
+    model_runner: SteeredRunner
+
+    def init_device(self) -> None:
+        """Refuse what steering was not shown with, also where vLLM was started by somebody else."""
+        refuse_unsupported(self.vllm_config)
+        super().init_device()
+
+    def steering_sites(self) -> list[str]:
+        """Return the sites that this rank edits."""
+        return list(self._steered.sites)
+
+    def steering_load(self, slot: int, digest: str, artifact: bytes) -> None:
+        """Fill a slot with an artifact's parameters. The service has checked the artifact.
+
+        Raises:
+            SteeringError: a map is at a site that was not prepared, or has another width.
+        """
+        tensors = {name: each.to(torch.float32) for name, each in load(artifact).items()}
+        self._steered.load(slot, digest, parameters_of(tensors))
+
+    @property
+    def _steered(self) -> SteeredModel:
+        return self.model_runner.steered
