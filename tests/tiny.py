@@ -100,11 +100,13 @@ def tiny_config(family: str) -> PreTrainedConfig:
     raise ValueError(family)
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str, seed: int = 0, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
     """Return a random float32 model of a family, whose logits lie far apart."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        tiny_config(family),
+        config or tiny_config(family),
         # Of transformers' attention implementations, "sdpa" leaves out Gemma 2's soft cap.
         attn_implementation="eager" if family == "gemma2" else "sdpa",
     )

@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import packages_distributions, version
 
-from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+from vllm import LLM, SamplingParams
 
 from benchmarks.workers.protocol import serve
 

@@ -5,7 +5,6 @@ inherits. Each says which promise of that method it relies on.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +23,8 @@ class SteeredRunner(GPUModelRunner):
 
     steered: SteeredModel
     known: KnownRequests
+    sampler: Any  # vLLM's own attributes, as far as they are replaced here
+    num_prompt_logprobs: dict[str, int]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights, then install the edits: nothing has been traced by then."""

@@ -23,7 +23,7 @@ _RowRoute: TypeAlias = Callable[[int], Route]  # a number of logits rows -> thei
 
 
 class SteeringError(RuntimeError):
-    """A step cannot be steered as its requests ask. vLLM ends then: no row is computed unsteered."""
+    """A step cannot be steered as its requests ask; vLLM ends, so that none is served unsteered."""
 
 
 class StepTokens(nn.Module):
@@ -32,13 +32,15 @@ class StepTokens(nn.Module):
     Compiled models and CUDA graphs read these tensors, so a step only overwrites their contents.
     """
 
-    slots: Tensor  # (MOST_EDITS, tokens) int64; 0, the identity, for a token without an edit
-    strength: Tensor  # (MOST_EDITS, tokens) float32
+    slots: Tensor  # (MOST_EDITS, tokens + 1) int64; 0, the identity, for a token without an edit
+    strength: Tensor  # (MOST_EDITS, tokens + 1) float32
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         """`tokens` is the largest number of tokens in a step, padding included."""
         super().__init__()
-        shape = (MOST_EDITS, tokens)
+        # One more: a compiler that traces a step with as many tokens as there are columns would
+        # take the number of tokens for a constant.
+        shape = (MOST_EDITS, tokens + 1)
         slots = torch.zeros(shape, dtype=torch.int64, device=device)
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("strength", torch.zeros(shape, device=device), persistent=False)
@@ -114,9 +116,7 @@ class SteeredModel:
         module.add_module(_CHILD, edit)
         edit_activations(module, locate_site(site), edit)
 
-    def load(
-        self, slot: int, digest: str, parameters: AffineParameters | RewardHead
-    ) -> None:
+    def load(self, slot: int, digest: str, parameters: AffineParameters | RewardHead) -> None:
         """Fill a slot. Affine maps at sites of other ranks are left to those ranks.
 
         Raises:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Final, TypeAlias
 
-from steering.settings import AffineSettings, RewardSettings, Settings
+from steering.settings import AffineSettings, RewardSettings
 
 KEY: Final = "steerserve"
 # Part of the key under which vLLM stores compiled models. Raise it when the edits inside the model
@@ -59,7 +59,7 @@ class LoadedEdit:
 
     slot: int
     digest: str
-    settings: Settings
+    settings: AffineSettings | RewardSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Steering:
         raise WireError("a request does not say how it is steered")
 
 
-def _kind_of(settings: Settings) -> str:
+def _kind_of(settings: AffineSettings | RewardSettings) -> str:
     return next(name for name, kind in _KINDS.items() if isinstance(settings, kind))
 
 

@@ -1,0 +1,176 @@
+"""The plugin inside vLLM's own runner, on its CPU build: `make test-vllm`."""
+
+import math
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.torch.loaded_interventions import Parameters
+from steering.settings import AffineSettings, RewardSettings
+from tests.oracles import Oracle, Stack
+from tests.tiny import family_sites, head_width, random_head, random_maps
+from tests.vllm_models import (
+    FAMILIES,
+    load_all,
+    steered_vllm,
+    steering_args,
+    use_vllm_in_this_process,
+    vllm_model,
+)
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
+]
+NEW_TOKENS = 12
+PROMPTS = (
+    b"hello world, how are you?",
+    b"x",
+    b"The quick brown fox jumps over the lazy dog, then it sleeps. " * 2,  # in several chunks
+)
+STACKS: dict[str, tuple[tuple[str, AffineSettings | RewardSettings], ...]] = {
+    "base": (),
+    "a": (("a", AffineSettings(1.0)),),
+    "a at another strength": (("a", AffineSettings(0.4)),),
+    "a on the prompt": (("a", AffineSettings(0.9, "prompt")),),
+    "a on what is generated": (("a", AffineSettings(0.9, "generated")),),
+    "both parts": (("both parts", AffineSettings(0.9)),),
+    "r": (("r", RewardSettings(0.5, 5)),),
+    "r with other settings": (("r", RewardSettings(0.2, 2, 0.5)),),
+    "three": (
+        ("both parts", AffineSettings(0.5)),
+        ("r", RewardSettings(0.3, 2)),
+        ("a", AffineSettings(0.6)),
+    ),
+}
+
+
+def interventions(family: str) -> dict[str, Parameters]:
+    sites = family_sites(family)
+    return {
+        "a": random_maps(1, sites=sites),
+        "both parts": random_maps(2, sites=sites[:1], support=True, gate=True),
+        "r": random_head(5, head_width(family)),
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _vllm_in_this_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+    use_vllm_in_this_process(tmp_path_factory.mktemp("vllm-cache"))
+
+
+class Served:
+    """vLLM with the interventions loaded, and what the oracle says of them."""
+
+    def __init__(self, llm: Any, family: str) -> None:
+        self.llm = llm
+        self.interventions = interventions(family)
+        self.slots = load_all(llm, self.interventions)
+        self.oracle = Oracle(vllm_model(family))
+
+    def stack(self, edits: str) -> Stack:
+        return [(self.interventions[digest], settings) for digest, settings in STACKS[edits]]
+
+    def generate(self, work: Sequence[tuple[bytes, str]], **options: Any) -> list[Any]:
+        """vLLM's outputs for prompts with stacks, all in one go."""
+        from vllm import SamplingParams  # noqa: PLC0415  only where it is
+
+        options = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, **options}
+        seed = options.pop("seed", None)
+        parameters = [
+            SamplingParams(
+                detokenize=False,
+                extra_args=steering_args(STACKS[edits], self.slots, seed),
+                **options,
+            )
+            for _, edits in work
+        ]
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt, _ in work]
+        outputs: list[Any] = self.llm.generate(prompts, parameters, use_tqdm=False)
+        return outputs
+
+
+def assert_equal_to_oracle(served: Served, prompt: bytes, edits: str, output: Any) -> None:
+    """Equal greedy tokens up to a near tie, and equal log-probabilities, the prompt's too."""
+    stack = served.stack(edits)
+    expected, logits = served.oracle.greedy(prompt, NEW_TOKENS, stack)
+    answer = output.outputs[0]
+    for place, (token, row) in enumerate(zip(answer.token_ids, logits, strict=True)):
+        best = row.topk(2).values
+        if best[0] - best[1] <= 1e-4:
+            break
+        assert token == expected[place], f"token {place} of {edits}"
+        logprob = float(row.double().log_softmax(-1)[token])
+        assert answer.logprobs[place][token].logprob == pytest.approx(logprob, abs=1e-4)
+    rows = served.oracle.logits(prompt, len(prompt), stack).double().log_softmax(-1)
+    for place in range(1, len(prompt)):
+        found = output.prompt_logprobs[place][prompt[place]].logprob
+        assert found == pytest.approx(float(rows[place - 1][prompt[place]]), abs=1e-4)
+
+
+MIX = [(prompt, edits) for prompt in PROMPTS for edits in STACKS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_mix_equals_the_oracle(family: str, tmp_path: Path) -> None:
+    with steered_vllm(family, tmp_path, enable_prefix_caching=False) as llm:
+        served = Served(llm, family)
+        outputs = served.generate(MIX, logprobs=0, prompt_logprobs=0)
+        for (prompt, edits), output in zip(MIX, outputs, strict=True):
+            assert_equal_to_oracle(served, prompt, edits, output)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("model")
+    options: dict[str, Any] = {"enforce_eager": False, "enable_prefix_caching": False}
+    with steered_vllm("llama", folder, **options) as llm:
+        yield Served(llm, "llama")
+
+
+def test_any_mix_equals_the_oracle_when_compiled(compiled: Served) -> None:
+    outputs = compiled.generate(MIX, logprobs=0, prompt_logprobs=0)
+    for (prompt, edits), output in zip(MIX, outputs, strict=True):
+        assert_equal_to_oracle(compiled, prompt, edits, output)
+
+
+def tokens_of(outputs: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_a_seed_gives_the_same_alone_and_in_a_batch(compiled: Served) -> None:
+    """Its prompt is computed in chunks, after which vLLM's own seeds end the engine on a CPU."""
+    prompt = PROMPTS[2]
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 7}
+    [alone] = tokens_of(compiled.generate([(prompt, "a")], **options))
+    batch = tokens_of(compiled.generate([*MIX[:9], (prompt, "a"), (prompt, "base")], **options))
+    assert batch[9] == alone != batch[10]
+    [other] = tokens_of(compiled.generate([(prompt, "a")], temperature=1.0, seed=8))
+    assert other != alone
+
+
+def test_log_probabilities_sum_to_one(compiled: Served) -> None:
+    """Those of `log_softmax` are biased; all of a vocabulary's must sum to 1 to within rounding."""
+    [output] = compiled.generate([(PROMPTS[0], "three")], logprobs=20, max_tokens=1)
+    found = output.outputs[0].logprobs[0]
+    stack = compiled.stack("three")
+    _, [row] = compiled.oracle.greedy(PROMPTS[0], 1, stack)
+    exact = row.double() - row.double().logsumexp(-1)
+    shares = [math.exp(each.logprob) for each in found.values()]
+    assert sum(shares) == pytest.approx(sum(exact[list(found)].exp().tolist()), abs=1e-5)
+
+
+def test_a_request_of_another_client_ends_the_engine(tmp_path: Path) -> None:
+    """It could be one whose steering got lost on the way."""
+    from vllm import SamplingParams  # noqa: PLC0415  only where it is
+
+    with (
+        steered_vllm("llama", tmp_path) as llm,
+        pytest.raises(Exception, match="does not say how it is steered"),
+    ):
+        llm.generate(
+            [{"prompt_token_ids": [1, 2]}], SamplingParams(detokenize=False), use_tqdm=False
+        )

@@ -1,0 +1,107 @@
+"""Tiny models that vLLM's CPU build can run, and vLLM itself around them."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from interventions.layout import to_tensors
+from server.engine.vllm.plugin.sites import chosen_sites
+from server.engine.vllm.plugin.wire import Layout, LoadedEdit, Steering
+from steering.affine import AffineParameters
+from steering.reward import RewardHead
+from steering.sites import default_sites
+from tests.tiny import LAYERS, tiny_config, tiny_model
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "opt", "opt-350m")
+_HEAD_SIZE = 32  # the smallest that vLLM's attention on a CPU has
+_SLOTS = 4
+
+
+def vllm_config(family: str) -> PreTrainedConfig:
+    """Return a family's tiny configuration without what vLLM's own model of it refuses."""
+    config = tiny_config(family)
+    match family:
+        case "gpt2" | "opt" | "opt-350m" | "qwen2":
+            config.num_attention_heads = 1
+            config.scale_attn_by_inverse_layer_idx = False
+            config.use_sliding_window = False
+        case _:
+            config.head_dim = _HEAD_SIZE
+    return config
+
+
+def vllm_model(family: str) -> PreTrainedModel:
+    """Return transformers' model, for the oracle."""
+    return tiny_model(family, config=vllm_config(family))
+
+
+@contextmanager
+def steered_vllm(
+    family: str, folder: Path, *, worker: str = "SteeredCPUWorker", **options: Any
+) -> Iterator[Any]:
+    """Start vLLM in this process, steered at the family's default sites.
+
+    Yields vLLM's `LLM`.
+    """
+    # By name, because the tests that need none of it run where there is no vLLM.
+    from vllm import LLM  # noqa: PLC0415
+    from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
+
+    model = vllm_model(family)
+    model.save_pretrained(folder)
+    architecture = type(model).__name__
+    sites = chosen_sites(architecture, LAYERS, [default_sites(architecture)], [])
+    layout = Layout(_SLOTS, sites)
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        kv_cache_memory_bytes=16 << 20,
+        worker_cls=f"server.engine.vllm.plugin.cpu_worker.{worker}",
+        additional_config=layout.to_config(),
+        **{"max_num_seqs": 32, "max_num_batched_tokens": 64, "enforce_eager": True, **options},
+    )
+    try:
+        yield llm
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def use_vllm_in_this_process(cache: Path) -> None:
+    """Set what vLLM reads when it is imported, and when it starts."""
+    os.environ |= {
+        "VLLM_CACHE_ROOT": str(cache),
+        "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+
+
+def artifact_bytes(parameters: AffineParameters | RewardHead) -> bytes:
+    """Return the bytes of an artifact, without a manifest."""
+    tensors = {name: tensor.clone() for name, tensor in to_tensors(parameters).items()}
+    return safetensors.torch.save(tensors)
+
+
+def load_all(llm: Any, interventions: Mapping[str, AffineParameters | RewardHead]) -> list[str]:
+    """Load interventions into the slots from 1 on; return their digests by slot, from slot 0."""
+    for slot, (digest, parameters) in enumerate(interventions.items(), start=1):
+        llm.collective_rpc("steering_load", args=(slot, digest, artifact_bytes(parameters)))
+    return ["", *interventions]
+
+
+def steering_args(
+    edits: Sequence[tuple[str, Any]], slots: Sequence[str], seed: int | None = None
+) -> dict[str, Any]:
+    """Return the `extra_args` of a request with edits by digest."""
+    loaded = (LoadedEdit(slots.index(digest), digest, settings) for digest, settings in edits)
+    return Steering(tuple(loaded), seed).to_extra_args()
