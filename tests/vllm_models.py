@@ -26,10 +26,16 @@ def vllm_config(family: str) -> PreTrainedConfig:
     """Return a family's tiny configuration without what vLLM's own model of it refuses."""
     config = tiny_config(family)
     match family:
-        case "gpt2" | "opt" | "opt-350m" | "qwen2":
+        case "gpt2" | "opt" | "opt-350m":
             config.num_attention_heads = 1
             config.scale_attn_by_inverse_layer_idx = False
-            config.use_sliding_window = False
+        case "qwen2":
+            config.num_attention_heads = 1
+            config.use_sliding_window, config.sliding_window = False, None
+            config.layer_types = ["full_attention"] * LAYERS
+        case "gemma2":
+            config.head_dim = _HEAD_SIZE
+            config.tie_word_embeddings = True
         case _:
             config.head_dim = _HEAD_SIZE
     return config

@@ -82,7 +82,7 @@ def build_core(loaded: LoadedModel, options: EngineOptions) -> EngineCore:
         memory,
         prefixes,
         interventions,
-        _eos_tokens(loaded),
+        loaded.eos_tokens,
         options.check_invariants,
         options.dose_interval,
     )
@@ -120,13 +120,3 @@ def context_length(loaded: LoadedModel, options: EngineOptions, pool: BlockPool)
             )
         limits.append(options.max_model_len)
     return min(limits)
-
-
-def _eos_tokens(loaded: LoadedModel) -> frozenset[int]:
-    generation = loaded.model.generation_config
-    eos = generation.eos_token_id if generation is not None else None
-    if eos is None:
-        eos = loaded.tokenizer.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -115,7 +115,7 @@ def _has_windows(model: PreTrainedModel) -> bool:
 def check_lm_head(model: PreTrainedModel, runner: Runner, memory: KVMemory, width: int) -> None:
     """Raise ModelLoadError unless a reward edit before `lm_head` reaches the logits."""
     bank = Bank(1, model.device)
-    bank.put(1, _probe_head(width))
+    bank.put(1, probe_head(width))
     edit = SlottedEdit(1, RewardSettings(eta=1.0, iterations=1, direction_scale=1.0))
     if not _reach_logits(model, runner, memory, bank, [edit])[0]:
         raise ModelLoadError("an edit before lm_head does not reach the logits")
@@ -211,7 +211,7 @@ def complete_map(width: int) -> AffineMap:
     return replace(probe_map(width), low=-bound, high=bound, gate=gate)
 
 
-def _probe_head(width: int) -> RewardHead:
+def probe_head(width: int) -> RewardHead:
     """Return a head that gives every row a gap of 10: r(h) is 1, and r_plus is 11."""
     return RewardHead(
         w1=torch.zeros(1, width),

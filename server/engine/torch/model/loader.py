@@ -49,6 +49,17 @@ class LoadedModel:
         assert isinstance(lm_head, nn.Module)
         return lm_head
 
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """The tokens that end a completion."""
+        generation = self.model.generation_config
+        eos = generation.eos_token_id if generation is not None else None
+        if eos is None:
+            eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
 
 def load_model(
     model: str,

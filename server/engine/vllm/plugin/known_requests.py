@@ -13,14 +13,6 @@ from steering.settings import SlottedEdit
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """One request of the worker."""
-
-    edits: tuple[SlottedEdit, ...]
-    seed: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class StepPart:
     """One request's consecutive tokens in a step, as vLLM counts them."""
 
@@ -35,7 +27,7 @@ class KnownRequests:
     """The requests that a worker has been given and that have not ended, preempted ones too."""
 
     model: SteeredModel
-    _known: dict[str, Known] = field(default_factory=dict)
+    _known: dict[str, Steering] = field(default_factory=dict)
     _step: tuple[StepPart, ...] = ()  # the parts of the step that is being computed
 
     def admit(self, request_id: str, extra_args: Mapping[str, Json] | None) -> None:
@@ -46,15 +38,20 @@ class KnownRequests:
             SteeringError: a slot does not hold what the request was promised.
         """
         steering = Steering.from_extra_args(extra_args)
-        self._known[request_id] = Known(self.model.slotted(steering.edits), steering.seed)
+        self.model.slotted(steering.edits)
+        self._known[request_id] = steering
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended. Harmless if it is unknown."""
         self._known.pop(request_id, None)
 
     def edits(self, request_id: str) -> tuple[SlottedEdit, ...]:
-        """Return a request's edits, in the order in which they apply."""
-        return self._known[request_id].edits
+        """Return a request's edits, in the order in which they apply.
+
+        Raises:
+            SteeringError: a slot does not hold what the request was promised any more.
+        """
+        return self.model.slotted(self._known[request_id].edits)
 
     def begin_step(self, parts: Sequence[StepPart]) -> None:
         """Write the route of a step. Each part has one logits row, in the order of the parts."""

@@ -203,6 +203,13 @@ def test_a_request_whose_slot_was_given_to_others_is_an_error(known: KnownReques
         known.admit("late", stale.to_extra_args())
 
 
+def test_a_slot_that_is_overwritten_below_a_request_is_an_error(known: KnownRequests) -> None:
+    known.model.load(1, "others", MAPS)
+    known.begin_step([part("base", 1)])
+    with pytest.raises(SteeringError, match="slot 1 does not hold maps"):
+        known.begin_step([part("base", 1), part("maps", 1)])
+
+
 def test_a_request_of_another_client_is_an_error(known: KnownRequests) -> None:
     with pytest.raises(WireError, match="how it is steered"):
         known.admit("foreign", None)

@@ -1,0 +1,70 @@
+"""Turns the operator's options into vLLM's configuration, and refuses what cannot be steered."""
+
+import json
+import shlex
+from typing import Any, Final
+
+import psutil
+import torch
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from server.config import ConfigurationError
+from server.engine.vllm.options import VllmOptions
+from server.engine.vllm.plugin.limits import UnsupportedSetupError, refuse_unsupported
+from server.engine.vllm.served_model import ServedModel
+
+_WORKERS: Final = {
+    "cpu": "server.engine.vllm.plugin.cpu_worker.SteeredCPUWorker",
+    "cuda": "server.engine.vllm.plugin.gpu_worker.SteeredGPUWorker",
+}
+_CPU_MEMORY: Final = 0.25  # share of the free memory that the KV cache takes unless one is given
+
+
+def vllm_config(served: ServedModel, options: VllmOptions) -> Any:
+    """Return vLLM's `VllmConfig`.
+
+    Raises:
+        ConfigurationError: vLLM refuses an option, or steering does not work with it.
+    """
+    own = _own_arguments(served, options)
+    given = shlex.split(options.vllm_args)
+    for argument in given:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in own:
+            raise ConfigurationError(f"{name} is not an option for --vllm-args: steerserve sets it")
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
+    arguments = [text for pair in own.items() for text in pair if text]
+    try:
+        parsed = parser.parse_args([*arguments, *given])
+        config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
+        refuse_unsupported(config)
+    except (UnsupportedSetupError, ValueError, SystemExit) as error:
+        raise ConfigurationError(f"vLLM cannot be started like this: {error}") from error
+    return config
+
+
+def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:
+    """Return the options that steerserve sets: name -> value, empty for a switch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = {
+        "--model": served.source,
+        "--dtype": served.dtype,
+        "--skip-tokenizer-init": "",  # prompts arrive as token ids, and text is made here
+        # vLLM wants room for one token more than a prompt has, also to score it. That token is
+        # sampled and never computed, so one more is not beyond the model's positions.
+        "--max-model-len": str(served.max_model_len + 1),
+        "--max-num-seqs": str(options.max_batch_size),
+        "--max-num-batched-tokens": str(options.max_batch_tokens),
+        "--max-logprobs": "-1",
+        "--scheduling-policy": "priority",
+        "--worker-cls": _WORKERS[device],
+        "--additional-config": json.dumps(served.layout.to_config()),
+        "--enable-prefix-caching" if options.prefix_cache else "--no-enable-prefix-caching": "",
+    }
+    size = None if options.kv_cache_gb is None else int(options.kv_cache_gb * 1e9)
+    if size is None and device == "cpu":
+        size = int(psutil.virtual_memory().available * _CPU_MEMORY)
+    if size is not None:
+        arguments["--kv-cache-memory-bytes"] = str(size)
+    return arguments

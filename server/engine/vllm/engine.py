@@ -1,0 +1,307 @@
+"""The engine on vLLM as the API sees it: vLLM's `AsyncLLM` in this process, workers in others."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from interventions.model import ModelDescription
+from server.engine.base import (
+    EngineDeadError,
+    EngineError,
+    EngineStats,
+    InvalidRequestError,
+    NoBackgroundRoomError,
+    PromptDescription,
+    QueueFullError,
+    Request,
+    ShuttingDownError,
+    StepFailedError,
+)
+from server.engine.torch.generation import TorchGeneration
+from server.engine.torch.request_checks import RequestChecks
+from server.engine.torch.text.prompts import Prompts
+from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.vllm.answer import Answer
+from server.engine.vllm.arguments import vllm_config
+from server.engine.vllm.options import VllmOptions
+from server.engine.vllm.plugin.wire import LoadedEdit
+from server.engine.vllm.sampling import engine_input, sampling_params
+from server.engine.vllm.self_test import SelfTest
+from server.engine.vllm.served_model import ServedModel
+from server.engine.vllm.slots import WorkerSlots
+from server.engine.vllm.stats import CountsLogger, SchedulerCounts
+
+LAST_STEP_SECONDS: Final = 5.0  # how long `close` waits for vLLM's processes
+_BACKGROUND: Final = 1  # vLLM serves requests of priority 0 first, and takes K/V from others
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A request from its admission to its end, and the queue places that it takes."""
+
+    request: Request
+    edits: tuple[LoadedEdit, ...] = ()
+    own_places: int = 0
+    followers_places: int = 0
+    generation: TorchGeneration = field(init=False)
+    task: "asyncio.Task[None]" = field(init=False)
+
+
+class VllmEngine:
+    """Implements server.engine.base.Engine."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        path: Callable[[str], Path],
+        options: VllmOptions,
+    ) -> None:
+        """Start vLLM, which takes a minute or more. Call it in a thread without an event loop.
+
+        Args:
+            served: the model.
+            path: returns the file of an artifact that is stored and checked.
+            options: the operator's.
+
+        Raises:
+            ConfigurationError: vLLM refuses an option, or steering does not work with it.
+        """
+        self._served = served
+        self._options = options
+        self._prompts = Prompts(served.tokenizer, served.max_model_len)
+        self._vocabulary = Vocabulary(served.tokenizer.backend_tokenizer)
+        self._checks = RequestChecks(
+            served.max_model_len, served.description.vocab_size, served.layout.slots
+        )
+        self._counts = SchedulerCounts()
+        self._llm = AsyncLLM.from_vllm_config(
+            vllm_config(served, options),
+            stat_loggers=[lambda _config, _index: CountsLogger(self._counts)],
+            disable_log_stats=True,
+        )
+        self._slots = WorkerSlots(served.layout.slots, self._call, path)
+        self._running: set[_Running] = set()
+        self._places = 0  # queue places that are taken
+        self._names = itertools.count()
+        self._started = False
+        self._closing = False
+        self._died = False
+
+    @property
+    def model(self) -> ModelDescription:
+        """The description of the served model."""
+        return self._served.description
+
+    @property
+    def max_model_len(self) -> int:
+        """The largest number of tokens that a prompt and its completion may have together."""
+        return self._served.max_model_len
+
+    @property
+    def ready(self) -> bool:
+        """True while vLLM runs and takes requests."""
+        return self._started and not self._closing and not self.died
+
+    @property
+    def died(self) -> bool:
+        """True once vLLM has ended by itself."""
+        if not self._closing:
+            self._died = self._died or self._llm.errored
+        return self._died
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the prompt's token ids; see server.engine.base.Engine.tokenize."""
+        return self._prompts.tokenize(text)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the tokens' text, special tokens included."""
+        return self._prompts.detokenize(tokens)
+
+    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
+        """Return a prompt's tokens and text; see server.engine.base.Engine.describe_prompt."""
+        return self._prompts.describe_prompt(prompt)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
+        return self._prompts.tokenize_chat(messages)
+
+    def stats(self) -> EngineStats:
+        """Return the gauges and counters for the metrics page."""
+        return self._counts.stats(self._slots.table.used)
+
+    async def start(self) -> None:
+        """Run the self-test. vLLM itself was started by the constructor.
+
+        Raises:
+            EngineError: an edit at a site, or before `lm_head`, does not reach the logits.
+        """
+        test = SelfTest(self._llm, self._call, self._served.layout, self.model)
+        await test.run()
+        self._started = True
+
+    async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
+        """Admit requests, all or none; see server.engine.base.Engine.submit."""
+        self._check(requests)
+        places = sum(request.queue_places for request in requests)
+        capacity = self._options.max_batch_size + self._options.max_waiting
+        if self._places + places > capacity:
+            raise QueueFullError(f"{self._places} requests run or wait; try again later")
+        self._make_background_room(requests)
+        self._places += places
+        try:
+            admitted = await self._pinned(requests)
+        except BaseException:
+            self._places -= places
+            raise
+        for running in admitted:
+            running.own_places = int(not running.request.background)
+            running.followers_places = int(running.request.has_follower)
+        return [self._begin(running) for running in admitted]
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        if not self.ready:
+            raise self._end()
+        self._checks.check(requests)
+
+    def _make_background_room(self, requests: Sequence[Request]) -> None:
+        """Refuse background work without room, or end as much as requests need the room of."""
+        background = [each for each in self._running if each.request.background]
+        free = self._options.max_batch_size - len(self._running)
+        wanted = len(requests)
+        if any(request.background for request in requests) and free < wanted:
+            raise NoBackgroundRoomError("there is no room for background work now")
+        for running in background[: max(0, wanted - free)]:
+            running.generation.deliver(
+                NoBackgroundRoomError("background work was ended, as requests want its room")
+            )
+            running.task.cancel()
+
+    async def _pinned(self, requests: Sequence[Request]) -> list[_Running]:
+        """Load and pin the interventions of all requests, or of none."""
+        admitted = []
+        async with AsyncExitStack() as held:
+            for request in requests:
+                slots: dict[str, int] = {}
+                for digest in _digests(request):
+                    slots[digest] = await self._slots.pin(digest)
+                    held.callback(self._slots.unpin, digest)
+                edits = (
+                    LoadedEdit(slots[edit.digest], edit.digest, edit.settings)
+                    for edit in request.effective_edits
+                )
+                admitted.append(_Running(request, tuple(edits)))
+            if not self.ready:  # it may have ended meanwhile
+                raise self._end()
+            held.pop_all()
+        return admitted
+
+    def _begin(self, running: _Running) -> TorchGeneration:
+        running.generation = TorchGeneration(
+            partial(self._cancel, running), partial(self._follow, running), running.request
+        )
+        self._running.add(running)
+        running.task = asyncio.create_task(self._run(running))
+        running.task.add_done_callback(partial(self._free, running))
+        return running.generation
+
+    async def _run(self, running: _Running) -> None:
+        """Pass a request's outputs on, until the last one or a stop string, which aborts it."""
+        try:
+            await self._generate(running)
+        except EngineError as error:
+            running.generation.deliver(error)
+        except VLLMValidationError as error:
+            field_name = error.parameter or "prompt"
+            running.generation.deliver(InvalidRequestError(str(error), field_name))
+        except Exception:
+            if self.died or self._closing:
+                running.generation.deliver(self._end())
+            else:
+                logger.exception("a request failed in vLLM")
+                running.generation.deliver(
+                    StepFailedError("the engine failed while computing this request")
+                )
+
+    async def _generate(self, running: _Running) -> None:
+        request, eos_tokens = running.request, self._served.eos_tokens
+        answer = Answer(request, self._vocabulary, eos_tokens)
+        # Of several choices, each has a name of its own.
+        name = f"{request.request_id}-{next(self._names)}"
+        outputs = self._llm.generate(
+            engine_input(request),
+            sampling_params(request, running.edits, eos_tokens),
+            name,
+            priority=_BACKGROUND if request.background else 0,
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    for step in answer.read(output):
+                        running.generation.deliver(step)
+                    if answer.finished:
+                        return
+        finally:
+            # Also if it was cancelled while vLLM took it, before it could be aborted by closing.
+            # Harmless if it has ended.
+            await self._llm.abort(name)
+
+    def _free(self, running: _Running, _task: "asyncio.Task[None]") -> None:
+        """Free what a request holds, but for the place of its follower. vLLM has been told."""
+        self._running.discard(running)
+        for digest in _digests(running.request):
+            self._slots.unpin(digest)
+        self._places -= running.own_places
+        running.own_places = 0
+
+    def _cancel(self, running: _Running) -> None:
+        self._places -= running.followers_places
+        running.followers_places = 0
+        running.task.cancel()
+
+    async def _follow(self, leader: _Running, request: Request) -> TorchGeneration:
+        self._check([request])
+        [running] = await self._pinned([request])
+        running.own_places, leader.followers_places = leader.followers_places, 0
+        return self._begin(running)
+
+    async def close(self) -> bool:
+        """Stop vLLM; see server.engine.base.Engine.close."""
+        died = self.died
+        self._closing, self._died = True, died
+        tasks = [running.task for running in self._running]
+        for running in tuple(self._running):
+            running.generation.deliver(self._end())
+            running.task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_STEP_SECONDS):
+                await asyncio.to_thread(self._llm.shutdown, LAST_STEP_SECONDS)
+                return True
+        logger.critical("vLLM has not ended within %g s", LAST_STEP_SECONDS)
+        return False
+
+    async def _call(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a method of every worker; return what each returns."""
+        results: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+        return results
+
+    def _end(self) -> EngineError:
+        if self._closing and not self._died:
+            return ShuttingDownError("the server is shutting down")
+        return EngineDeadError("the engine has stopped")
+
+
+def _digests(request: Request) -> list[str]:
+    """Return the interventions that a request pins, each once, in the order of its edits."""
+    return list(dict.fromkeys(edit.digest for edit in request.effective_edits))

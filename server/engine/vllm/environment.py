@@ -1,0 +1,21 @@
+"""Sets what vLLM reads from the environment. Import no vLLM before."""
+
+import os
+from typing import Final
+
+_FIXED: Final = {
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # see `arguments`
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",  # so that a row without numbers ends its own request only
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",  # other plugins could change the models that ours steers
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def prepare_environment() -> None:
+    """Set the variables, for this process and for those that vLLM starts."""
+    os.environ |= _FIXED
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
