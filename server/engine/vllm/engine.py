@@ -40,7 +40,8 @@ from server.engine.vllm.served_model import ServedModel
 from server.engine.vllm.slots import WorkerSlots
 from server.engine.vllm.stats import CountsLogger, SchedulerCounts
 
-LAST_STEP_SECONDS: Final = 5.0  # how long `close` waits for vLLM's processes
+LAST_STEP_SECONDS: Final = 5.0  # how long vLLM's processes may take to end before they are killed
+_KILLED_SECONDS: Final = 5.0  # how long they may take to be gone then
 _BACKGROUND: Final = 1  # vLLM serves requests of priority 0 first, and takes K/V from others
 
 logger = logging.getLogger(__name__)
@@ -285,10 +286,10 @@ class VllmEngine:
             running.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         with suppress(TimeoutError):
-            async with asyncio.timeout(LAST_STEP_SECONDS):
+            async with asyncio.timeout(LAST_STEP_SECONDS + _KILLED_SECONDS):
                 await asyncio.to_thread(self._llm.shutdown, LAST_STEP_SECONDS)
                 return True
-        logger.critical("vLLM has not ended within %g s", LAST_STEP_SECONDS)
+        logger.critical("the processes of vLLM cannot be ended")
         return False
 
     async def _call(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:

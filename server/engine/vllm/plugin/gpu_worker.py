@@ -1,6 +1,6 @@
 """The steered worker for an NVIDIA GPU, which vLLM loads by its name. It was never run."""
 
-from typing import Final
+from typing import Any, Final
 
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -19,3 +19,8 @@ class SteeredGPUWorker(SteeredWorker, Worker):
         """Make the V1 runner, and have the edits computed by the kernel."""
         use_kernel_on_gpus(edit_stacks_triton)
         return SteeredRunner(self.vllm_config, self.device)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Prepare the zeroing of blocks, which vLLM does for some models only."""
+        super().initialize_from_config(kv_cache_config)
+        self.model_runner._init_kv_zero_meta()

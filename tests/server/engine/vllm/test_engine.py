@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from server.engine.base import (
     Edit,
@@ -18,6 +19,7 @@ from server.engine.base import (
     StepOutput,
     UnservableInterventionError,
 )
+from server.engine.torch.loaded_interventions import Parameters
 from server.engine.vllm.options import VllmOptions
 from steering.settings import AffineSettings, RewardSettings
 from tests.oracles import Oracle
@@ -40,7 +42,7 @@ OPTIONS = VllmOptions(
     vllm_args="--enforce-eager --block-size 32",
 )
 GREEDY = SamplingSettings(12, temperature=0, ignore_eos=True, logprobs=2)
-INTERVENTIONS = {
+INTERVENTIONS: dict[str, Parameters] = {
     "a": random_maps(1),
     "b": random_maps(2, support=True, gate=True),
     "c": random_maps(3),
@@ -52,7 +54,7 @@ A = (Edit("a", AffineSettings(0.9)),)
 BOTH = (Edit("b", AffineSettings(0.5, "generated")), Edit("r", RewardSettings(0.5, 3)))
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
     """The engine on the tiny Llama, with a context of 200 tokens and two slots."""
     from server.engine.vllm.environment import prepare_environment  # noqa: PLC0415
@@ -247,20 +249,23 @@ async def test_too_many_requests_are_refused(engine: Any) -> None:
 
 async def test_an_intervention_with_other_sites_is_refused(engine: Any) -> None:
     edits = (Edit("elsewhere", AffineSettings(1.0)),)
-    with pytest.raises(UnservableInterventionError, match="model.layers.0.mlp was not prepared"):
+    with pytest.raises(UnservableInterventionError, match=r"layers\.0\.mlp was not prepared"):
         await engine.submit([request(b"hello", edits)])
     assert engine._slots.table.pins == 0
     assert tokens_of((await generate(engine, request(b"hello", A)))[0]) == expected(b"hello", A)
 
 
 async def test_steering_that_overflows_ends_its_own_request(engine: Any) -> None:
-    edits = (Edit("r", RewardSettings(1e38, 3)),)
+    edits = (Edit("a", AffineSettings(3e38)),)
     [plain, steered] = await engine.submit([request(b"hello"), request(b"hello", edits)])
     with pytest.raises(InvalidRequestError, match="not a number") as caught:
         async for _ in steered:
             pass
     assert caught.value.code == "steering_overflow"
     assert tokens_of([output async for output in plain]) == expected(b"hello", ())
+    # Others are given the memory in which its keys and values were no numbers.
+    again = await generate(engine, *(request(b"hello", A) for _ in range(8)))
+    assert {tuple(tokens_of(each)) for each in again} == {tuple(expected(b"hello", A))}
 
 
 async def test_a_follower_has_the_place_that_was_kept_for_it(engine: Any) -> None:
