@@ -8,13 +8,22 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := constraints/constraints.txt
 
-.PHONY: serve test check gpu-check format clean
+.PHONY: serve serve-vllm test test-vllm check gpu-check format clean
 
 serve: $(VENV)/serve.installed
 	@exec $(BIN)/steerserve serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/dev.installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The same server and the tests of its other engine, in a virtual environment with vLLM.
+serve-vllm:
+	@exec "$$(constraints/vllm_environment.sh)/bin/python" -m server serve --engine vllm \
+		--port $(PORT) $(ARGS)
+
+test-vllm:
+	@exec "$$(constraints/vllm_environment.sh)/bin/python" -m pytest -m vllm -W ignore \
+		tests/server/engine/vllm $(ARGS)
 
 check: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .

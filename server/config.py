@@ -93,8 +93,15 @@ class Settings(BaseSettings):
 
     model: str = Field(default="embedded", min_length=1)
     """Model to serve: embedded (a small one that is included), a Hugging Face id, or a folder."""
-    engine: Literal["torch"] = "torch"
-    """Engine that runs the model."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """Engine that runs the model: torch, the embedded one, or vllm, which must be installed."""
+    sites: Names = ()
+    """With vllm: regular expressions over module paths, for sites that interventions uploaded later
+    may edit; if unset, the model's default sites and those of the stored interventions, which are
+    prepared in any case."""
+    vllm_args: str = ""
+    """With vllm: vLLM's own options, as on its command line, such as
+    "--tensor-parallel-size 2"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto chooses one that suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"

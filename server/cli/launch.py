@@ -20,14 +20,19 @@ from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.errors import RegistryDiskError, RegistryError
 from interventions.header import ArtifactLimits
+from interventions.layout import AffineShapes
 from interventions.registry import Registry
 from interventions.watch import polling
 from server.app import create_app
 from server.config import ConfigurationError, Settings
+from server.engine.base import Engine
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.embedded import EmbeddedModelError, cache_folder
 from server.engine.torch.model.loader import ModelLoadError, load_model
 from server.engine.torch.options import EngineOptions
+from server.engine.vllm.environment import prepare_environment
+from server.engine.vllm.options import VllmOptions
+from server.engine.vllm.versions import check_version
 from server.lifecycle import Server
 from server.logs import LogSink, configure_logging
 from server.metrics import Metrics
@@ -39,6 +44,19 @@ from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import ScoringError, parse_spec
 
 logger = logging.getLogger(__name__)
+
+_TORCH_ONLY: Final = frozenset(
+    {
+        "attention",
+        "check_invariants",
+        "compile_layers",
+        "cuda_graphs",
+        "device_map",
+        "dose_interval",
+        "threads",
+    }
+)
+_VLLM_ONLY: Final = frozenset({"sites", "vllm_args"})
 
 STARTUP_ERRORS: Final = (
     ConfigurationError,
@@ -102,7 +120,9 @@ def _run(settings: Settings, report: Callable[[str], None]) -> bool:
         if settings.model == "embedded":
             _add_bundled(registry)
         stack.enter_context(polling(registry))
-        engine = in_own_thread(partial(_load_engine, settings, registry, scorer, report)).result()
+        load = _load_vllm_engine if settings.engine == "vllm" else _load_engine
+        _refuse_settings_of_the_other_engine(settings)
+        engine = in_own_thread(partial(load, settings, registry, scorer, report)).result()
         metrics = Metrics(engine, registry, settings.served_names[0])
         scoring = None
         if scorer is not None:
@@ -180,6 +200,52 @@ def _load_engine(
         dose_interval=settings.dose_interval,
     )
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
+
+
+def _load_vllm_engine(
+    settings: Settings,
+    registry: Registry,
+    scorer: ScorerProcess | None,
+    report: Callable[[str], None],
+) -> Engine:
+    if warning := check_version():
+        report(warning)
+    prepare_environment()
+    build = importlib.import_module("server.engine.vllm.build")
+    options = VllmOptions(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_waiting=settings.max_waiting,
+        max_model_len=settings.max_model_len,
+        kv_cache_gb=settings.kv_cache_gb,
+        max_loaded_interventions=settings.max_loaded_interventions,
+        prefix_cache=settings.prefix_cache,
+        sites=settings.sites,
+        vllm_args=settings.vllm_args,
+    )
+    if scorer is not None:
+        # A classifier on the same GPU needs its memory first: the engine takes all that is free.
+        scorer.wait_ready()
+    engine: Engine = build.build_engine(
+        settings.model, settings.dtype, options, registry.path, _stored_sites(registry), report
+    )
+    return engine
+
+
+def _stored_sites(registry: Registry) -> frozenset[str]:
+    """Return the sites of all stored interventions."""
+    shapes = (registry.shapes(entry.digest) for entry in registry.entries())
+    widths = (each.site_widths for each in shapes if isinstance(each, AffineShapes))
+    return frozenset[str]().union(*widths)
+
+
+def _refuse_settings_of_the_other_engine(settings: Settings) -> None:
+    """Raise ConfigurationError if a setting was given that the chosen engine does not have."""
+    others = _VLLM_ONLY if settings.engine == "torch" else _TORCH_ONLY
+    if given := sorted(others & settings.model_fields_set):
+        raise ConfigurationError(
+            f"the engine {settings.engine} does not have the setting {given[0]}"
+        )
 
 
 def _keep_compiled() -> None:

@@ -131,3 +131,21 @@ def test_another_module_that_is_missing_is_not_blamed_on_the_extra(
 def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigurationError, match="http://localhost:4318"):
         launch.load_trace_sink(endpoint, with_content=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--engine", "vllm", "--attention", "slabs"), "vllm does not have the setting attention"),
+        (("--engine", "vllm", "--no-cuda-graphs"), "vllm does not have the setting cuda_graphs"),
+        (("--vllm-args", "--enforce-eager"), "torch does not have the setting vllm_args"),
+        (("--site", "x"), "torch does not have the setting sites"),
+    ],
+)
+def test_a_setting_of_the_other_engine_ends_the_start(
+    words: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--registry", str(tmp_path), *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert told in ended.stderr + ended.stdout

@@ -21,7 +21,9 @@ from tests.conftest import LoadTiny
 # For every field of `Settings`: the text that is given, and the value that the field then has.
 GIVEN: dict[str, tuple[str, object]] = {
     "model": ("other/model", "other/model"),
-    "engine": ("torch", "torch"),
+    "engine": ("vllm", "vllm"),
+    "sites": (r"model\.norm .*mlp", (r"model\.norm", ".*mlp")),
+    "vllm_args": ("--enforce-eager", "--enforce-eager"),
     "dtype": ("float32", "float32"),
     "device_map": ("auto", "auto"),
     "threads": ("3", 3),
