@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Collection
 from typing import Any, Final
 
 import psutil
@@ -28,20 +29,25 @@ def vllm_config(served: ServedModel, options: VllmOptions) -> Any:
         ConfigurationError: vLLM refuses an option, or steering does not work with it.
     """
     own = _own_arguments(served, options)
-    given = shlex.split(options.vllm_args)
-    for argument in given:
-        name = argument.partition("=")[0].replace("_", "-")
-        if name in own:
-            raise ConfigurationError(f"{name} is not an option for --vllm-args: steerserve sets it")
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
     arguments = [text for pair in own.items() for text in pair if text]
     try:
+        given = _given_arguments(options.vllm_args, own)
         parsed = parser.parse_args([*arguments, *given])
         config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
         refuse_unsupported(config)
     except (UnsupportedSetupError, ValueError, SystemExit) as error:
         raise ConfigurationError(f"vLLM cannot be started like this: {error}") from error
     return config
+
+
+def _given_arguments(text: str, own: Collection[str]) -> list[str]:
+    given = shlex.split(text)
+    for argument in given:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in own:
+            raise ValueError(f"{name} is not an option for --vllm-args, as steerserve sets it")
+    return given
 
 
 def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:

@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
 from server.engine.base import (
     Edit,
+    EngineDeadError,
     InvalidRequestError,
     QueueFullError,
     Request,
@@ -54,28 +58,42 @@ A = (Edit("a", AffineSettings(0.9)),)
 BOTH = (Edit("b", AffineSettings(0.5, "generated")), Edit("r", RewardSettings(0.5, 3)))
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
-    """The engine on the tiny Llama, with a context of 200 tokens and two slots."""
+@asynccontextmanager
+async def started(folder: Path) -> AsyncIterator[Any]:
+    """Start the engine on the tiny Llama, with a context of 200 tokens and two slots."""
     from server.engine.vllm.environment import prepare_environment  # noqa: PLC0415
 
-    folder = tmp_path_factory.mktemp("engine")
-    stored = tmp_path_factory.mktemp("stored")
-    vllm_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    model, stored = folder / "model", folder / "stored"
+    stored.mkdir()
+    vllm_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
     for digest, parameters in INTERVENTIONS.items():
         (stored / digest).write_bytes(artifact_bytes(parameters))
     prepare_environment()
-    # Where vLLM is missing, neither can be imported.
-    from server.engine.vllm.engine import VllmEngine  # noqa: PLC0415
-    from server.engine.vllm.served_model import describe_served_model  # noqa: PLC0415
+    from server.engine.vllm.build import build_engine  # noqa: PLC0415  where vLLM is
 
-    served = describe_served_model(str(folder), "float32", OPTIONS, [], lambda _sentence: None)
-    engine = await asyncio.to_thread(VllmEngine, served, stored.joinpath, OPTIONS)
-    await engine.start()
-    assert engine.ready
-    yield engine
-    assert await engine.close()
+    engine = await asyncio.to_thread(
+        build_engine,
+        str(model),
+        "float32",
+        OPTIONS,
+        stored.joinpath,
+        stored_sites=(),
+        report=lambda _sentence: None,
+    )
+    assert not engine.ready
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        assert await engine.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+    async with started(tmp_path_factory.mktemp("engine")) as engine:
+        assert engine.ready
+        yield engine
     assert not engine.died
 
 
@@ -293,3 +311,19 @@ async def test_the_end_fails_what_runs(engine: Any) -> None:
             pass
     with pytest.raises(ShuttingDownError):
         await engine.submit([request(b"hello")])
+
+
+async def test_a_worker_that_dies_ends_the_engine(tmp_path: Path) -> None:
+    async with started(tmp_path) as engine:
+        [generation] = await engine.submit([request(b"hello", A, replace(GREEDY, max_tokens=150))])
+        processes = psutil.Process().children(recursive=True)
+        [worker] = [each for each in processes if "VLLM::Worker" in " ".join(each.cmdline())]
+        worker.kill()
+        with pytest.raises(EngineDeadError):
+            async for _ in generation:
+                pass
+        assert engine.died
+        assert not engine.ready
+        with pytest.raises(EngineDeadError):
+            await engine.submit([request(b"hello")])
+    assert engine.died
