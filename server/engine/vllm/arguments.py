@@ -2,17 +2,19 @@
 
 import json
 import shlex
-from collections.abc import Collection
+from argparse import ArgumentError, Namespace
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import psutil
 import torch
+from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server.config import ConfigurationError
 from server.engine.vllm.options import VllmOptions
-from server.engine.vllm.plugin.limits import UnsupportedSetupError, refuse_unsupported
+from server.engine.vllm.plugin.limits import refuse_unsupported
 from server.engine.vllm.served_model import ServedModel
 
 _WORKERS: Final = {
@@ -29,16 +31,28 @@ def vllm_config(served: ServedModel, options: VllmOptions) -> Any:
         ConfigurationError: vLLM refuses an option, or steering does not work with it.
     """
     own = _own_arguments(served, options)
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
     arguments = [text for pair in own.items() for text in pair if text]
     try:
-        given = _given_arguments(options.vllm_args, own)
-        parsed = parser.parse_args([*arguments, *given])
-        config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
+        arguments += _given_arguments(options.vllm_args, own)
+        config = AsyncEngineArgs.from_cli_args(_parsed(arguments)).create_engine_config()
         refuse_unsupported(config)
-    except (UnsupportedSetupError, ValueError, SystemExit) as error:
-        raise ConfigurationError(f"vLLM cannot be started like this: {error}") from error
+    except (ArgumentError, ValueError) as error:
+        raise ConfigurationError(f"vLLM cannot be started like this: {_sentence(error)}") from error
     return config
+
+
+def _parsed(arguments: Sequence[str]) -> Namespace:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ValueError(f"vLLM has no option {unknown[0]}")
+    return parsed
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):  # one of vLLM's own checks
+        return "; ".join(problem["msg"] for problem in error.errors())
+    return str(error)
 
 
 def _given_arguments(text: str, own: Collection[str]) -> list[str]:

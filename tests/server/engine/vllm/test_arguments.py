@@ -63,7 +63,7 @@ def test_the_prefix_cache_can_be_left_out(served: Any) -> None:
         ("--max_model_len=5", "--max-model-len is not an option for --vllm-args"),
         ("--no-such-option 3", "--no-such-option"),
         ("--block-size many", "many"),
-        ("--enable-sleep-mode", "sleep mode"),
+        ("--enable-sleep-mode", "Sleep mode"),
         ("--data-parallel-size 2", "data parallelism"),
         ("--logprobs-mode raw_logits", "raw_logits"),
         ("--block-size 'x", "No closing quotation"),
