@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from interventions.layout import to_tensors
@@ -48,9 +49,9 @@ def vllm_model(family: str) -> PreTrainedModel:
 
 @contextmanager
 def steered_vllm(
-    family: str, folder: Path, *, worker: str = "SteeredCPUWorker", **options: Any
+    family: str, folder: Path, *, steered: bool = True, **options: Any
 ) -> Iterator[Any]:
-    """Start vLLM in this process, steered at the family's default sites.
+    """Start vLLM in this process, steered at the family's default sites, or as it is.
 
     Yields vLLM's `LLM`.
     """
@@ -62,22 +63,41 @@ def steered_vllm(
     model.save_pretrained(folder)
     architecture = type(model).__name__
     sites = chosen_sites(architecture, LAYERS, [default_sites(architecture)], [])
-    layout = Layout(_SLOTS, sites)
+    plugin = {
+        "worker_cls": "server.engine.vllm.plugin.cpu_worker.SteeredCPUWorker",
+        "additional_config": Layout(_SLOTS, sites).to_config(),
+    }
     llm = LLM(
         str(folder),
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=256,
         kv_cache_memory_bytes=16 << 20,
-        worker_cls=f"server.engine.vllm.plugin.cpu_worker.{worker}",
-        additional_config=layout.to_config(),
         **{"max_num_seqs": 32, "max_num_batched_tokens": 64, "enforce_eager": True, **options},
+        **(plugin if steered else {}),
     )
     try:
         yield llm
     finally:
         del llm
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def recorded_logits(llm: Any) -> Iterator[list[Tensor]]:
+    """Within the context, record the logits of every step of a vLLM in this process."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    recorded: list[Tensor] = []
+
+    def record(_module: nn.Module, _args: object, logits: Tensor) -> None:
+        recorded.append(logits.clone())
+
+    processor = worker.model_runner.get_model().get_submodule("logits_processor")
+    handle = processor.register_forward_hook(record)
+    try:
+        yield recorded
+    finally:
+        handle.remove()
 
 
 def use_vllm_in_this_process(cache: Path) -> None:

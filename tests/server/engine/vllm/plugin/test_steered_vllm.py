@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from server.engine.torch.loaded_interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
@@ -15,6 +17,7 @@ from tests.tiny import family_sites, head_width, random_head, random_maps
 from tests.vllm_models import (
     FAMILIES,
     load_all,
+    recorded_logits,
     steered_vllm,
     steering_args,
     use_vllm_in_this_process,
@@ -135,6 +138,65 @@ def test_any_mix_equals_the_oracle_when_compiled(compiled: Served) -> None:
     outputs = compiled.generate(MIX, logprobs=0, prompt_logprobs=0)
     for (prompt, edits), output in zip(MIX, outputs, strict=True):
         assert_equal_to_oracle(compiled, prompt, edits, output)
+
+
+PLAIN = [(prompt, "base") for prompt in PROMPTS]
+NOTHING_SHARED = {"enable_prefix_caching": False}
+
+
+def plain_logits(llm: Any) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """The tokens and every step's logits of unsteered requests."""
+    from vllm import SamplingParams  # noqa: PLC0415  only where it is
+
+    parameters = SamplingParams(
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=steering_args((), ()),
+    )
+    prompts = [{"prompt_token_ids": list(prompt)} for prompt, _ in PLAIN]
+    with recorded_logits(llm) as logits:
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+    return tokens_of(outputs), logits
+
+
+def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(found) == len(expected) > NEW_TOKENS
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def vllm_itself(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """What vLLM gives eagerly without the plugin."""
+    folder = tmp_path_factory.mktemp("model")
+    with steered_vllm("llama", folder, steered=False, **NOTHING_SHARED) as llm:
+        return plain_logits(llm)
+
+
+def test_unsteered_requests_give_what_vllm_gives_to_the_bit(
+    vllm_itself: tuple[list[tuple[int, ...]], list[Tensor]], tmp_path: Path
+) -> None:
+    tokens, logits = vllm_itself
+    with steered_vllm("llama", tmp_path, **NOTHING_SHARED) as llm:
+        Served(llm, "llama")
+        found_tokens, found_logits = plain_logits(llm)
+    assert_same_bits(found_logits, logits)
+    assert found_tokens == tokens
+
+
+def test_what_is_loaded_changes_no_bit_of_unsteered_requests_when_compiled(
+    vllm_itself: tuple[list[tuple[int, ...]], list[Tensor]], tmp_path: Path
+) -> None:
+    with steered_vllm("llama", tmp_path, enforce_eager=False, **NOTHING_SHARED) as llm:
+        tokens, before = plain_logits(llm)
+        served = Served(llm, "llama")
+        served.generate(MIX)
+        tokens_after, after = plain_logits(llm)
+    assert_same_bits(after, before)
+    assert tokens == tokens_after == vllm_itself[0]
 
 
 def tokens_of(outputs: Sequence[Any]) -> list[tuple[int, ...]]:
