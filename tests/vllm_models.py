@@ -72,8 +72,13 @@ def steered_vllm(
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=256,
-        kv_cache_memory_bytes=16 << 20,
-        **{"max_num_seqs": 32, "max_num_batched_tokens": 64, "enforce_eager": True, **options},
+        **{
+            "kv_cache_memory_bytes": 16 << 20,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 64,
+            "enforce_eager": True,
+            **options,
+        },
         **(plugin if steered else {}),
     )
     try:

@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
 ]
 NEW_TOKENS = 12
+NOTHING_SHARED: dict[str, Any] = {"enable_prefix_caching": False}
+_BYTES_OF_A_TOKEN = 2 * 2 * 2 * 32 * 4  # layers, keys and values, heads, their size, float32
 PROMPTS = (
     b"hello world, how are you?",
     b"x",
@@ -91,7 +93,9 @@ class Served:
             )
             for _, edits in work
         ]
-        prompts = [{"prompt_token_ids": list(prompt)} for prompt, _ in work]
+        prompts = [
+            {"prompt_token_ids": list(prompt), "cache_salt": edits} for prompt, edits in work
+        ]
         outputs: list[Any] = self.llm.generate(prompts, parameters, use_tqdm=False)
         return outputs
 
@@ -126,6 +130,44 @@ def test_any_mix_equals_the_oracle(family: str, tmp_path: Path) -> None:
             assert_equal_to_oracle(served, prompt, edits, output)
 
 
+def test_preemptions_change_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten blocks of 32 tokens for 27 requests, whose longest needs five."""
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415  only where it is
+
+    preempt, preempted = Scheduler._preempt_request, []
+
+    def recording(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", recording)
+    blocks = 10 * 32 * _BYTES_OF_A_TOKEN
+    with steered_vllm("llama", tmp_path, kv_cache_memory_bytes=blocks, block_size=32) as llm:
+        served = Served(llm, "llama")
+        outputs = served.generate(MIX, logprobs=0, prompt_logprobs=0)
+        for (prompt, edits), output in zip(MIX, outputs, strict=True):
+            assert_equal_to_oracle(served, prompt, edits, output)
+    assert len(set(preempted)) >= 5
+
+
+def test_a_tensor_parallel_group_equals_the_oracle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, each with half of the heads, in processes of their own, on a processor each."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with steered_vllm("llama", tmp_path, **NOTHING_SHARED, **options) as llm:
+        served = Served(llm, "llama")
+        ranks = llm.collective_rpc("steering_sites")
+        outputs = served.generate(MIX, logprobs=0, prompt_logprobs=0)
+    assert ranks == [list(family_sites("llama"))] * 2
+    for (prompt, edits), output in zip(MIX, outputs, strict=True):
+        assert_equal_to_oracle(served, prompt, edits, output)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("model")
@@ -141,7 +183,6 @@ def test_any_mix_equals_the_oracle_when_compiled(compiled: Served) -> None:
 
 
 PLAIN = [(prompt, "base") for prompt in PROMPTS]
-NOTHING_SHARED = {"enable_prefix_caching": False}
 
 
 def plain_logits(llm: Any) -> tuple[list[tuple[int, ...]], list[Tensor]]:
