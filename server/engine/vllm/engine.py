@@ -27,7 +27,7 @@ from server.engine.base import (
     StepFailedError,
 )
 from server.engine.torch.generation import TorchGeneration
-from server.engine.torch.request_checks import RequestChecks
+from server.engine.torch.request_checks import check_requests
 from server.engine.torch.text.prompts import Prompts
 from server.engine.torch.text.vocabulary import Vocabulary
 from server.engine.vllm.answer import Answer
@@ -82,9 +82,6 @@ class VllmEngine:
         self._options = options
         self._prompts = Prompts(served.tokenizer, served.max_model_len)
         self._vocabulary = Vocabulary(served.tokenizer.backend_tokenizer)
-        self._checks = RequestChecks(
-            served.max_model_len, served.description.vocab_size, served.layout.slots
-        )
         self._counts = SchedulerCounts()
         self._llm = AsyncLLM.from_vllm_config(
             vllm_config(served, options),
@@ -173,7 +170,10 @@ class VllmEngine:
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
             raise self._end()
-        self._checks.check(requests)
+        served = self._served
+        check_requests(
+            requests, served.max_model_len, served.description.vocab_size, served.layout.slots
+        )
 
     def _make_background_room(self, requests: Sequence[Request]) -> None:
         """Refuse background work without room, or end as much as requests need the room of."""
