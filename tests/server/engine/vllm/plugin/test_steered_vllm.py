@@ -130,9 +130,7 @@ def test_any_mix_equals_the_oracle(family: str, tmp_path: Path) -> None:
             assert_equal_to_oracle(served, prompt, edits, output)
 
 
-def test_preemptions_change_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preemptions_change_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten blocks of 32 tokens for 27 requests, whose longest needs five."""
     from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415  only where it is
 
