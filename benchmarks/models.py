@@ -7,8 +7,9 @@ from transformers import AutoConfig
 from benchmarks.decoding import BenchEngine
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
-from server.engine.torch.model.embedded import embedded_model_folder
-from server.engine.torch.model.loader import load_model, resolve_dtype
+from server.engine.model.description import resolve_dtype
+from server.engine.model.embedded import embedded_model_folder
+from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
 from steering.reward import RewardHead
 

@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from server.engine.model.description import describe
 from server.engine.torch.attention.slab import KVShape
-from server.engine.torch.model.loader import LoadedModel, describe, reference_attention
+from server.engine.torch.model.loader import LoadedModel, reference_attention
 
 SEVEN_BILLION: Final = LlamaConfig(  # as large as Mistral 7B
     vocab_size=32000,

@@ -6,8 +6,8 @@ import time
 
 from benchmarks.workers.protocol import serve
 from server.engine.base import Request, SamplingSettings
+from server.engine.generation import DeliveredGeneration
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
 from server.own_thread import in_own_thread
@@ -23,7 +23,7 @@ async def generate(
     return await asyncio.gather(*(_tokens(generation) for generation in generations))
 
 
-async def _tokens(generation: TorchGeneration) -> list[int]:
+async def _tokens(generation: DeliveredGeneration) -> list[int]:
     return [token async for output in generation for token in output.token_ids]
 
 

@@ -20,8 +20,9 @@ from interventions.header import ArtifactError
 from interventions.manifest import NAME_PATTERN, Manifest, TrainingValue
 from server.cli.progress import progress as progress_bar
 from server.cli.training_files import TrainingFileError
-from server.engine.torch.model.embedded import EmbeddedModelError
-from server.engine.torch.model.loader import LoadedModel, ModelLoadError, load_model
+from server.engine.model.description import ModelLoadError
+from server.engine.model.embedded import EmbeddedModelError
+from server.engine.torch.model.loader import LoadedModel, load_model
 from server.version import installed_version
 from steering.affine import AffineParameters
 from steering.fit import FitError

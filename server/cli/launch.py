@@ -26,9 +26,10 @@ from interventions.watch import polling
 from server.app import create_app
 from server.config import ConfigurationError, Settings
 from server.engine.base import Engine
+from server.engine.model.description import ModelLoadError
+from server.engine.model.embedded import EmbeddedModelError, cache_folder
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.model.embedded import EmbeddedModelError, cache_folder
-from server.engine.torch.model.loader import ModelLoadError, load_model
+from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
 from server.engine.vllm.environment import prepare_environment
 from server.engine.vllm.options import VllmOptions

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.plan import KVOptions, plan_kv
 from server.engine.torch.attention.transformers_hook import use_engine_attention
@@ -13,7 +14,7 @@ from server.engine.torch.fast_paths import EngineParts, fast_path_of
 from server.engine.torch.loaded_interventions import LoadedInterventions
 from server.engine.torch.memory_plan import plan_memory
 from server.engine.torch.model.devices import is_spread
-from server.engine.torch.model.loader import LoadedModel, ModelLoadError
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.prefix_cache import PrefixCache

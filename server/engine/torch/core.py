@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from server.engine.base import EngineError, NoBackgroundRoomError, StepFailedError, StepOutput
+from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.attention.backend import KVMemory
 from server.engine.torch.kv_store import KVStore
 from server.engine.torch.loaded_interventions import LoadedInterventions, Parameters
@@ -26,7 +27,6 @@ from server.engine.torch.scheduling.scheduler import Scheduler, StepPlan
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.step.batch import Batch, build_batch
 from server.engine.torch.step.runner import Runner
-from server.engine.torch.text.vocabulary import Vocabulary
 from steering.dose import DoseMeter
 from steering.settings import SlottedEdit
 
@@ -65,8 +65,9 @@ class EngineCore:
         self.interventions = interventions
         self._runner = runner
         self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+        self._eos_tokens = eos_tokens
         self._penalties = PenaltyTable(model.device)
-        self._postprocessor = Postprocessor(self._vocabulary, eos_tokens, self._penalties)
+        self._postprocessor = Postprocessor(self._vocabulary, self._penalties)
         self._check_invariants = check_invariants
         self._dose_interval = dose_interval
         self.steered_steps = 0
@@ -130,7 +131,7 @@ class EngineCore:
                 slots[digest] = self.interventions.pin_or_install(digest, parameters)
                 held.callback(self.interventions.slots.unpin, digest)
             # Everything that may fail happens before the first sequence is queued.
-            made = [SequenceOutputs(each, self._vocabulary) for each in sequences]
+            made = [SequenceOutputs(each, self._vocabulary, self._eos_tokens) for each in sequences]
             for sequence, outputs in zip(sequences, made, strict=True):
                 self._queue(sequence, outputs, slots)
         if leader is not None:

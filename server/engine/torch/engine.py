@@ -17,17 +17,17 @@ from server.engine.base import (
     QueueFullError,
     Request,
 )
+from server.engine.generation import DeliveredGeneration
+from server.engine.request_checks import check_requests
+from server.engine.text.prompts import Prompts
 from server.engine.torch.build import build_core, context_length
 from server.engine.torch.core import ParametersMissingError
-from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.reads import SharedReads
-from server.engine.torch.request_checks import check_requests
 from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
-from server.engine.torch.text.prompts import Prompts
 from server.engine.torch.thread import EngineThread, log_unread
 from steering.bank import Bank
 from steering.reward import RewardHead
@@ -58,8 +58,8 @@ class TorchEngine:
         self._thread = EngineThread(self._core, self._hand_over, self._hand_over_end)
         self._thread_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._admissions: set[asyncio.Task[list[TorchGeneration]]] = set()
-        self._generations: dict[EngineSequence, TorchGeneration] = {}
+        self._admissions: set[asyncio.Task[list[DeliveredGeneration]]] = set()
+        self._generations: dict[EngineSequence, DeliveredGeneration] = {}
         self._reads = SharedReads(
             partial(_read_and_prepare, source, self._core.interventions.bank, loaded.model.device)
         )
@@ -124,7 +124,7 @@ class TorchEngine:
         self._core.clear()  # its thread has ended
         return True
 
-    async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
+    async def submit(self, requests: Sequence[Request]) -> list[DeliveredGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
         # Requests whose interventions are being read are not in the scheduler's queue yet. They are
@@ -134,14 +134,14 @@ class TorchEngine:
             raise QueueFullError(f"{self._admitting} requests are being admitted; try again later")
         return await self._run_admission(requests)
 
-    async def _follow(self, leader: EngineSequence, request: Request) -> TorchGeneration:
+    async def _follow(self, leader: EngineSequence, request: Request) -> DeliveredGeneration:
         self._check([request])
         (generation,) = await self._run_admission([request], leader)
         return generation
 
     async def _run_admission(
         self, requests: Sequence[Request], leader: EngineSequence | None = None
-    ) -> list[TorchGeneration]:
+    ) -> list[DeliveredGeneration]:
         # A separate task, so that the engine's end can cancel it as well as the client's.
         admission = asyncio.create_task(self._admit(requests, leader))
         self._admissions.add(admission)
@@ -163,11 +163,13 @@ class TorchEngine:
 
     async def _admit(
         self, requests: Sequence[Request], leader: EngineSequence | None
-    ) -> list[TorchGeneration]:
+    ) -> list[DeliveredGeneration]:
         sequences = [EngineSequence.of(request) for request in requests]
         # Registered before the engine thread has the sequences, so that no output is lost.
         generations = [
-            TorchGeneration(partial(self._cancel, each), partial(self._follow, each), each.request)
+            DeliveredGeneration(
+                partial(self._cancel, each), partial(self._follow, each), each.request
+            )
             for each in sequences
         ]
         self._generations.update(zip(sequences, generations, strict=True))
@@ -261,7 +263,7 @@ async def _wait_for_call(future: Future[T]) -> T:
         raise
 
 
-def _cancel_admitted(admission: asyncio.Task[list[TorchGeneration]]) -> None:
+def _cancel_admitted(admission: asyncio.Task[list[DeliveredGeneration]]) -> None:
     if admission.cancelled():
         return
     if (error := admission.exception()) is None:

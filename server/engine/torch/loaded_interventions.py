@@ -8,7 +8,7 @@ import torch
 
 from interventions.model import ModelDescription
 from server.engine.base import UnservableInterventionError
-from server.engine.torch.scheduling.slots import SlotTable
+from server.engine.slots import SlotTable
 from server.engine.torch.site_probes import SiteProbes
 from steering.affine import AffineParameters
 from steering.bank import Bank

@@ -7,23 +7,21 @@ logits. An engine that would compute wrongly, or steer nothing, refuses to serve
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.base import Request, SamplingSettings
+from server.engine.model.description import ModelLoadError
+from server.engine.probes import probe_head, probe_map
 from server.engine.torch.attention.backend import KVMemory, Lane
-from server.engine.torch.model.loader import ModelLoadError
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.step.batch import build_batch
 from server.engine.torch.step.decoder import DecoderLayers, RecordedStep
 from server.engine.torch.step.runner import Runner
-from steering.affine import AffineMap, Gate
 from steering.bank import Bank
-from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings, SlottedEdit
 
 _PROBE_TOKENS = 2  # one token attends to itself alone, so edits of queries and keys do nothing
@@ -197,27 +195,3 @@ def _sequence(prompt: tuple[int, ...], edits: tuple[SlottedEdit, ...]) -> Engine
     sequence = EngineSequence.of(Request("self-test", prompt, SamplingSettings(max_tokens=1)))
     sequence.edits = edits
     return sequence
-
-
-def probe_map(width: int) -> AffineMap:
-    """Return a map far from the identity: it negates and shifts."""
-    return AffineMap(weight=torch.full((width,), -1.0), bias=torch.linspace(-1.0, 1.0, width))
-
-
-def complete_map(width: int) -> AffineMap:
-    """Return a probe's map with both optional parts that a map may have: a support and a gate."""
-    bound = torch.full((width,), 1e4)
-    gate = Gate(torch.linspace(-1.0, 1.0, width) / width, torch.zeros(()))
-    return replace(probe_map(width), low=-bound, high=bound, gate=gate)
-
-
-def probe_head(width: int) -> RewardHead:
-    """Return a head that gives every row a gap of 10: r(h) is 1, and r_plus is 11."""
-    return RewardHead(
-        w1=torch.zeros(1, width),
-        b1=torch.ones(1),
-        w2=torch.ones(1),
-        b2=torch.zeros(()),
-        direction=torch.linspace(-1.0, 1.0, width),
-        positive_reward=torch.tensor(11.0),
-    )

@@ -5,17 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from server.engine.base import (
-    EngineError,
-    FinishReason,
-    InvalidRequestError,
-    Request,
-    StepFailedError,
-    StepOutput,
-    TokenLogprobs,
-)
-from server.engine.torch.text.detokenizer import Detokenizer
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.base import Request, StepFailedError, StepOutput, TokenLogprobs
+from server.engine.overflow import not_a_number
+from server.engine.text.answer_text import AnswerText
+from server.engine.text.vocabulary import Vocabulary
 
 
 class Answer:
@@ -26,8 +19,7 @@ class Answer:
     ) -> None:
         self._request = request
         self._vocabulary = vocabulary
-        self._eos_tokens = frozenset() if request.sampling.ignore_eos else eos_tokens
-        self._detokenizer = Detokenizer(vocabulary, request.sampling.stop, request.prompt)
+        self._text = AnswerText(request, vocabulary, eos_tokens)
         self._first = True
         self.finished = False  # nothing more will be made; vLLM may still have to be told
 
@@ -38,7 +30,7 @@ class Answer:
             EngineError: the request has failed.
         """
         if output.metrics is not None and output.metrics.is_corrupted:
-            raise self._not_a_number()
+            raise not_a_number(self._request)
         completion = output.outputs[0]
         if completion.finish_reason not in (None, "stop", "length"):
             raise StepFailedError("the engine failed while computing this request")
@@ -47,24 +39,12 @@ class Answer:
             return
         scores = self._scores(completion.logprobs, self._request.sampling.logprobs)
         for place, token in enumerate(completion.token_ids):
-            ends = output.finished and place == len(completion.token_ids) - 1
-            step = self._next(token, next(scores, None), ends)
+            is_last = output.finished and place == len(completion.token_ids) - 1
+            step = self._text.append(token, next(scores, None), is_last=is_last)
+            self.finished = step.finish_reason is not None
             yield self._with_prompt(step, output)
             if self.finished:
                 return
-
-    def _next(self, token: int, logprobs: TokenLogprobs | None, ends: bool) -> StepOutput:
-        is_end = token in self._eos_tokens
-        text = self._detokenizer.push(token, ends=is_end)
-        if logprobs is not None:
-            logprobs = replace(logprobs, offset=self._detokenizer.offset)
-        scored = () if logprobs is None else (logprobs,)
-        self.finished = ends or is_end or self._detokenizer.stopped
-        reason: FinishReason | None = None
-        if self.finished:
-            text += self._detokenizer.finish()
-            reason = "stop" if is_end or self._detokenizer.stopped else "length"
-        return StepOutput((token,), text, scored, finish_reason=reason)
 
     def _only_output(self, output: Any) -> StepOutput:
         """Return the only output of a request without a completion; vLLM has drawn a token."""
@@ -98,14 +78,5 @@ class Answer:
             found = list(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
             token, logprob = found[0]
             if math.isnan(logprob):
-                raise self._not_a_number()
+                raise not_a_number(self._request)
             yield self._vocabulary.logprobs(token, logprob, found[1 : 1 + alternatives])
-
-    def _not_a_number(self) -> EngineError:
-        if not self._request.effective_edits:
-            return StepFailedError("the model's output is not a number")
-        return InvalidRequestError(
-            "Steered like this, the model's output is not a number; choose weaker settings.",
-            "steering",
-            "steering_overflow",
-        )

@@ -26,10 +26,10 @@ from server.engine.base import (
     ShuttingDownError,
     StepFailedError,
 )
-from server.engine.torch.generation import TorchGeneration
-from server.engine.torch.request_checks import check_requests
-from server.engine.torch.text.prompts import Prompts
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.generation import DeliveredGeneration
+from server.engine.request_checks import check_requests
+from server.engine.text.prompts import Prompts
+from server.engine.text.vocabulary import Vocabulary
 from server.engine.vllm.answer import Answer
 from server.engine.vllm.arguments import vllm_config
 from server.engine.vllm.options import VllmOptions
@@ -55,7 +55,7 @@ class _Running:
     edits: tuple[LoadedEdit, ...] = ()
     own_places: int = 0
     followers_places: int = 0
-    generation: TorchGeneration = field(init=False)
+    generation: DeliveredGeneration = field(init=False)
     task: "asyncio.Task[None]" = field(init=False)
 
 
@@ -148,7 +148,7 @@ class VllmEngine:
         await test.run()
         self._started = True
 
-    async def submit(self, requests: Sequence[Request]) -> list[TorchGeneration]:
+    async def submit(self, requests: Sequence[Request]) -> list[DeliveredGeneration]:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
         places = sum(request.queue_places for request in requests)
@@ -207,8 +207,8 @@ class VllmEngine:
             held.pop_all()
         return admitted
 
-    def _begin(self, running: _Running) -> TorchGeneration:
-        running.generation = TorchGeneration(
+    def _begin(self, running: _Running) -> DeliveredGeneration:
+        running.generation = DeliveredGeneration(
             partial(self._cancel, running), partial(self._follow, running), running.request
         )
         self._running.add(running)
@@ -270,7 +270,7 @@ class VllmEngine:
         running.followers_places = 0
         running.task.cancel()
 
-    async def _follow(self, leader: _Running, request: Request) -> TorchGeneration:
+    async def _follow(self, leader: _Running, request: Request) -> DeliveredGeneration:
         self._check([request])
         [running] = await self._pinned([request])
         running.own_places, leader.followers_places = leader.followers_places, 0

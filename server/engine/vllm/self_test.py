@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 from interventions.layout import to_tensors
 from interventions.model import ModelDescription
 from server.config import ConfigurationError
-from server.engine.torch.self_test import probe_head, probe_map
+from server.engine.probes import probe_head, probe_map
 from server.engine.vllm.plugin.wire import Layout, LoadedEdit, Steering
 from steering.affine import AffineParameters
 from steering.reward import RewardHead

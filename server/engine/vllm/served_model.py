@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from interventions.model import ModelDescription
 from server.config import ConfigurationError
-from server.engine.torch.model.embedded import embedded_model_folder
+from server.engine.model.embedded import embedded_model_folder
 from server.engine.torch.model.loader import load_model
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.plugin.sites import chosen_sites

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.base import UnservableInterventionError
-from server.engine.torch.scheduling.slots import SlotTable
+from server.engine.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 

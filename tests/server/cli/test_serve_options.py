@@ -11,8 +11,9 @@ from server.__main__ import app
 from server.cli import launch
 from server.cli import serve as command
 from server.config import Settings
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.model.loader import LoadedModel, ModelLoadError
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions
 from server.lifecycle import Server
 from server.toxicity.pace import Pace

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.attention.backend import KVMemory
 from server.engine.torch.attention.mapped import PAGE_BYTES, whole_pages
 from server.engine.torch.attention.page_pool import PAGE
@@ -19,7 +20,6 @@ from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.model.devices import free_memory
 from server.engine.torch.model.fallback import fall_back, first_line
-from server.engine.torch.model.loader import ModelLoadError
 from server.engine.torch.options import AttentionChoice
 from server.engine.torch.scheduling.block_pool import BlockPool
 

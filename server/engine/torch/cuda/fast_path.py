@@ -5,6 +5,7 @@ from contextlib import suppress
 from transformers import PreTrainedModel
 
 from server.engine.base import UnservableInterventionError
+from server.engine.probes import complete_map
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.cuda.affine_check import use_affine_kernel
 from server.engine.torch.cuda.capture import CudaCapture
@@ -14,7 +15,6 @@ from server.engine.torch.fast_paths import EngineParts
 from server.engine.torch.model.devices import is_spread
 from server.engine.torch.model.fallback import fall_back
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.self_test import complete_map
 from server.engine.torch.step.runner import Runner
 from steering.sites import SiteError, default_sites, match_sites
 

@@ -4,8 +4,8 @@ import logging
 
 import torch
 
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.model.devices import has_failed
-from server.engine.torch.model.loader import ModelLoadError
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,9 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from server.engine.base import (
-    EngineError,
-    InvalidRequestError,
-    StepFailedError,
-    StepOutput,
-    TokenLogprobs,
-)
+from server.engine.base import EngineError, StepFailedError, StepOutput, TokenLogprobs
+from server.engine.overflow import not_a_number
+from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.row_results import DrawnToken, draw_and_score
 from server.engine.torch.sampling.sampler import RowLogprobs
@@ -20,7 +16,6 @@ from server.engine.torch.sampling.sequence_outputs import SequenceOutputs
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.step.batch import Row
-from server.engine.torch.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +25,8 @@ Delivery: TypeAlias = tuple[EngineSequence, StepOutput | EngineError]
 class Postprocessor:
     """Advances the sequences of a step. The caller frees what ended sequences hold."""
 
-    def __init__(
-        self, vocabulary: Vocabulary, eos_tokens: frozenset[int], penalties: PenaltyTable
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, penalties: PenaltyTable) -> None:
         self._vocabulary = vocabulary
-        self._eos_tokens = eos_tokens
         self._penalties = penalties
 
     def run(
@@ -57,7 +49,7 @@ class Postprocessor:
             chunk.sequence.computed_tokens += chunk.count
         draws = [outputs[row.sequence].next_draw() for row in rows if row.draws]
         results = draw_and_score(rows, logits, draws, self._penalties)
-        lost = {row.sequence: _not_a_number(row) for row in results.not_finite}
+        lost = {row.sequence: not_a_number(row.sequence.request) for row in results.not_finite}
         lost |= self._score(results.scored, lost, outputs)
         return [
             *lost.items(),
@@ -95,7 +87,7 @@ class Postprocessor:
         token, row = drawn.token, drawn.logprobs
         try:
             found = None if row is None else self._logprobs(token, row)
-            return outputs.append_token(token, found, self._eos_tokens)
+            return outputs.append_token(token, found)
         except Exception:
             return _text_failed()
 
@@ -107,14 +99,3 @@ def _text_failed() -> EngineError:
     """Log the exception that is being handled, and return an error for its sequence alone."""
     logger.exception("the text of a sequence failed")
     return StepFailedError("the engine failed while computing this request")
-
-
-def _not_a_number(row: Row) -> EngineError:
-    """Return the error for a row whose logits are not finite: its drawn token is meaningless."""
-    if not row.sequence.edits:
-        return StepFailedError("the model's output is not a number")
-    return InvalidRequestError(
-        "Steered like this, the model's output is not a number; choose weaker settings.",
-        "steering",
-        "steering_overflow",
-    )

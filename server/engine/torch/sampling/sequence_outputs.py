@@ -4,12 +4,12 @@ import random
 import time
 from dataclasses import replace
 
-from server.engine.base import FinishReason, StepOutput, TokenLogprobs
+from server.engine.base import StepOutput, TokenLogprobs
+from server.engine.text.answer_text import AnswerText
+from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.sampling.penalties import Penalties, changes_logits
 from server.engine.torch.sampling.sampler import Draw
 from server.engine.torch.scheduling.sequence import Sequence
-from server.engine.torch.text.detokenizer import Detokenizer
-from server.engine.torch.text.vocabulary import Vocabulary
 
 
 class SequenceOutputs:
@@ -18,10 +18,12 @@ class SequenceOutputs:
     A preemption does not change it.
     """
 
-    def __init__(self, sequence: Sequence, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, sequence: Sequence, vocabulary: Vocabulary, eos_tokens: frozenset[int]
+    ) -> None:
         self._sequence = sequence
         request = sequence.request
-        self._detokenizer = Detokenizer(vocabulary, request.sampling.stop, request.prompt)
+        self._text = AnswerText(request, vocabulary, eos_tokens)
         # None if the request changes no logits.
         self.penalties = Penalties(request) if changes_logits(request.sampling) else None
         self._random = random.Random(sequence.request.sampling.seed)
@@ -49,41 +51,24 @@ class SequenceOutputs:
         self._prompt_logprobs.append(logprobs)
         self._sequence.scored_prompt_tokens += 1
 
-    def append_token(
-        self, token: int, logprobs: TokenLogprobs | None, eos_tokens: frozenset[int]
-    ) -> StepOutput:
+    def append_token(self, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Append a drawn token to the sequence. The last output returned has a finish reason."""
-        sequence, sampling = self._sequence, self._sequence.request.sampling
+        sequence = self._sequence
         sequence.tokens.append(token)
         if self.penalties is not None:
             self.penalties.push(token)
-        ended = token in eos_tokens and not sampling.ignore_eos
-        text = self._detokenizer.push(token, ends=ended)
-        if logprobs is not None:
-            logprobs = replace(logprobs, offset=self._detokenizer.offset)
-        reason: FinishReason | None = None
-        if ended or self._detokenizer.stopped or len(sequence.tokens) == sequence.max_length:
-            text += self._detokenizer.finish()
-            reason = "stop" if ended or self._detokenizer.stopped else "length"
-        return self._output((token,), text, logprobs, reason)
+        is_last = len(sequence.tokens) == sequence.max_length
+        return self._with_prompt(self._text.append(token, logprobs, is_last=is_last))
 
     def only_output(self) -> StepOutput:
         """Return the only output of a request without a completion, whose prompt is computed."""
-        return self._output((), "", None, "length")
+        return self._with_prompt(StepOutput((), "", finish_reason="length"))
 
-    def _output(
-        self,
-        tokens: tuple[int, ...],
-        text: str,
-        logprobs: TokenLogprobs | None,
-        finish_reason: FinishReason | None,
-    ) -> StepOutput:
-        output = StepOutput(
-            token_ids=tokens,
-            text=text,
-            logprobs=() if logprobs is None else (logprobs,),
+    def _with_prompt(self, output: StepOutput) -> StepOutput:
+        """Add what only the first output says: the prompt's scores, and how it was waited for."""
+        output = replace(
+            output,
             prompt_logprobs=tuple(self._prompt_logprobs),
-            finish_reason=finish_reason,
             queue_seconds=self._queue_seconds,
             cached_tokens=self._cached_tokens,
         )

@@ -24,12 +24,12 @@ from server.engine.base import (
     StepOutput,
     UnservableInterventionError,
 )
+from server.engine.generation import DeliveredGeneration
+from server.engine.text.detokenizer import Detokenizer
 from server.engine.torch import core
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.text.detokenizer import Detokenizer
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.engines import close_checked, idle
@@ -58,12 +58,12 @@ def affine(digest: str) -> Edit:
     return Edit(digest, AffineSettings(1.0))
 
 
-async def submit(engine: TorchEngine, one: Request) -> TorchGeneration:
+async def submit(engine: TorchEngine, one: Request) -> DeliveredGeneration:
     (generation,) = await engine.submit([one])
     return generation
 
 
-async def finish(generation: TorchGeneration) -> list[StepOutput]:
+async def finish(generation: DeliveredGeneration) -> list[StepOutput]:
     return [output async for output in generation]
 
 
@@ -92,12 +92,12 @@ async def test_generation_stops_at_max_tokens_eos_and_stop_strings(
     text = "".join(output.text for output in outputs)
     assert len(outputs) == 9
     assert [output.finish_reason for output in outputs] == [None] * 8 + ["length"]
-    engine._core._postprocessor._eos_tokens = frozenset({outputs[4].token_ids[0]})
+    engine._core._eos_tokens = frozenset({outputs[4].token_ids[0]})
     first = next(i for i, o in enumerate(outputs) if o.token_ids == outputs[4].token_ids)
     until_eos = await finish(await submit(engine, request(SamplingSettings(9, 0))))
     assert len(until_eos) == first + 1
     assert until_eos[-1].finish_reason == "stop"
-    engine._core._postprocessor._eos_tokens = frozenset({EOS})
+    engine._core._eos_tokens = frozenset({EOS})
     stop = text[2:4]
     until_stop = await finish(
         await submit(engine, request(SamplingSettings(9, 0, ignore_eos=True, stop=(stop,))))
@@ -523,7 +523,7 @@ async def test_an_admission_that_fails_half_way_leaves_nothing_behind(
             raise MemoryError
         return Detokenizer(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("server.engine.torch.sampling.sequence_outputs.Detokenizer", failing)
+    monkeypatch.setattr("server.engine.text.answer_text.Detokenizer", failing)
     with pytest.raises(MemoryError):
         await engine.submit([request(ENDLESS, PROMPT, affine("a"))] * 3)
     assert len(made) == 2

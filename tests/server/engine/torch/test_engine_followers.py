@@ -16,8 +16,8 @@ from server.engine.base import (
     SamplingSettings,
     StepOutput,
 )
+from server.engine.generation import DeliveredGeneration
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.options import EngineOptions
 from steering.settings import AffineSettings
 from tests.conftest import StartEngine
@@ -36,16 +36,16 @@ ENDLESS = Request("endless", PROMPT, SamplingSettings(400, 0, ignore_eos=True))
 SCORED = Request("scored", PROMPT, SamplingSettings(0, prompt_logprobs=0, prompt_logprobs_from=9))
 
 
-async def submit(engine: TorchEngine, request: Request) -> TorchGeneration:
+async def submit(engine: TorchEngine, request: Request) -> DeliveredGeneration:
     (generation,) = await engine.submit([request])
     return generation
 
 
-async def finish(generation: TorchGeneration) -> list[StepOutput]:
+async def finish(generation: DeliveredGeneration) -> list[StepOutput]:
     return [output async for output in generation]
 
 
-async def fill(engine: TorchEngine) -> list[TorchGeneration]:
+async def fill(engine: TorchEngine) -> list[DeliveredGeneration]:
     """Submit endless requests until the queue is full: one runs, and the others wait."""
     endless = [await submit(engine, ENDLESS)]
     await anext(aiter(endless[0]))

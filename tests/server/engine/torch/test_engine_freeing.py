@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from server.engine.base import Request, SamplingSettings, StepOutput
+from server.engine.slots import SlotTable
 from server.engine.torch.attention.slab import Slab
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
@@ -19,7 +20,6 @@ from server.engine.torch.scheduling.block_keys import KeyChain
 from server.engine.torch.scheduling.prefix_cache import PrefixCache
 from server.engine.torch.scheduling.scheduler import Scheduler
 from server.engine.torch.scheduling.sequence import Sequence
-from server.engine.torch.scheduling.slots import SlotTable
 from tests.conftest import TINY_OPTIONS, LoadTiny, StartEngine
 from tests.engines import idle
 from tests.serving import eventually

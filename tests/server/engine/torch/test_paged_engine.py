@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import Edit, StepFailedError
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
-from server.engine.torch.model.loader import ModelLoadError
 from steering.settings import RewardSettings
 from tests.conftest import LoadTiny
 from tests.paged import OPTIONS, make_all, use_pages

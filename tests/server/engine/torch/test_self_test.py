@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from server.engine.base import UnservableInterventionError
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.attention import slab_attention
 from server.engine.torch.build import build_core, context_length
-from server.engine.torch.model.loader import ModelLoadError
 from server.engine.torch.options import EngineOptions
 from steering.bank import Bank
 from tests.conftest import TINY_OPTIONS, LoadTiny

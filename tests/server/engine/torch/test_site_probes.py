@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from server.engine.base import Edit, Request, ShuttingDownError, UnservableInterventionError
+from server.engine.generation import DeliveredGeneration
 from server.engine.torch.engine import TorchEngine
-from server.engine.torch.generation import TorchGeneration
 from server.engine.torch.site_probes import SiteProbes
 from steering.affine import AffineMap
 from steering.hooks import SteeringHooks
@@ -109,7 +109,7 @@ class Events:
     """Records an engine's steps and probes in their order, while a request decodes."""
 
     def __init__(
-        self, engine: TorchEngine, running: TorchGeneration, monkeypatch: pytest.MonkeyPatch
+        self, engine: TorchEngine, running: DeliveredGeneration, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.running = running  # the request that decodes
         self.order: list[str] = []

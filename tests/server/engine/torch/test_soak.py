@@ -17,9 +17,9 @@ import pytest
 from pydantic import JsonValue
 
 from interventions.registry import Registry
+from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.text.vocabulary import Vocabulary
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import LoadTiny, WriteArtifact
 from tests.engines import close_checked, idle

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from server.engine.model.description import ModelLoadError
 from server.engine.torch import build, memory_plan
 from server.engine.torch.attention import plan as kv_plan
 from server.engine.torch.attention.paged_attention import PagedMemory
@@ -15,7 +16,7 @@ from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.build import build_core
 from server.engine.torch.memory_plan import plan_memory
 from server.engine.torch.model import fallback
-from server.engine.torch.model.loader import LoadedModel, ModelLoadError
+from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import AttentionChoice, EngineOptions
 from tests.conftest import LoadTiny
 from tests.paged import paged_reference

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.cuda import affine_check
 from server.engine.torch.cuda.affine_check import use_affine_kernel
 from server.engine.torch.model import fallback
-from server.engine.torch.model.loader import ModelLoadError
 from steering.affine import MapTable, edit_stacks
 
 CPU = torch.device("cpu")

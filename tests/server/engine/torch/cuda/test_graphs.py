@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.base import Edit
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda import graphs as cuda_graphs
@@ -22,7 +23,6 @@ from server.engine.torch.cuda.decode_inputs import DecodeInputs
 from server.engine.torch.cuda.decoder_call import Decoder, DecoderCallError
 from server.engine.torch.cuda.graphs import GraphRunner
 from server.engine.torch.model import fallback
-from server.engine.torch.model.loader import ModelLoadError
 from server.engine.torch.step.graph_keys import GraphKey, buckets
 from server.engine.torch.step.staged_runner import StagedRunner
 from steering.bank import Bank

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.model.description import ModelLoadError
 from server.engine.torch.cuda import grouped_check
 from server.engine.torch.cuda.grouped_check import make_grouped_refinement
 from server.engine.torch.model import fallback
-from server.engine.torch.model.loader import ModelLoadError
 from tests.gpu_code import compiled_for_gpus
 from tests.grouped import expected_of, mixed_settings, random_rows, refined_by, use_few_programs
 from tests.tiny import random_head

@@ -16,7 +16,8 @@ from transformers import (
     T5Config,
 )
 
-from server.engine.torch.model.loader import ModelLoadError, load_model, resolve_dtype
+from server.engine.model.description import ModelLoadError, resolve_dtype
+from server.engine.torch.model.loader import load_model
 from tests.tiny import VOCABULARY, WIDTH, tiny_tokenizer
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from server.engine.base import Edit, SamplingSettings, StepOutput
+from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.options import EngineOptions
-from server.engine.torch.text.vocabulary import Vocabulary
 from steering.settings import AffineSettings
 from tests.conftest import StartEngine
 from tests.oracles import Oracle

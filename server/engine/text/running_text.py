@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.text.vocabulary import Vocabulary
 
 # How many of a prompt's last tokens are read, because the text that follows may depend on them. At
 # most three hold the bytes of an unfinished character, and the one before them is text by itself.

@@ -11,12 +11,12 @@ import torch
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
 from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.model import embedded
+from server.engine.model.embedded import EmbeddedModelError, embedded_model_folder
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cpu.compiled import CompiledLayers
 from server.engine.torch.loaded_interventions import Parameters
-from server.engine.torch.model import embedded
-from server.engine.torch.model.embedded import EmbeddedModelError, embedded_model_folder
 from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduling.sequence import Sequence

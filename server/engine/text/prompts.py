@@ -6,8 +6,8 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.base import InvalidRequestError, PromptDescription
-from server.engine.torch.text.running_text import RunningText
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.text.running_text import RunningText
+from server.engine.text.vocabulary import Vocabulary
 
 
 class Prompts:

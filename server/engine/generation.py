@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from server.engine.base import EngineError, Request, StepOutput
 
 
-class TorchGeneration:
+class DeliveredGeneration:
     """Yields what the engine thread delivers. Used on the event loop only."""
 
     def __init__(
         self,
         cancel: Callable[[], None],
-        follow: Callable[[Request], Awaitable["TorchGeneration"]],
+        follow: Callable[[Request], Awaitable["DeliveredGeneration"]],
         request: Request,
     ) -> None:
         self._cancel = cancel
@@ -38,7 +38,7 @@ class TorchGeneration:
             if output.finish_reason is not None:
                 return
 
-    async def follow(self, request: Request) -> "TorchGeneration":
+    async def follow(self, request: Request) -> "DeliveredGeneration":
         """Admit one more request; see server.engine.base.Generation.follow."""
         if not self._holds_place:
             raise EngineError("no place is held for a request that follows this one")

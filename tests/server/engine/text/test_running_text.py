@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.base import InvalidRequestError
-from server.engine.torch.model.embedded import embedded_model_folder
-from server.engine.torch.text.detokenizer import Detokenizer
-from server.engine.torch.text.prompts import Prompts
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.model.embedded import embedded_model_folder
+from server.engine.text.detokenizer import Detokenizer
+from server.engine.text.prompts import Prompts
+from server.engine.text.vocabulary import Vocabulary
 from tests.tiny import tiny_tokenizer
 
 TINY = tiny_tokenizer()

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.text.vocabulary import Vocabulary
 from tests.tiny import tiny_tokenizer
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from server.engine.torch.text.detokenizer import Detokenizer
-from server.engine.torch.text.stop_strings import StopStrings
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.text.detokenizer import Detokenizer
+from server.engine.text.stop_strings import StopStrings
+from server.engine.text.vocabulary import Vocabulary
 from tests.tiny import EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer().backend_tokenizer

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from server.engine.torch.text.running_text import RunningText
-from server.engine.torch.text.stop_strings import StopStrings
-from server.engine.torch.text.vocabulary import Vocabulary
+from server.engine.text.running_text import RunningText
+from server.engine.text.stop_strings import StopStrings
+from server.engine.text.vocabulary import Vocabulary
 
 
 class Detokenizer:

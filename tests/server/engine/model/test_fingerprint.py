@@ -13,7 +13,7 @@ from interventions.artifact import read_artifact, read_manifest
 from interventions.bundled import bundled_artifacts
 from interventions.compatibility import check_shapes
 from interventions.layout import shapes_of
-from server.engine.torch.model.fingerprint import fingerprint_of
+from server.engine.model.fingerprint import fingerprint_of
 from server.engine.torch.model.loader import load_model
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from server.engine.base import BankFullError
-from server.engine.torch.scheduling.slots import SlotTable
+from server.engine.slots import SlotTable
 
 
 def test_the_least_recently_used_slot_that_nobody_pins_is_taken() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from server.engine.base import InvalidRequestError
-from server.engine.torch.text.prompts import Prompts
+from server.engine.text.prompts import Prompts
 from tests.tiny import tiny_tokenizer
 
 
