@@ -3,6 +3,7 @@
 python -m benchmarks --vllm-python /path/to/vllm/venv/bin/python
 """
 
+import importlib
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from benchmarks.report import Section, write_section
 from benchmarks.steering import measure_steering
 from server.cli.bench.client import BenchError
 from server.cli.progress import progress
+from server.engine.vllm.environment import prepare_environment
 
 _IN_PROCESS: Final[Mapping[str, Callable[[BenchEngine, Options, Progress], Section]]] = {
     "steering": measure_steering,
@@ -30,6 +32,7 @@ _IN_PROCESS: Final[Mapping[str, Callable[[BenchEngine, Options, Progress], Secti
     "growth": measure_growth,
 }
 SECTIONS: Final = ("steering", "distinct", "engines", "latency", "growth")
+_INSIDE_VLLM: Final = "vllm"  # runs where vLLM is installed, and only if it is asked for
 _RESULTS: Final = Path(__file__).parent / "results"
 
 
@@ -57,8 +60,9 @@ def main(
     # An exception ends the processes of the engines on its way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     chosen = only.split(",")
-    if unknown := [name for name in chosen if name not in SECTIONS]:
-        raise typer.BadParameter(f"--only knows {', '.join(SECTIONS)}, not {unknown[0]!r}")
+    known = (*SECTIONS, _INSIDE_VLLM)
+    if unknown := [name for name in chosen if name not in known]:
+        raise typer.BadParameter(f"--only knows {', '.join(known)}, not {unknown[0]!r}")
     if quick:
         options = Options.quick(model, device, vllm_python)
     else:
@@ -76,6 +80,12 @@ def _measure(chosen: list[str], options: Options, out: Path) -> None:
     if "engines" in chosen:
         with progress() as bar:
             section = measure_engines(options, bar)
+        write_section(section, out)
+    if _INSIDE_VLLM in chosen:
+        prepare_environment()
+        inside_vllm = importlib.import_module("benchmarks.inside_vllm")
+        with progress() as bar:
+            section = inside_vllm.measure_vllm(options, bar)
         write_section(section, out)
     if "latency" in chosen:
         write_section(measure_latency(options), out)

@@ -56,7 +56,7 @@ class BenchEngine:
         self.sites = match_sites(pattern, loaded.description.site_widths)
         self.loaded = loaded
         self.core: EngineCore = build_core(loaded, options)
-        self.head = random_head(loaded, 0) if head is None else head
+        self.head = random_head(loaded.description.head_width, 0) if head is None else head
         self.parameters: dict[str, Parameters] = {"argre 0": self.head}  # by digest
         if maps is not None:
             self.parameters["lineas 0"] = maps
@@ -82,8 +82,9 @@ class BenchEngine:
         digest = f"{'gated' if gated else 'lineas'} {number}"
         digest += "" if sites is None else f" at {sites} sites"
         if digest not in self.parameters:
-            chosen = self.sites[:sites]
-            self.parameters[digest] = random_maps(self.loaded, chosen, number, gated)
+            widths = self.loaded.description.site_widths
+            chosen = {site: widths[site] for site in self.sites[:sites]}
+            self.parameters[digest] = random_maps(chosen, number, gated)
         return Edit(digest, AffineSettings(strength))
 
     def argre(self, number: int = 0, eta: float = ETA) -> Edit:

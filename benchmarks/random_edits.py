@@ -1,12 +1,11 @@
 """Random interventions. Speed does not depend on what an intervention has learned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
 import torch
 
-from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineMap, Gate
 from steering.reward import RewardHead
 
@@ -14,18 +13,21 @@ HEAD_UNITS: Final = 1024  # as in the paper (ARGRE, NeurIPS 2025)
 
 
 def random_maps(
-    loaded: LoadedModel, sites: Sequence[str], seed: int, gated: bool = False
+    widths: Mapping[str, int], seed: int, gated: bool = False
 ) -> Mapping[str, AffineMap]:
-    """Return maps near the identity at some sites, so that activations stay finite."""
+    """Return maps near the identity at some sites, so that activations stay finite.
+
+    Args:
+        widths: site -> width.
+    """
     random = torch.Generator().manual_seed(seed)
-    widths = loaded.description.site_widths
     return {
         site: AffineMap(
-            1 + 0.01 * torch.randn(widths[site], generator=random),
-            0.01 * torch.randn(widths[site], generator=random),
-            gate=_random_gate(widths[site], random) if gated else None,
+            1 + 0.01 * torch.randn(width, generator=random),
+            0.01 * torch.randn(width, generator=random),
+            gate=_random_gate(width, random) if gated else None,
         )
-        for site in sites
+        for site, width in widths.items()
     }
 
 
@@ -33,14 +35,13 @@ def _random_gate(width: int, random: torch.Generator) -> Gate:
     return Gate(torch.randn(width, generator=random) / width**0.5, torch.zeros(()))
 
 
-def random_head(loaded: LoadedModel, seed: int) -> RewardHead:
+def random_head(width: int, seed: int) -> RewardHead:
     """Return a reward head as wide as the paper's, as costly to refine by as a trained one.
 
     On hidden states whose numbers are about 1, a step of the paper's size changes the sign of some
     5 of the 1024 units.
     """
     random = torch.Generator().manual_seed(seed)
-    width = loaded.description.head_width
     return RewardHead(
         w1=torch.randn(HEAD_UNITS, width, generator=random) / width**0.5,
         b1=0.1 * torch.randn(HEAD_UNITS, generator=random),

@@ -102,6 +102,11 @@ class VllmEngine:
         return self._served.description
 
     @property
+    def dtype(self) -> str:
+        """The name of the model's dtype."""
+        return self._served.dtype
+
+    @property
     def max_model_len(self) -> int:
         """The largest number of tokens that a prompt and its completion may have together."""
         return self._served.max_model_len
