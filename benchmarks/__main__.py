@@ -1,6 +1,6 @@
 """Measures everything that steerserve claims about speed, side by side on this machine.
 
-python -m benchmarks --vllm-python /path/to/vllm/venv/bin/python
+python -m benchmarks --vllm-python "$(constraints/vllm_environment.sh)/bin/python"
 """
 
 import importlib

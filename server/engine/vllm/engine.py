@@ -290,6 +290,8 @@ class VllmEngine:
             running.generation.deliver(self._end())
             running.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._llm.output_handler is not None:  # it would log the end as a failure
+            self._llm.output_handler.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_STEP_SECONDS + _KILLED_SECONDS):
                 await asyncio.to_thread(self._llm.shutdown, LAST_STEP_SECONDS)
