@@ -14,8 +14,10 @@ from transformers import (
 )
 
 from server.engine.model.description import describe
+from server.engine.model.fingerprint import fingerprint_of
+from server.engine.model.weights import reference_attention
 from server.engine.torch.attention.slab import KVShape
-from server.engine.torch.model.loader import LoadedModel, reference_attention
+from server.engine.torch.model.loader import LoadedModel
 
 SEVEN_BILLION: Final = LlamaConfig(  # as large as Mistral 7B
     vocab_size=32000,
@@ -52,7 +54,7 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
         )
     module: nn.Module = model
     module.eval().requires_grad_(False)
-    return LoadedModel(model, _tokenizer(), describe(model, "random"))
+    return LoadedModel(model, _tokenizer(), describe(model, "random", fingerprint_of(model)))
 
 
 def step_bytes(loaded: LoadedModel, tokens: int) -> int:

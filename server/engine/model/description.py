@@ -12,7 +12,6 @@ from transformers import (
 )
 
 from interventions.model import ModelDescription
-from server.engine.model.fingerprint import fingerprint_of
 from steering.site_widths import measure_site_widths
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,8 +59,12 @@ def refuse_unservable_class(model: PreTrainedModel) -> None:
         raise ModelLoadError(f"{name} has no linear lm_head before which a reward could act")
 
 
-def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
-    """Return what must be known of a model to check artifacts against it."""
+def describe(model: PreTrainedModel, identity: str, fingerprint: str) -> ModelDescription:
+    """Return what must be known of a model to check artifacts against it.
+
+    Raises:
+        ModelLoadError: the model's code lacks an interface that the engine needs.
+    """
     refuse_unservable_class(model)
     lm_head = output_embeddings(model)
     assert isinstance(lm_head, nn.Linear)
@@ -74,7 +77,7 @@ def describe(model: PreTrainedModel, identity: str) -> ModelDescription:
         vocab_size=config.vocab_size,
         head_width=lm_head.in_features,
         site_widths=measure_site_widths(model, config.vocab_size),
-        fingerprint=fingerprint_of(model),
+        fingerprint=fingerprint,
     )
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Final
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _SAMPLES: Final = 64  # values hashed of each weight
@@ -26,13 +28,24 @@ def fingerprint_of(model: PreTrainedModel) -> str:
 
     Neither depends on the dtype that the model is loaded in, nor on its device.
     """
-    return f"{_of_weights(model)}-{_of_configuration(model.config.get_text_config())}"
+    return fingerprint_of_weights(model.named_parameters(), model.config)
 
 
-def _of_weights(model: PreTrainedModel) -> str:
+def fingerprint_of_weights(weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig) -> str:
+    """Return the fingerprint of a model that has these weights and this configuration.
+
+    Args:
+        weights: names and weights in the order of the model's parameters. Each is read before the
+            next is asked for, and not kept.
+        config: the model's configuration.
+    """
+    return f"{_of_weights(weights)}-{_of_configuration(config.get_text_config())}"
+
+
+def _of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Hash the weights' names, their shapes, and 64 values of each, rounded to bfloat16."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)

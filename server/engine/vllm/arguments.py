@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import psutil
-import torch
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -66,7 +65,6 @@ def _given_arguments(text: str, own: Collection[str]) -> list[str]:
 
 def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:
     """Return the options that steerserve sets: name -> value, empty for a switch."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = {
         "--model": served.source,
         "--dtype": served.dtype,
@@ -78,12 +76,12 @@ def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:
         "--max-num-batched-tokens": str(options.max_batch_tokens),
         "--max-logprobs": "-1",
         "--scheduling-policy": "priority",
-        "--worker-cls": _WORKERS[device],
+        "--worker-cls": _WORKERS[served.device],
         "--additional-config": json.dumps(served.layout.to_config()),
         "--enable-prefix-caching" if options.prefix_cache else "--no-enable-prefix-caching": "",
     }
     size = None if options.kv_cache_gb is None else int(options.kv_cache_gb * 1e9)
-    if size is None and device == "cpu":
+    if size is None and served.device == "cpu":
         size = int(psutil.virtual_memory().available * _CPU_MEMORY)
     if size is not None:
         arguments["--kv-cache-memory-bytes"] = str(size)

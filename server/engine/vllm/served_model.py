@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from interventions.model import ModelDescription
 from server.config import ConfigurationError
-from server.engine.model.embedded import embedded_model_folder
-from server.engine.torch.model.loader import load_model
+from server.engine.model.unloaded import describe_unloaded
 from server.engine.vllm.options import VllmOptions
-from server.engine.vllm.plugin.sites import chosen_sites
+from server.engine.vllm.plugin.sites import chosen_sites, possible_sites
 from server.engine.vllm.plugin.wire import Layout
 from steering.sites import SiteError, default_sites
 
@@ -21,6 +21,7 @@ class ServedModel:
 
     source: str  # a folder or a Hugging Face id
     dtype: str  # float32, bfloat16 or float16
+    device: str  # cpu or cuda
     description: ModelDescription
     tokenizer: PreTrainedTokenizerFast
     eos_tokens: frozenset[int]
@@ -35,44 +36,48 @@ def describe_served_model(
     stored_sites: Iterable[str],
     say: Callable[[str], None],
 ) -> ServedModel:
-    """Describe a model.
-
-    It is loaded once by transformers, for its fingerprint and widths, and given up again.
+    """Describe a model without loading it.
 
     Args:
         model: "embedded", a folder or a Hugging Face id.
         dtype: auto, float32, bfloat16 or float16.
         options: the operator's.
-        stored_sites: those of all stored artifacts.
+        stored_sites: those of all stored artifacts; the ones that vLLM cannot edit are left out.
         say: called with a sentence about each step that takes time.
 
     Raises:
-        ModelLoadError: the model cannot be loaded.
+        ModelLoadError: the model cannot be described; see `describe_unloaded`.
         ConfigurationError: vLLM's model of this architecture is not steered, a pattern matches none
             of its sites, or the context is longer than the model's.
     """
-    loaded = load_model(model, dtype, say=say)
-    description, config = loaded.description, loaded.model.config.get_text_config()
-    try:
-        patterns = (default_sites(description.architecture), *options.sites)
-        sites = chosen_sites(
-            description.architecture, description.num_layers, patterns, stored_sites
-        )
-    except SiteError as error:
-        raise ConfigurationError(str(error)) from error
-    longest: int = config.max_position_embeddings
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = describe_unloaded(model, dtype, device, say)
+    sites = _chosen_sites(found.description, options, stored_sites)
+    widths = {site: found.description.site_widths[site] for site in sites}
+    longest: int = found.config.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > longest:
         raise ConfigurationError(
             f"max_model_len {options.max_model_len} exceeds the model's {longest} positions"
         )
     return ServedModel(
-        source=str(embedded_model_folder(say)) if model == "embedded" else model,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        description=replace(
-            description, site_widths={site: description.site_widths[site] for site in sites}
-        ),
-        tokenizer=loaded.tokenizer,
-        eos_tokens=loaded.eos_tokens,
+        source=found.location,
+        dtype=str(found.dtype).removeprefix("torch."),
+        device=device,
+        description=replace(found.description, site_widths=widths),
+        tokenizer=found.tokenizer,
+        eos_tokens=found.eos_tokens,
         max_model_len=options.max_model_len or longest,
         layout=Layout(options.max_loaded_interventions, sites),
     )
+
+
+def _chosen_sites(
+    model: ModelDescription, options: VllmOptions, stored_sites: Iterable[str]
+) -> tuple[str, ...]:
+    architecture, layers = model.architecture, model.num_layers
+    try:
+        possible_sites(architecture, layers)  # names the architectures that vLLM's engine steers
+        patterns = (default_sites(architecture), *options.sites)
+        return chosen_sites(architecture, layers, patterns, stored_sites)
+    except SiteError as error:
+        raise ConfigurationError(str(error)) from error

@@ -1,21 +1,11 @@
 """Loads a base model for the torch engine, or says why it cannot be served."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
-import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from interventions.model import ModelDescription
 from server.engine.model.description import (
@@ -26,7 +16,9 @@ from server.engine.model.description import (
     refuse_unservable,
     resolve_dtype,
 )
-from server.engine.model.embedded import EMBEDDED_MODEL_ID, embedded_model_folder
+from server.engine.model.fingerprint import fingerprint_of
+from server.engine.model.source import find_source, load_tokenizer, reading
+from server.engine.model.weights import load_weights
 from server.engine.torch.model.devices import is_offloaded, keep_rows_on_host
 
 DeviceMap: TypeAlias = Literal["none", "auto"]
@@ -73,20 +65,15 @@ def load_model(
         EmbeddedModelError: "embedded" was asked for and is not installed.
         ModelLoadError: there is no such model, or its architecture cannot be served.
     """
-    embedded = model == "embedded"
-    source = str(embedded_model_folder(say)) if embedded else model
-    say(f"loading {source}")
-    try:
-        config = AutoConfig.from_pretrained(source)
+    source = find_source(model, say)
+    say(f"loading {source.location}")
+    with reading(source):
+        config = AutoConfig.from_pretrained(source.location)
         refuse_unservable(config)
         torch_dtype = resolve_dtype(dtype, device, config)
         place = device if device_map == "none" else device_map
-        loaded = _load_weights(source, config, torch_dtype, place)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelLoadError(f"cannot load {model!r}: {error}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelLoadError(f"{model!r} has no fast tokenizer (tokenizer.json)")
+        loaded = load_weights(source.location, config, torch_dtype, place)
+    tokenizer = load_tokenizer(source)
     module: nn.Module = loaded
     module.eval().requires_grad_(False)
     if is_offloaded(loaded):
@@ -95,35 +82,4 @@ def load_model(
             "to be copied there for every token"
         )
     keep_rows_on_host(loaded)
-    identity = EMBEDDED_MODEL_ID if embedded else Path(model).name.lower()
-    return LoadedModel(loaded, tokenizer, describe(loaded, identity))
-
-
-def _load_weights(
-    source: str, config: PreTrainedConfig, dtype: torch.dtype, device_map: str
-) -> PreTrainedModel:
-    """Load the weights.
-
-    Raises:
-        ModelLoadError: some are missing; transformers would make them up at random.
-    """
-    loaded: PreTrainedModel
-    found: dict[str, Collection[str]]
-    loaded, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-        source,
-        config=config,
-        dtype=dtype,
-        attn_implementation=reference_attention(config),
-        device_map=device_map,
-        output_loading_info=True,
-    )
-    if missing := sorted(found["missing_keys"]):
-        names = ", ".join(missing[:5])
-        raise ModelLoadError(f"{source!r} lacks {len(missing)} of the model's weights: {names}")
-    return loaded
-
-
-def reference_attention(config: PreTrainedConfig) -> str:
-    """Return which of transformers' own attentions computes what the model's authors meant."""
-    soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if soft_capped else "sdpa"  # sdpa would silently leave the cap out
+    return LoadedModel(loaded, tokenizer, describe(loaded, source.identity, fingerprint_of(loaded)))
