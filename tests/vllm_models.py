@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import safetensors.torch
 from torch import Tensor, nn
@@ -57,8 +58,10 @@ def steered_vllm(
     """
     # By name, because the tests that need none of it run where there is no vLLM.
     from vllm import LLM  # noqa: PLC0415
-    from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
+    from vllm.distributed import cleanup_dist_env_and_memory, parallel_state  # noqa: PLC0415
 
+    # The end of one vLLM takes the process's groups of ranks from every other.
+    assert not parallel_state.model_parallel_is_initialized(), "another vLLM lives in this process"
     model = vllm_model(family)
     model.save_pretrained(folder)
     architecture = type(model).__name__
@@ -105,9 +108,13 @@ def recorded_logits(llm: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def use_vllm_in_this_process(cache: Path) -> None:
-    """Set what vLLM reads when it is imported, and when it starts."""
-    os.environ |= {
+@contextmanager
+def vllm_in_this_process(cache: Path) -> Iterator[None]:
+    """Within the context, vLLM starts without other processes; it reads the environment for that.
+
+    The engine on vLLM, whose tests may come next, must not find these variables.
+    """
+    variables = {
         "VLLM_CACHE_ROOT": str(cache),
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -115,6 +122,8 @@ def use_vllm_in_this_process(cache: Path) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
+    with patch.dict(os.environ, variables):
+        yield
 
 
 def artifact_bytes(parameters: AffineParameters | RewardHead) -> bytes:

@@ -20,7 +20,7 @@ from tests.vllm_models import (
     recorded_logits,
     steered_vllm,
     steering_args,
-    use_vllm_in_this_process,
+    vllm_in_this_process,
     vllm_model,
 )
 
@@ -63,8 +63,9 @@ def interventions(family: str) -> dict[str, Parameters]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _vllm_in_this_process(tmp_path_factory: pytest.TempPathFactory) -> None:
-    use_vllm_in_this_process(tmp_path_factory.mktemp("vllm-cache"))
+def _vllm_in_this_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with vllm_in_this_process(tmp_path_factory.mktemp("vllm-cache")):
+        yield
 
 
 class Served:
@@ -166,20 +167,6 @@ def test_a_tensor_parallel_group_equals_the_oracle(
         assert_equal_to_oracle(served, prompt, edits, output)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("model")
-    options: dict[str, Any] = {"enforce_eager": False, "enable_prefix_caching": False}
-    with steered_vllm("llama", folder, **options) as llm:
-        yield Served(llm, "llama")
-
-
-def test_any_mix_equals_the_oracle_when_compiled(compiled: Served) -> None:
-    outputs = compiled.generate(MIX, logprobs=0, prompt_logprobs=0)
-    for (prompt, edits), output in zip(MIX, outputs, strict=True):
-        assert_equal_to_oracle(compiled, prompt, edits, output)
-
-
 PLAIN = [(prompt, "base") for prompt in PROMPTS]
 
 
@@ -242,6 +229,34 @@ def tokens_of(outputs: Sequence[Any]) -> list[tuple[int, ...]]:
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
+def test_a_request_of_another_client_ends_the_engine(tmp_path: Path) -> None:
+    """It could be one whose steering got lost on the way."""
+    from vllm import SamplingParams  # noqa: PLC0415  only where it is
+
+    with (
+        steered_vllm("llama", tmp_path) as llm,
+        pytest.raises(Exception, match="does not say how it is steered"),
+    ):
+        llm.generate(
+            [{"prompt_token_ids": [1, 2]}], SamplingParams(detokenize=False), use_tqdm=False
+        )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Start the last vLLM of this file: it lives to the end, and no other may live beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    options: dict[str, Any] = {"enforce_eager": False, "enable_prefix_caching": False}
+    with steered_vllm("llama", folder, **options) as llm:
+        yield Served(llm, "llama")
+
+
+def test_any_mix_equals_the_oracle_when_compiled(compiled: Served) -> None:
+    outputs = compiled.generate(MIX, logprobs=0, prompt_logprobs=0)
+    for (prompt, edits), output in zip(MIX, outputs, strict=True):
+        assert_equal_to_oracle(compiled, prompt, edits, output)
+
+
 def test_a_seed_gives_the_same_alone_and_in_a_batch(compiled: Served) -> None:
     """Its prompt is computed in chunks, after which vLLM's own seeds end the engine on a CPU."""
     prompt = PROMPTS[2]
@@ -262,16 +277,3 @@ def test_log_probabilities_sum_to_one(compiled: Served) -> None:
     exact = row.double() - row.double().logsumexp(-1)
     shares = [math.exp(each.logprob) for each in found.values()]
     assert sum(shares) == pytest.approx(sum(exact[list(found)].exp().tolist()), abs=1e-5)
-
-
-def test_a_request_of_another_client_ends_the_engine(tmp_path: Path) -> None:
-    """It could be one whose steering got lost on the way."""
-    from vllm import SamplingParams  # noqa: PLC0415  only where it is
-
-    with (
-        steered_vllm("llama", tmp_path) as llm,
-        pytest.raises(Exception, match="does not say how it is steered"),
-    ):
-        llm.generate(
-            [{"prompt_token_ids": [1, 2]}], SamplingParams(detokenize=False), use_tqdm=False
-        )
