@@ -112,6 +112,10 @@ class Bank:
         """Return all maps at a site that memory was allocated for."""
         return self._sites[site].table
 
+    def flags_at(self, sites: Iterable[str], slots: frozenset[int]) -> list[int]:
+        """Return for each site what `SiteMaps.flags_of` says of the slots' maps there."""
+        return [self._sites[site].flags_of(slots) for site in sites]
+
     def affine_slot(self) -> int | None:
         """Return a slot that holds affine maps, or None if there is none."""
         return next(iter(self._parts), None)

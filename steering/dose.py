@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ MAX_DOSE: Final = 1e6  # the dose of a zero vector, and the cap of every other
 
 # An edit's kind, and its index among the edits of this kind in its request's stack.
 _EditIndex: TypeAlias = tuple[type[AffineSettings] | type[RewardSettings], int]
+
+
+class DoseTotal(NamedTuple):
+    """The doses of one edit of a request, at all tokens (or rows) and sites."""
+
+    sum: float
+    number: float  # of the doses
+
+    @property
+    def mean(self) -> float | None:
+        """The mean dose, or None if the edit acted on nothing."""
+        return self.sum / self.number if self.number else None
+
+    def plus(self, other: "DoseTotal") -> "DoseTotal":
+        """Return the total of both."""
+        return DoseTotal(self.sum + other.sum, self.number + other.number)
 
 
 class DoseMeter:
@@ -97,11 +113,15 @@ class DoseMeter:
             sums: the tensor from the method `sums`, copied to the host.
             spans: the step's spans.
         """
+        return [tuple(total.mean for total in totals) for totals in self.totals_of(sums, spans)]
+
+    def totals_of(self, sums: Tensor, spans: Sequence[Span]) -> list[tuple["DoseTotal", ...]]:
+        """Return what the means of `doses_of`, which has the same arguments, are made of."""
         by_index = self._split(sums)
         found = []
         first = 0
         for span in spans:
-            found.append(_doses_of(span, range(first, first + span.count), by_index))
+            found.append(_totals_of(span, range(first, first + span.count), by_index))
             first += span.count
         return found
 
@@ -126,16 +146,16 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
     return doses.nan_to_num(nan=MAX_DOSE, posinf=MAX_DOSE).clamp(max=MAX_DOSE)
 
 
-def _doses_of(
+def _totals_of(
     span: Span, tokens: range, sums: Mapping[_EditIndex, tuple[Sequence[float], Sequence[float]]]
-) -> tuple[float | None, ...]:
-    doses: list[float | None] = []
+) -> tuple[DoseTotal, ...]:
+    found: list[DoseTotal] = []
     seen: Counter[type[AffineSettings] | type[RewardSettings]] = Counter()
     for edit in span.edits:
         kind = type(edit.settings)
         totals, counts = sums.get((kind, seen[kind]), ((), ()))
         seen[kind] += 1
         places = tokens if kind is AffineSettings else span.rows
-        edits = sum(counts[place] for place in places) if counts else 0
-        doses.append(sum(totals[place] for place in places) / edits if edits else None)
-    return tuple(doses)
+        own = slice(places.start, places.stop)
+        found.append(DoseTotal(sum(totals[own]), sum(counts[own])))
+    return tuple(found)

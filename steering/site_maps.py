@@ -1,11 +1,13 @@
 """All loaded maps at one site, stacked by slot on the site's device."""
 
 from enum import Enum
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
-from steering.affine import HAS_GATE, HAS_MAP, HAS_SUPPORT, AffineMap, MapTable
+from steering.affine import ALL_MAPPED, HAS_GATE, HAS_MAP, HAS_SUPPORT, AffineMap, MapTable
 
 
 class MapPart(Enum):
@@ -36,6 +38,16 @@ def parts_in(table: MapTable) -> frozenset[MapPart]:
     return frozenset(part for part, tensor in tensors.items() if tensor is not None)
 
 
+def reduced(table: MapTable, flags: int) -> MapTable:
+    """Return a table without the tensors that maps with these flags do not read."""
+    has_flags, delta, bias, low, high, gate_weight, gate_bias = table
+    if not flags & HAS_SUPPORT:
+        low = high = None
+    if not flags & HAS_GATE:
+        gate_weight = gate_bias = None
+    return MapTable(has_flags, delta, bias, low, high, gate_weight, gate_bias)
+
+
 class SiteMaps:
     """The maps of up to `slots` slots at one site of width d.
 
@@ -53,8 +65,8 @@ class SiteMaps:
             gate_weight=None,
             gate_bias=None,
         )
-        # Slot -> the parts of its map, kept on the host so that no one has to read `flags`.
-        self._filled: dict[int, frozenset[MapPart]] = {}
+        # Slot -> the flags of its map, kept on the host so that no one has to read `table.flags`.
+        self._flags: dict[int, int] = {}
 
     def put(self, slot: int, site_map: AffineMap) -> None:
         """Fill an empty slot."""
@@ -70,12 +82,12 @@ class SiteMaps:
         self.table.delta[slot] = site_map.weight - 1
         self.table.bias[slot] = site_map.bias
         self.table.flags[slot] = flags
-        self._filled[slot] = parts_of(site_map)
+        self._flags[slot] = flags
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self.table.flags[slot] = 0
-        self._filled.pop(slot, None)
+        self._flags.pop(slot, None)
         if self.table.low is not None and self.table.high is not None:
             self.table.low[slot] = -torch.inf
             self.table.high[slot] = torch.inf
@@ -101,15 +113,13 @@ class SiteMaps:
         """
         if used is None:
             return self.table
-        parts = frozenset[MapPart]().union(*(self._filled.get(slot, ()) for slot in used))
-        if not parts:
-            return None
-        table = self.table
-        if MapPart.SUPPORT not in parts:
-            table = table._replace(low=None, high=None)
-        if MapPart.GATE not in parts:
-            table = table._replace(gate_weight=None, gate_bias=None)
-        return table
+        flags = self.flags_of(used)
+        return reduced(self.table, flags) if flags & HAS_MAP else None
+
+    def flags_of(self, slots: frozenset[int]) -> int:
+        """Return the bits that the flags of any of the slots have, and perhaps `ALL_MAPPED`."""
+        flags = [self._flags.get(slot, 0) for slot in slots]
+        return reduce(or_, flags, ALL_MAPPED if all(flags) else 0)
 
     def _supports(self) -> tuple[Tensor, Tensor]:
         table = self.table

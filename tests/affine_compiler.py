@@ -29,18 +29,20 @@ _TABLES = (
     "high",
     "gate_weight",
 )  # float32, at addresses that are multiples of 16
-_OTHERS = {"slots": "*i64", "flags": "*i32"} | dict.fromkeys(
+_OTHERS = {"slots": "*i64", "extent": "*i64", "flags": "*i32"} | dict.fromkeys(
     ("strength", "gate_bias", "doses"), "*fp32"
 )
 
 
-def compiled(capability: int, width: int, dtype: str, has_doses: bool) -> dict[str, object]:
+def compiled(
+    capability: int, width: int, dtype: str, has_doses: bool, is_routed: bool
+) -> dict[str, object]:
     """Compile the kernel for a GPU of some compute capability.
 
     Returns its registers and stack bytes per thread, its shared memory, and whether it reads 16
     bytes at once.
     """
-    constants = _constants(width, has_doses)
+    constants = _constants(width, has_doses, is_routed)
     # When the kernel is launched, Triton sees that these addresses are multiples of 16 bytes.
     aligned = dict.fromkeys(("edited", "activations"), f"*{dtype}") | dict.fromkeys(
         _TABLES, "*fp32"
@@ -77,9 +79,19 @@ def _taken(machine_code: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    # An edit in place by a step's route can always tell its doses.
+    kinds = ((False, False), (True, False), (True, True))
     rows = [
-        {"capability": each, "width": width, "dtype": dtype, "doses": has_doses}
-        | compiled(int(each), width, dtype, has_doses)
-        for each, width, dtype, has_doses in product(sys.argv[1:], WIDTHS, DTYPES, (False, True))
+        {
+            "capability": each,
+            "width": width,
+            "dtype": dtype,
+            "doses": has_doses,
+            "routed": is_routed,
+        }
+        | compiled(int(each), width, dtype, has_doses, is_routed)
+        for each, width, dtype, (has_doses, is_routed) in product(
+            sys.argv[1:], WIDTHS, DTYPES, kinds
+        )
     ]
     sys.stdout.write(json.dumps(rows))

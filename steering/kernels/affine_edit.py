@@ -10,8 +10,8 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from steering.affine import HAS_GATE, HAS_SUPPORT, MapTable, edit_stacks
-from steering.kernels.operators import define_operator, use_on_cpus, use_on_gpus
+from steering.affine import MapTable, edit_stacks
+from steering.kernels.operators import define_operator, use_on_gpus
 
 NAME: Final = "affine_edit"
 _SCHEMA: Final = (
@@ -61,31 +61,9 @@ def _flattened(edit: EditStacks) -> Callable[..., Tensor]:
     return flattened
 
 
-def _edit_used(
-    activations: Tensor, slots: Tensor, strength: Tensor, table: MapTable, doses: Tensor | None
-) -> Tensor:
-    """Do what `edit_stacks` does on a CPU, but only for the parts of stacks and maps in use.
-
-    A compiled model always calls the operator with the deepest stacks and all parts of maps. On a
-    CPU, reading what is in use costs much less than computing what is not.
-    """
-    if doses is not None:
-        return edit_stacks(activations, slots, strength, table, doses)
-    flags = table.flags[slots]
-    used = flags.any(dim=1)
-    if not used.any():
-        return activations.clone(memory_format=torch.contiguous_format)
-    if table.low is not None and not (flags & HAS_SUPPORT).any():
-        table = table._replace(low=None, high=None)
-    if table.gate_weight is not None and not (flags & HAS_GATE).any():
-        table = table._replace(gate_weight=None, gate_bias=None)
-    return edit_stacks(activations, slots[used], strength[used], table, None)
-
-
 def _shape(activations: Tensor, *_others: Tensor | None) -> Tensor:
     """Return an empty tensor of the result's shape."""
     return torch.empty_like(activations, memory_format=torch.contiguous_format)
 
 
 define_operator(_SCHEMA, _flattened(edit_stacks), _shape, backends=("CompositeExplicitAutograd",))
-use_on_cpus(NAME, _flattened(_edit_used))

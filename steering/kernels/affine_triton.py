@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steering.affine import HAS_GATE, HAS_SUPPORT, MapTable
 from steering.dose import MAX_DOSE
+from steering.kernels.routed_edit import StepTensors
 
 _HAS_SUPPORT: Final = tl.constexpr(HAS_SUPPORT)
 _HAS_GATE: Final = tl.constexpr(HAS_GATE)
@@ -77,7 +78,7 @@ def _dose(before, after):
 # every specialisation would compile another kernel.
 @triton.jit(
     do_not_specialize=[
-        *("slots", "strength", "flags", "gate_bias", "doses", "depth"),
+        *("slots", "strength", "flags", "gate_bias", "doses", "extent", "depth"),
         *("row_stride", "slots_stride", "strength_stride", "doses_stride", "half_stride"),
     ]
 )
@@ -94,7 +95,8 @@ def _edit_kernel(
     gate_weight,  # (slots, width) float32; not read if no slot has a gate
     gate_bias,  # (slots,) float32; likewise
     doses,  # (2, depth, n) float32; not read without `has_doses`
-    depth,
+    extent,  # (4,) int64, see `StepTensors`; not read unless `is_routed`
+    depth,  # not read if `is_routed`
     row_stride,
     slots_stride,
     strength_stride,
@@ -105,8 +107,13 @@ def _edit_kernel(
     is_aligned: tl.constexpr,
     is_wide: tl.constexpr,
     has_doses: tl.constexpr,
+    is_routed: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    is_measured = has_doses
+    if is_routed:
+        depth = tl.where(token < tl.load(extent + 1), tl.load(extent), 0)
+        is_measured = tl.load(extent + 3) != 0
     column = tl.arange(0, block)
     real = column < width
     start = token * row_stride
@@ -117,8 +124,9 @@ def _edit_kernel(
     for place in range(depth):
         any_flags |= tl.load(flags + tl.load(slots + place * slots_stride + token))
     if any_flags == 0:
-        # Copied without a cast to float32, which would change some NaN bit patterns.
-        tl.store(edited + token * width + column, row, mask=real)
+        if not is_routed:  # it would be stored where it was loaded from
+            # Copied without a cast to float32, which would change some NaN bit patterns.
+            tl.store(edited + token * width + column, row, mask=real)
     else:
         z = row.to(tl.float32)
         for place in range(depth):
@@ -130,7 +138,7 @@ def _edit_kernel(
                     *(z, scale, slot, has, delta, bias, low, high, gate_weight, gate_bias),
                     *(column, real, width, is_wide),
                 )
-                if has_doses:
+                if has_doses and is_measured:
                     at_dose = doses + place * doses_stride + token
                     tl.store(at_dose, tl.load(at_dose) + _dose(z, after))
                     tl.store(at_dose + half_stride, tl.load(at_dose + half_stride) + 1.0)
@@ -150,23 +158,54 @@ def edit_stacks_triton(
         return _edit(activations, slots, strength, table, doses)
 
 
+def edit_in_place_triton(
+    activations: Tensor, step: StepTensors, _used_flags: Tensor, table: MapTable
+) -> None:
+    """Edit activations in place by a step's route, in which column i belongs to row i.
+
+    Does what `edit_in_place` of `kernels/routed_edit.py` does; times are not measured.
+    """
+    rows = activations
+    if not rows.is_contiguous() or _is_unaligned(rows):
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(activations):  # type: ignore[no-untyped-call]
+        _launch(rows, rows, step.slots, step.strength, table, step.doses, step.extent)
+    if rows is not activations:
+        activations.copy_(rows)
+
+
 def _edit(
     activations: Tensor, slots: Tensor, strength: Tensor, table: MapTable, doses: Tensor | None
 ) -> Tensor:
     tokens, width = activations.shape
     depth = len(slots)
     edited = torch.empty((tokens, width), dtype=activations.dtype, device=activations.device)
-    if edited.numel() == 0:
-        return edited
     assert slots.shape == strength.shape == (depth, tokens), "each token has its own stack"
+    assert doses is None or doses.shape == (2, depth, tokens), "each edit has its own dose"
+    activations = _readable(activations)
+    slots, strength = _side_by_side(slots), _side_by_side(strength)
+    _launch(edited, activations, slots, strength, table, doses, None)
+    return edited
+
+
+def _launch(
+    edited: Tensor,
+    activations: Tensor,
+    slots: Tensor,
+    strength: Tensor,
+    table: MapTable,
+    doses: Tensor | None,
+    extent: Tensor | None,
+) -> None:
+    """Launch the kernel, a program for each token."""
+    tokens, width = activations.shape
+    if activations.numel() == 0:
+        return
     assert table.delta.shape[1] == width, "the maps are of this site"
     for each in table:
         assert each is None or each.is_contiguous(), "a slot's numbers lie side by side"
-    activations = _readable(activations)
-    slots, strength = _side_by_side(slots), _side_by_side(strength)
     half_stride = doses_stride = 0
     if doses is not None:
-        assert doses.shape == (2, depth, tokens), "each edit of each token has its own dose"
         half_stride, doses_stride, token_stride = doses.stride()
         assert token_stride == 1, "doses of one place lie side by side"
     _edit_kernel[(tokens,)](
@@ -177,25 +216,25 @@ def _edit(
         table.flags,
         table.delta,
         table.bias,
-        # Where the table has no tensor, any other will do: the kernel does not read it.
+        # Where there is no tensor, any other will do: the kernel does not read it.
         table.delta if table.low is None else table.low,
         table.delta if table.high is None else table.high,
         table.delta if table.gate_weight is None else table.gate_weight,
         table.delta if table.gate_bias is None else table.gate_bias,
         strength if doses is None else doses,
-        depth,
+        slots if extent is None else extent,
+        len(slots),
         activations.stride(0),
         slots.stride(0),
         strength.stride(0),
         doses_stride,
         half_stride,
-        **_constants(width, doses is not None),
+        **_constants(width, doses is not None, extent is not None),
         **_options(width),
     )
-    return edited
 
 
-def _constants(width: int, has_doses: bool) -> dict[str, int]:
+def _constants(width: int, has_doses: bool, is_routed: bool) -> dict[str, int]:
     """Return the kernel's compile-time constants."""
     block: int = triton.next_power_of_2(width)
     return {
@@ -204,6 +243,7 @@ def _constants(width: int, has_doses: bool) -> dict[str, int]:
         "is_aligned": width % _ALIGNMENT == 0,
         "is_wide": block > _WIDE,
         "has_doses": has_doses,
+        "is_routed": is_routed,
     }
 
 
@@ -222,12 +262,17 @@ def _options(width: int) -> dict[str, int]:
 def _readable(activations: Tensor) -> Tensor:
     """Return the rows, copied if their alignment is not what the kernel for their width expects."""
     activations = _side_by_side(activations)
-    if activations.shape[1] % _ALIGNMENT == 0 and (
-        activations.stride(0) % _ALIGNMENT or activations.data_ptr() % _ALIGNMENT
-    ):
+    if _is_unaligned(activations):
         # A kernel compiled for unaligned rows might sum a gate's terms in another order.
         return activations.clone(memory_format=torch.contiguous_format)
     return activations
+
+
+def _is_unaligned(rows: Tensor) -> bool:
+    """Return whether the kernel for the rows' width expects another alignment."""
+    return rows.shape[1] % _ALIGNMENT == 0 and bool(
+        rows.stride(0) % _ALIGNMENT or rows.data_ptr() % _ALIGNMENT
+    )
 
 
 def _side_by_side(tensor: Tensor) -> Tensor:

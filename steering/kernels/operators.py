@@ -16,8 +16,8 @@ _LIBRARY: Final = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-un
 
 def define_operator(
     schema: str,
-    function: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
+    function: Callable[..., Tensor | None],
+    fake: Callable[..., Tensor | None],
     backends: tuple[str, ...],
 ) -> None:
     """Register a function as `torch.ops.steerserve.<name>`.
@@ -25,7 +25,7 @@ def define_operator(
     Args:
         schema: the operator's name, arguments and result, in torch's schema language.
         function: computes the operator.
-        fake: returns an empty tensor of the result's shape, for compilers.
+        fake: returns an empty tensor of the result's shape, for compilers, or None without one.
         backends: the dispatch keys for which `function` computes the operator.
     """
     name = schema.partition("(")[0]
@@ -36,13 +36,7 @@ def define_operator(
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
-def use_on_cpus(name: str, function: Callable[..., Tensor]) -> None:
-    """Register another function for an operator on CPUs."""
-    library: Any = _LIBRARY
-    library.impl(name, function, "CPU")
-
-
-def use_on_gpus(name: str, function: Callable[..., Tensor]) -> None:
+def use_on_gpus(name: str, function: Callable[..., Tensor | None]) -> None:
     """Register an operator's function for NVIDIA GPUs, unless it has one."""
     library: Any = _LIBRARY
     dispatch: Any = torch._C

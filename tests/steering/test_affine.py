@@ -13,8 +13,6 @@ from steering.kernels.affine_edit import affine_edit
 from steering.settings import AffineSettings
 from steering.site_maps import SiteMaps
 from tests import oracles
-from tests.affine_batches import GATED, PLAIN, SORTS, SUPPORTED, Sort, bits_of, random_batch
-from tests.affine_batches import random_maps as random_maps_by_slot
 from tests.tiny import WIDTH, random_maps
 
 CPU = torch.device("cpu")
@@ -109,27 +107,6 @@ def test_the_operator_keeps_torch_s_rules(doses: bool) -> None:
         (z, slots, torch.rand(2, 4), *table, measured),
         test_utils=("test_schema", "test_faketensor"),
     )
-
-
-@pytest.mark.parametrize("sorts", [(PLAIN,), (PLAIN, GATED), (SUPPORTED, PLAIN), SORTS])
-@pytest.mark.parametrize("used", [(), (1,), (0, 3), (0, 1, 2, 3)])
-def test_the_operator_skips_what_no_token_uses_without_changing_a_bit(
-    sorts: tuple[Sort, ...], used: tuple[int, ...]
-) -> None:
-    """Of a table with all parts, some places of the stacks, and maps of some sorts are in use."""
-    maps = random_maps_by_slot(WIDTH, sorts)
-    site = SiteMaps(len(maps) + 2, WIDTH, CPU)
-    site.allocate_all_parts()
-    for slot, each in maps.items():
-        site.put(slot, each)
-    batch = random_batch(site.table, tokens=7, depth=4)
-    unused = [place for place in range(4) if place not in used]
-    batch.slots[unused] = 0
-    batch.activations[0, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
-    inputs = (batch.activations, batch.slots, batch.strength, batch.table)
-    edited = affine_edit(*inputs)
-    assert torch.equal(bits_of(edited), bits_of(edit_stacks(*inputs, None)))
-    assert edited.data_ptr() != batch.activations.data_ptr(), "the operator returns a new tensor"
 
 
 def test_a_compiler_leaves_the_operator_whole() -> None:

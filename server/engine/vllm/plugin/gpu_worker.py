@@ -6,8 +6,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from server.engine.vllm.plugin.runner import SteeredRunner
 from server.engine.vllm.plugin.worker import SteeredWorker
-from steering.kernels.affine_edit import use_kernel_on_gpus
-from steering.kernels.affine_triton import edit_stacks_triton
+from steering.kernels.affine_triton import edit_in_place_triton
+from steering.kernels.routed_edit import use_routed_kernel_on_gpus
 
 QUALIFIED_NAME: Final = f"{__name__}.SteeredGPUWorker"
 
@@ -17,7 +17,7 @@ class SteeredGPUWorker(SteeredWorker, Worker):
 
     def _make_model_runner(self) -> SteeredRunner:
         """Make the V1 runner, and have the edits computed by the kernel."""
-        use_kernel_on_gpus(edit_stacks_triton)
+        use_routed_kernel_on_gpus(edit_in_place_triton)
         return SteeredRunner(self.vllm_config, self.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:

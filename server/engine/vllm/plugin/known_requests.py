@@ -23,11 +23,20 @@ class StepPart:
 
 
 @dataclass(slots=True)
+class _Known:
+    """A request, and its edits as they were when slots were last filled."""
+
+    steering: Steering
+    edits: tuple[SlottedEdit, ...]
+    loads: int
+
+
+@dataclass(slots=True)
 class KnownRequests:
     """The requests that a worker has been given and that have not ended, preempted ones too."""
 
     model: SteeredModel
-    _known: dict[str, Steering] = field(default_factory=dict)
+    _known: dict[str, _Known] = field(default_factory=dict)
     _step: tuple[StepPart, ...] = ()  # the parts of the step that is being computed
 
     def admit(self, request_id: str, extra_args: Mapping[str, Json] | None) -> None:
@@ -38,8 +47,8 @@ class KnownRequests:
             SteeringError: a slot does not hold what the request was promised.
         """
         steering = Steering.from_extra_args(extra_args)
-        self.model.slotted(steering.edits)
-        self._known[request_id] = steering
+        edits = self.model.slotted(steering.edits)
+        self._known[request_id] = _Known(steering, edits, self.model.loads)
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended. Harmless if it is unknown."""
@@ -51,7 +60,11 @@ class KnownRequests:
         Raises:
             SteeringError: a slot does not hold what the request was promised any more.
         """
-        return self.model.slotted(self._known[request_id].edits)
+        known = self._known[request_id]
+        if known.loads != self.model.loads:
+            known.edits = self.model.slotted(known.steering.edits)
+            known.loads = self.model.loads
+        return known.edits
 
     def begin_step(self, parts: Sequence[StepPart]) -> None:
         """Write the route of a step. Each part has one logits row, in the order of the parts."""
@@ -66,7 +79,8 @@ class KnownRequests:
                     edits=self.edits(part.request_id),
                 )
                 for row, part in enumerate(self._step)
-            ]
+            ],
+            [self._known[part.request_id].steering.name for part in self._step],
         )
 
     def generators(self, device: torch.device) -> Iterator[tuple[int, torch.Generator]]:
@@ -76,7 +90,7 @@ class KnownRequests:
         that chunks, preemptions and other requests do not change what a seed gives.
         """
         for row, part in enumerate(self._step):
-            seed = self._known[part.request_id].seed
+            seed = self._known[part.request_id].steering.seed
             if seed is not None:
                 generator = torch.Generator(device)
                 generator.manual_seed(_mixed(seed, part.start + part.count))

@@ -76,7 +76,9 @@ class SteeredRunner(GPUModelRunner):
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Write the step's route, then run the model. Real steps come here, dummy ones do not."""
         self.known.begin_step(tuple(self._parts()))
-        return super()._model_forward(*args, **kwargs)
+        output = super()._model_forward(*args, **kwargs)
+        self.steered.measuring.lap()
+        return output
 
     def _parts(self) -> Iterator[StepPart]:
         batch, starts = self.input_batch, self.query_start_loc.np
@@ -100,6 +102,7 @@ class SteeredRunner(GPUModelRunner):
             return super()._sample(logits, spec_decode_metadata)
         finally:
             generators.clear()
+            self.steered.measuring.lap()
 
     def _get_prompt_logprobs_dict(
         self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]

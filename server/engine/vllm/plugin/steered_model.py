@@ -1,76 +1,30 @@
 """The edits inside a model of vLLM: at sites, and before the logits are computed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from server.engine.vllm.plugin.wire import MOST_EDITS, Layout, LoadedEdit
-from steering.affine import AffineParameters, MapTable
+from server.engine.vllm.plugin.measuring import Measuring
+from server.engine.vllm.plugin.site_edits import SteeredSite, StepBuffers
+from server.engine.vllm.plugin.wire import Layout, LoadedEdit
+from steering.affine import AffineParameters
 from steering.bank import Bank
-from steering.hooks import edit_activations
-from steering.kernels.affine_edit import affine_edit
+from steering.dose import DoseMeter
 from steering.reward import RewardHead
 from steering.route import AffineRoute, Route, Span, build_route
 from steering.settings import SlottedEdit
 from steering.sites import locate_site
 
-_CHILD: Final = "steering"  # the name of a site's edit among its module's children
-_RowRoute: TypeAlias = Callable[[int], Route]  # a number of logits rows -> their route
+# A number of logits rows -> their route, and the meter of their edits if they are measured.
+_RowRoute: TypeAlias = Callable[[int], tuple[Route, DoseMeter | None]]
 
 
 class SteeringError(RuntimeError):
     """A step cannot be steered as its requests ask; vLLM ends, so that none is served unsteered."""
-
-
-class StepTokens(nn.Module):
-    """The slot and the strength of each token of a step, at addresses that never change.
-
-    Compiled models and CUDA graphs read these tensors, so a step only overwrites their contents.
-    """
-
-    slots: Tensor  # (MOST_EDITS, tokens + 1) int64; 0, the identity, for a token without an edit
-    strength: Tensor  # (MOST_EDITS, tokens + 1) float32
-
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        """`tokens` is the largest number of tokens in a step, padding included."""
-        super().__init__()
-        # One more: a compiler that traces a step with as many tokens as there are columns would
-        # take the number of tokens for a constant.
-        shape = (MOST_EDITS, tokens + 1)
-        slots = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("strength", torch.zeros(shape, device=device), persistent=False)
-
-    def fill(self, affine: AffineRoute | None) -> None:
-        """Write a step's route; all tokens beyond it, padding too, keep the identity."""
-        self.slots.zero_()
-        if affine is not None:
-            depth, tokens = affine.slots.shape
-            self.slots[:depth, :tokens].copy_(_pinned(affine.slots, self.slots), non_blocking=True)
-            self.strength[:depth, :tokens].copy_(
-                _pinned(affine.strength, self.strength), non_blocking=True
-            )
-
-
-class SteeredSite(nn.Module):
-    """Edits a site's activations by the maps that the step's tokens use there."""
-
-    def __init__(self, tokens: StepTokens, table: MapTable) -> None:
-        super().__init__()
-        self.tokens = tokens
-        for name, tensor in table._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """Return the edited activations: (tokens, d) -> (tokens, d)."""
-        count = activations.shape[0]
-        table = MapTable(*(getattr(self, name) for name in MapTable._fields))
-        slots, strength = self.tokens.slots[:, :count], self.tokens.strength[:, :count]
-        return affine_edit(activations, slots, strength, table)
 
 
 class SteeredModel:
@@ -93,6 +47,7 @@ class SteeredModel:
         self._layout = layout
         self._width = width
         self._digests: dict[int, str] = {}  # slot -> what it holds
+        self.loads = 0  # how often a slot was filled, or was to be
         # With pipeline parallelism, a rank has some of the layers.
         modules = dict(model.named_modules())
         self.sites: Final = tuple(
@@ -100,9 +55,12 @@ class SteeredModel:
         )
         self._bank = Bank(layout.slots, device)
         self._bank.allocate_sites(dict.fromkeys(self.sites, width), all_parts=True)
-        self._tokens = StepTokens(tokens, device)
-        for site in self.sites:
-            self._install(modules[locate_site(site).module], site)
+        self._buffers = StepBuffers(tokens, len(self.sites), device)
+        for index, site in enumerate(self.sites):
+            location, table = locate_site(site), self._bank.table(site)
+            SteeredSite.install(modules[location.module], location, self._buffers, index, table)
+        self._flags_of: tuple[frozenset[int], int] | None = None
+        self.measuring = Measuring(self._buffers)
         self._rows: _RowRoute | None = None
         self._has_head = "logits_processor" in modules
         if self._has_head:
@@ -110,18 +68,13 @@ class SteeredModel:
             processor.register_forward_pre_hook(self._before_logits, with_kwargs=True)
             processor.register_forward_hook(_mark_rows_without_numbers)
 
-    def _install(self, module: nn.Module, site: str) -> None:
-        edit = SteeredSite(self._tokens, self._bank.table(site))
-        # As a child, its tensors are the model's own, and a compiler takes them for inputs.
-        module.add_module(_CHILD, edit)
-        edit_activations(module, locate_site(site), edit)
-
     def load(self, slot: int, digest: str, parameters: AffineParameters | RewardHead) -> None:
         """Fill a slot. Affine maps at sites of other ranks are left to those ranks.
 
         Raises:
             SteeringError: a map is at a site that was not prepared, or has another width.
         """
+        self.loads += 1
         self._digests.pop(slot, None)
         if isinstance(parameters, RewardHead):
             self._bank.put(slot, parameters)
@@ -151,17 +104,33 @@ class SteeredModel:
                 raise SteeringError(f"slot {edit.slot} does not hold {edit.digest}")
         return tuple(SlottedEdit(edit.slot, edit.settings) for edit in edits)
 
-    def begin_step(self, spans: Sequence[Span]) -> None:
-        """Write the route of a step's tokens, and expect the logits of its rows next."""
+    def begin_step(self, spans: Sequence[Span], names: Sequence[str]) -> None:
+        """Write the route of a step's tokens, and expect the logits of its rows next.
+
+        Args:
+            spans: the step's.
+            names: of the spans' requests, as what is measured tells them.
+        """
         route = build_route(spans, torch.device("cpu"))
-        self._tokens.fill(route.affine)
+        is_measured = self.measuring.begin(spans, names, route)
+        self._buffers.fill(route.affine, is_measured=is_measured)
+        if route.affine is not None:
+            self._fill_flags(route.affine)
         self._rows = partial(self._step_route, route, sum(len(span.rows) for span in spans))
 
-    def _step_route(self, route: Route, expected: int, rows: int) -> Route:
+    def _fill_flags(self, affine: AffineRoute) -> None:
+        """Write which parts of maps the step's slots have at each site, unless it is known."""
+        assert affine.used_slots is not None, "a step's route knows its slots"
+        key = (affine.used_slots, self.loads)
+        if self._flags_of != key:
+            self._buffers.fill_flags(self._bank.flags_at(self.sites, affine.used_slots))
+            self._flags_of = key
+
+    def _step_route(self, route: Route, expected: int, rows: int) -> tuple[Route, DoseMeter | None]:
         if rows != expected:
             raise SteeringError(f"logits are computed of {rows} rows, where a step has {expected}")
         self._rows = None
-        return route
+        return route, self.measuring.meter
 
     @contextmanager
     def scoring(self, edits: tuple[SlottedEdit, ...]) -> Iterator[None]:
@@ -175,7 +144,7 @@ class SteeredModel:
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Within the context, nothing is edited: vLLM runs the model without requests."""
-        self._tokens.fill(None)
+        self._buffers.fill(None)
         self._rows = partial(_route_of_one, ())
         try:
             yield
@@ -189,15 +158,16 @@ class SteeredModel:
         if self._rows is None:
             raise SteeringError("logits are computed of rows that belong to no known request")
         assert isinstance(hidden, Tensor), "vLLM calls its logits processor with hidden states"
-        route = self._rows(hidden.shape[0])
+        route, meter = self._rows(hidden.shape[0])
         if route.reward:
-            hidden = self._bank.edit_rows(hidden, route)
+            with nullcontext() if meter is None else meter.timing_edits():
+                hidden = self._bank.edit_rows(hidden, route, meter)
         return (head, hidden, *others), kwargs
 
 
-def _route_of_one(edits: tuple[SlottedEdit, ...], rows: int) -> Route:
+def _route_of_one(edits: tuple[SlottedEdit, ...], rows: int) -> tuple[Route, None]:
     span = Span(start=0, count=0, prompt_length=0, rows=range(rows), edits=edits)
-    return build_route([span], torch.device("cpu"))
+    return build_route([span], torch.device("cpu")), None
 
 
 def _mark_rows_without_numbers(_module: nn.Module, _args: object, logits: Tensor | None) -> None:
@@ -208,11 +178,3 @@ def _mark_rows_without_numbers(_module: nn.Module, _args: object, logits: Tensor
     if logits is not None:
         broken = ~logits.amax(dim=-1, keepdim=True).isfinite()
         logits.masked_fill_(broken, torch.nan)
-
-
-def _pinned(tensor: Tensor, target: Tensor) -> Tensor:
-    """Return a tensor that can be copied to the target's device without waiting.
-
-    Every step's is new, so that no step overwrites what the copy of the step before still reads.
-    """
-    return tensor.pin_memory() if target.is_cuda else tensor

@@ -5,15 +5,16 @@ At start, the service puts a `Layout` into vLLM's `additional_config`. With each
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Final, TypeAlias
 
+from steering.dose import DoseTotal
 from steering.settings import AffineSettings, RewardSettings
 
 KEY: Final = "steerserve"
 # Part of the key under which vLLM stores compiled models. Raise it when the edits inside the model
 # change, so that no model that was compiled with others is loaded.
-_GRAPH_VERSION: Final = 1
+_GRAPH_VERSION: Final = 2
 MOST_EDITS: Final = 4  # in one request's stack
 
 _KINDS: Final[Mapping[str, type[AffineSettings] | type[RewardSettings]]] = {
@@ -68,6 +69,7 @@ class Steering:
 
     edits: tuple[LoadedEdit, ...] = ()  # in the order in which they apply
     seed: int | None = None  # fixes the request's draws
+    name: str = ""  # by which the worker tells what it measured
 
     def to_extra_args(self) -> dict[str, Json]:
         """Return the sampling parameters' `extra_args`."""
@@ -75,7 +77,7 @@ class Steering:
             [edit.slot, edit.digest, _kind_of(edit.settings), *astuple(edit.settings)]
             for edit in self.edits
         ]
-        return {KEY: {"edits": edits, "seed": self.seed}}
+        return {KEY: {"edits": edits, "seed": self.seed, "name": self.name}}
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Json] | None) -> "Steering":
@@ -85,9 +87,45 @@ class Steering:
             WireError: it does not say whether it is steered. A request of the service always does.
         """
         match extra_args:
-            case {"steerserve": {"edits": list(edits), "seed": int() | None as seed}}:
-                return cls(tuple(_edit(each) for each in edits), seed)
+            case {
+                "steerserve": {
+                    "edits": list(edits),
+                    "seed": int() | None as seed,
+                    "name": str(name),
+                }
+            }:
+                return cls(tuple(_edit(each) for each in edits), seed, name)
         raise WireError("a request does not say how it is steered")
+
+
+@dataclass(slots=True)
+class Measured:
+    """What a worker has measured of its edits since it was last asked."""
+
+    step_seconds: float = 0.0  # of the measured steps; 0 where it cannot be measured
+    edit_seconds: float = 0.0  # of the edits in them; likewise
+    # Request -> for each of its edits, the doses at the worker's own sites.
+    doses: dict[str, tuple[DoseTotal, ...]] = field(default_factory=dict)
+
+    def add(self, other: "Measured") -> None:
+        """Add what was measured in other steps, or by other workers at other sites."""
+        self.step_seconds += other.step_seconds
+        self.edit_seconds += other.edit_seconds
+        for name, totals in other.doses.items():
+            own = self.doses.get(name, (DoseTotal(0, 0),) * len(totals))
+            self.doses[name] = tuple(a.plus(b) for a, b in zip(own, totals, strict=True))
+
+    def to_message(self) -> list[Json]:
+        """Return what a worker answers."""
+        doses = {name: [list(each) for each in totals] for name, totals in self.doses.items()}
+        return [self.step_seconds, self.edit_seconds, doses]
+
+    @classmethod
+    def from_message(cls, message: Sequence[Json]) -> "Measured":
+        """Read a worker's answer."""
+        step_seconds, edit_seconds, doses = message
+        totals = {name: tuple(DoseTotal(*each) for each in edits) for name, edits in doses.items()}
+        return cls(step_seconds, edit_seconds, totals)
 
 
 def _kind_of(settings: AffineSettings | RewardSettings) -> str:

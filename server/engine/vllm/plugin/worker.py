@@ -2,11 +2,13 @@
 
 import torch
 from safetensors.torch import load
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu_worker import Worker
 
 from server.engine.vllm.plugin.limits import refuse_unsupported
 from server.engine.vllm.plugin.runner import SteeredRunner
 from server.engine.vllm.plugin.steered_model import SteeredModel
+from server.engine.vllm.plugin.wire import Json, Measured
 from steering.stored import parameters_of
 
 
@@ -32,6 +34,18 @@ class SteeredWorker(Worker):
         """
         tensors = {name: each.to(torch.float32) for name, each in load(artifact).items()}
         self._steered.load(slot, digest, parameters_of(tensors))
+
+    def steering_measure(self, interval: int) -> None:
+        """Measure the edits in one of `interval` steered steps from now on; 0: in none."""
+        self._steered.measuring.restart(interval)
+
+    def steering_measurements(self) -> list[Json]:
+        """Return what was measured since the last call, as `Measured.from_message` reads it.
+
+        Ranks of a tensor-parallel group measure the same: only the first of them tells it.
+        """
+        measured = self._steered.measuring.read()
+        return (measured if get_tp_group().rank_in_group == 0 else Measured()).to_message()
 
     @property
     def _steered(self) -> SteeredModel:

@@ -277,4 +277,4 @@ def test_a_compiled_model_reads_what_a_step_has_written(model: Model, known: Kno
         few = torch.randn(5, WIDTH)
         assert torch.equal(compiled(few), model(few))
         assert not torch.equal(compiled(few)[:3], Model()(few)[:3])
-    assert seen.count(torch.ops.steerserve.affine_edit) == 2, "it was traced once"
+    assert seen.count(torch.ops.steerserve.routed_edit) == 2, "it was traced once"

@@ -49,5 +49,5 @@ def test_a_missing_layout_is_an_error(given: object) -> None:
 def test_another_version_s_layout_is_an_error() -> None:
     config = Layout(1, ()).to_config()
     config[KEY]["version"] += 1
-    with pytest.raises(WireError, match="version 2, not 1"):
+    with pytest.raises(WireError, match="version 3, not 2"):
         Layout.from_config(config)
