@@ -1,6 +1,6 @@
 """Checks whether a model can take an artifact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from interventions.artifact import Artifact
 from interventions.layout import AffineShapes, RewardShapes, Shapes, shapes_of
@@ -37,6 +37,28 @@ def check_shapes(manifest: Manifest, shapes: Shapes, model: ModelDescription) ->
     return tuple(_differences(manifest.base_model, model))
 
 
+def unservable_reason(shapes: Shapes, model: ModelDescription) -> str | None:
+    """Return why the engine cannot apply an artifact that fits the model; None if it can."""
+    sites = shapes.site_widths if isinstance(shapes, AffineShapes) else {}
+    if impossible := [site for site in sites if site in model.impossible_sites]:
+        reason = model.impossible_sites[impossible[0]]
+        return f"This server cannot edit the site {_first(impossible)}. {reason}"
+    if unprepared := [site for site in sites if site in model.unprepared_sites]:
+        options = dict.fromkeys(model.unprepared_sites[site] for site in unprepared)
+        return (
+            f"This server has not prepared the site {_first(unprepared)}. Restart it, as it "
+            "prepares the sites of all stored interventions when it starts, or add "
+            f"{' '.join(options)} to its options."
+        )
+    return None
+
+
+def _first(sites: Sequence[str]) -> str:
+    """Name the first of some sites, and count the others."""
+    others = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    return f'"{sites[0]}"{others}'
+
+
 def _check_head(shapes: RewardShapes, model: ModelDescription) -> None:
     if shapes.width != model.head_width:
         raise IncompatibleArtifactError(
@@ -48,12 +70,11 @@ def _check_head(shapes: RewardShapes, model: ModelDescription) -> None:
 def _check_sites(shapes: AffineShapes, model: ModelDescription) -> None:
     missing = [site for site in shapes.site_widths if site not in model.site_widths]
     if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         owner = gate_owner(missing[0])
         hint = ""
         if owner in shapes.site_widths:
-            hint = f' (the bias of a gate of site "{owner}" has shape ())'
-        raise IncompatibleArtifactError(f'The model has no site "{missing[0]}"{hint}{others}.')
+            hint = f' The bias of a gate of site "{owner}" has shape ().'
+        raise IncompatibleArtifactError(f"The model has no site {_first(missing)}.{hint}")
     for site, width in shapes.site_widths.items():
         if width != model.site_widths[site]:
             raise IncompatibleArtifactError(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,11 @@ class ModelDescription:
     # A sha256 of the weights' names, shapes and samples, "-", and a sha256 of the configuration.
     # Older manifests have only the first of them.
     fingerprint: str
+    # An engine may have to prepare its sites when it starts. Of the sites above, it then cannot
+    # edit these: site -> the option that would have prepared it.
+    unprepared_sites: Mapping[str, str] = field(default_factory=dict)
+    # Nor these, with any option: site -> a sentence that says why.
+    impossible_sites: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def short_fingerprint(self) -> str:

@@ -12,9 +12,14 @@ from starlette.responses import JSONResponse, Response
 
 from interventions.artifact import Artifact, read_artifact
 from interventions.catalogue import DIGEST_PREFIX, Entry
-from interventions.compatibility import IncompatibleArtifactError, check_compatible
+from interventions.compatibility import (
+    IncompatibleArtifactError,
+    check_shapes,
+    unservable_reason,
+)
 from interventions.errors import InvalidNameError, UnknownInterventionError
 from interventions.header import ArtifactError, ArtifactLimits, UnreadableArtifactError
+from interventions.layout import shapes_of
 from interventions.staged_upload import StagedUpload
 from server.api.auth import require_admin
 from server.api.context import Context, ServerContext
@@ -40,7 +45,8 @@ async def upload(request: Request, context: Context) -> Response:
     """Store an artifact under a name: the form's `name`, or else the one in its manifest.
 
     The status is 201, or 200 if the name already points to the same bytes. Nothing is stored
-    unless the artifact passes every check and the loaded model can take it.
+    unless the artifact passes every check and fits the loaded model. If it edits sites that the
+    engine did not prepare when it started, it is stored, and the answer says what would serve it.
     """
     settings = context.settings
     disk = context.disk
@@ -50,19 +56,19 @@ async def upload(request: Request, context: Context) -> Response:
             await disk.call(staged.write, data)
 
         name = await receive_upload(request, write, settings.max_artifact_bytes)
-        artifact, warnings = await asyncio.wrap_future(
+        artifact, warnings, reason = await asyncio.wrap_future(
             in_own_thread(partial(_read, staged, context))
         )
         chosen = artifact.manifest.name if name is None else name
         with _name_errors():
             entry, changed = await disk.call(context.registry.commit, staged, artifact, chosen)
     headers = {"Location": f"/v1/interventions/{entry.name}"}
-    return JSONResponse(_summary(entry, warnings, None), 201 if changed else 200, headers=headers)
+    return JSONResponse(_summary(entry, warnings, reason), 201 if changed else 200, headers=headers)
 
 
 @router.get("", summary="List the interventions")
 async def list_interventions(context: Context) -> Response:
-    """List all interventions, also those that the loaded model cannot take."""
+    """List all interventions, also those that cannot be served."""
     data: list[JsonValue] = [_describe(entry, context) for entry in context.registry.entries()]
     return JSONResponse({"object": "list", "data": data})
 
@@ -106,12 +112,21 @@ async def delete(name: str, context: Context) -> Response:
     return JSONResponse({"name": name, "digest": digest, "deleted": True})
 
 
-def _read(staged: StagedUpload, context: ServerContext) -> tuple[Artifact, tuple[str, ...]]:
-    """Check an upload by itself and against the model; return the artifact and warnings."""
+def _read(
+    staged: StagedUpload, context: ServerContext
+) -> tuple[Artifact, tuple[str, ...], str | None]:
+    """Check an upload by itself and against the model.
+
+    Returns:
+        The artifact, warnings, and why it cannot be served (None if it can).
+    """
+    model = context.engine.model
     limits = ArtifactLimits(max_bytes=context.settings.max_artifact_bytes)
     try:
         artifact = read_artifact(staged.path, limits)
-        return artifact, check_compatible(artifact, context.engine.model)
+        shapes = shapes_of(artifact.parameters)
+        warnings = check_shapes(artifact.manifest, shapes, model)
+        return artifact, warnings, unservable_reason(shapes, model)
     except UnreadableArtifactError as error:
         raise unreadable_upload() from error
     except ArtifactError as error:

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from interventions.catalogue import Entry
-from interventions.compatibility import IncompatibleArtifactError, check_shapes
+from interventions.compatibility import (
+    IncompatibleArtifactError,
+    check_shapes,
+    unservable_reason,
+)
 from interventions.errors import UnknownInterventionError
 from interventions.model import ModelDescription
 from interventions.registry import Registry
@@ -120,10 +124,11 @@ class SteeringResolver:
             raise default_unavailable(message_for_client(error)) from error
 
     def servable(self, entry: Entry) -> tuple[tuple[str, ...], str | None]:
-        """Return an entry's warnings, and why the model cannot take it (None if it can)."""
+        """Return an entry's warnings, and why it cannot be served (None if it can)."""
         try:
             shapes = self._registry.shapes(entry.digest)
-            return check_shapes(entry.manifest, shapes, self._model), None
+            warnings = check_shapes(entry.manifest, shapes, self._model)
+            return warnings, unservable_reason(shapes, self._model)
         except (IncompatibleArtifactError, UnknownInterventionError) as error:
             return (), str(error)
 
@@ -164,7 +169,7 @@ class SteeringResolver:
         _, reason = self.servable(entry)
         if reason is not None:
             raise invalid(
-                f"The loaded model cannot take the intervention '{entry.name}'. {reason}",
+                f"The intervention '{entry.name}' cannot be served. {reason}",
                 requested.reference_param,
                 "intervention_not_servable",
             )

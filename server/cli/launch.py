@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from interventions.artifact import read_manifest
 from interventions.bundled import bundled_artifacts
-from interventions.errors import RegistryDiskError, RegistryError
+from interventions.errors import RegistryDiskError, RegistryError, UnknownInterventionError
 from interventions.header import ArtifactLimits
 from interventions.layout import AffineShapes
 from interventions.registry import Registry
@@ -235,9 +235,13 @@ def _load_vllm_engine(
 
 def _stored_sites(registry: Registry) -> frozenset[str]:
     """Return the sites of all stored interventions."""
-    shapes = (registry.shapes(entry.digest) for entry in registry.entries())
-    widths = (each.site_widths for each in shapes if isinstance(each, AffineShapes))
-    return frozenset[str]().union(*widths)
+    sites: set[str] = set()
+    for entry in registry.entries():
+        with suppress(UnknownInterventionError):  # another server has deleted it just now
+            shapes = registry.shapes(entry.digest)
+            if isinstance(shapes, AffineShapes):
+                sites |= shapes.site_widths.keys()
+    return frozenset(sites)
 
 
 def _refuse_settings_of_the_other_engine(settings: Settings) -> None:

@@ -70,6 +70,8 @@ def push(
     warnings = answer["warnings"]
     for warning in warnings if isinstance(warnings, list) else []:
         typer.echo(f"Warning: {warning}", err=True)
+    if not answer["servable"]:
+        typer.echo(f"It cannot be served: {answer['reason']}", err=True)
 
 
 @app.command("list")

@@ -9,6 +9,7 @@ from interventions.compatibility import (
     IncompatibleArtifactError,
     check_compatible,
     check_shapes,
+    unservable_reason,
 )
 from interventions.layout import shapes_of
 from interventions.model import ModelDescription
@@ -174,3 +175,31 @@ def test_shapes_alone_give_the_same_answer() -> None:
     assert check_shapes(AFFINE.manifest, shapes, MODEL) == ()
     with pytest.raises(IncompatibleArtifactError, match="no site"):
         check_shapes(AFFINE.manifest, shapes, replace(MODEL, site_widths={}))
+
+
+def test_sites_that_were_not_prepared_are_named_with_the_options_that_prepare_them() -> None:
+    first, second = affine_parameters()
+    shapes = shapes_of(AFFINE.parameters)
+    assert unservable_reason(shapes, MODEL) is None
+    reason = unservable_reason(shapes, replace(MODEL, unprepared_sites={second: "--site b"}))
+    assert reason is not None
+    assert f'not prepared the site "{second}". Restart it' in reason
+    assert "or add --site b to its options." in reason
+    for options, told in (("--site a", "--site a"), ("--site b", "--site a --site b")):
+        model = replace(MODEL, unprepared_sites={first: "--site a", second: options})
+        reason = unservable_reason(shapes, model)
+        assert reason is not None
+        assert f'not prepared the site "{first}" and 1 more. Restart it' in reason
+        assert f"or add {told} to its options." in reason
+
+
+def test_a_site_that_is_impossible_counts_before_one_that_was_not_prepared() -> None:
+    first, second = affine_parameters()
+    model = replace(MODEL, unprepared_sites={first: "--site a"}, impossible_sites={second: "No."})
+    shapes = shapes_of(AFFINE.parameters)
+    assert unservable_reason(shapes, model) == f'This server cannot edit the site "{second}". No.'
+
+
+def test_a_reward_has_no_sites_that_could_be_unprepared() -> None:
+    model = replace(MODEL, unprepared_sites=dict.fromkeys(MODEL.site_widths, "--site a"))
+    assert unservable_reason(shapes_of(REWARD.parameters), model) is None

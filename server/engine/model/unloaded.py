@@ -1,6 +1,6 @@
 """Describes a model without loading it, for an engine that loads it by itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from transformers import (
 from interventions.model import ModelDescription
 from server.engine.model.checkpoint import Checkpoint, NoSafetensorsError, open_checkpoint
 from server.engine.model.description import (
+    ModelLoadError,
     describe,
     end_tokens,
     refuse_unservable,
@@ -42,7 +43,12 @@ class UnloadedModel:
 
 
 def describe_unloaded(
-    model: str, dtype: str, device: str, say: Callable[[str], None]
+    model: str,
+    dtype: str,
+    device: str,
+    say: Callable[[str], None],
+    *,
+    architectures: Collection[str] | None = None,
 ) -> UnloadedModel:
     """Describe a model from its configuration and samples of its weights.
 
@@ -53,6 +59,7 @@ def describe_unloaded(
         dtype: auto, float32, bfloat16 or float16.
         device: where an engine will run it: cpu or cuda.
         say: called with a sentence about each step that takes time.
+        architectures: class names of the models that the engine serves; None for all.
 
     Raises:
         EmbeddedModelError: "embedded" was asked for and is not installed.
@@ -72,6 +79,7 @@ def describe_unloaded(
         # transformers leaves out checks of its values, as it does when a compiler traces it.
         with FakeTensorMode():
             skeleton = _skeleton(config)
+            _refuse_others(skeleton, architectures)
             described = describe(skeleton, source.identity, "")
         fingerprint = _fingerprint(source, skeleton, torch_dtype, say)
     return UnloadedModel(
@@ -91,6 +99,14 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     module: nn.Module = model
     module.eval()
     return model
+
+
+def _refuse_others(model: PreTrainedModel, architectures: Collection[str] | None) -> None:
+    name = type(model).__name__
+    if architectures is not None and name not in architectures:
+        raise ModelLoadError(
+            f"{name} is not served by this engine; these are: {', '.join(sorted(architectures))}"
+        )
 
 
 def _generation_config(location: str, config: PreTrainedConfig) -> GenerationConfig:

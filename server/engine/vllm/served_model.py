@@ -1,7 +1,7 @@
 """Describes a model that vLLM is to run, and chooses the sites that the workers prepare."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -9,15 +9,16 @@ from transformers import PreTrainedTokenizerFast
 from interventions.model import ModelDescription
 from server.config import ConfigurationError
 from server.engine.model.unloaded import describe_unloaded
+from server.engine.vllm.fixed_sites import with_fixed_sites
 from server.engine.vllm.options import VllmOptions
-from server.engine.vllm.plugin.sites import chosen_sites, possible_sites
+from server.engine.vllm.plugin.sites import ARCHITECTURES, chosen_sites
 from server.engine.vllm.plugin.wire import Layout
 from steering.sites import SiteError, default_sites
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that vLLM is to run. Its description lists only the sites that are prepared."""
+    """A model that vLLM is to run."""
 
     source: str  # a folder or a Hugging Face id
     dtype: str  # float32, bfloat16 or float16
@@ -46,14 +47,14 @@ def describe_served_model(
         say: called with a sentence about each step that takes time.
 
     Raises:
-        ModelLoadError: the model cannot be described; see `describe_unloaded`.
-        ConfigurationError: vLLM's model of this architecture is not steered, a pattern matches none
-            of its sites, or the context is longer than the model's.
+        ModelLoadError: the model cannot be described, or vLLM's model of its architecture is not
+            steered; see `describe_unloaded`.
+        ConfigurationError: a pattern matches no site that vLLM can edit, or the context is longer
+            than the model's.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = describe_unloaded(model, dtype, device, say)
+    found = describe_unloaded(model, dtype, device, say, architectures=ARCHITECTURES)
     sites = _chosen_sites(found.description, options, stored_sites)
-    widths = {site: found.description.site_widths[site] for site in sites}
     longest: int = found.config.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > longest:
         raise ConfigurationError(
@@ -63,7 +64,7 @@ def describe_served_model(
         source=found.location,
         dtype=str(found.dtype).removeprefix("torch."),
         device=device,
-        description=replace(found.description, site_widths=widths),
+        description=with_fixed_sites(found.description, sites),
         tokenizer=found.tokenizer,
         eos_tokens=found.eos_tokens,
         max_model_len=options.max_model_len or longest,
@@ -76,7 +77,6 @@ def _chosen_sites(
 ) -> tuple[str, ...]:
     architecture, layers = model.architecture, model.num_layers
     try:
-        possible_sites(architecture, layers)  # names the architectures that vLLM's engine steers
         patterns = (default_sites(architecture), *options.sites)
         return chosen_sites(architecture, layers, patterns, stored_sites)
     except SiteError as error:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import pickle
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
+from server.config import ConfigurationError
 from server.engine.torch.engine import TorchEngine
 from tests.artifact_samples import (
     Entry,
@@ -32,7 +34,7 @@ from tests.serving import (
     push,
     text_of,
 )
-from tests.tiny import random_maps
+from tests.tiny import SITES, random_maps
 
 
 async def upload(
@@ -215,6 +217,112 @@ async def test_incompatible_intervention_is_listed_as_unservable(
     assert (foreign["name"], foreign["servable"]) == ("foreign", False)
     assert 'no site "model.layers.0.norm"' in foreign["reason"]
     assert (maps["name"], maps["servable"], maps["reason"]) == ("maps", True, None)
+
+
+@pytest.fixture
+async def fixed_client(
+    tiny_engine: TorchEngine, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> httpx.AsyncClient:
+    """Make a client of a server whose engine edits the default sites only.
+
+    It could have been started with the outputs of `mlp`, and with no other site.
+    """
+    others = [site for site in tiny_engine.model.site_widths if site not in SITES]
+    possible = [site for site in others if site.endswith(".mlp")]
+    model = replace(
+        tiny_engine.model,
+        unprepared_sites=dict.fromkeys(possible, "--site 'mlp'"),
+        impossible_sites=dict.fromkeys(set(others) - {*possible}, "It is part of another."),
+    )
+    monkeypatch.setattr(tiny_engine, "model", model)
+    return make_client()
+
+
+def written(folder: Path, engine: TorchEngine, name: str, *sites: str) -> Path:
+    """Write an artifact with maps at these sites."""
+    maps = {
+        site: each
+        for site in sites
+        for each in random_maps(0, engine.model.site_widths[site], (site,)).values()
+    }
+    path = folder / f"{name}.safetensors"
+    write_artifact(path, manifest_of(maps, engine.model, name), maps)
+    return path
+
+
+UNSERVED = (
+    (
+        (*SITES, "model.layers.0.mlp", "model.layers.1.mlp"),
+        'This server has not prepared the site "model.layers.0.mlp" and 1 more. Restart it, as it '
+        "prepares the sites of all stored interventions when it starts, or add --site 'mlp' to its "
+        "options.",
+    ),
+    (
+        ("model.layers.0.mlp", "model.layers.1.self_attn.q_proj"),
+        'This server cannot edit the site "model.layers.1.self_attn.q_proj". It is part of '
+        "another.",
+    ),
+)
+
+
+@pytest.mark.parametrize(("sites", "reason"), UNSERVED)
+@pytest.mark.parametrize("pushed", [True, False])
+async def test_an_intervention_at_sites_that_were_not_prepared_is_stored_and_never_served(
+    fixed_client: httpx.AsyncClient,
+    affine_artifact: WriteArtifact,
+    registry: Registry,
+    tiny_engine: TorchEngine,
+    tmp_path: Path,
+    sites: tuple[str, ...],
+    reason: str,
+    pushed: bool,
+) -> None:
+    """Uploaded here, or stored by another server of the same registry."""
+    client = fixed_client
+    await push(client, affine_artifact("maps"))
+    path = written(tmp_path, tiny_engine, "other", *sites)
+    if pushed:
+        response = await upload(client, bytes_of(path))
+        assert response.status_code == 201
+        assert (response.json()["servable"], response.json()["reason"]) == (False, reason)
+        assert (await upload(client, bytes_of(path))).json() == response.json()
+    else:
+        registry.add(path)
+    maps, listed = (await client.get("/v1/interventions")).json()["data"]
+    shown = (await client.get("/v1/interventions/other")).json()
+    for body in (listed, shown):
+        assert (body["name"], body["servable"], body["reason"]) == ("other", False, reason)
+    assert maps["servable"]
+    assert (await client.get("/v1/interventions/other/artifact")).content == bytes_of(path)
+    ids = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+    assert ids == ["tiny", "tiny+maps"]
+    steerings: tuple[tuple[Json, str], ...] = (
+        ({"steering": {"intervention": "other"}}, "steering.intervention"),
+        ({"steering": {"intervention": "other", "strength": 0}}, "steering.intervention"),
+        ({"steering": {"intervention": f"sha256:{shown['digest']}"}}, "steering.intervention"),
+        (
+            {"steering": [{"intervention": "maps"}, {"intervention": "other"}]},
+            "steering[1].intervention",
+        ),
+        ({"model": "tiny+other"}, "model"),
+    )
+    for fields, param in steerings:
+        response = await complete(client, **fields)
+        error = error_of(response)
+        assert response.status_code == 400, fields
+        assert (error["code"], error["param"]) == ("intervention_not_servable", param)
+        assert reason in str(error["message"])
+    assert await text_of(client, steering={"intervention": "maps"}) != await text_of(client)
+    assert (await client.delete("/v1/interventions/other")).status_code == 200
+
+
+@pytest.mark.usefixtures("fixed_client")
+async def test_a_default_at_sites_that_were_not_prepared_ends_the_start(
+    make_client: MakeClient, registry: Registry, tiny_engine: TorchEngine, tmp_path: Path
+) -> None:
+    registry.add(written(tmp_path, tiny_engine, "other", "model.layers.0.mlp"))
+    with pytest.raises(ConfigurationError, match="not prepared the site"):
+        make_client(default_steering={"intervention": "other"})
 
 
 async def test_models_name_what_can_be_served(

@@ -17,8 +17,10 @@ from interventions.registry import Registry
 from server.cli import launch
 from server.config import ConfigurationError, Settings
 from server.engine.torch.engine import TorchEngine
+from tests.conftest import WriteArtifact
 from tests.disk import FaultyDisk, watching
 from tests.processes import ROOT, STOP_SECONDS, steerserve
+from tests.tiny import SITES
 
 
 def entries(log: str) -> list[dict[str, object]]:
@@ -149,3 +151,19 @@ def test_a_setting_of_the_other_engine_ends_the_start(
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert told in ended.stderr + ended.stdout
+
+
+def test_the_sites_of_stored_interventions_are_those_of_all_that_are_still_there(
+    registry: Registry,
+    affine_artifact: WriteArtifact,
+    reward_artifact: WriteArtifact,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry.add(reward_artifact("head"))
+    assert launch._stored_sites(registry) == frozenset()
+    registry.add(affine_artifact("maps"))
+    assert launch._stored_sites(registry) == {*SITES}
+    listed = registry.entries()
+    monkeypatch.setattr(registry, "entries", lambda: listed)
+    registry.delete("maps")  # as another server may between the list and a look at its items
+    assert launch._stored_sites(registry) == frozenset()

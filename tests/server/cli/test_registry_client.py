@@ -20,7 +20,7 @@ from tests.disk import FaultyDisk, watching
 from tests.live import live
 from tests.manifests import manifest_of
 from tests.serving import build_app
-from tests.tiny import random_maps
+from tests.tiny import SITES, random_maps
 
 
 async def run(*arguments: str) -> Result:
@@ -123,6 +123,22 @@ async def test_warnings_are_shown(tmp_path: Path, tiny_engine: TorchEngine) -> N
     result = await run("push", str(path))
     assert result.exit_code == 0
     assert 'Warning: It was fitted on "org/sibling"' in result.stderr
+
+
+@pytest.fixture
+def unprepared(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the engine say that it was not prepared for the sites of artifacts."""
+    model = replace(tiny_engine.model, unprepared_sites=dict.fromkeys(SITES, "--site x"))
+    monkeypatch.setattr(tiny_engine, "model", model)
+
+
+@pytest.mark.usefixtures("unprepared", "server")
+async def test_what_is_stored_and_cannot_be_served_is_said(affine_artifact: WriteArtifact) -> None:
+    result = await run("push", str(affine_artifact("maps")))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Stored maps")
+    assert "It cannot be served: This server has not prepared the site" in result.stderr
+    assert "no: This server has not" in (await run("list")).stdout
 
 
 @pytest.mark.usefixtures("server")

@@ -8,10 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import pytest_asyncio
 
+from interventions.artifact import write_artifact
+from interventions.registry import Registry
 from server.engine.base import (
     Edit,
     EngineDeadError,
@@ -26,7 +29,9 @@ from server.engine.base import (
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.vllm.options import VllmOptions
 from steering.settings import AffineSettings, RewardSettings
+from tests.manifests import manifest_of
 from tests.oracles import Oracle
+from tests.serving import build_app, complete, error_of, push
 from tests.tiny import EOS, random_head, random_maps, tiny_tokenizer
 from tests.vllm_models import artifact_bytes, vllm_model
 
@@ -272,6 +277,32 @@ async def test_an_intervention_with_other_sites_is_refused(engine: Any) -> None:
         await engine.submit([request(b"hello", edits)])
     engine._slots.table.check({})
     assert tokens_of((await generate(engine, request(b"hello", A)))[0]) == expected(b"hello", A)
+
+
+@pytest.mark.parametrize(
+    ("site", "says"),
+    [
+        ("model.layers.0.mlp", r"add --site 'model\.layers\.\d+\.mlp'"),
+        ("model.layers.0.self_attn.q_proj", "vLLM fuses modules"),
+    ],
+)
+async def test_an_upload_with_other_sites_is_stored_and_refused(
+    engine: Any, registry: Registry, tmp_path: Path, site: str, says: str
+) -> None:
+    maps = random_maps(4, engine.model.site_widths[site], (site,))
+    path = tmp_path / "other.safetensors"
+    write_artifact(path, manifest_of(maps, engine.model, "other"), maps)
+    transport = httpx.ASGITransport(app=build_app(engine, registry))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        stored = await push(client, path)
+        assert not stored["servable"]
+        assert says in str(stored["reason"])
+        assert (await client.get("/v1/interventions/other")).json()["reason"] == stored["reason"]
+        response = await complete(client, steering={"intervention": "other"})
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (400, "intervention_not_servable")
+        assert says in str(error["message"])
+        assert (await complete(client)).status_code == 200
 
 
 async def test_steering_that_overflows_ends_its_own_request(engine: Any) -> None:
