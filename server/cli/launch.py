@@ -53,7 +53,6 @@ _TORCH_ONLY: Final = frozenset(
         "compile_layers",
         "cuda_graphs",
         "device_map",
-        "dose_interval",
         "threads",
     }
 )
@@ -221,6 +220,7 @@ def _load_vllm_engine(
         kv_cache_gb=settings.kv_cache_gb,
         max_loaded_interventions=settings.max_loaded_interventions,
         prefix_cache=settings.prefix_cache,
+        dose_interval=settings.dose_interval,
         sites=settings.sites,
         vllm_args=settings.vllm_args,
     )

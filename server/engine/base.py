@@ -163,9 +163,9 @@ class StepOutput:
     queue_seconds: float | None = None  # on the first output: from submission to first scheduling
     # On the first output: the number of prompt tokens that the prefix cache had.
     cached_tokens: int = 0
-    # In measured steps only, one number for each effective edit: norm of the edit / norm of what
-    # it edited, the mean over this step's tokens and the edit's sites. None for an edit that acted
-    # on none of these tokens.
+    # On some outputs only, one number for each effective edit: norm of the edit / norm of what it
+    # edited, the mean over the edit's sites and over the tokens of one or several measured steps
+    # up to this one. None for an edit that acted on none of these tokens.
     doses: tuple[float | None, ...] = ()
 
 

@@ -32,6 +32,7 @@ from server.engine.text.prompts import Prompts
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.vllm.answer import Answer
 from server.engine.vllm.arguments import vllm_config
+from server.engine.vllm.measurements import Measurements
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.plugin.wire import LoadedEdit
 from server.engine.vllm.sampling import engine_input, sampling_params
@@ -89,6 +90,7 @@ class VllmEngine:
             disable_log_stats=True,
         )
         self._slots = WorkerSlots(served.layout.slots, self._call, path)
+        self._measurements = Measurements(self._call, options.dose_interval)
         self._running: set[_Running] = set()
         self._places = 0  # queue places that are taken
         self._names = itertools.count()
@@ -141,7 +143,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Return the gauges and counters for the metrics page."""
-        return self._counts.stats(self._slots.table.used)
+        return self._measurements.with_times(self._counts.stats(self._slots.table.used))
 
     async def start(self) -> None:
         """Run the self-test. vLLM itself was started by the constructor.
@@ -151,6 +153,7 @@ class VllmEngine:
         """
         test = SelfTest(self._llm, self._call, self._served.layout, self.model)
         await test.run()
+        await self._measurements.start()
         self._started = True
 
     async def submit(self, requests: Sequence[Request]) -> list[DeliveredGeneration]:
@@ -246,17 +249,19 @@ class VllmEngine:
         name = f"{request.request_id}-{next(self._names)}"
         outputs = self._llm.generate(
             engine_input(request),
-            sampling_params(request, running.edits, eos_tokens),
+            sampling_params(request, running.edits, eos_tokens, name),
             name,
             priority=_BACKGROUND if request.background else 0,
         )
+        measurements = self._measurements
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    for step in answer.read(output):
-                        running.generation.deliver(step)
-                    if answer.finished:
-                        return
+            with measurements.of_request(name, is_steered=bool(running.edits)):
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        for step in answer.read(output):
+                            running.generation.deliver(measurements.with_doses(name, step))
+                        if answer.finished:
+                            return
         finally:
             # Also if it was cancelled while vLLM took it, before it could be aborted by closing.
             # Harmless if it has ended.
@@ -290,6 +295,7 @@ class VllmEngine:
             running.generation.deliver(self._end())
             running.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._measurements.close()
         if self._llm.output_handler is not None:  # it would log the end as a failure
             self._llm.output_handler.cancel()
         with suppress(TimeoutError):

@@ -16,5 +16,6 @@ class VllmOptions:
     )
     max_loaded_interventions: int = 64
     prefix_cache: bool = True
+    dose_interval: int = 16  # edits are measured in one of so many steered steps; 0: never
     sites: tuple[str, ...] = ()  # regular expressions over module paths, beside the default sites
     vllm_args: str = ""  # vLLM's own options, as on its command line

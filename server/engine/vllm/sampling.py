@@ -16,9 +16,16 @@ _SMALLEST_TOP_P = 1e-9  # keeps the best token alone, as 0 does, which vLLM refu
 
 
 def sampling_params(
-    request: Request, edits: Sequence[LoadedEdit], eos_tokens: frozenset[int]
+    request: Request, edits: Sequence[LoadedEdit], eos_tokens: frozenset[int], name: str
 ) -> SamplingParams:
-    """Return vLLM's sampling parameters. Stop strings and ends of texts are found outside vLLM."""
+    """Return vLLM's sampling parameters. Stop strings and ends of texts are found outside vLLM.
+
+    Args:
+        request: the request.
+        edits: its edits, in loaded slots.
+        eos_tokens: the tokens that end a text.
+        name: by which the workers tell what they measured of its edits.
+    """
     sampling = request.sampling
     bias: dict[int, float] = {}
     for token, added in sampling.logit_bias:
@@ -41,7 +48,7 @@ def sampling_params(
         ignore_eos=True,
         stop_token_ids=[] if sampling.ignore_eos else sorted(eos_tokens),
         output_kind=RequestOutputKind.DELTA,
-        extra_args=Steering(tuple(edits), sampling.seed).to_extra_args(),
+        extra_args=Steering(tuple(edits), sampling.seed, name).to_extra_args(),
         skip_clone=True,
     )
 

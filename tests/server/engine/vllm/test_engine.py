@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import httpx
 import psutil
 import pytest
 import pytest_asyncio
+import torch
+from torch import Tensor
 
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
@@ -28,7 +31,13 @@ from server.engine.base import (
 )
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.vllm.options import VllmOptions
+from server.engine.vllm.plugin.wire import Measured
+from steering.affine import AffineMap
+from steering.hooks import edit_activations
+from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
+from steering.sites import locate_site
+from tests import oracles
 from tests.manifests import manifest_of
 from tests.oracles import Oracle
 from tests.serving import build_app, complete, error_of, push
@@ -250,6 +259,64 @@ async def test_a_seed_fixes_the_draws(engine: Any) -> None:
         engine, *(request(PROMPT, A, replace(sampling, seed=seed)) for seed in (1, 3, None, 3))
     )
     assert tokens_of(batch[1]) == tokens_of(batch[3]) == tokens_of(alone) != tokens_of(batch[0])
+
+
+def doses_by_hand(tokens: Sequence[int]) -> list[float]:
+    """The doses of A at each token and site, from activations of transformers' model."""
+    model = vllm_model("llama")
+    found: list[float] = []
+    maps, [edit] = INTERVENTIONS["a"], A
+    assert not isinstance(maps, RewardHead)
+    assert isinstance(edit.settings, AffineSettings)
+    strength = edit.settings.strength
+
+    def edited(site_map: AffineMap, before: Tensor) -> Tensor:
+        [rows] = before
+        after = oracles.affine_rows(rows, site_map, strength)
+        found.extend(oracles.dose(*pair) for pair in zip(rows, after, strict=True))
+        return after[None]
+
+    for site, site_map in maps.items():
+        edit_activations(model.get_submodule(site), locate_site(site), partial(edited, site_map))
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    return found
+
+
+async def test_the_workers_measure_what_the_edits_do(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._measurements, "_interval", 0)  # it would read them meanwhile
+    await engine._call("steering_measure", (1,))
+    [outputs] = await generate(engine, request(b"hello", A))
+    [message] = await engine._call("steering_measurements")
+    found = Measured.from_message(message)
+    doses = doses_by_hand([*b"hello", *tokens_of(outputs)][:-1])
+    [[total]] = found.doses.values()
+    assert total.number == len(doses)
+    assert total.sum == pytest.approx(sum(doses), rel=1e-3)
+    assert 0 < found.edit_seconds < found.step_seconds
+    await engine._call("steering_measure", (OPTIONS.dose_interval,))
+
+
+async def test_outputs_tell_doses_now_and_then(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._measurements, "_period", 0.02)
+    before = engine.stats()
+    steered, plain = await generate(
+        engine,
+        request(b"hello", BOTH, replace(GREEDY, max_tokens=180)),
+        request(b"hello", (), replace(GREEDY, max_tokens=180)),
+    )
+    doses = [output.doses for output in steered if output.doses]
+    assert doses
+    assert all(0 < dose < 1e6 for each in doses for dose in each if dose is not None)
+    assert {len(each) for each in doses} == {len(BOTH)}
+    assert not any(output.doses for output in plain)
+    after = engine.stats()
+    seconds = after.measured_step_seconds - before.measured_step_seconds
+    assert 0 < after.measured_edit_seconds - before.measured_edit_seconds < seconds
 
 
 async def test_a_client_that_leaves_frees_all_that_it_held(engine: Any) -> None:

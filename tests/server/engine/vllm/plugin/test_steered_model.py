@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from server.engine.vllm.plugin.known_requests import KnownRequests, StepPart
 from server.engine.vllm.plugin.steered_model import SteeredModel, SteeringError
@@ -12,49 +12,15 @@ from server.engine.vllm.plugin.wire import Layout, LoadedEdit, Steering, WireErr
 from steering.affine import AffineMap
 from steering.settings import AffineSettings, RewardSettings
 from tests import oracles
+from tests.called_like_vllm import Model
 from tests.tiny import WIDTH, random_head, random_maps
 
 TOKENS = 12
-VOCABULARY = 50
 SITES = ("norm", "pair", "away")
 MAPS = random_maps(1, sites=("norm", "pair"), support=True)
 GATED = random_maps(2, sites=("pair",), gate=True)
 HEAD = random_head(3)
 CPU = torch.device("cpu")
-
-
-class Pair(nn.Module):
-    """A norm of vLLM's that is called with a residual returns both."""
-
-    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden + residual, residual
-
-
-class LogitsProcessor(nn.Module):
-    def forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        logits: Tensor = head(hidden)
-        return logits
-
-
-class Model(nn.Module):
-    """With a second rank, it would have the layer "away"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.pair = Pair()
-        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.logits_processor = LogitsProcessor()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.norm(hidden)
-        hidden, _ = self.pair(hidden, hidden)
-        return hidden
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.logits_processor(self.lm_head, hidden)
-        return logits
 
 
 def expected(hidden: Tensor, edits: list[tuple[int, AffineSettings]], rows: slice) -> Tensor:
