@@ -31,6 +31,7 @@ from server.measuring.table import throughput_table
 from steering.affine import AffineParameters
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
+from steering.sites import default_sites, match_sites
 
 _UNSTEERED: Final = "none"
 _LINEAS: Final = "LinEAS at the default sites"
@@ -85,8 +86,10 @@ def measure_vllm(options: Options, bar: Progress) -> Section:
 def _store(folder: Path, model: ModelDescription, count: int) -> None:
     """Write the artifacts of the trials, named as their digests are."""
     head = random_head(model.head_width, 0)
+    sites = match_sites(default_sites(model.architecture), model.site_widths)
+    widths = {site: model.site_widths[site] for site in sites}
     for number in range(count):
-        _write(folder / f"lineas {number}", random_maps(model.site_widths, number))
+        _write(folder / f"lineas {number}", random_maps(widths, number))
         _write(folder / f"argre {number}", permuted_head(head, number))
 
 
