@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -292,6 +293,25 @@ def test_a_quantized_model_is_identified_by_its_files(
     folder = changed(folder, tmp_path / "other", lambda weights: weights[scales].mul_(2))
     assert first.fingerprint != described(folder).description.fingerprint
     assert first.site_widths == described(tiny_folders["llama"]).description.site_widths
+
+
+@pytest.mark.usefixtures("never_loaded")
+def test_a_model_of_the_hub_is_read_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--somebody--Tiny"
+    saved(tiny_model("llama"), cached / "snapshots" / "1", "10KB")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    assert equals_the_loaded("somebody/Tiny")
+    for shard in sorted((cached / "snapshots" / "1").glob("model-*.safetensors"))[1:]:
+        shard.unlink()
+    with pytest.raises(ModelLoadError, match=r"cannot load 'somebody/Tiny'"):
+        described("somebody/Tiny")
+    with pytest.raises(ModelLoadError, match=r"cannot load 'somebody/other'"):
+        described("somebody/other")
 
 
 @pytest.mark.embedded
