@@ -4,12 +4,12 @@ from datetime import UTC, datetime
 
 from interventions.manifest import AffineManifest, BaseModelReference, Manifest, RewardManifest
 from interventions.model import ModelDescription
-from steering.affine import AffineMap
+from steering.affine import AffineParameters
 from steering.reward import RewardHead
 
 
 def manifest_of(
-    parameters: dict[str, AffineMap] | RewardHead,
+    parameters: AffineParameters | RewardHead,
     model: ModelDescription,
     name: str,
     limits: dict[str, tuple[float, float]] | None = None,

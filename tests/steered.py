@@ -146,14 +146,25 @@ def assert_equal_to_stack(
     stack: Stack,
     new_tokens: int = NEW_TOKENS,
 ) -> None:
-    """The same with a stack as the oracle takes it.
+    """The same with a stack as the oracle takes it."""
+    assert_greedy(outputs, oracle_of(family), prompt, stack, new_tokens)
 
-    The oracle reads the whole text once: the logits after a token do not depend on later tokens.
+
+def assert_greedy(
+    outputs: list[StepOutput],
+    oracle: Oracle,
+    prompt: Sequence[int],
+    stack: Stack,
+    new_tokens: int = NEW_TOKENS,
+) -> None:
+    """The same with an oracle.
+
+    It reads the whole text once: the logits after a token do not depend on later tokens.
     """
     tokens = tokens_of(outputs)
     assert len(tokens) == new_tokens
     text = [*prompt, *tokens[:-1]]
-    logits = oracle_of(family).logits(text, len(prompt), stack, last=new_tokens)
+    logits = oracle.logits(text, len(prompt), stack, last=new_tokens)
     for place, (token, logprob, row) in enumerate(
         zip(tokens, logprobs_of(outputs), logits, strict=True)
     ):

@@ -69,6 +69,8 @@ class Answer:
         """Yield the log-probabilities in vLLM's `FlatLogprobs`, position by position.
 
         A position has the token itself, then the likeliest ones. The first of a prompt has nothing.
+        Where vLLM joins the outputs of several steps, because the reader was slow, a token that is
+        among the likeliest is there once only, in the first place.
         """
         if flat is None or alternatives is None:
             return
@@ -79,4 +81,8 @@ class Answer:
             token, logprob = found[0]
             if math.isnan(logprob):
                 raise not_a_number(self._request)
-            yield self._vocabulary.logprobs(token, logprob, found[1 : 1 + alternatives])
+            best = found[1:]
+            if len(best) < alternatives:
+                ranks = dict(zip(found, flat.ranks[start:end], strict=True))
+                best = sorted(found, key=ranks.__getitem__)
+            yield self._vocabulary.logprobs(token, logprob, best[:alternatives])

@@ -93,6 +93,7 @@ class VllmEngine:
         self._measurements = Measurements(self._call, options.dose_interval)
         self._running: set[_Running] = set()
         self._places = 0  # queue places that are taken
+        self._kept_places = 0  # those of them that are kept for followers
         self._names = itertools.count()
         self._started = False
         self._closing = False
@@ -160,20 +161,31 @@ class VllmEngine:
         """Admit requests, all or none; see server.engine.base.Engine.submit."""
         self._check(requests)
         places = sum(request.queue_places for request in requests)
-        capacity = self._options.max_batch_size + self._options.max_waiting
-        if self._places + places > capacity:
-            raise QueueFullError(f"{self._places} requests run or wait; try again later")
+        kept = sum(request.has_follower for request in requests)
+        self._check_queue(places)
         self._make_background_room(requests)
         self._places += places
+        self._kept_places += kept
         try:
             admitted = await self._pinned(requests)
         except BaseException:
             self._places -= places
+            self._kept_places -= kept
             raise
         for running in admitted:
             running.own_places = int(not running.request.background)
             running.followers_places = int(running.request.has_follower)
         return [self._begin(running) for running in admitted]
+
+    def _check_queue(self, places: int) -> None:
+        """Raise QueueFullError unless so many places are free.
+
+        A queue where no others wait takes any number, since a client may ask for more at once than
+        the queue holds.
+        """
+        waiting = self._places - self._kept_places - self._options.max_batch_size
+        if waiting > 0 and waiting + self._kept_places + places > self._options.max_waiting:
+            raise QueueFullError(f"{waiting} requests are waiting already; try again later")
 
     def _check(self, requests: Sequence[Request]) -> None:
         if not self.ready:
@@ -277,6 +289,7 @@ class VllmEngine:
 
     def _cancel(self, running: _Running) -> None:
         self._places -= running.followers_places
+        self._kept_places -= running.followers_places
         running.followers_places = 0
         running.task.cancel()
 
@@ -284,6 +297,7 @@ class VllmEngine:
         self._check([request])
         [running] = await self._pinned([request])
         running.own_places, leader.followers_places = leader.followers_places, 0
+        self._kept_places -= running.own_places
         return self._begin(running)
 
     async def close(self) -> bool:

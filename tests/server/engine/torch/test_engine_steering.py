@@ -73,17 +73,6 @@ async def test_any_mix_in_one_batch_equals_the_oracle(
         assert_equal_to_oracle(outputs, family, prompt, edits)
 
 
-async def test_base_a_b_in_one_batch_equal_each_alone(start_engine: StartEngine) -> None:
-    engine = await start_engine(interventions_of())
-    names = ("base", "a", "b", "a at another strength", "a then b", "a and r", "r")
-    cases = [(prompt, STACKS[name]) for name in names for prompt in PROMPTS]
-    alone = [await generate(engine, prompt, edits) for prompt, edits in cases]
-    together = await asyncio.gather(*(generate(engine, *case) for case in cases))
-    for one, other in zip(alone, together, strict=True):
-        assert tokens_of(one) == tokens_of(other)
-        assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-4)
-
-
 @pytest.mark.parametrize(
     "edit",
     [

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.base import Edit, SamplingSettings, StepOutput
+from server.engine.base import Edit, StepOutput
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.options import EngineOptions
-from steering.settings import AffineSettings
 from tests.conftest import StartEngine
 from tests.oracles import Oracle
 from tests.steered import (
@@ -64,53 +63,6 @@ async def test_each_stack_scores_prompts_as_the_oracle_does(
         assert_scores(outputs, prompt, edits)
         assert sum(len(output.token_ids) for output in outputs) == 3
         assert not any(output.prompt_logprobs for output in outputs[1:])
-
-
-@pytest.mark.parametrize("name", ["base", "a and r"])
-async def test_a_prompt_can_be_scored_without_a_completion(
-    start_engine: StartEngine, name: str
-) -> None:
-    engine = await start_engine(interventions_of())
-    only_read = replace(SCORED, max_tokens=0)
-    [output] = await generate(engine, PROMPTS[2], STACKS[name], sampling=only_read)
-    assert_scores([output], PROMPTS[2], STACKS[name])
-    assert (output.token_ids, output.text, output.finish_reason) == ((), "", "length")
-    assert output.queue_seconds is not None
-
-
-async def test_a_prompt_of_one_token_has_none(start_engine: StartEngine) -> None:
-    engine = await start_engine({})
-    for max_tokens in (0, 2):
-        sampling = replace(SCORED, max_tokens=max_tokens)
-        outputs = await generate(engine, b"x", sampling=sampling)
-        assert outputs[0].prompt_logprobs == ()
-        assert outputs[-1].finish_reason == "length"
-
-
-async def test_whoever_does_not_ask_gets_none(start_engine: StartEngine) -> None:
-    engine = await start_engine({})
-    plain = SamplingSettings(2, temperature=0)
-    scored, unscored = await asyncio.gather(
-        generate(engine, PROMPTS[0], sampling=SCORED), generate(engine, PROMPTS[0], sampling=plain)
-    )
-    assert scored[0].prompt_logprobs
-    assert not any(output.prompt_logprobs or output.logprobs for output in unscored)
-
-
-async def test_an_edit_that_leaves_no_finite_logits_in_the_prompt_fails_its_own_request_only(
-    start_engine: StartEngine,
-) -> None:
-    engine = await start_engine(interventions_of())
-    overflow = (Edit("a", AffineSettings(3e38)),)
-    lost, kept = await asyncio.gather(
-        generate(engine, PROMPTS[0], overflow, sampling=replace(SCORED, max_tokens=0)),
-        generate(engine, PROMPTS[0], sampling=SCORED),
-        return_exceptions=True,
-    )
-    assert isinstance(lost, Exception)
-    assert "weaker settings" in str(lost)
-    assert isinstance(kept, list)
-    assert_scores(kept, PROMPTS[0], ())
 
 
 @pytest.mark.parametrize("budget", [4, 64])

@@ -1,4 +1,4 @@
-"""Soak test: 2,000 short mixed requests over sockets; almost a third of the clients leave early.
+"""Soaks both engines: 2,000 short mixed requests over sockets; a third of the clients leave early.
 
 Complete answers are compared with the oracle: Hugging Face's model, with slow reference edits.
 """
@@ -7,29 +7,29 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import JsonValue
 
-from interventions.registry import Registry
+from interventions.artifact import write_artifact
 from server.engine.text.vocabulary import Vocabulary
-from server.engine.torch.engine import TorchEngine
-from server.engine.torch.options import EngineOptions
+from server.engine.torch.loaded_interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
-from tests.conftest import LoadTiny, WriteArtifact
-from tests.engines import close_checked, idle
+from tests.both_engines import Subject, each_tight
 from tests.live import live
-from tests.oracles import Oracle, Stack
+from tests.manifests import manifest_of
+from tests.oracles import Stack
 from tests.scoring import TestScorer
 from tests.serving import build_app, eventually
-from tests.steered import preemptions
-from tests.tiny import random_head, random_maps, tiny_model, tiny_tokenizer
+from tests.tiny import random_head, random_maps, tiny_tokenizer
 
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), each_tight]
 REQUESTS = 2_000
 CLIENTS = 32
 LEAVING = 0.3
@@ -38,16 +38,16 @@ COMPARED = 12  # tokens of an answer that are compared with the oracle; few answ
 LONG = 120
 # A few long answers outgrow the KV blocks, and there is one slot fewer than interventions: requests
 # are preempted, interventions evict each other, and the queue is full at times.
-OPTIONS = EngineOptions(
-    kv_cache_gb=24 * 16 * 256 / 1e9,
-    max_batch_size=24,
-    max_batch_tokens=32,
-    max_waiting=24,
-    max_loaded_interventions=3,
-    check_invariants=True,
-)
 PROMPTS = ("x", "How are you today?", "The quick brown fox jumps over the lazy dog")
-MAPS, MORE, HEAD, OTHER = random_maps(1), random_maps(2), random_head(3), random_head(4)
+MAPS, MORE, GATED = random_maps(1), random_maps(2), random_maps(5, gate=True)
+HEAD, OTHER = random_head(3), random_head(4)
+STORED: dict[str, Parameters] = {
+    "maps": MAPS,
+    "more": MORE,
+    "gated": GATED,
+    "head": HEAD,
+    "other": OTHER,
+}
 STEERING: dict[str, tuple[JsonValue, Stack]] = {
     "none": (None, ()),
     "maps": ({"intervention": "maps"}, [(MAPS, AffineSettings(1.0))]),
@@ -59,6 +59,7 @@ STEERING: dict[str, tuple[JsonValue, Stack]] = {
         {"intervention": "more", "positions": "prompt"},
         [(MORE, AffineSettings(1.0, "prompt"))],
     ),
+    "gated": ({"intervention": "gated"}, [(GATED, AffineSettings(1.0))]),
     "head": ({"intervention": "head"}, [(HEAD, RewardSettings(0.5, 5))]),
     "stack": (
         [{"intervention": "other", "iterations": 2}, {"intervention": "maps", "strength": 0.5}],
@@ -125,8 +126,7 @@ class Job:
 class Expected:
     """Computes the oracle's greedy tokens once for each prompt and steering."""
 
-    engine: TorchEngine
-    oracle: Oracle = field(default_factory=lambda: Oracle(tiny_model("llama")))
+    subject: Subject
     vocabulary: Vocabulary = field(
         default_factory=lambda: Vocabulary(tiny_tokenizer().backend_tokenizer)
     )
@@ -137,11 +137,11 @@ class Expected:
         key = (job.chat, job.prompt, job.steering)
         if key not in self.made:
             prompt = (
-                self.engine.tokenize_chat([{"role": "user", "content": job.prompt}])
+                self.subject.engine.tokenize_chat([{"role": "user", "content": job.prompt}])
                 if job.chat
-                else self.engine.tokenize(job.prompt)
+                else self.subject.engine.tokenize(job.prompt)
             )
-            tokens, logits = self.oracle.greedy(prompt, COMPARED, STEERING[job.steering][1])
+            tokens, logits = self.subject.oracle.greedy(prompt, COMPARED, STEERING[job.steering][1])
             gaps = [float(-row.topk(2).values.diff()) for row in logits]
             clear = next((place for place, gap in enumerate(gaps) if gap < 1e-3), COMPARED)
             self.made[key] = [
@@ -150,39 +150,26 @@ class Expected:
         return self.made[key]
 
 
-@pytest.fixture
-async def engine(
-    load_tiny: LoadTiny,
-    registry: Registry,
-    affine_artifact: WriteArtifact,
-    reward_artifact: WriteArtifact,
-) -> AsyncIterator[TorchEngine]:
-    for name, seed in (("maps", 1), ("more", 2)):
-        registry.add(affine_artifact(name, seed), name)
-    registry.add(reward_artifact("head", 3), "head")
-    registry.add(reward_artifact("other", 4), "other")
-    engine = TorchEngine(
-        load_tiny("llama-chat"), lambda digest: registry.load(digest).parameters, OPTIONS
-    )
-    await engine.start()
-    yield engine
-    await close_checked(engine)
-
-
 async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
-    engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    yielded = preemptions(engine, monkeypatch)
+    monkeypatch.setattr(subject.engine, "close", stay_open)  # other tests share it
+    registry = subject.registry
+    for name, parameters in STORED.items():
+        path = tmp_path / f"{name}.safetensors"
+        write_artifact(path, manifest_of(parameters, subject.engine.model, name), parameters)
+        registry.add(path, name)
+    before = subject.engine.stats().preemptions
     source = random.Random(20261122)
     jobs = [Job.random(source, number) for number in range(REQUESTS)]
-    expected = Expected(engine)
+    expected = Expected(subject)
     outcomes: Counter[str] = Counter()
     # All expected tokens are computed now, so that this takes no time from requests with a limit.
     for job in jobs:
         expected.tokens(job)
         expected.tokens(replace(job, steering="none"))
     queue = iter(jobs)
-    app = build_app(engine, registry, TestScorer(), baseline_sample_rate=1)
+    app = build_app(subject.engine, registry, TestScorer(), baseline_sample_rate=1)
     async with live(app) as server:
 
         async def client_of(queue: Iterable[Job]) -> None:
@@ -199,16 +186,22 @@ async def test_nothing_leaks_and_every_completed_answer_is_the_oracles(
         # Baselines (unsteered answers, generated in the background to be scored) rarely find room
         # under load, so one more request follows it.
         await client_of([Job(False, "x", "maps", 3, 1, False, None, False)])
-        await eventually(lambda: idle(engine) and not app.state.context.scoring.depth)
+        await eventually(lambda: not app.state.context.scoring.depth)
+        await subject.settle()
         page = app.state.context.metrics.render().decode()
     assert outcomes.total() == REQUESTS + 1
     assert outcomes["left"] > 0.2 * REQUESTS
     assert outcomes["refused, then completed"] > 0, "nobody met a full queue or bank"
-    assert yielded, "nobody was preempted"
+    assert subject.engine.stats().preemptions > before, "nobody was preempted"
     assert not registry._stored._pins, "artifacts are held for nobody"
     for outcome in ("completed", "dropped"):
         assert f'baselines_total{{outcome="{outcome}"}} 0.0' not in page
     assert "toxicity_dropped_total 0.0" in page
+
+
+async def stay_open() -> bool:
+    """Stand in for the engine's end, when the server ends."""
+    return True
 
 
 async def run(connection: httpx.AsyncClient, job: Job, expected: Expected) -> str:
