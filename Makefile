@@ -18,12 +18,14 @@ test: $(VENV)/dev.installed
 
 # The same server and the tests of its other engine, in a virtual environment with vLLM.
 serve-vllm:
-	@exec "$$(constraints/vllm_environment.sh)/bin/python" -m server serve --engine vllm \
-		--port $(PORT) $(ARGS)
+	@folder=$$(constraints/vllm_environment.sh) && \
+		exec "$$folder/bin/python" -m server serve --engine vllm --port $(PORT) $(ARGS)
 
+# In one process: several vLLMs at a time would only wait for each other.
 test-vllm:
-	@exec "$$(constraints/vllm_environment.sh)/bin/python" -m pytest -m vllm -W ignore \
-		tests/server/engine/vllm $(ARGS)
+	@folder=$$(constraints/vllm_environment.sh) && \
+		exec "$$folder/bin/python" -m pytest -m vllm -W ignore --durations=20 \
+		tests/server/engine tests/server/api/test_both_engines.py $(ARGS)
 
 check: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .

