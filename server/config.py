@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     vllm_args: str = ""
     """With vllm: vLLM's own options, as on its command line, such as
     "--tensor-parallel-size 2"."""
+    vllm_runner: Literal["v1", "v2"] = "v1"
+    """With vllm: which of vLLM's two model runners is steered; v2, vLLM's default on a GPU, needs
+    Triton, and was never run on a GPU with steering, where the self-test at start decides."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto chooses one that suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from interventions.layout import to_tensors
 from server.engine.vllm.plugin.sites import chosen_sites
-from server.engine.vllm.plugin.wire import Layout, LoadedEdit, Steering
+from server.engine.vllm.plugin.wire import Layout, LoadedEdit, Runner, Steering
 from steering.affine import AffineParameters
 from steering.reward import RewardHead
 from steering.sites import default_sites
@@ -22,6 +22,10 @@ from tests.tiny import LAYERS, tiny_config, tiny_model
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "opt", "opt-350m")
 _HEAD_SIZE = 32  # the smallest that vLLM's attention on a CPU has
 _SLOTS = 4
+_WORKERS: dict[Runner, str] = {
+    "v1": "server.engine.vllm.plugin.cpu_worker.SteeredCPUWorker",
+    "v2": "server.engine.vllm.plugin.v2.cpu_worker.SteeredV2CPUWorker",
+}
 
 
 def vllm_config(family: str) -> PreTrainedConfig:
@@ -50,9 +54,11 @@ def vllm_model(family: str) -> PreTrainedModel:
 
 @contextmanager
 def steered_vllm(
-    family: str, folder: Path, *, steered: bool = True, **options: Any
+    family: str, folder: Path, *, steered: bool = True, runner: Runner = "v1", **options: Any
 ) -> Iterator[Any]:
     """Start vLLM in this process, steered at the family's default sites, or as it is.
+
+    `runner` is the one that the process was prepared for.
 
     Yields vLLM's `LLM`.
     """
@@ -67,8 +73,8 @@ def steered_vllm(
     architecture = type(model).__name__
     sites = chosen_sites(architecture, LAYERS, [default_sites(architecture)], [])
     plugin = {
-        "worker_cls": "server.engine.vllm.plugin.cpu_worker.SteeredCPUWorker",
-        "additional_config": Layout(_SLOTS, sites).to_config(),
+        "worker_cls": _WORKERS[runner],
+        "additional_config": Layout(_SLOTS, sites, runner).to_config(),
     }
     llm = LLM(
         str(folder),

@@ -56,7 +56,7 @@ _TORCH_ONLY: Final = frozenset(
         "threads",
     }
 )
-_VLLM_ONLY: Final = frozenset({"sites", "vllm_args"})
+_VLLM_ONLY: Final = frozenset({"sites", "vllm_args", "vllm_runner"})
 
 STARTUP_ERRORS: Final = (
     ConfigurationError,
@@ -210,7 +210,7 @@ def _load_vllm_engine(
 ) -> Engine:
     if warning := check_version():
         report(warning)
-    prepare_environment()
+    prepare_environment(settings.vllm_runner)
     build = importlib.import_module("server.engine.vllm.build")
     options = VllmOptions(
         max_batch_size=settings.max_batch_size,
@@ -223,6 +223,7 @@ def _load_vllm_engine(
         dose_interval=settings.dose_interval,
         sites=settings.sites,
         vllm_args=settings.vllm_args,
+        runner=settings.vllm_runner,
     )
     if scorer is not None:
         # A classifier on the same GPU needs its memory first: the engine takes all that is free.

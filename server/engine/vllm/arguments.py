@@ -17,8 +17,10 @@ from server.engine.vllm.plugin.limits import refuse_unsupported
 from server.engine.vllm.served_model import ServedModel
 
 _WORKERS: Final = {
-    "cpu": "server.engine.vllm.plugin.cpu_worker.SteeredCPUWorker",
-    "cuda": "server.engine.vllm.plugin.gpu_worker.SteeredGPUWorker",
+    ("cpu", "v1"): "server.engine.vllm.plugin.cpu_worker.SteeredCPUWorker",
+    ("cpu", "v2"): "server.engine.vllm.plugin.v2.cpu_worker.SteeredV2CPUWorker",
+    ("cuda", "v1"): "server.engine.vllm.plugin.gpu_worker.SteeredGPUWorker",
+    ("cuda", "v2"): "server.engine.vllm.plugin.v2.gpu_worker.SteeredV2GPUWorker",
 }
 _CPU_MEMORY: Final = 0.25  # share of the free memory that the KV cache takes unless one is given
 
@@ -76,7 +78,7 @@ def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:
         "--max-num-batched-tokens": str(options.max_batch_tokens),
         "--max-logprobs": "-1",
         "--scheduling-policy": "priority",
-        "--worker-cls": _WORKERS[served.device],
+        "--worker-cls": _WORKERS[served.device, options.runner],
         "--additional-config": json.dumps(served.layout.to_config()),
         "--enable-prefix-caching" if options.prefix_cache else "--no-enable-prefix-caching": "",
     }

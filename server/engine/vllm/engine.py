@@ -261,7 +261,7 @@ class VllmEngine:
         name = f"{request.request_id}-{next(self._names)}"
         outputs = self._llm.generate(
             engine_input(request),
-            sampling_params(request, running.edits, eos_tokens, name),
+            sampling_params(request, running.edits, eos_tokens, name, self._options.runner),
             name,
             priority=_BACKGROUND if request.background else 0,
         )

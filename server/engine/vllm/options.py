@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from server.engine.vllm.plugin.wire import Runner
+
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
@@ -19,3 +21,4 @@ class VllmOptions:
     dose_interval: int = 16  # edits are measured in one of so many steered steps; 0: never
     sites: tuple[str, ...] = ()  # regular expressions over module paths, beside the default sites
     vllm_args: str = ""  # vLLM's own options, as on its command line
+    runner: Runner = "v1"  # as `prepare_environment` was told

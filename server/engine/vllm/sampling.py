@@ -9,14 +9,18 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from server.engine.base import Request
-from server.engine.vllm.plugin.wire import LoadedEdit, Steering
+from server.engine.vllm.plugin.wire import LoadedEdit, Runner, Steering
 from steering.settings import AffineSettings
 
 _SMALLEST_TOP_P = 1e-9  # keeps the best token alone, as 0 does, which vLLM refuses
 
 
 def sampling_params(
-    request: Request, edits: Sequence[LoadedEdit], eos_tokens: frozenset[int], name: str
+    request: Request,
+    edits: Sequence[LoadedEdit],
+    eos_tokens: frozenset[int],
+    name: str,
+    runner: Runner,
 ) -> SamplingParams:
     """Return vLLM's sampling parameters. Stop strings and ends of texts are found outside vLLM.
 
@@ -25,8 +29,11 @@ def sampling_params(
         edits: its edits, in loaded slots.
         eos_tokens: the tokens that end a text.
         name: by which the workers tell what they measured of its edits.
+        runner: vLLM's model runner.
     """
     sampling = request.sampling
+    # Draws of the V2 runner depend on a seed and a position, as the plugin makes those of V1.
+    vllm_seed, plugin_seed = (None, sampling.seed) if runner == "v1" else (sampling.seed, None)
     bias: dict[int, float] = {}
     for token, added in sampling.logit_bias:
         bias[token] = bias.get(token, 0.0) + added
@@ -35,6 +42,7 @@ def sampling_params(
         temperature=sampling.temperature,
         top_p=max(sampling.top_p, _SMALLEST_TOP_P),
         top_k=sampling.top_k,
+        seed=vllm_seed,
         min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
@@ -48,7 +56,7 @@ def sampling_params(
         ignore_eos=True,
         stop_token_ids=[] if sampling.ignore_eos else sorted(eos_tokens),
         output_kind=RequestOutputKind.DELTA,
-        extra_args=Steering(tuple(edits), sampling.seed, name).to_extra_args(),
+        extra_args=Steering(tuple(edits), plugin_seed, name).to_extra_args(),
         skip_clone=True,
     )
 

@@ -68,7 +68,7 @@ def describe_served_model(
         tokenizer=found.tokenizer,
         eos_tokens=found.eos_tokens,
         max_model_len=options.max_model_len or longest,
-        layout=Layout(options.max_loaded_interventions, sites),
+        layout=Layout(options.max_loaded_interventions, sites, options.runner),
     )
 
 

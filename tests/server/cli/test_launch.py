@@ -141,6 +141,7 @@ def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
         (("--engine", "vllm", "--attention", "slabs"), "vllm does not have the setting attention"),
         (("--engine", "vllm", "--no-cuda-graphs"), "vllm does not have the setting cuda_graphs"),
         (("--vllm-args", "--enforce-eager"), "torch does not have the setting vllm_args"),
+        (("--vllm-runner", "v2"), "torch does not have the setting vllm_runner"),
         (("--site", "x"), "torch does not have the setting sites"),
     ],
 )

@@ -25,6 +25,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "engine": ("vllm", "vllm"),
     "sites": (r"model\.norm .*mlp", (r"model\.norm", ".*mlp")),
     "vllm_args": ("--enforce-eager", "--enforce-eager"),
+    "vllm_runner": ("v2", "v2"),
     "dtype": ("float32", "float32"),
     "device_map": ("auto", "auto"),
     "threads": ("3", 3),

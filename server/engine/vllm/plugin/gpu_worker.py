@@ -15,6 +15,8 @@ QUALIFIED_NAME: Final = f"{__name__}.SteeredGPUWorker"
 class SteeredGPUWorker(SteeredWorker, Worker):
     """vLLM's worker for a GPU, steered."""
 
+    model_runner: SteeredRunner
+
     def _make_model_runner(self) -> SteeredRunner:
         """Make the V1 runner, and have the edits computed by the kernel."""
         use_routed_kernel_on_gpus(edit_in_place_triton)

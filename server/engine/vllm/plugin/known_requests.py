@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from server.engine.vllm.plugin.steered_model import SteeredModel
+from server.engine.vllm.plugin.steered_model import SteeredModel, SteeringError
 from server.engine.vllm.plugin.wire import Json, Steering
-from steering.route import Span
+from steering.route import Route, Span, build_route
 from steering.settings import SlottedEdit
 
 
@@ -83,6 +84,20 @@ class KnownRequests:
             [self._known[part.request_id].steering.name for part in self._step],
         )
 
+    @contextmanager
+    def scoring_tokens(self) -> Iterator[None]:
+        """Within the context, logits rows are all tokens of the step, in chunks, in their order.
+
+        Raises:
+            SteeringError: at the end, if there were some rows, but not as many as tokens.
+        """
+        tokens = _ScoredTokens(
+            [(part.count, self.edits(part.request_id)) for part in self._step],
+        )
+        with self.model.rows_by(tokens):
+            yield
+        tokens.check_complete()
+
     def generators(self, device: torch.device) -> Iterator[tuple[int, torch.Generator]]:
         """Yield the rows of the step whose request has a seed, each with its random numbers.
 
@@ -95,6 +110,47 @@ class KnownRequests:
                 generator = torch.Generator(device)
                 generator.manual_seed(_mixed(seed, part.start + part.count))
                 yield row, generator
+
+
+class _ScoredTokens:
+    """Returns the routes of consecutive chunks of a step's tokens, each with a logits row."""
+
+    def __init__(self, parts: Sequence[tuple[int, tuple[SlottedEdit, ...]]]) -> None:
+        """`parts` has each request's number of tokens and its edits, in the order of the step."""
+        self._parts = parts
+        self._total = sum(count for count, _ in parts)
+        self._done = 0
+
+    def __call__(self, rows: int) -> tuple[Route, None]:
+        """Return the next chunk's route, without a meter.
+
+        Raises:
+            SteeringError: the step does not have as many tokens.
+        """
+        first, self._done = self._done, self._done + rows
+        if self._done > self._total:
+            raise SteeringError(
+                f"logits are computed of {self._done} tokens, where a step has {self._total}"
+            )
+        return build_route(list(self._spans(first, self._done)), torch.device("cpu")), None
+
+    def _spans(self, first: int, end: int) -> Iterator[Span]:
+        start = 0
+        for count, edits in self._parts:
+            own = range(max(start, first) - first, min(start + count, end) - first)
+            start += count
+            if own:
+                yield Span(start=0, count=0, prompt_length=0, rows=own, edits=edits)
+
+    def check_complete(self) -> None:
+        """Raise SteeringError if rows of a part of the tokens were computed: of which, is unknown.
+
+        vLLM computes none if no request wants its prompt scored.
+        """
+        if self._done not in (0, self._total):
+            raise SteeringError(
+                f"logits were computed of {self._done} tokens, where a step has {self._total}"
+            )
 
 
 def _mixed(seed: int, position: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from server.engine.vllm.plugin.sites import ARCHITECTURES
-from server.engine.vllm.plugin.wire import Layout
+from server.engine.vllm.plugin.wire import Layout, Runner
 
 _FREEZING: Final = ("freezing", "max_autotune")  # may fold the edits' tensors into compiled code
 
@@ -20,19 +20,19 @@ def refuse_unsupported(config: Any) -> None:
         UnsupportedSetupError: the first setting that is not supported.
         WireError: vLLM was not started by the service.
     """
-    Layout.from_config(config.additional_config)
-    for found in _unsupported(config):
+    layout = Layout.from_config(config.additional_config)
+    for found in _unsupported(config, layout.runner):
         raise UnsupportedSetupError(f"steering inside vLLM does not work with {found}")
 
 
-def _unsupported(config: Any) -> Iterator[str]:
+def _unsupported(config: Any, chosen: Runner) -> Iterator[str]:
     """Yield each setting that is not supported, as the end of a sentence."""
+    used: Runner = "v2" if config.use_v2_model_runner else "v1"
+    if used != chosen:
+        yield f"vLLM's model runner {used}, where --vllm-runner {chosen} was chosen"
     yield from _unsupported_model(config)
     yield from _unsupported_parallelism(config.parallel_config)
     features = {
-        "vLLM's V2 model runner (VLLM_USE_V2_MODEL_RUNNER=0 chooses V1)": (
-            config.use_v2_model_runner
-        ),
         "speculative decoding": config.speculative_config,
         "LoRA": config.lora_config,
         "a KV connector": config.kv_transfer_config,

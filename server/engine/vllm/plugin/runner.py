@@ -13,6 +13,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from server.engine.vllm.plugin.known_requests import KnownRequests, StepPart
+from server.engine.vllm.plugin.kv_blocks import unfilled_blocks
 from server.engine.vllm.plugin.sampler import ExactSampler
 from server.engine.vllm.plugin.steered_model import SteeredModel
 from server.engine.vllm.plugin.wire import Layout
@@ -44,34 +45,15 @@ class SteeredRunner(GPUModelRunner):
         A preempted request is neither, and comes back among `scheduled_cached_reqs`. A request may
         end in the same step in which another one begins under its id.
 
-        Blocks of the KV cache that a request begins to fill are zeroed. Attention reads the whole
-        of a block, and multiplies what it must not see by 0: keys and values of a request that was
-        steered too strongly may be NaN, and would reach the next request in its block.
+        Blocks of the KV cache that a request begins to fill are zeroed; see `unfilled_blocks`.
         """
         for request_id in scheduler_output.finished_req_ids:
             self.known.forget(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             self.known.admit(new.req_id, new.sampling_params.extra_args)
-        self._zero_block_ids(list(self._unfilled_blocks(scheduler_output)))
+        groups = self.kv_cache_config.kv_cache_groups
+        self._zero_block_ids(list(unfilled_blocks(scheduler_output, groups)))
         return super()._update_states(scheduler_output)
-
-    def _unfilled_blocks(self, scheduler_output: SchedulerOutput) -> Iterator[int]:
-        """Yield the blocks that requests were given in this step, but for those from the cache."""
-        for new in scheduler_output.scheduled_new_reqs:
-            yield from self._beyond(new.block_ids, new.num_computed_tokens)
-        cached = scheduler_output.scheduled_cached_reqs
-        for request_id, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if blocks is not None:
-                # A request that goes on is given new blocks only; one that comes back, all.
-                comes_back = request_id in cached.resumed_req_ids
-                yield from self._beyond(blocks, computed if comes_back else 0)
-
-    def _beyond(self, blocks: tuple[list[int], ...], computed: int) -> Iterator[int]:
-        """Yield a request's blocks, of each group of layers, that hold no computed token."""
-        for group, ids in zip(self.kv_cache_config.kv_cache_groups, blocks, strict=True):
-            yield from ids[computed // group.kv_cache_spec.block_size :]
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Write the step's route, then run the model. Real steps come here, dummy ones do not."""

@@ -20,7 +20,7 @@ from steering.settings import SlottedEdit
 from steering.sites import locate_site
 
 # A number of logits rows -> their route, and the meter of their edits if they are measured.
-_RowRoute: TypeAlias = Callable[[int], tuple[Route, DoseMeter | None]]
+RowRoute: TypeAlias = Callable[[int], tuple[Route, DoseMeter | None]]
 
 
 class SteeringError(RuntimeError):
@@ -61,7 +61,7 @@ class SteeredModel:
             SteeredSite.install(modules[location.module], location, self._buffers, index, table)
         self._flags_of: tuple[frozenset[int], int] | None = None
         self.measuring = Measuring(self._buffers)
-        self._rows: _RowRoute | None = None
+        self._rows: RowRoute | None = None
         self._has_head = "logits_processor" in modules
         if self._has_head:
             processor = modules["logits_processor"]
@@ -133,23 +133,26 @@ class SteeredModel:
         return route, self.measuring.meter
 
     @contextmanager
-    def scoring(self, edits: tuple[SlottedEdit, ...]) -> Iterator[None]:
-        """Within the context, logits rows are those of one request's prompt."""
-        self._rows = partial(_route_of_one, edits)
+    def rows_by(self, rows: RowRoute) -> Iterator[None]:
+        """Within the context, ask a function for the route of each set of logits rows."""
+        self._rows = rows
         try:
             yield
         finally:
             self._rows = None
 
     @contextmanager
+    def scoring(self, edits: tuple[SlottedEdit, ...]) -> Iterator[None]:
+        """Within the context, logits rows are those of one request's prompt."""
+        with self.rows_by(partial(_route_of_one, edits)):
+            yield
+
+    @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Within the context, nothing is edited: vLLM runs the model without requests."""
         self._buffers.fill(None)
-        self._rows = partial(_route_of_one, ())
-        try:
+        with self.rows_by(partial(_route_of_one, ())):
             yield
-        finally:
-            self._rows = None
 
     def _before_logits(
         self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -161,7 +164,7 @@ class SteeredModel:
         route, meter = self._rows(hidden.shape[0])
         if route.reward:
             with nullcontext() if meter is None else meter.timing_edits():
-                hidden = self._bank.edit_rows(hidden, route, meter)
+                hidden = self._bank.edit_rows(hidden, _sent(route, hidden.device), meter)
         return (head, hidden, *others), kwargs
 
 
@@ -178,3 +181,11 @@ def _mark_rows_without_numbers(_module: nn.Module, _args: object, logits: Tensor
     if logits is not None:
         broken = ~logits.amax(dim=-1, keepdim=True).isfinite()
         logits.masked_fill_(broken, torch.nan)
+
+
+def _sent(route: Route, device: torch.device) -> Route:
+    """Return the route on a device, without waiting for it."""
+    if device.type != "cuda":
+        return route
+    copies = [each.pin_memory().to(device, non_blocking=True) for each in route.tensors()]
+    return route.with_tensors(copies, device)

@@ -6,7 +6,7 @@ At start, the service puts a `Layout` into vLLM's `additional_config`. With each
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from steering.dose import DoseTotal
 from steering.settings import AffineSettings, RewardSettings
@@ -21,6 +21,7 @@ _KINDS: Final[Mapping[str, type[AffineSettings] | type[RewardSettings]]] = {
     "affine": AffineSettings,
     "reward": RewardSettings,
 }
+Runner: TypeAlias = Literal["v1", "v2"]  # which of vLLM's two model runners
 Json: TypeAlias = Any  # what vLLM's msgpack carries: numbers, texts, lists, dicts, None
 
 
@@ -34,10 +35,18 @@ class Layout:
 
     slots: int  # interventions that can be loaded at once; slot 0, the identity, not counted
     sites: tuple[str, ...]
+    runner: Runner = "v1"
 
     def to_config(self) -> dict[str, Json]:
         """Return vLLM's `additional_config`, which vLLM hashes into the key of compiled models."""
-        return {KEY: {"version": _GRAPH_VERSION, "slots": self.slots, "sites": list(self.sites)}}
+        return {
+            KEY: {
+                "version": _GRAPH_VERSION,
+                "slots": self.slots,
+                "sites": list(self.sites),
+                "runner": self.runner,
+            }
+        }
 
     @classmethod
     def from_config(cls, additional_config: Json) -> "Layout":
@@ -47,10 +56,17 @@ class Layout:
             WireError: there is none, or it is of another version.
         """
         match additional_config:
-            case {"steerserve": {"version": version, "slots": int(slots), "sites": list(sites)}}:
-                if version != _GRAPH_VERSION:
-                    raise WireError(f"the layout has version {version}, not {_GRAPH_VERSION}")
-                return cls(slots, tuple(sites))
+            case {"steerserve": {"version": version}} if version != _GRAPH_VERSION:
+                raise WireError(f"the layout has version {version}, not {_GRAPH_VERSION}")
+            case {
+                "steerserve": {
+                    "version": _,
+                    "slots": int(slots),
+                    "sites": list(sites),
+                    "runner": runner,
+                }
+            } if runner in get_args(Runner):
+                return cls(slots, tuple(sites), runner)
         raise WireError("vLLM was started without the layout of the sites: start it by steerserve")
 
 

@@ -1,21 +1,28 @@
 """What vLLM's worker does more when it is steered: the calls that the service makes by name."""
 
+from typing import Protocol
+
 import torch
 from safetensors.torch import load
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu_worker import Worker
 
 from server.engine.vllm.plugin.limits import refuse_unsupported
-from server.engine.vllm.plugin.runner import SteeredRunner
 from server.engine.vllm.plugin.steered_model import SteeredModel
 from server.engine.vllm.plugin.wire import Json, Measured
 from steering.stored import parameters_of
 
 
+class HasSteeredModel(Protocol):
+    """A steered runner, of either kind."""
+
+    steered: SteeredModel
+
+
 class SteeredWorker(Worker):
     """A mixin before a worker."""
 
-    model_runner: SteeredRunner
+    model_runner: HasSteeredModel
 
     def init_device(self) -> None:
         """Refuse what steering was not shown with, also where vLLM was started by somebody else."""

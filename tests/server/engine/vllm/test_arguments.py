@@ -23,7 +23,7 @@ OPTIONS = VllmOptions(max_batch_size=8, max_batch_tokens=64, max_model_len=100, 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    prepare_environment()
+    prepare_environment("v1")
     from server.engine.vllm.served_model import describe_served_model  # noqa: PLC0415
 
     folder: Path = tmp_path_factory.mktemp("model")

@@ -56,7 +56,11 @@ def test_a_plain_setup_is_taken() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"use_v2_model_runner": True}, "runner v2, where --vllm-runner v1 was chosen"),
+        (
+            {"additional_config": Layout(1, (), "v2").to_config()},
+            "runner v1, where --vllm-runner v2 was chosen",
+        ),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "a KV connector"),

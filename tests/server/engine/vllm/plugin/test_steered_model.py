@@ -121,6 +121,48 @@ def test_every_row_of_a_prompt_is_scored_by_its_own_request(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 4, 9])
+def test_every_token_of_a_step_is_scored_by_its_own_request(
+    model: Model, known: KnownRequests, chunk: int
+) -> None:
+    """As vLLM's V2 runner does: all tokens of the step, a chunk at a time."""
+    rows = torch.randn(9, WIDTH)
+    known.begin_step([part("base", 2), part("both", 4), part("maps", 3)])
+    model.compute_logits(rows[:3])
+    with known.scoring_tokens():
+        logits = torch.cat([model.compute_logits(each) for each in torch.split(rows, chunk)])
+    edited = [oracles.reward(row, HEAD, RewardSettings(0.5, 2)) for row in rows[2:6]]
+    expected = model.lm_head(torch.stack(edited))
+    torch.testing.assert_close(logits[2:6], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[:2], model.lm_head(rows[:2]))
+    torch.testing.assert_close(logits[6:], model.lm_head(rows[6:]))
+
+
+@pytest.mark.parametrize("chunks", [(2,), (2, 4), (3, 1)])
+def test_scoring_a_part_of_a_step_s_tokens_is_an_error(
+    model: Model, known: KnownRequests, chunks: tuple[int, ...]
+) -> None:
+    """Which tokens the rows belong to would be unknown."""
+    known.begin_step([part("base", 2), part("both", 3)])
+
+    def score() -> None:
+        with known.scoring_tokens():
+            for rows in chunks:
+                model.compute_logits(torch.zeros(rows, WIDTH))
+
+    with pytest.raises(SteeringError, match=f"{sum(chunks)} tokens, where a step has 5"):
+        score()
+
+
+def test_scoring_no_prompt_of_a_step_is_none(model: Model, known: KnownRequests) -> None:
+    known.begin_step([part("base", 2), part("both", 3)])
+    with known.scoring_tokens():
+        pass
+    with pytest.raises(SteeringError, match="no known request"):
+        model.compute_logits(torch.zeros(5, WIDTH))
+
+
+@torch.no_grad()
 def test_at_rest_nothing_is_edited(model: Model, known: KnownRequests) -> None:
     hidden = torch.randn(4, WIDTH)
     known.begin_step([part("both", 4)])

@@ -40,7 +40,15 @@ def test_a_layout_arrives() -> None:
     assert Layout.from_config(over_the_wire(layout.to_config())) == layout
 
 
-@pytest.mark.parametrize("given", [None, {}, {KEY: {"slots": 3}}])
+def test_the_runner_of_a_layout_arrives() -> None:
+    layout = Layout(8, (), "v2")
+    assert Layout.from_config(over_the_wire(layout.to_config())) == layout
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, {}, {KEY: {"slots": 3}}, {KEY: Layout(1, ()).to_config()[KEY] | {"runner": "v3"}}],
+)
 def test_a_missing_layout_is_an_error(given: object) -> None:
     with pytest.raises(WireError, match="start it by steerserve"):
         Layout.from_config(given)
