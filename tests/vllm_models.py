@@ -115,7 +115,7 @@ def recorded_logits(llm: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def vllm_in_this_process(cache: Path) -> Iterator[None]:
+def vllm_in_this_process(cache: Path, runner: Runner = "v1") -> Iterator[None]:
     """Within the context, vLLM starts without other processes; it reads the environment for that.
 
     The engine on vLLM, whose tests may come next, must not find these variables.
@@ -126,7 +126,7 @@ def vllm_in_this_process(cache: Path) -> Iterator[None]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2")),
     }
     with patch.dict(os.environ, variables):
         yield

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steering.settings import AffineSettings, RewardSettings
 from tests.server.engine.vllm.plugin.test_steered_vllm import PROMPTS, STACKS, Served
-from tests.vllm_models import steered_vllm, steering_args, use_vllm_in_this_process
+from tests.vllm_models import steered_vllm, steering_args, vllm_in_this_process
 
 HELLO, X, FOX = PROMPTS
 Edits: TypeAlias = Sequence[tuple[str, AffineSettings | RewardSettings]]  # digests and settings
@@ -66,16 +66,19 @@ def seen_in_a_process_of_its_own(folder: Path) -> Seen:
 
 def _run(folder: Path) -> Seen:
     _pretend_that_triton_has_a_backend_for_cpus()
-    use_vllm_in_this_process(folder / "cache")
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    _replace_what_the_interpreter_lacks()
+    with vllm_in_this_process(folder / "cache", "v2"):
+        _replace_what_the_interpreter_lacks()
+        return _seen(folder / "model")
+
+
+def _seen(folder: Path) -> Seen:
     options: dict[str, Any] = {
         "kv_cache_memory_bytes": BLOCKS * 32 * _BYTES_OF_A_TOKEN,
         "block_size": 32,
         "max_num_seqs": 8,
         "enable_prefix_caching": False,
     }
-    with steered_vllm("llama", folder / "model", runner="v2", **options) as llm:
+    with steered_vllm("llama", folder, runner="v2", **options) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         warm_up = _failure(lambda: _warm_up(worker, expected=False))
         _warm_up(worker)
