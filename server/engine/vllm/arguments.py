@@ -1,6 +1,7 @@
 """Turns the operator's options into vLLM's configuration, and refuses what cannot be steered."""
 
 import json
+import re
 import shlex
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection, Sequence
@@ -22,6 +23,26 @@ _WORKERS: Final = {
     ("cuda", "v1"): "server.engine.vllm.plugin.gpu_worker.SteeredGPUWorker",
     ("cuda", "v2"): "server.engine.vllm.plugin.v2.gpu_worker.SteeredV2GPUWorker",
 }
+# vLLM's options that an operator may set. Others could change the model, its scheduler or its
+# sampler in ways with which steering was not shown; `limits` refuses more, by their values.
+_ALLOWED: Final = frozenset(
+    {
+        *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
+        *("--distributed-executor-backend", "--max-parallel-loading-workers"),
+        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--device-ids"),
+        *("--distributed-timeout-seconds", "--cpu-distributed-timeout-seconds"),
+        *("--disable-custom-all-reduce", "--numa-bind", "--numa-bind-nodes", "--numa-bind-cpus"),
+        *("--gpu-memory-utilization", "--device-memory-utilization", "--block-size"),
+        *("--kv-cache-dtype", "--num-gpu-blocks-override", "--enable-flashinfer-autotune"),
+        *("--quantization", "-q", "--quantization-config", "--attention-backend"),
+        *("--linear-backend", "--enforce-eager", "--cudagraph-capture-sizes"),
+        *("--max-cudagraph-capture-size", "--compilation-config", "-cc", "--optimization-level"),
+        *("--load-format", "--download-dir", "--revision", "--hf-token", "--ignore-patterns"),
+        *("--safetensors-load-strategy", "--model-loader-extra-config", "--use-tqdm-on-load"),
+        *("--async-scheduling", "--no-async-scheduling", "--long-prefill-token-threshold"),
+        *("--scheduler-reserve-full-isl", "--no-scheduler-reserve-full-isl", "--stream-interval"),
+    }
+)
 _CPU_MEMORY: Final = 0.25  # share of the free memory that the KV cache takes unless one is given
 
 
@@ -59,9 +80,16 @@ def _sentence(error: Exception) -> str:
 def _given_arguments(text: str, own: Collection[str]) -> list[str]:
     given = shlex.split(text)
     for argument in given:
-        name = argument.partition("=")[0].replace("_", "-")
+        # `--compilation-config.mode=0` is one of vLLM's ways to write a part of an option.
+        name, *_ = re.split(r"[=.]", argument, maxsplit=1)
+        name = name.replace("_", "-")
         if name in own:
             raise ValueError(f"{name} is not an option for --vllm-args, as steerserve sets it")
+        if re.match("--?[a-z]", name, re.IGNORECASE) and name not in _ALLOWED:
+            known = ", ".join(sorted(each for each in _ALLOWED if each.startswith("--")))
+            raise ValueError(
+                f"steering was not shown to work with {name}; --vllm-args takes {known}"
+            )
     return given
 
 

@@ -61,11 +61,13 @@ def test_the_prefix_cache_can_be_left_out(served: Any) -> None:
     [
         ("--worker-cls other.Worker", "--worker-cls is not an option for --vllm-args"),
         ("--max_model_len=5", "--max-model-len is not an option for --vllm-args"),
+        ("--worker-cl other.Worker", "not shown to work with --worker-cl;"),  # argparse takes it
         ("--no-such-option 3", "--no-such-option"),
         ("--block-size many", "many"),
-        ("--enable-sleep-mode", "Sleep mode"),
-        ("--data-parallel-size 2", "data parallelism"),
-        ("--logprobs-mode raw_logits", "raw_logits"),
+        ("--enable-sleep-mode", "not shown to work with --enable-sleep-mode;"),
+        ("--hf-overrides {}", "not shown to work with --hf-overrides;"),
+        ("-dp 2", "not shown to work with -dp;"),
+        ("-cc.inductor_compile_config.freezing=true", "freezing"),
         ("--block-size 'x", "No closing quotation"),
     ],
 )
