@@ -76,6 +76,20 @@ def test_what_cannot_be_is_refused_with_a_sentence(served: Any, given: str, told
         config_of(served, replace(OPTIONS, vllm_args=given))
 
 
+@pytest.mark.parametrize(
+    ("variable", "told"),
+    [("1", "Model Runner V2 requires Triton"), ("0", "runner v1, where --vllm-runner v2 was")],
+)
+def test_the_v2_runner_is_refused_where_vllm_cannot_run_it(
+    served: Any, variable: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU build lacks Triton's backend for CPUs. No other runner takes its place."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", variable)
+    layout = replace(served.layout, runner="v2")
+    with pytest.raises(ConfigurationError, match=told):
+        config_of(replace(served, layout=layout), replace(OPTIONS, runner="v2"))
+
+
 def test_other_sites_are_another_compiled_model(served: Any) -> None:
     """vLLM's key of compiled models leaves the worker's class out, and has the layout in it."""
     keys = {

@@ -90,6 +90,12 @@ STATEMENTS = [
         "num_computed_tokens_np = self.req_states.num_computed_tokens_np[idx_mapping_np]",
     ),
     (f"{RUNNER}.update_requests", "num_computed_tokens_np[req_index] = num_computed_tokens"),
+    (f"{REQUESTS}.add_request", "self.num_computed_tokens_np[req_idx] = num_computed_tokens"),
+    # The prompt of a request that was preempted is as long as before; its prefill is longer.
+    (
+        f"{REQUESTS}.add_request",
+        "self.prompt_len.np[req_idx] = prompt_len prefill_len = len(all_token_ids)",
+    ),
     # All tokens of the step are scored if one request wants it.
     (
         f"{PROMPTS}:PromptLogprobsWorker.compute_prompt_logprobs",
@@ -141,12 +147,6 @@ def test_a_batch_tells_the_host_what_the_route_needs() -> None:
         assert isinstance(array, np.ndarray)
         assert array.shape == (3,)
     assert batch.num_scheduled_tokens.sum() == batch.num_tokens == 7
-
-
-def test_a_preempted_request_s_prompt_is_as_long_as_before() -> None:
-    """Its prefill has the tokens that it had generated, too."""
-    source = " ".join(inspect.getsource(found(f"{REQUESTS}.add_request")).split())
-    assert "self.prompt_len.np[req_idx] = prompt_len prefill_len = len(all_token_ids)" in source
 
 
 def test_the_plugin_overrides_methods_that_vllm_has() -> None:
