@@ -1,5 +1,4 @@
-"""Steers vLLM's V2 model runner. It runs by `--vllm-runner v2` only.
+"""Steers vLLM's V2 model runner, which vLLM uses with `--vllm-runner v2` only.
 
-Everything that does not depend on the runner is the room's above: the edits, and what is known of
-requests.
+The edits, and what a worker knows of its requests, are those of `server.engine.vllm.plugin`.
 """

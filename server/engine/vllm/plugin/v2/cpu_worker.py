@@ -1,7 +1,7 @@
 """The steered worker for a CPU with vLLM's V2 runner.
 
-vLLM's V2 runner needs Triton. Of the released wheels, none has Triton's backend for CPUs, and vLLM
-says so when it is started; the tests run this worker in Triton's interpreter.
+vLLM's V2 runner needs Triton's backend for CPUs, which the CPU wheel of vLLM 0.32 lacks: vLLM says
+so when it is started. The tests run this worker in Triton's interpreter.
 """
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # replaces functions that the others import
