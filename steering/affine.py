@@ -85,7 +85,7 @@ def edit_tokens(z: Tensor, slots: Tensor, strength: Tensor, table: MapTable) -> 
 
 def edit_mapped_tokens(z: Tensor, slots: Tensor, strength: Tensor, table: MapTable) -> Tensor:
     """Do what `edit_tokens` does, to the bit, if every token's slot has a map."""
-    strength = strength[:, None]
+    strength = strength.unsqueeze(1)
     if table.gate_weight is not None and table.gate_bias is not None:
         # By `where`, so that a map without a gate gives the same bits as in a table without gates.
         has_gate = ((table.flags[slots] & HAS_GATE) != 0)[:, None]
@@ -114,13 +114,7 @@ def gate_of(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def edit_stacks(
-    activations: Tensor,
-    slots: Tensor,
-    strength: Tensor,
-    table: MapTable,
-    doses: Tensor | None,
-    *,
-    all_mapped: bool = False,
+    activations: Tensor, slots: Tensor, strength: Tensor, table: MapTable, doses: Tensor | None
 ) -> Tensor:
     """Edit n tokens, each by the maps of its stack, in stack order.
 
@@ -131,16 +125,13 @@ def edit_stacks(
         table: the site's maps.
         doses: (2, depth, n) float32, updated in place where it is given: `doses[0]` adds up each
             edit's dose (see `relative_change`), `doses[1]` counts the edits that acted.
-        all_mapped: True only if every slot in `slots` has a map. The result is the same, for less
-            work.
 
     Returns:
         (n, d) of the activations' dtype; the whole stack is computed in float32 and cast once.
     """
     z = activations.float()
-    edit = edit_mapped_tokens if all_mapped else edit_tokens
     for index in range(len(slots)):
-        edited = edit(z, slots[index], strength[index], table)
+        edited = edit_tokens(z, slots[index], strength[index], table)
         if doses is not None:
             acts = table.flags[slots[index]] != 0
             doses[0, index] += torch.where(acts, relative_change(z, edited), 0)

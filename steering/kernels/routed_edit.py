@@ -12,7 +12,14 @@ from typing import Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from steering.affine import ALL_MAPPED, HAS_MAP, MapTable, edit_stacks
+from steering.affine import (
+    ALL_MAPPED,
+    HAS_MAP,
+    MapTable,
+    edit_mapped_tokens,
+    edit_stacks,
+    edit_tokens,
+)
 from steering.kernels.operators import define_operator, use_on_gpus
 from steering.site_maps import reduced
 
@@ -69,21 +76,22 @@ def edit_in_place(
     if not used & HAS_MAP:
         return
     rows = None if columns == len(activations) else step.rows[:columns]
-    z = activations if rows is None else activations.index_select(0, rows)
-    slots, strength = step.slots[:depth, :columns], step.strength[:depth, :columns]
-    all_mapped = bool(is_full and used & ALL_MAPPED)
-    stacks = (z, slots, strength, reduced(table, used))
-    edited = edit_stacks(*stacks, None, all_mapped=all_mapped)
+    before = (activations if rows is None else activations.index_select(0, rows)).float()
+    edit = edit_mapped_tokens if is_full and used & ALL_MAPPED else edit_tokens
+    table, z = reduced(table, used), before
+    for index in range(depth):
+        z = edit(z, step.slots[index, :columns], step.strength[index, :columns], table)
     measuring = 0.0
     if is_measured:
         # By a second edit, so that the time of the first is that of a step without measuring.
         began_measuring = time.perf_counter()
-        edit_stacks(*stacks, step.doses[:, :depth, :columns], all_mapped=all_mapped)
+        stacks = step.slots[:depth, :columns], step.strength[:depth, :columns]
+        edit_stacks(before, *stacks, table, step.doses[:, :depth, :columns])
         measuring = time.perf_counter() - began_measuring
     if rows is None:
-        activations.copy_(edited)
+        activations.copy_(z)
     else:
-        activations.index_copy_(0, rows, edited)
+        activations.index_copy_(0, rows, z.to(activations.dtype))
     if is_measured:
         editing = time.perf_counter() - began - measuring
         step.seconds.add_(torch.tensor([editing, measuring], dtype=torch.float64))

@@ -112,7 +112,8 @@ class Measuring:
         if self._on_cpu:
             editing, measuring = self._affine_seconds(step)
             step.edit_seconds = editing + meter.edit_seconds
-            step.seconds -= measuring + meter.measuring_seconds
+            # A step of which no part was told, because it failed, took no time.
+            step.seconds = max(0.0, step.seconds - measuring - meter.measuring_seconds)
         else:
             step.seconds = 0.0
         self._measured.append(step)
