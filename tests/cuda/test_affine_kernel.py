@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steering.affine import edit_stacks
+from steering.kernels.routed_edit import StepTensors
 from tests.affine_batches import (
     Batch,
     bits_of,
@@ -136,6 +137,59 @@ def test_a_graph_follows_slots_and_strengths_in_its_buffers(edit: Edit, dtype: t
         seen.append(found.clone())
         table.bias.mul_(2)  # as if other maps were loaded into the slots
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_graph_of_an_edit_in_place_follows_the_step(dtype: torch.dtype) -> None:
+    """A replay edits as deep, as many rows, and with doses or not, as the step's tensors say."""
+    if not (GPU or INTERPRETED):
+        pytest.skip("there is no kernel to be captured")
+    kernels = importlib.import_module("steering.kernels.affine_triton")
+    table = table_of(random_maps(WIDTHS[0]), DEVICE)
+    rows, columns = 16, 24
+    activations = torch.zeros(rows, WIDTHS[0], dtype=dtype, device=DEVICE)
+    step = StepTensors(
+        extent=torch.zeros(4, dtype=torch.int64, device=DEVICE),
+        rows=torch.zeros(columns, dtype=torch.int64, device=DEVICE),
+        slots=torch.zeros(4, columns, dtype=torch.int64, device=DEVICE),
+        strength=torch.zeros(4, columns, device=DEVICE),
+        doses=torch.zeros(2, 4, columns, device=DEVICE),
+        seconds=torch.zeros(2, dtype=torch.float64, device=DEVICE),
+    )
+    used_flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def edit() -> None:
+        kernels.edit_in_place_triton(activations, step, used_flags, table)
+
+    replay = edit
+    if GPU:
+        edit()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            edit()
+        replay = graph.replay
+    for seed, (depth, edited, is_measured) in enumerate(
+        ((0, 0, False), (4, rows, True), (1, 5, False), (2, rows, False))
+    ):
+        batch = random_batch(table, rows, max(depth, 1), dtype, seed)
+        doses = batch.new_doses()
+        expected = batch.activations.clone()
+        if depth:
+            few = batch.tokens(slice(edited))
+            found_doses = doses[:, :, :edited] if is_measured else None
+            expected[:edited] = kernels.edit_stacks_triton(
+                few.activations, few.slots, few.strength, table, found_doses
+            )
+        activations.copy_(batch.activations)
+        step.extent.copy_(torch.tensor([depth, edited, 0, is_measured]))
+        step.slots[:depth, :rows] = batch.slots[:depth]
+        step.strength[:depth, :rows] = batch.strength[:depth]
+        step.doses.zero_()
+        replay()
+        assert torch.equal(bits_of(activations), bits_of(expected))
+        assert torch.equal(step.doses[:, :depth, :rows], doses[:, :depth])
+        assert step.doses.any() == is_measured
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
