@@ -118,20 +118,14 @@ class Subject:
             await eventually(lambda: idle(engine))
             await asyncio.wrap_future(engine._thread.call(engine._core.check))
         else:
-            await self._settle_vllm(self.engine)
+            vllm: Any = self.engine
+            await eventually(lambda: not vllm._running)
+            assert (vllm._places, vllm._kept_places) == (0, 0)
+            vllm._slots.table.check({})
+            assert not vllm._llm.output_processor.request_states
+        stats = self.engine.stats()
+        assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0)
         assert self.engine.ready
-
-    async def _settle_vllm(self, engine: Any) -> None:
-        """vLLM reports its counts at each step only."""
-        await eventually(lambda: not engine._running)
-        for _ in range(50):
-            await self.generate(request(b"x", sampling=replace(GREEDY, max_tokens=2)))
-            if engine.stats().running <= 1 and not engine.stats().waiting:
-                break
-        await eventually(lambda: not engine._running)
-        assert engine._places == 0
-        engine._slots.table.check({})
-        assert not engine._llm.output_processor.request_states
 
 
 def request(

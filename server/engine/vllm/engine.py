@@ -144,7 +144,11 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Return the gauges and counters for the metrics page."""
-        return self._measurements.with_times(self._counts.stats(self._slots.table.used))
+        if not self._running:
+            self._counts.rest()
+        background = sum(running.request.background for running in self._running)
+        counts = self._counts.stats(self._slots.table.used, background)
+        return self._measurements.with_times(counts)
 
     async def start(self) -> None:
         """Run the self-test. vLLM itself was started by the constructor.

@@ -30,10 +30,15 @@ class SchedulerCounts:
         if iteration is not None:
             self.preemptions += iteration.num_preempted_reqs
 
-    def stats(self, slots_used: int) -> EngineStats:
-        """Return the counts as the engine protocol has them."""
+    def rest(self) -> None:
+        """Say that no request is held. vLLM reports at steps, and none follows the last abort."""
+        self.running = self.waiting = 0
+        self.kv_cache_usage = 0.0
+
+    def stats(self, slots_used: int, background: int) -> EngineStats:
+        """Return the counts as the engine protocol has them: without background work."""
         return EngineStats(
-            running=self.running,
+            running=max(0, self.running - background),
             waiting=self.waiting,
             kv_cache_usage=self.kv_cache_usage,
             slots_used=slots_used,

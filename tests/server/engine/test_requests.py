@@ -329,6 +329,10 @@ async def test_background_work_gives_what_a_request_gives(subject: Subject) -> N
     one = replace(request(PROMPTS[0], affine("a"), sampling), background=True)
     found, beside = await subject.generate(one, request(PROMPTS[0], (), sampling))
     assert tokens_of(found) == expected != tokens_of(beside)
+    [alone] = await subject.submit(one)
+    await anext(aiter(alone))
+    assert (subject.engine.stats().running, subject.engine.stats().waiting) == (0, 0)
+    assert tokens_of(await finished(alone)) == expected[1:]
 
 
 @each_engine
