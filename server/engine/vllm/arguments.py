@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import shlex
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection, Sequence
@@ -106,6 +107,8 @@ def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:
         "--max-num-batched-tokens": str(options.max_batch_tokens),
         "--max-logprobs": "-1",
         "--scheduling-policy": "priority",
+        # Of requests without a seed. vLLM's own default would repeat their draws at each start.
+        "--seed": str(secrets.randbelow(2**31)),
         "--worker-cls": _WORKERS[served.device, options.runner],
         "--additional-config": json.dumps(served.layout.to_config()),
         "--enable-prefix-caching" if options.prefix_cache else "--no-enable-prefix-caching": "",

@@ -56,6 +56,12 @@ def test_the_prefix_cache_can_be_left_out(served: Any) -> None:
     assert not config.cache_config.enable_prefix_caching
 
 
+def test_draws_without_a_seed_differ_from_start_to_start(served: Any) -> None:
+    first, second = config_of(served), config_of(served)
+    assert first.model_config.seed != second.model_config.seed
+    assert first.compute_hash() == second.compute_hash()
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
