@@ -65,6 +65,7 @@ def steered_vllm(
     # By name, because the tests that need none of it run where there is no vLLM.
     from vllm import LLM  # noqa: PLC0415
     from vllm.distributed import cleanup_dist_env_and_memory, parallel_state  # noqa: PLC0415
+    from vllm.model_executor.models import registry  # noqa: PLC0415
 
     # The end of one vLLM takes the process's groups of ranks from every other.
     assert not parallel_state.model_parallel_is_initialized(), "another vLLM lives in this process"
@@ -76,20 +77,23 @@ def steered_vllm(
         "worker_cls": _WORKERS[runner],
         "additional_config": Layout(_SLOTS, sites, runner).to_config(),
     }
-    llm = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=256,
-        **{
-            "kv_cache_memory_bytes": 16 << 20,
-            "max_num_seqs": 32,
-            "max_num_batched_tokens": 64,
-            "enforce_eager": True,
-            **options,
-        },
-        **(plugin if steered else {}),
-    )
+    # vLLM looks at a model's class in another process, for which it imports all of itself again, so
+    # that this process touches no GPU.
+    with patch.object(registry, "_run_in_subprocess", lambda call: call()):
+        llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=256,
+            **{
+                "kv_cache_memory_bytes": 16 << 20,
+                "max_num_seqs": 32,
+                "max_num_batched_tokens": 64,
+                "enforce_eager": True,
+                **options,
+            },
+            **(plugin if steered else {}),
+        )
     try:
         yield llm
     finally:
