@@ -97,10 +97,16 @@ def test_the_v2_runner_is_refused_where_vllm_cannot_run_it(
 
 
 def test_other_sites_are_another_compiled_model(served: Any) -> None:
-    """vLLM's key of compiled models leaves the worker's class out, and has the layout in it."""
+    """vLLM's key of compiled models leaves the worker's class out, and has the layout in it.
+
+    So vLLM never takes a model that was compiled without edits, by whomever, for a steered one.
+    """
+    unsteered = config_of(served)
+    unsteered.additional_config = {}
     keys = {
         config_of(replace(served, layout=layout)).compute_hash()
         for layout in (served.layout, Layout(served.layout.slots, ()), Layout(3, ()))
     }
     assert len(keys) == 3
     assert config_of(served).compute_hash() in keys
+    assert unsteered.compute_hash() not in keys
