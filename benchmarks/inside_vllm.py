@@ -68,9 +68,9 @@ def measure_vllm(options: Options, bar: Progress) -> Section:
         "vllm",
         "What steering costs inside vLLM",
         f"{options.model} in the engine on vLLM, compiled, greedy, end-of-text ignored: "
-        f"{options.prompt_tokens} prompt tokens and {options.new_tokens} new ones in each request; "
-        "all of a batch come at once, and the time includes their prompts. The trials of a batch "
-        f"size take turns in one engine, {options.fewer_rounds} rounds.",
+        f"{options.prompt_tokens} prompt tokens and {options.tokens_inside_vllm} new ones in each "
+        "request; all of a batch come at once, and the time includes their prompts. The trials of "
+        f"a batch size take turns in one engine, {options.fewer_rounds} rounds.",
         engine.dtype,
         [
             throughput_table(
@@ -144,7 +144,7 @@ async def _compare(
         if counts:
             seconds[name].append(took)
         advance()
-    tokens = batch * options.new_tokens
+    tokens = batch * options.tokens_inside_vllm
     return [
         Throughput.of(name, batch, tokens, seconds[base], seconds[name])
         for name, base in _COMPARED.items()
@@ -154,7 +154,7 @@ async def _compare(
 
 async def _seconds(engine: VllmEngine, batch: BatchEdits, options: Options) -> float:
     """Generate a batch; return the seconds that it takes."""
-    sampling = SamplingSettings(options.new_tokens, temperature=0, ignore_eos=True)
+    sampling = SamplingSettings(options.tokens_inside_vllm, temperature=0, ignore_eos=True)
     requests = [
         Request(f"bench-{row}", _random_tokens(row, options.prompt_tokens, engine), sampling, edits)
         for row, edits in enumerate(batch)
@@ -162,7 +162,7 @@ async def _seconds(engine: VllmEngine, batch: BatchEdits, options: Options) -> f
     began = time.perf_counter()
     counts = await asyncio.gather(*map(_count, await engine.submit(requests)))
     took = time.perf_counter() - began
-    if set(counts) != {options.new_tokens}:
+    if set(counts) != {options.tokens_inside_vllm}:
         raise BenchmarkError(f"requests got {min(counts)} to {max(counts)} tokens")
     return took
 

@@ -18,6 +18,7 @@ class Options:
     steps: int = 16  # of each trial in a round; the engine measures the dose in one of 16
     prompt_tokens: int = 32
     new_tokens: int = 128  # of each request to the engines that are compared
+    tokens_inside_vllm: int = 32  # new ones of each request
     distinct: int = 32
     head_counts: tuple[int, ...] = (1, 8, 32)
     growth_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -58,6 +59,7 @@ class Options:
             steps=2,
             prompt_tokens=4,
             new_tokens=8,
+            tokens_inside_vllm=8,
             distinct=4,
             head_counts=(1, 4),
             growth_batches=(1, 2),
