@@ -107,7 +107,8 @@ def _own_arguments(served: ServedModel, options: VllmOptions) -> dict[str, str]:
         "--max-num-batched-tokens": str(options.max_batch_tokens),
         "--max-logprobs": "-1",
         "--scheduling-policy": "priority",
-        # Of requests without a seed. vLLM's own default would repeat their draws at each start.
+        # Requests without a seed draw by this one. vLLM's default is 0, so that each start would
+        # repeat the draws of the one before.
         "--seed": str(secrets.randbelow(2**31)),
         "--worker-cls": _WORKERS[served.device, options.runner],
         "--additional-config": json.dumps(served.layout.to_config()),

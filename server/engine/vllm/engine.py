@@ -154,7 +154,7 @@ class VllmEngine:
         """Run the self-test. vLLM itself was started by the constructor.
 
         Raises:
-            EngineError: an edit at a site, or before `lm_head`, does not reach the logits.
+            ConfigurationError: an edit at a site, or before `lm_head`, does not reach the logits.
         """
         test = SelfTest(self._llm, self._call, self._served.layout, self.model)
         await test.run()
@@ -261,7 +261,7 @@ class VllmEngine:
     async def _generate(self, running: _Running) -> None:
         request, eos_tokens = running.request, self._served.eos_tokens
         answer = Answer(request, self._vocabulary, eos_tokens)
-        # Of several choices, each has a name of its own.
+        # Each of a request's choices has a name of its own.
         name = f"{request.request_id}-{next(self._names)}"
         outputs = self._llm.generate(
             engine_input(request),
@@ -279,8 +279,8 @@ class VllmEngine:
                         if answer.finished:
                             return
         finally:
-            # Also if it was cancelled while vLLM took it, before it could be aborted by closing.
-            # Harmless if it has ended.
+            # vLLM may have taken the request just when it was cancelled, and then closing `outputs`
+            # does not abort it. Aborting a request that has ended does no harm.
             await self._llm.abort(name)
 
     def _free(self, running: _Running, _task: "asyncio.Task[None]") -> None:

@@ -1,4 +1,4 @@
-"""What vLLM's V1 model runner does more when it is steered.
+"""Steers vLLM's V1 model runner.
 
 It overrides methods of vLLM 0.32's `vllm/v1/worker/gpu_model_runner.py`, which the runner for CPUs
 inherits. Each says which promise of that method it relies on.

@@ -119,7 +119,8 @@ class SteeredSite(nn.Module):
     ) -> None:
         """Hook an edit to a site, the one of that index among the sites of the buffers."""
         edit = cls(buffers, buffers.used_flags[index : index + 1], table)
-        # As a child, its tensors are the model's own, and a compiler takes them for inputs.
+        # The edit is the module's child, so that its tensors are the model's own, and a compiler
+        # takes them for inputs.
         module.add_module(_CHILD, edit)
         edit_activations(module, location, edit)
 

@@ -1,4 +1,4 @@
-"""What the service and the workers tell each other, in types that vLLM serialises safely.
+"""Defines what the service and the workers tell each other, in types that vLLM serialises safely.
 
 At start, the service puts a `Layout` into vLLM's `additional_config`. With each request it sends a
 `Steering` in the sampling parameters' `extra_args`.
@@ -31,7 +31,7 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What is prepared in every worker before the model is traced, and cannot change later."""
+    """Says what every worker prepares before the model is traced. It cannot change later."""
 
     slots: int  # interventions that can be loaded at once; slot 0, the identity, not counted
     sites: tuple[str, ...]
@@ -81,7 +81,7 @@ class LoadedEdit:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """What a worker must know of a request beside vLLM's own sampling parameters."""
+    """Tells a worker what it must know of a request beside vLLM's own sampling parameters."""
 
     edits: tuple[LoadedEdit, ...] = ()  # in the order in which they apply
     seed: int | None = None  # fixes the request's draws
@@ -116,7 +116,7 @@ class Steering:
 
 @dataclass(slots=True)
 class Measured:
-    """What a worker has measured of its edits since it was last asked."""
+    """Holds what a worker has measured of its edits since it was last asked."""
 
     step_seconds: float = 0.0  # of the measured steps; 0 where it cannot be measured
     edit_seconds: float = 0.0  # of the edits in them; likewise

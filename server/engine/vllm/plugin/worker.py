@@ -1,4 +1,4 @@
-"""What vLLM's worker does more when it is steered: the calls that the service makes by name."""
+"""Steers vLLM's worker, and adds the methods to it that the service calls by name."""
 
 from typing import Protocol
 

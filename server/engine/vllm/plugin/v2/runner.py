@@ -1,4 +1,4 @@
-"""What vLLM's V2 model runner does more when it is steered.
+"""Steers vLLM's V2 model runner.
 
 It overrides methods of vLLM 0.32's `vllm/v1/worker/gpu/model_runner.py`. Each says which promise of
 that method it relies on.

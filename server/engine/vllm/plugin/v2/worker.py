@@ -1,4 +1,4 @@
-"""What a worker with vLLM's V2 model runner does more when it is steered."""
+"""Steers vLLM's worker with the V2 model runner."""
 
 from typing import Any
 
