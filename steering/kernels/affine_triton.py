@@ -95,7 +95,7 @@ def _edit_kernel(
     gate_weight,  # (slots, width) float32; not read if no slot has a gate
     gate_bias,  # (slots,) float32; likewise
     doses,  # (2, depth, n) float32; not read without `has_doses`
-    extent,  # (4,) int64, see `StepTensors`; not read unless `is_routed`
+    extent,  # (5,) int64, see `StepTensors`; not read unless `is_routed`
     depth,  # not read if `is_routed`
     row_stride,
     slots_stride,

@@ -34,8 +34,9 @@ _SCHEMA: Final = (
 class StepTensors(NamedTuple):
     """A step's route, at addresses that never change. Each column belongs to one row (token)."""
 
-    # (4,) int64: the number of edits in the deepest stack, the number of columns in use, 1 if every
-    # column has an edit at each depth, 1 if doses are measured.
+    # (5,) int64: the number of edits in the deepest stack, the number of columns in use, 1 if every
+    # column has an edit at each depth, 1 if doses are measured, and on a CPU the number of columns
+    # whose rows are edited: those after them are only measured.
     extent: Tensor
     rows: Tensor  # (columns,) int64, the columns' rows; on a GPU, column i belongs to row i
     slots: Tensor  # (depth, columns) int64; 0, the identity, where there is no edit
@@ -60,6 +61,8 @@ def edit_in_place(
 ) -> None:
     """Edit the rows that have a column, each by the maps of its stack. Other rows keep their bits.
 
+    Columns that are only measured leave their rows as they are: a compiled model edits them.
+
     In a measured step, doses are added to `step.doses`, and times to `step.seconds`.
 
     Args:
@@ -68,19 +71,19 @@ def edit_in_place(
         used_flags: (1,) int32, what `SiteMaps.flags_of` says of the step's slots at this site.
         table: the site's maps.
     """
-    depth, columns, is_full, is_measured = step.extent.tolist()
+    depth, columns, is_full, is_measured, edited = step.extent.tolist()
     if not depth:
         return
     began = time.perf_counter()
     [used] = used_flags.tolist()
     if not used & HAS_MAP:
         return
-    rows = None if columns == len(activations) else step.rows[:columns]
+    rows = None if edited == len(activations) else step.rows[:columns]
     before = (activations if rows is None else activations.index_select(0, rows)).float()
     edit = edit_mapped_tokens if is_full and used & ALL_MAPPED else edit_tokens
-    table, z = reduced(table, used), before
-    for index in range(depth):
-        z = edit(z, step.slots[index, :columns], step.strength[index, :columns], table)
+    table, z = reduced(table, used), before[:edited]
+    for index in range(depth if edited else 0):
+        z = edit(z, step.slots[index, :edited], step.strength[index, :edited], table)
     measuring = 0.0
     if is_measured:
         # By a second edit, so that the time of the first is that of a step without measuring.
@@ -90,10 +93,10 @@ def edit_in_place(
         measuring = time.perf_counter() - began_measuring
     if rows is None:
         activations.copy_(z)
-    else:
-        activations.index_copy_(0, rows, z.to(activations.dtype))
+    elif edited:
+        activations.index_copy_(0, rows[:edited], z.to(activations.dtype))
     if is_measured:
-        editing = time.perf_counter() - began - measuring
+        editing = time.perf_counter() - began - measuring if edited else 0.0
         step.seconds.add_(torch.tensor([editing, measuring], dtype=torch.float64))
 
 

@@ -149,7 +149,7 @@ def test_a_graph_of_an_edit_in_place_follows_the_step(dtype: torch.dtype) -> Non
     rows, columns = 16, 24
     activations = torch.zeros(rows, WIDTHS[0], dtype=dtype, device=DEVICE)
     step = StepTensors(
-        extent=torch.zeros(4, dtype=torch.int64, device=DEVICE),
+        extent=torch.zeros(5, dtype=torch.int64, device=DEVICE),
         rows=torch.zeros(columns, dtype=torch.int64, device=DEVICE),
         slots=torch.zeros(4, columns, dtype=torch.int64, device=DEVICE),
         strength=torch.zeros(4, columns, device=DEVICE),
@@ -182,7 +182,7 @@ def test_a_graph_of_an_edit_in_place_follows_the_step(dtype: torch.dtype) -> Non
                 few.activations, few.slots, few.strength, table, found_doses
             )
         activations.copy_(batch.activations)
-        step.extent.copy_(torch.tensor([depth, edited, 0, is_measured]))
+        step.extent.copy_(torch.tensor([depth, edited, 0, is_measured, edited]))
         step.slots[:depth, :rows] = batch.slots[:depth]
         step.strength[:depth, :rows] = batch.strength[:depth]
         step.doses.zero_()

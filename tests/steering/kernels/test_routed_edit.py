@@ -65,7 +65,7 @@ def step_of(batch: Batch, site: SiteMaps, *, dense: bool, is_measured: bool = Fa
     all_rows[:columns] = rows
     is_full = bool(slots[:depth, :columns].all())
     tensors = StepTensors(
-        extent=torch.tensor([depth, columns, is_full, is_measured]),
+        extent=torch.tensor([depth, columns, is_full, is_measured, columns]),
         rows=all_rows,
         slots=slots,
         strength=strength,
@@ -181,6 +181,27 @@ def test_measuring_tells_the_doses_and_changes_no_bit(
     assert step.tensors.doses.count_nonzero() == expected.count_nonzero()
     if not edit[1]:
         assert (step.tensors.seconds > 0).all()
+
+
+@pytest.mark.parametrize("edited", [0, 3])
+@pytest.mark.parametrize("edit", [edit_in_place, routed_edit])
+def test_columns_that_are_only_measured_leave_their_rows(edit: RoutedEdit, edited: int) -> None:
+    site = site_of(SORTS)
+    batch = random_batch(site.table, ROWS, 2)
+    step = step_of(batch, site, dense=False, is_measured=True)
+    right = step.edited(edit)
+    doses = step.tensors.doses.clone()
+    step.tensors.doses.zero_()
+    step.tensors.seconds.zero_()
+    step.tensors.extent[4] = edited
+    found = step.edited(edit)
+    rows = step.tensors.rows[:edited]
+    expected = batch.activations.index_copy(0, rows, right[rows])
+    assert torch.equal(found, expected)
+    assert torch.equal(step.tensors.doses, doses)
+    editing, measuring = step.tensors.seconds.tolist()
+    assert measuring > 0
+    assert (editing > 0) == (edited > 0)
 
 
 def test_rows_that_lie_apart_are_edited_where_they_are(edit: tuple[RoutedEdit, bool]) -> None:

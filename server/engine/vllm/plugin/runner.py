@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from vllm.config import CompilationMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -35,6 +36,7 @@ class SteeredRunner(GPUModelRunner):
             Layout.from_config(self.vllm_config.additional_config),
             width=self.model_config.get_hidden_size(),
             tokens=self.max_num_tokens,
+            is_compiled=self.compilation_config.mode != CompilationMode.NONE,
         )
         self.known = KnownRequests(self.steered)
         self.sampler = ExactSampler(self.sampler.logprobs_mode, self.sampler.use_fp64_gumbel)

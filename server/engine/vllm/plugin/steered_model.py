@@ -17,6 +17,7 @@ from steering.dose import DoseMeter
 from steering.reward import RewardHead
 from steering.route import AffineRoute, Route, Span, build_route
 from steering.settings import SlottedEdit
+from steering.site_maps import MapPart
 from steering.sites import locate_site
 
 # A number of logits rows -> their route, and the meter of their edits if they are measured.
@@ -34,7 +35,9 @@ class SteeredModel:
     computed next. Rows that nobody was told of are an error.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, width: int, tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, width: int, tokens: int, *, is_compiled: bool
+    ) -> None:
         """Install the edits.
 
         Args:
@@ -42,6 +45,7 @@ class SteeredModel:
             layout: what to prepare.
             width: that of every site.
             tokens: the largest number of tokens in a step.
+            is_compiled: True if vLLM is to compile the model.
         """
         device = next(model.parameters()).device
         self._layout = layout
@@ -55,7 +59,11 @@ class SteeredModel:
         )
         self._bank = Bank(layout.slots, device)
         self._bank.allocate_sites(dict.fromkeys(self.sites, width), all_parts=True)
-        self._buffers = StepBuffers(tokens, len(self.sites), device)
+        inlines = is_compiled and device.type == "cpu"
+        self._buffers = StepBuffers(tokens, len(self.sites), device, inlines=inlines)
+        self._is_simple = torch.zeros(
+            layout.slots + 1, dtype=torch.bool
+        )  # by slot, see StepBuffers
         for index, site in enumerate(self.sites):
             location, table = locate_site(site), self._bank.table(site)
             SteeredSite.install(modules[location.module], location, self._buffers, index, table)
@@ -82,6 +90,8 @@ class SteeredModel:
             self._check_fit(parameters)
             own = {site: each for site, each in parameters.items() if site in self.sites}
             self._bank.put(slot, own)
+            parts = {each.part for each in self._bank.parts_used([slot])}
+            self._is_simple[slot] = parts <= {MapPart.MAP}
         self._digests[slot] = digest
 
     def _check_fit(self, maps: AffineParameters) -> None:
@@ -113,10 +123,17 @@ class SteeredModel:
         """
         route = build_route(spans, torch.device("cpu"))
         is_measured = self.measuring.begin(spans, names, route)
-        self._buffers.fill(route.affine, is_measured=is_measured)
+        self._buffers.fill(route.affine, self._simple_tokens(route.affine), is_measured=is_measured)
         if route.affine is not None:
             self._fill_flags(route.affine)
         self._rows = partial(self._step_route, route, sum(len(span.rows) for span in spans))
+
+    def _simple_tokens(self, affine: AffineRoute | None) -> Tensor | None:
+        """Return which tokens are simple, see `StepBuffers`; None if none is edited as such."""
+        if affine is None or not self._buffers.inlines:
+            return None
+        has_one_edit = (affine.slots != 0).sum(dim=0) == 1
+        return has_one_edit & self._is_simple[affine.slots.sum(dim=0).where(has_one_edit, 0)]
 
     def _fill_flags(self, affine: AffineRoute) -> None:
         """Write which parts of maps the step's slots have at each site, unless it is known."""

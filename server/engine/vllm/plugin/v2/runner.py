@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from vllm.config import CompilationMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -41,6 +42,7 @@ class SteeredV2Runner(GPUModelRunner):
             Layout.from_config(self.vllm_config.additional_config),
             width=self.model_config.get_hidden_size(),
             tokens=self.max_num_tokens,
+            is_compiled=self.compilation_config.mode != CompilationMode.NONE,
         )
         self.known = KnownRequests(self.steered)
         if self.prompt_logprobs_worker is not None:  # the last pipeline rank has it

@@ -16,17 +16,19 @@ from tests import oracles
 from tests.called_like_vllm import Model
 from tests.tiny import WIDTH, random_head, random_maps
 
-TOKENS = 12
+TOKENS = 15
 SITES = ("norm", "pair", "away")
 LOADED: dict[int, AffineParameters | RewardHead] = {
     1: random_maps(1, sites=("norm", "pair"), support=True),
     2: random_maps(2, sites=("pair",), gate=True),
     3: random_head(3),
+    4: random_maps(4, sites=("norm", "pair")),
 }
 ON_ALL = LoadedEdit(1, "1", AffineSettings(0.7))
 GATED = LoadedEdit(2, "2", AffineSettings(0.5))
 REWARD = LoadedEdit(3, "3", RewardSettings(0.5, 2))
 AGAIN = LoadedEdit(1, "1", AffineSettings(0.9))
+SIMPLE = LoadedEdit(4, "4", AffineSettings(0.6))
 ON_PROMPT = LoadedEdit(1, "1", AffineSettings(0.7, "prompt"))
 STACKS = {
     "base": (),
@@ -34,6 +36,7 @@ STACKS = {
     "prompt": (ON_PROMPT, REWARD),
     "stack": (GATED, REWARD, AGAIN),
     "reward": (REWARD,),
+    "simple": (SIMPLE,),
 }
 # Requests with as many tokens as here in a step; of "prompt" the last one is generated.
 PARTS = [
@@ -42,6 +45,7 @@ PARTS = [
     StepPart("maps", 3, 3, 4),
     StepPart("prompt", 98, 3, 100),
     StepPart("reward", 9, 1, 2),
+    StepPart("simple", 2, 2, 5),
 ]
 
 
@@ -50,9 +54,11 @@ def model() -> Model:
     return Model()
 
 
-@pytest.fixture
-def known(model: Model) -> KnownRequests:
-    steered = SteeredModel(model, Layout(len(LOADED), SITES), WIDTH, TOKENS)
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def known(model: Model, request: pytest.FixtureRequest) -> KnownRequests:
+    """Return the requests of a model whose simple tokens the operator edits, or the model does."""
+    layout = Layout(len(LOADED), SITES)
+    steered = SteeredModel(model, layout, WIDTH, TOKENS, is_compiled=request.param)
     for slot, parameters in LOADED.items():
         steered.load(slot, str(slot), parameters)
     known = KnownRequests(steered)
@@ -133,14 +139,14 @@ def test_doses_of_a_mixed_step_equal_the_slow_reference(model: Model, known: Kno
 
 def test_doses_of_several_steps_are_added_up(model: Model, known: KnownRequests) -> None:
     known.model.measuring.restart(1)
-    for parts in (PARTS, [PARTS[1]], PARTS, PARTS[4:]):
+    for parts in (PARTS, [PARTS[1]], PARTS, PARTS[4:5]):
         step(model, known, parts)
     found = known.model.measuring.read()
     right = expected(PARTS)
     right["reward"] = [
         (2 * summed + alone, 2 * number + number_alone)
         for (summed, number), (alone, number_alone) in zip(
-            right["reward"], expected(PARTS[4:])["reward"], strict=True
+            right["reward"], expected(PARTS[4:5])["reward"], strict=True
         )
     ]
     right |= {
@@ -161,6 +167,20 @@ def test_measuring_changes_no_bit(model: Model, known: KnownRequests) -> None:
     assert known.model.measuring.read() == Measured()
 
 
+def test_edits_in_the_compiled_model_are_measured_and_not_timed(model: Model) -> None:
+    steered = SteeredModel(model, Layout(len(LOADED), SITES), WIDTH, TOKENS, is_compiled=True)
+    steered.load(4, "4", LOADED[4])
+    known = KnownRequests(steered)
+    known.admit("simple-in-vllm", Steering((SIMPLE,), name="simple").to_extra_args())
+    steered.measuring.restart(1)
+    parts = [StepPart("simple", 2, 2, 5)]
+    step(model, known, parts)
+    found = steered.measuring.read()
+    assert_equal(found, expected(parts), 1)
+    assert found.edit_seconds == 0
+    assert found.step_seconds > 0
+
+
 def test_one_of_so_many_steered_steps_is_measured(model: Model, known: KnownRequests) -> None:
     known.model.measuring.restart(3)
     measured = []
@@ -175,17 +195,17 @@ def test_a_step_after_a_measured_one_has_its_own_doses(model: Model, known: Know
     known.model.measuring.restart(1)
     step(model, known, PARTS)
     known.model.measuring.read()
-    step(model, known, PARTS[4:])
+    step(model, known, PARTS[4:5])
     found = known.model.measuring.read()
-    assert_equal(found, expected(PARTS[4:]), 1)
+    assert_equal(found, expected(PARTS[4:5]), 1)
 
 
 def test_a_prompt_s_scored_rows_are_not_of_the_step(model: Model, known: KnownRequests) -> None:
     known.model.measuring.restart(1)
-    step(model, known, PARTS[4:])
+    step(model, known, PARTS[4:5])
     with torch.inference_mode(), known.model.scoring(known.edits("reward-in-vllm")):
         model.compute_logits(torch.randn(9, WIDTH))
-    assert_equal(known.model.measuring.read(), expected(PARTS[4:]), 1)
+    assert_equal(known.model.measuring.read(), expected(PARTS[4:5]), 1)
 
 
 def test_what_nobody_reads_is_dropped(model: Model, known: KnownRequests) -> None:

@@ -15,18 +15,19 @@ from tests import oracles
 from tests.called_like_vllm import Model
 from tests.tiny import WIDTH, random_head, random_maps
 
-TOKENS = 12
+TOKENS = 14
 SITES = ("norm", "pair", "away")
 MAPS = random_maps(1, sites=("norm", "pair"), support=True)
 GATED = random_maps(2, sites=("pair",), gate=True)
 HEAD = random_head(3)
+SIMPLE = random_maps(4, sites=("norm", "pair"))
 CPU = torch.device("cpu")
 
 
 def expected(hidden: Tensor, edits: list[tuple[int, AffineSettings]], rows: slice) -> Tensor:
     """What the model gives with these edits of some rows, by the oracle."""
     model = Model()
-    by_slot = {1: MAPS, 2: GATED}
+    by_slot = {1: MAPS, 2: GATED, 4: SIMPLE}
     z: Tensor = model.norm(hidden)
     for site in ("norm", "pair"):
         z = z if site == "norm" else z + z
@@ -42,17 +43,20 @@ def model() -> Model:
     return Model()
 
 
-@pytest.fixture
-def known(model: Model) -> KnownRequests:
-    steered = SteeredModel(model, Layout(3, SITES), WIDTH, TOKENS)
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def known(model: Model, request: pytest.FixtureRequest) -> KnownRequests:
+    """Return the requests of a model whose simple tokens the operator edits, or the model does."""
+    steered = SteeredModel(model, Layout(4, SITES), WIDTH, TOKENS, is_compiled=request.param)
     steered.load(1, "maps", MAPS)
     steered.load(2, "gated", GATED)
     steered.load(3, "head", HEAD)
+    steered.load(4, "simple", SIMPLE)
     known = KnownRequests(steered)
     for name, edits in {
         "base": (),
         "maps": (LoadedEdit(1, "maps", AffineSettings(0.7)),),
         "prompt": (LoadedEdit(1, "maps", AffineSettings(0.7, "prompt")),),
+        "simple": (LoadedEdit(4, "simple", AffineSettings(0.6)),),
         "both": (
             LoadedEdit(2, "gated", AffineSettings(0.5)),
             LoadedEdit(3, "head", RewardSettings(0.5, 2)),
@@ -73,7 +77,13 @@ def test_each_request_of_a_step_has_its_own_edits_and_padding_none(
 ) -> None:
     hidden = torch.randn(TOKENS, WIDTH)
     known.begin_step(
-        [part("base", 2), part("maps", 3), part("prompt", 2, 9, 10), part("both", 3, 4)]
+        [
+            part("base", 2),
+            part("maps", 3),
+            part("prompt", 2, 9, 10),
+            part("both", 3, 4),
+            part("simple", 2),
+        ]
     )
     found = model(hidden)
     maps = [(1, AffineSettings(0.7))]
@@ -84,13 +94,48 @@ def test_each_request_of_a_step_has_its_own_edits_and_padding_none(
     torch.testing.assert_close(found[5], expected(hidden, maps, slice(5, 6))[5])  # its last one
     assert torch.equal(found[6], plain[6])
     torch.testing.assert_close(found[7:10], expected(hidden, both, slice(7, 10))[7:10])
-    assert torch.equal(found[10:], plain[10:])
+    simple = [(4, AffineSettings(0.6))]
+    torch.testing.assert_close(found[10:12], expected(hidden, simple, slice(10, 12))[10:12])
+    assert torch.equal(found[12:], plain[12:])
+
+
+@torch.no_grad()
+def test_one_compiled_model_edits_every_step(model: Model, known: KnownRequests) -> None:
+    """Whatever its tokens are; those without an edit get the bits that a step without edits has."""
+    compiled = torch.compile(model, dynamic=True, backend="inductor")
+    sizes = {"base": 2, "maps": 3, "both": 2, "simple": 3, "prompt": 2}
+    edits = {
+        "maps": [(1, AffineSettings(0.7))],
+        "prompt": [(1, AffineSettings(0.7))],
+        "both": [(2, AffineSettings(0.5)), (1, AffineSettings(0.9))],
+        "simple": [(4, AffineSettings(0.6))],
+    }
+    hidden = torch.randn(TOKENS, WIDTH)
+    for names in (["base"], ["simple"], ["simple", "base"], list(sizes), ["both", "simple"]):
+        known.begin_step([part("base", TOKENS)])
+        plain = compiled(hidden.clone())
+        known.begin_step([part(name, sizes[name]) for name in names])
+        found = compiled(hidden.clone())
+        first = 0
+        for name in names:
+            rows = slice(first, first + sizes[name])
+            first = rows.stop
+            if name == "base":
+                assert torch.equal(found[rows], plain[rows])
+            else:
+                right = expected(hidden, edits[name], rows)[rows]
+                torch.testing.assert_close(found[rows], right, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[first:], plain[first:])
+        known.model.measuring.restart(1)
+        known.begin_step([part(name, sizes[name]) for name in names])
+        assert torch.equal(compiled(hidden.clone()), found), "measuring changes no bit"
+        known.model.measuring.restart(0)
 
 
 @torch.no_grad()
 def test_a_step_leaves_nothing_for_the_next(model: Model, known: KnownRequests) -> None:
     hidden = torch.randn(4, WIDTH)
-    known.begin_step([part("both", 4)])
+    known.begin_step([part("both", 2), part("simple", 2)])
     model(hidden)
     known.begin_step([part("base", 4)])
     assert torch.equal(model(hidden), Model()(hidden))
@@ -165,7 +210,7 @@ def test_scoring_no_prompt_of_a_step_is_none(model: Model, known: KnownRequests)
 @torch.no_grad()
 def test_at_rest_nothing_is_edited(model: Model, known: KnownRequests) -> None:
     hidden = torch.randn(4, WIDTH)
-    known.begin_step([part("both", 4)])
+    known.begin_step([part("both", 2), part("simple", 2)])
     with known.model.at_rest():
         found = model(hidden)
         assert torch.equal(found, Model()(hidden))
