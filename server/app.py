@@ -23,6 +23,7 @@ from server.config import ConfigurationError, Settings
 from server.engine.base import Engine
 from server.metrics import Metrics
 from server.records import RecordSink
+from server.startup import StartupErrorMiddleware
 from server.toxicity.queue import ScoringQueue
 from server.version import installed_version
 
@@ -98,6 +99,7 @@ def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[Record
     if settings.cors_origins:
         app.add_middleware(CrossOriginMiddleware, origins=settings.cors_origins, check=check)
     app.add_middleware(RequestObserver, metrics=context.metrics, sinks=sinks)  # sees every answer
+    app.add_middleware(StartupErrorMiddleware)
 
 
 def _v1() -> APIRouter:

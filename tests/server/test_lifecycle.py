@@ -17,8 +17,10 @@ import pytest
 from starlette.types import Message
 
 from interventions.registry import Registry
+from server.config import ConfigurationError
 from server.engine.torch import engine as torch_engine
 from server.engine.torch.engine import TorchEngine
+from server.lifecycle import Server
 from server.protocol import HttpProtocol
 from tests.conftest import TINY_OPTIONS, LoadTiny
 from tests.live import LiveServer, live
@@ -98,6 +100,31 @@ async def test_after_a_signal_running_requests_are_finished_and_no_others_taken(
         assert stream.text.endswith("data: [DONE]\n\n")
         await stopped(server)
     assert not server.server.engine_died
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ConfigurationError("vLLM lost an edit"), False), (RuntimeError("a bug"), True)],
+)
+async def test_a_start_that_fails_is_a_sentence_unless_it_is_a_bug(
+    tiny_engine: TorchEngine,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    told: bool,
+) -> None:
+    async def fail() -> None:
+        raise error
+
+    app = build_app(tiny_engine, registry)
+    monkeypatch.setattr(TorchEngine, "ready", property(lambda _engine: False))
+    monkeypatch.setattr(tiny_engine, "start", fail)
+    with pytest.raises(SystemExit):
+        await Server(app).serve([])
+    assert str(error) in caplog.messages[-2]
+    assert ("Traceback" in caplog.text) == told
+    assert caplog.messages[-1] == "Application startup failed. Exiting."
 
 
 @pytest.mark.parametrize("seconds", [0, 0.2])

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from interventions.model import ModelDescription
+from server.config import ConfigurationError
 from server.engine.base import (
     EngineDeadError,
     EngineError,
@@ -77,18 +79,15 @@ class VllmEngine:
             options: the operator's.
 
         Raises:
-            ConfigurationError: vLLM refuses an option, or steering does not work with it.
+            ConfigurationError: vLLM refuses an option, steering does not work with it, or one of
+                vLLM's processes fails.
         """
         self._served = served
         self._options = options
         self._prompts = Prompts(served.tokenizer, served.max_model_len)
         self._vocabulary = Vocabulary(served.tokenizer.backend_tokenizer)
         self._counts = SchedulerCounts()
-        self._llm = AsyncLLM.from_vllm_config(
-            vllm_config(served, options),
-            stat_loggers=[lambda _config, _index: CountsLogger(self._counts)],
-            disable_log_stats=True,
-        )
+        self._llm = self._started_vllm()
         self._slots = WorkerSlots(served.layout.slots, self._call, path)
         self._measurements = Measurements(self._call, options.dose_interval)
         self._running: set[_Running] = set()
@@ -98,6 +97,19 @@ class VllmEngine:
         self._started = False
         self._closing = False
         self._died = False
+
+    def _started_vllm(self) -> AsyncLLM:
+        config = vllm_config(self._served, self._options)
+        try:
+            return AsyncLLM.from_vllm_config(
+                config,
+                stat_loggers=[lambda _config, _index: CountsLogger(self._counts)],
+                disable_log_stats=True,
+            )
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"vLLM did not start; what its processes wrote says why: {error}"
+            ) from error
 
     @property
     def model(self) -> ModelDescription:
@@ -154,10 +166,16 @@ class VllmEngine:
         """Run the self-test. vLLM itself was started by the constructor.
 
         Raises:
-            ConfigurationError: an edit at a site, or before `lm_head`, does not reach the logits.
+            ConfigurationError: an edit at a site, or before `lm_head`, does not reach the logits,
+                or vLLM ends meanwhile.
         """
         test = SelfTest(self._llm, self._call, self._served.layout, self.model)
-        await test.run()
+        try:
+            await test.run()
+        except VllmDeadError as error:
+            raise ConfigurationError(
+                "vLLM ended while its edits were tested; what its processes wrote says why"
+            ) from error
         await self._measurements.start()
         self._started = True
 
@@ -201,8 +219,9 @@ class VllmEngine:
 
     def _make_background_room(self, requests: Sequence[Request]) -> None:
         """Refuse background work without room, or end as much as requests need the room of."""
-        background = [each for each in self._running if each.request.background]
-        free = self._options.max_batch_size - len(self._running)
+        going_on = [each for each in self._running if not each.task.cancelling()]
+        background = [each for each in going_on if each.request.background]
+        free = self._options.max_batch_size - len(going_on)
         wanted = len(requests)
         if any(request.background for request in requests) and free < wanted:
             raise NoBackgroundRoomError("there is no room for background work now")
@@ -281,7 +300,17 @@ class VllmEngine:
         finally:
             # vLLM may have taken the request just when it was cancelled, and then closing `outputs`
             # does not abort it. Aborting a request that has ended does no harm.
-            await self._llm.abort(name)
+            await self._abort(name)
+
+    async def _abort(self, name: str) -> None:
+        """Have vLLM forget a request, even if this task is cancelled meanwhile.
+
+        Its slots are free once the task ends; vLLM would find other interventions in them.
+        """
+        aborting = asyncio.create_task(self._llm.abort(name))
+        while not aborting.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(aborting)
 
     def _free(self, running: _Running, _task: "asyncio.Task[None]") -> None:
         """Free what a request holds, but for the place of its follower. vLLM has been told."""

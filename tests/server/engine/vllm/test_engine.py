@@ -3,15 +3,18 @@
 The tests in tests/server/engine ask of both engines what the protocol promises.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from server.config import ConfigurationError
 from server.engine.base import (
     Edit,
     EngineDeadError,
@@ -67,6 +70,40 @@ async def test_a_worker_that_dies_ends_the_engine(tmp_path: Path) -> None:
         with pytest.raises(EngineDeadError):
             await subject.submit(LONG)
     assert subject.engine.died
+
+
+async def test_slots_are_kept_until_vllm_knows_that_a_request_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another intervention could be loaded into them, and vLLM would end."""
+    async with engine_of_its_own(tmp_path) as subject:
+        engine: Any = subject.engine
+        heard = asyncio.Event()
+        abort = engine._llm.abort
+
+        async def slow_abort(name: str) -> None:
+            await heard.wait()
+            await abort(name)
+
+        monkeypatch.setattr(engine._llm, "abort", slow_abort)
+        [generation] = await subject.submit(LONG)
+        async for _ in generation:
+            break
+        [running] = engine._running
+        for _ in range(3):
+            running.task.cancel()
+            await asyncio.sleep(0.01)
+            assert engine._slots.table.used == 1
+            assert engine._running == {running}
+        heard.set()
+        await subject.settle()
+
+
+async def test_a_vllm_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
+    setup = replace(TIGHT[1], kv_tokens=1)
+    with pytest.raises(ConfigurationError, match="vLLM did not start; what its processes wrote"):
+        async with started(setup, tmp_path):
+            pass
 
 
 def worker_process() -> psutil.Process:
