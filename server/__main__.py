@@ -2,8 +2,9 @@
 
 import typer
 
-from server.cli import fit, registry_client
+from server.cli import registry_client
 from server.cli.bench.command import bench
+from server.cli.fit import commands as fit
 from server.cli.serve import serve
 
 app = typer.Typer(

@@ -18,8 +18,8 @@ from rich.progress import TextColumn
 from interventions.artifact import write_artifact
 from interventions.header import ArtifactError
 from interventions.manifest import NAME_PATTERN, Manifest, TrainingValue
+from server.cli.fit.training_files import TrainingFileError
 from server.cli.progress import progress as progress_bar
-from server.cli.training_files import TrainingFileError
 from server.engine.model.description import ModelLoadError
 from server.engine.model.embedded import EmbeddedModelError
 from server.engine.torch.model.loader import LoadedModel, load_model

@@ -1,0 +1,1 @@
+"""`steerserve fit` makes artifacts from text files."""

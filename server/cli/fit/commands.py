@@ -1,0 +1,10 @@
+"""The commands below `steerserve fit`."""
+
+import typer
+
+from server.cli.fit.argre import argre
+from server.cli.fit.lineas import lineas
+
+app = typer.Typer(no_args_is_help=True, help="Fit an intervention to a model.")
+app.command()(lineas)
+app.command()(argre)

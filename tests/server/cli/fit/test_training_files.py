@@ -1,0 +1,50 @@
+"""Tests of the files that `steerserve fit` reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.cli.fit.training_files import TrainingFileError, read_lines, read_pairs
+from tests.fitting import PAIRS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b" \n", "the file is empty"),
+        (b"one\n\nthree\n", "x.txt:2: the line is empty"),
+        (b"one\n\xff\n", "byte 4 is not UTF-8"),
+    ],
+)
+def test_lines_that_mean_nothing_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(TrainingFileError, match=message):
+        read_lines(path)
+
+
+def test_lines_keep_what_is_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes("one \u2028 two\r\n  three\x0c\n".encode())
+    assert read_lines(path).lines == ("one \u2028 two", "  three\x0c")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "x.jsonl:2: not JSON"),
+        ("[1]", "x.jsonl:2: a pair is an object"),
+        ('{"positive": "a"}', "x.jsonl:2: the field 'negative'"),
+        ('{"positive": "", "negative": "b"}', "x.jsonl:2: the field 'positive'"),
+        ('{"positive": 1, "negative": "b"}', "x.jsonl:2: the field 'positive'"),
+        ('{"positive": "a", "negative": "b", "prompt": 3}', "x.jsonl:2: the field 'prompt'"),
+        ('{"positive": "a", "negative": "b", "promt": "c"}', "x.jsonl:2: unknown field 'promt'"),
+    ],
+)
+def test_a_malformed_pair_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(PAIRS[0]) + "\n" + line + "\n")
+    with pytest.raises(TrainingFileError, match=message):
+        read_pairs(path)
