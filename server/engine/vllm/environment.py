@@ -3,6 +3,7 @@
 import os
 from typing import Final
 
+from server.engine.vllm.plugin.orphans import SERVER_VARIABLE
 from server.engine.vllm.plugin.wire import Runner
 
 _FIXED: Final = {
@@ -22,6 +23,7 @@ def prepare_environment(runner: Runner = "v1") -> None:
         runner: which of vLLM's two model runners it is to use.
     """
     os.environ |= _FIXED
+    os.environ[SERVER_VARIABLE] = str(os.getpid())
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -8,6 +8,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu_worker import Worker
 
 from server.engine.vllm.plugin.limits import refuse_unsupported
+from server.engine.vllm.plugin.orphans import end_with_server
 from server.engine.vllm.plugin.steered_model import SteeredModel
 from server.engine.vllm.plugin.wire import Json, Measured
 from steering.stored import parameters_of
@@ -27,6 +28,7 @@ class SteeredWorker(Worker):
     def init_device(self) -> None:
         """Refuse what steering was not shown with, also where vLLM was started by somebody else."""
         refuse_unsupported(self.vllm_config)
+        end_with_server()
         super().init_device()
 
     def steering_sites(self) -> list[str]:
