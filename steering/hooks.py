@@ -17,6 +17,10 @@ class UnknownSiteError(ValueError):
     """The model has no module for a site."""
 
 
+class NoTensorError(TypeError):
+    """A module's output or input, which is to be edited, is not a tensor."""
+
+
 class SteeringHooks:
     """Edits a model's activations by the current route; does nothing outside `routed`."""
 
@@ -85,12 +89,15 @@ def edit_activations(
 
     If the output is a tuple, its first item is edited. The input is the module's first argument,
     given by position or by name.
+
+    The hook raises NoTensorError if what it should edit is not a tensor.
     """
 
     def edit_tensor(activations: object) -> Tensor:
         if not isinstance(activations, Tensor):
             kind = type(activations).__name__
-            raise TypeError(f"what is edited at {location} is a {kind}, not a tensor")
+            place = "input" if location.is_input else "output"
+            raise NoTensorError(f"the {place} of {location.module} is a {kind}, not a tensor")
         return edit(activations)
 
     def edit_output(_module: nn.Module, _args: object, output: object) -> object:

@@ -1,4 +1,8 @@
-"""Reads from a model what a fit needs: token means at sites, and hidden states before the head.
+"""Reads from a model what a fit needs: pooled activations at sites, and states before the head.
+
+A site is a module's output, or its input (see `steering.sites`). Activations are pooled over a
+sequence's tokens as soon as their site is reached, so that those of one site and one batch are in
+memory at a time (and, where gradients are wanted, what the backward pass needs).
 
 The model is any causal language model called as `model(input_ids=..., attention_mask=...)`.
 Sequences are padded on the right, so that neither positions nor causal attention see the padding.
@@ -8,18 +12,23 @@ Every function removes its hooks when it returns or raises.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.hooks import RemovableHandle
 
 from steering.fit import FitError
+from steering.fit.pooling import Pooling, pool_tokens
+from steering.hooks import NoTensorError, edit_activations
+from steering.sites import locate_site
 
 TokenIds: TypeAlias = Sequence[int]
-OutputEdit: TypeAlias = Callable[[str, Tensor], Tensor]
-"""(site, its output) -> the output to use instead; the same tensor if nothing is edited."""
+SiteEdit: TypeAlias = Callable[[str, Tensor], Tensor]
+"""(site, its activations) -> the activations to use; the same tensor if nothing is edited."""
+Edits: TypeAlias = Mapping[str, Callable[[Tensor], Tensor]]
+"""Site -> function of its activations, (n, t, d) float32. Other sites stay as they are."""
 
 
 class _StopForwardError(Exception):
@@ -48,14 +57,8 @@ def pad_right(sequences: Sequence[TokenIds], device: torch.device) -> TokenBatch
     return TokenBatch(input_ids.to(device), is_token.long().to(device))
 
 
-def token_mean(z: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return each sequence's mean over its own tokens: (n, t, d) -> (n, d) float32."""
-    mask = attention_mask[:, :, None].float()
-    return (z.float() * mask).sum(dim=1) / mask.sum(dim=1)
-
-
-def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: OutputEdit) -> None:
-    """Run the model up to its last site, and pass every site's output through `edit`.
+def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: SiteEdit) -> None:
+    """Run the model up to its last site, and pass every site's activations through `edit`.
 
     Nothing after the last site is computed. This saves `lm_head`, the largest matrix of a small
     model.
@@ -63,81 +66,104 @@ def run_sites(model: nn.Module, batch: TokenBatch, sites: Sequence[str], edit: O
     Args:
         model: a causal language model.
         batch: its input.
-        sites: module paths; a site's output is a tensor (n, t, d), or (n * t, d), or a tuple that
-            starts with one.
+        sites: outputs and inputs of modules. They are tensors (n, t, d), or (n * t, d); an output
+            may be a tuple that starts with one.
         edit: called once for each site with (n, t, d), in the order in which the model runs them.
 
     Raises:
-        FitError: the model has no module of this path, or does not run it.
+        FitError: the model has no module of this path, or does not run it, or what is at the site
+            is not a tensor.
     """
     remaining = set(sites)
 
-    def edited(site: str, output: Tensor) -> Tensor:
+    def edited(site: str, activations: Tensor) -> Tensor:
         # OPT folds sequences and tokens into one dimension in the middle of its blocks.
-        result = edit(site, output.view(*batch.input_ids.shape, -1)).view_as(output)
+        result = edit(site, activations.reshape(*batch.input_ids.shape, -1))
         remaining.discard(site)
         if not remaining:
             raise _StopForwardError
-        return result
+        return result.reshape(activations.shape)
 
     with ExitStack() as hooks:
         for site in sites:
-            hooks.enter_context(_hook_output(_submodule(model, site), site, edited))
-        _run_until_stopped(model, batch)
+            location = locate_site(site)
+            module = _submodule(model, location.module)
+            hooks.enter_context(edit_activations(module, location, partial(edited, site)))
+        try:
+            _run_until_stopped(model, batch)
+        except NoTensorError as error:
+            raise FitError(f"{error}: choose another site") from error
     if remaining:
         raise FitError(f"the model does not run {', '.join(sorted(remaining))}")
 
 
 @torch.no_grad()
 def collect_token_means(
-    model: nn.Module, sites: Sequence[str], sequences: Sequence[TokenIds], batch_size: int
+    model: nn.Module,
+    sites: Sequence[str],
+    sequences: Sequence[TokenIds],
+    batch_size: int,
+    pooling: Pooling = "mean",
+    edits: Edits | None = None,
 ) -> dict[str, Tensor]:
-    """Return the token-mean activations of the untouched model.
+    """Return the pooled activations of any number of sequences, `batch_size` in a forward pass.
+
+    Args:
+        model: a causal language model.
+        sites: outputs and inputs of modules.
+        sequences: token ids.
+        batch_size: sequences in a forward pass; what bounds the memory.
+        pooling: how a sequence's tokens become one vector.
+        edits: see `site_token_means`; None leaves the model untouched.
 
     Returns:
         site -> (len(sequences), d) float32, on the model's device.
 
     Raises:
-        FitError: the model has no such site, or a sequence has no token.
+        FitError: the model has no such site, there is no sequence, or one has no token.
     """
+    if not sequences:
+        raise FitError("there is no sequence to fit on")
     collected: dict[str, list[Tensor]] = {site: [] for site in sites}
     for start in range(0, len(sequences), batch_size):
         batch = pad_right(sequences[start : start + batch_size], model_device(model))
-        for site, means in site_token_means(model, sites, batch).items():
-            collected[site].append(means)
-    return {site: torch.cat(means) for site, means in collected.items()}
+        for site, pooled in site_token_means(model, sites, batch, edits, pooling).items():
+            collected[site].append(pooled)
+    return {site: torch.cat(pooled) for site, pooled in collected.items()}
 
 
 def site_token_means(
     model: nn.Module,
     sites: Sequence[str],
     batch: TokenBatch,
-    edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    edits: Edits | None = None,
+    pooling: Pooling = "mean",
 ) -> dict[str, Tensor]:
-    """Return the token means of each site's output *after* its edit, with all edits active at once.
+    """Return each site's pooled activations *after* its edit, with all edits active at once.
 
     Args:
         model: a causal language model.
-        sites: module paths.
+        sites: outputs and inputs of modules.
         batch: n sequences.
-        edits: site -> function of its output, (n, t, d) float32; None: no edits. Later sites see
-            the edited activations, in the model's dtype.
+        edits: the sites to edit, all of them among `sites`; None: no edits. Later sites see the
+            edited activations, in the model's dtype.
+        pooling: how a sequence's tokens become one vector.
 
     Returns:
         site -> (n, d) float32.
     """
-    means: dict[str, Tensor] = {}
+    pooled: dict[str, Tensor] = {}
 
     def measure(site: str, z: Tensor) -> Tensor:
-        if edits is None:
-            means[site] = token_mean(z, batch.attention_mask)
+        if edits is None or site not in edits:
+            pooled[site] = pool_tokens(z, batch.attention_mask, pooling)
             return z
         edited = edits[site](z.float())
-        means[site] = token_mean(edited, batch.attention_mask)
+        pooled[site] = pool_tokens(edited, batch.attention_mask, pooling)
         return edited.to(z.dtype)
 
     run_sites(model, batch, sites, measure)
-    return means
+    return pooled
 
 
 @torch.no_grad()
@@ -207,22 +233,11 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _submodule(model: nn.Module, site: str) -> nn.Module:
+def _submodule(model: nn.Module, path: str) -> nn.Module:
     try:
-        return model.get_submodule(site)
+        return model.get_submodule(path)
     except AttributeError as error:
-        raise FitError(f"the model has no module {site}") from error
-
-
-def _hook_output(module: nn.Module, site: str, edit: OutputEdit) -> RemovableHandle:
-    def hook(_module: nn.Module, _args: object, output: object) -> object:
-        if isinstance(output, tuple):
-            return (edit(site, output[0]), *output[1:])
-        if isinstance(output, Tensor):
-            return edit(site, output)
-        raise FitError(f"{site} returns a {type(output).__name__}, not a tensor")
-
-    return module.register_forward_hook(hook)
+        raise FitError(f"the model has no module {path}") from error
 
 
 def _run_until_stopped(model: nn.Module, batch: TokenBatch) -> None:
