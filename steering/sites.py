@@ -92,6 +92,39 @@ def match_sites(pattern: str, module_paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(sites, key=_natural_key))
 
 
+def choose_sites(pattern: str, sites: Iterable[str]) -> tuple[str, ...]:
+    """Return the outputs and inputs of modules that a pattern chooses, layer 2 before layer 10.
+
+    A pattern that matches a module's path as a whole chooses the module's output. One that matches
+    `<module path>.input` and not the path chooses the input. So `.*` chooses no input, and
+    `.*\\.input` all of them.
+
+    Args:
+        pattern: a regular expression.
+        sites: the model's sites.
+
+    Raises:
+        SiteError: the pattern is not a regular expression, or chooses no site.
+    """
+    known = set(sites)
+    matched = match_sites(pattern, known | {_module(site) for site in known})
+    outputs = {site for site in matched if not locate_site(site).is_input}
+    chosen = [
+        site
+        for site in matched
+        if site in known and (site in outputs or _module(site) not in outputs)
+    ]
+    if not chosen:
+        raise SiteError(
+            f"{pattern!r} matches no module whose output is one vector for each token, and no input"
+        )
+    return tuple(chosen)
+
+
+def _module(site: str) -> str:
+    return locate_site(site).module
+
+
 def _natural_key(path: str) -> list[tuple[int, str]]:
     """Return a sort key by which numbers compare as numbers, and after words."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

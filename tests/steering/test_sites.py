@@ -20,6 +20,7 @@ from transformers import (
 from steering.sites import (
     DEFAULT_SITES,
     SiteError,
+    choose_sites,
     default_sites,
     match_sites,
 )
@@ -110,3 +111,21 @@ def test_whole_paths_are_matched_in_natural_order() -> None:
 def test_bad_patterns_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         match_sites(pattern, ["", "a", "b.c"])
+
+
+def test_an_input_is_chosen_where_its_module_is_not() -> None:
+    sites = ["a.o", "a.o.input", "a.mlp", "a.mlp.input", "a.rotary.input"]
+    assert choose_sites(r".*", sites) == ("a.mlp", "a.o")
+    assert choose_sites(r"a\.o(\.input)?", sites) == ("a.o",)
+    assert choose_sites(r"a\.o\.input", sites) == ("a.o.input",)
+    assert choose_sites(r"a\.(mlp|o\.input)", sites) == ("a.mlp", "a.o.input")
+    assert choose_sites(r".*\.input", sites) == ("a.mlp.input", "a.o.input", "a.rotary.input")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(", "not a regular expression"), ("b", "matches no module"), ("a", "one vector for each")],
+)
+def test_a_pattern_that_chooses_no_site_is_refused(pattern: str, message: str) -> None:
+    with pytest.raises(SiteError, match=message):
+        choose_sites(pattern, ["a.input", "c"])

@@ -13,6 +13,7 @@ from interventions.manifest import (
     BaseModelReference,
 )
 from server.cli.fit import output
+from server.cli.fit.checkpoint import CheckpointFile, digest, removed_at_the_end
 from server.cli.fit.options import (
     AsJson,
     Description,
@@ -27,9 +28,11 @@ from server.cli.fit.options import (
     Threads,
     default_setting,
 )
-from server.cli.fit.training_files import read_lines
-from steering.fit.lineas import LineasSettings, OptimizerName, fit_lineas
-from steering.sites import default_sites, locate_site, match_sites
+from server.cli.fit.training_files import TrainingFile, read_lines
+from steering.fit.lineas import fit_lineas
+from steering.fit.lineas_settings import LineasSettings, OptimizerName
+from steering.fit.pooling import Pooling
+from steering.sites import choose_sites, default_sites
 
 _LIMITS: Final = AffineLimits()
 
@@ -42,19 +45,47 @@ def lineas(
     target: Annotated[Path, typer.Option(help="File of sentences to steer towards, one per line.")],
     out: Out,
     samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from each file.")] = 32,
+    target_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sentences drawn from TARGET; if unset, as many as of SOURCE."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = "sgd",
     learning_rate: Annotated[
         float, typer.Option(help="Learning rate of the first step; it decays to 0.")
     ] = 0.1,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="AdamW's decay of the maps towards the identity; if unset, 0.01."),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sentences of each file in one optimizer step.")
     ] = 32,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sentences in one forward and backward pass, which bound the memory; if unset, "
+            "the batch. The maps are the same, but a step takes about a third longer.",
+        ),
+    ] = None,
+    pooling: Annotated[
+        Pooling, typer.Option(help="How a sentence's tokens become one vector.")
+    ] = "mean",
+    gamma: Annotated[
+        float, typer.Option(help="Sparsity of the maps (sparse group lasso); 0 for none.")
+    ] = 0.0,
+    lambda_1: Annotated[
+        float, typer.Option("--lambda-1", help="Weight of --gamma for single coordinates.")
+    ] = 1.0,
+    lambda_group: Annotated[float, typer.Option(help="Weight of --gamma for whole sites.")] = 1.0,
     sites: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Regular expression for module paths; if unset, the model family's default sites.",
+            help="Regular expression for module paths, to map the modules' outputs; it chooses "
+            "inputs where it matches '<module path>.input' and not the path. If unset, the model "
+            "family's default sites.",
         ),
     ] = None,
     strength: Annotated[float, default_setting(_LIMITS.strength, "strength")] = 1.0,
@@ -62,7 +93,17 @@ def lineas(
     description: Description = "",
     license_: License = "Apache-2.0",
     seed: Seed = 0,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = 128,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps the state of the fit. If it exists, the fit goes on from it; "
+            "after the artifact is written, it is removed."
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps after which the state is written to --checkpoint.")
+    ] = 20,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -74,41 +115,73 @@ def lineas(
         settings = LineasSettings(
             samples=samples,
             steps=steps,
+            target_samples=target_samples,
             batch_size=batch_size,
+            micro_batch=micro_batch,
+            pooling=pooling,
             optimizer=optimizer,
             learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            gamma=gamma,
+            lambda_1=lambda_1,
+            lambda_group=lambda_group,
             seed=seed,
         )
-        source_file, target_file = read_lines(source), read_lines(target)
+        kept = None if checkpoint is None else CheckpointFile(checkpoint, out, checkpoint_every)
+        source_file, target_file = _read_sides(source, target)
         loaded = output.load(model, dtype, device, threads)
         pattern = sites or default_sites(loaded.description.architecture)
-        known = loaded.description.site_widths
-        outputs = [site for site in known if not locate_site(site).is_input]
-        with output.progress("learning maps") as advance:
-            maps, report = fit_lineas(
-                loaded.model,
-                match_sites(pattern, outputs),
-                [output.tokenize(loaded, line, max_tokens) for line in source_file.lines],
-                [output.tokenize(loaded, line, max_tokens) for line in target_file.lines],
-                settings,
-                advance,
-            )
-        manifest = AffineManifest(
-            **fields,
-            kind="affine",
-            method="lineas",
-            base_model=BaseModelReference.model_validate(loaded.description, from_attributes=True),
-            defaults=AffineDefaults(strength=strength),
-            training={
-                "source": source_file.name,
-                "source_sha256": source_file.sha256,
-                "target": target_file.name,
-                "target_sha256": target_file.sha256,
-                "sites": pattern,
-                "max_tokens": max_tokens,
+        chosen = choose_sites(pattern, loaded.description.site_widths)
+        source_tokens = output.tokenize_lines(loaded, source_file, max_tokens)
+        target_tokens = output.tokenize_lines(loaded, target_file, max_tokens)
+        if kept is not None:
+            kept.identify(
+                steps,
+                model=loaded.description.fingerprint,
+                dtype=loaded.model.dtype,
+                sites=chosen,
+                source=digest(source_tokens),
+                target=digest(target_tokens),
                 **asdict(settings),
-                **asdict(report),
-                **output.provenance(loaded),
-            },
+            )
+        with removed_at_the_end(kept):
+            with output.progress("learning maps") as advance:
+                maps, report = fit_lineas(
+                    loaded.model, chosen, source_tokens, target_tokens, settings, advance, kept
+                )
+            figures = {
+                "initial_loss": report.initial_loss,
+                "final_loss": report.final_loss,
+                **asdict(report.support),
+            }
+            manifest = AffineManifest(
+                **fields,
+                kind="affine",
+                method="lineas",
+                base_model=BaseModelReference.model_validate(
+                    loaded.description, from_attributes=True
+                ),
+                defaults=AffineDefaults(strength=strength),
+                training={
+                    "source": source_file.name,
+                    "source_sha256": source_file.sha256,
+                    "target": target_file.name,
+                    "target_sha256": target_file.sha256,
+                    "sites": pattern,
+                    "max_tokens": max_tokens,
+                    **asdict(settings),
+                    **figures,
+                    **output.provenance(loaded),
+                },
+            )
+            output.write(out, manifest, maps, figures, as_json)
+
+
+def _read_sides(source: Path, target: Path) -> tuple[TrainingFile, TrainingFile]:
+    source_file, target_file = read_lines(source), read_lines(target)
+    if set(source_file.lines) == set(target_file.lines):
+        raise output.FitCommandError(
+            f"{source} and {target} hold the same sentences: --source must be the text to steer "
+            "away from, --target the text to steer towards"
         )
-        output.write(out, manifest, maps, asdict(report), as_json)
+    return source_file, target_file

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ from rich.progress import TextColumn
 from interventions.artifact import write_artifact
 from interventions.header import ArtifactError
 from interventions.manifest import NAME_PATTERN, Manifest, TrainingValue
-from server.cli.fit.training_files import TrainingFileError
+from server.cli.fit.training_files import TrainingFile, TrainingFileError
 from server.cli.progress import progress as progress_bar
 from server.engine.model.description import ModelLoadError
 from server.engine.model.embedded import EmbeddedModelError
@@ -28,6 +28,8 @@ from steering.affine import AffineParameters
 from steering.fit import FitError
 from steering.reward import RewardHead
 from steering.sites import SiteError
+
+_INTERRUPTED: Final = 130  # exit status after SIGINT, by the shells' convention
 
 
 class Advance(Protocol):
@@ -39,6 +41,23 @@ class Advance(Protocol):
 
 class FitCommandError(ValueError):
     """The options are wrong or contradict each other; the message is a sentence that says why."""
+
+
+class WriteError(FitCommandError):
+    """A file cannot be written, because a disk is full or otherwise."""
+
+    def __init__(self, path: Path, error: OSError, option: str) -> None:
+        """Say which file, why, and what to do.
+
+        Args:
+            path: the file.
+            error: what the system said.
+            option: the option that names the file.
+        """
+        super().__init__(
+            f"cannot write {path}: {error.strerror or error}; make room there or give another "
+            f"{option}, and run the command again"
+        )
 
 
 _USER_ERRORS = (
@@ -85,8 +104,12 @@ def manifest_fields(out: Path, name: str | None, description: str, license_: str
 
 def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedModel:
     """Load the model, and report slow steps on stderr."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise FitCommandError("--device cuda: torch finds no CUDA device")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise FitCommandError("--device cuda: torch finds no CUDA device")
+        # So that the same seed gives the same artifact; cuBLAS reads the variable when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(stderr=True, highlight=False)
@@ -102,6 +125,21 @@ def tokenize(loaded: LoadedModel, text: str, max_tokens: int) -> list[int]:
     """Return a text's token ids, as the server would make them, cut to the first `max_tokens`."""
     token_ids: list[int] = loaded.tokenizer(text)["input_ids"][:max_tokens]
     return token_ids
+
+
+def tokenize_lines(loaded: LoadedModel, file: TrainingFile, max_tokens: int) -> list[list[int]]:
+    """Return the token ids of a file's lines, each cut to the first `max_tokens`.
+
+    Raises:
+        FitCommandError: a line has no token.
+    """
+    sequences = [tokenize(loaded, line, max_tokens) for line in file.lines]
+    for number, sequence in enumerate(sequences, start=1):
+        if not sequence:
+            raise FitCommandError(
+                f"{file.name}:{number}: the model's tokenizer makes no token of the line: remove it"
+            )
+    return sequences
 
 
 def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
@@ -128,8 +166,15 @@ def write(
     figures: Mapping[str, float],
     as_json: bool,
 ) -> None:
-    """Write the artifact and print a summary, as text or as JSON for machines."""
-    digest = write_artifact(path, manifest, parameters)
+    """Write the artifact and print a summary, as text or as JSON for machines.
+
+    Raises:
+        WriteError: the artifact cannot be written. An older one at its path is still there.
+    """
+    try:
+        digest = write_artifact(path, manifest, parameters)
+    except OSError as error:
+        raise WriteError(path, error, "--out") from error
     if as_json:
         summary = {
             "path": str(path),
@@ -142,7 +187,7 @@ def write(
         }
         typer.echo(json.dumps(summary))
         return
-    shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
+    shown = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in figures.items())
     typer.echo(f"{path}  sha256:{digest}\n{shown}")
 
 
@@ -161,12 +206,22 @@ def progress(task: str) -> Iterator[Advance]:
 
 @contextmanager
 def user_errors_explained() -> Iterator[None]:
-    """Print an error that the user can correct as one sentence on stderr, and exit with 2."""
+    """Print an error that the user can correct as one sentence on stderr, and exit with 2.
+
+    Ctrl-C exits with 130, as shells do.
+    """
     try:
         yield
     except _USER_ERRORS as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo("Interrupted: no artifact was written.", err=True)
+        raise typer.Exit(_INTERRUPTED) from interrupt
+
+
+def _short(figure: float) -> str:
+    return str(figure) if isinstance(figure, int) else f"{figure:.4g}"
 
 
 def _now() -> datetime:

@@ -62,27 +62,89 @@ def test_a_fixed_date_makes_the_same_bytes(
     assert created.isoformat() == "2026-11-21T00:00:00+00:00"
 
 
-def test_sites_may_be_chosen(model: str, folder: Path) -> None:
-    assert fit_lineas_by_command(model, folder, "--sites", r"model\.layers\.1\.mlp").exit_code == 0
-    parameters = read_artifact(folder / "tiny-lineas.safetensors").parameters
-    assert not isinstance(parameters, RewardHead)
-    assert set(parameters) == {"model.layers.1.mlp"}
-
-
-def test_a_pattern_chooses_outputs_of_modules_only(model: str, folder: Path) -> None:
-    assert "model.layers.1.mlp.input" in load_model(model, dtype="float32").description.site_widths
-    assert (
-        fit_lineas_by_command(
-            model, folder, "--sites", r"model\.layers\.1\.mlp(\.input)?"
-        ).exit_code
-        == 0
+@pytest.mark.parametrize(
+    ("pattern", "sites"),
+    [
+        (r"model\.layers\.1\.mlp", {"model.layers.1.mlp"}),
+        (r"model\.layers\.1\.mlp(\.input)?", {"model.layers.1.mlp"}),
+        (r"model\.norm", {"model.norm"}),
+        (
+            r".*\.o_proj\.input",
+            {f"model.layers.{layer}.self_attn.o_proj.input" for layer in range(2)},
+        ),
+        (
+            r"model\.layers\.0\.(mlp|self_attn\.o_proj\.input)",
+            {"model.layers.0.mlp", "model.layers.0.self_attn.o_proj.input"},
+        ),
+    ],
+)
+def test_sites_may_be_chosen(model: str, folder: Path, pattern: str, sites: set[str]) -> None:
+    result = fit_lineas_by_command(
+        model, folder, "--sites", pattern, "--optimizer", "adam", "--learning-rate", "0.001"
     )
-    parameters = read_artifact(folder / "tiny-lineas.safetensors").parameters
-    assert not isinstance(parameters, RewardHead)
-    assert set(parameters) == {"model.layers.1.mlp"}
-    result = fit_lineas_by_command(model, folder, "--sites", r".*\.input")
-    assert result.exit_code == 2
-    assert "matches no module" in result.stderr
+    assert result.exit_code == 0, result.stderr
+    artifact = read_artifact(folder / "tiny-lineas.safetensors")
+    assert not isinstance(artifact.parameters, RewardHead)
+    assert set(artifact.parameters) == sites
+    assert check_compatible(artifact, load_model(model, dtype="float32").description) == ()
+
+
+def test_every_setting_reaches_the_fit_and_the_manifest(model: str, folder: Path) -> None:
+    with (folder / "neutral.txt").open("a") as file:
+        file.write("one more\nand another\n")
+    chosen = {
+        "target_samples": 5,
+        "steps": 4,
+        "batch_size": 2,
+        "micro_batch": 1,
+        "pooling": "last",
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "weight_decay": 0.25,
+        "gamma": 0.001,
+        "lambda_1": 2.0,
+        "lambda_group": 0.5,
+        "seed": 7,
+        "max_tokens": 9,
+    }
+    options = [
+        part
+        for name, value in chosen.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    result = fit_lineas_by_command(model, folder, *options)
+    assert result.exit_code == 0, result.stderr
+    training = read_artifact(folder / "tiny-lineas.safetensors").manifest.training
+    assert {key: training[key] for key in chosen} == chosen
+
+
+def test_the_paper_cuts_sentences_to_128_tokens(model: str, folder: Path) -> None:
+    assert fit_lineas_by_command(model, folder).exit_code == 0
+    training = read_artifact(folder / "tiny-lineas.safetensors").manifest.training
+    assert training["max_tokens"] == 128
+
+
+def test_the_support_is_reported_and_identities_are_left_out(model: str, folder: Path) -> None:
+    options = ("--json", "--gamma", "0.05", "--optimizer", "sgd", "--learning-rate", "0.02")
+    result = fit_lineas_by_command(model, folder, *options, "--lambda-group", "0")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    artifact = read_artifact(folder / "tiny-lineas.safetensors")
+    assert not isinstance(artifact.parameters, RewardHead)
+    kept = sum(
+        int(((map_.weight != 1) | (map_.bias != 0)).sum()) for map_ in artifact.parameters.values()
+    )
+    counts = {
+        "sites_fitted": 2,
+        "sites_kept": len(artifact.parameters),
+        "coordinates_fitted": 2 * WIDTH,
+        "coordinates_kept": kept,
+    }
+    assert 0 < kept < 2 * WIDTH
+    assert {key: summary[key] for key in counts} == counts
+    assert {key: artifact.manifest.training[key] for key in counts} == counts
+    shown = fit_lineas_by_command(model, folder, *options[1:], "--lambda-group", "0").stdout
+    assert f"sites fitted 2, sites kept {len(artifact.parameters)}" in shown
 
 
 @pytest.mark.parametrize(
@@ -91,6 +153,12 @@ def test_a_pattern_chooses_outputs_of_modules_only(model: str, folder: Path) -> 
         (("--samples", "4"), "4 samples were asked for, the source has 3"),
         (("--sites", "nothing"), "matches no module"),
         (("--sites", "("), "not a regular expression"),
+        (("--sites", r".*rotary_emb"), "matches no module whose output is one vector"),
+        (("--target-samples", "9"), "9 samples were asked for, the target has 3"),
+        (("--gamma", "1e9"), "sparsity took every map away: lower gamma"),
+        (("--gamma", "-1"), "gamma must be"),
+        (("--weight-decay", "0.1"), "weight_decay is a setting of adamw"),
+        (("--pooling", "median"), "median"),
         (("--out", "x.bin"), "must end in .safetensors"),
         (("--out", "/nowhere/x.safetensors"), "/nowhere"),
         (("--out", "Bad Name.safetensors"), "'Bad Name' is not a name"),
