@@ -67,9 +67,10 @@ class CheckpointFile:
             return None
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
-                fit = json.loads((file.metadata() or {})[_METADATA])
+                fit = dict(json.loads((file.metadata() or {})[_METADATA]))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            step = int(state["step"])
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise FitCommandError(
                 f"{self.path} is not a checkpoint of a fit: give --checkpoint another file"
             ) from error
@@ -80,7 +81,7 @@ class CheckpointFile:
                 f"{self.path} is the checkpoint of a fit with other {', '.join(other)}: give the "
                 "options of that fit, or another --checkpoint, or delete the file"
             )
-        self.saved_step = int(state["step"])
+        self.saved_step = step
         return state
 
     def save(self, step: int, state: Mapping[str, Tensor]) -> None:

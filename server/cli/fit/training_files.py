@@ -44,10 +44,10 @@ def read_lines(path: Path) -> TrainingFile:
     # splitlines() would split a sentence at a form feed or another of Unicode's line ends.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not text.strip():
-        raise TrainingFileError(f"{path}: the file is empty")
+        raise TrainingFileError(f"{path}: the file is empty: it needs a text on every line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise TrainingFileError(f"{path}:{number}: the line is empty")
+            raise TrainingFileError(f"{path}:{number}: the line is empty: remove it")
     return TrainingFile(path.name, hashlib.sha256(data).hexdigest(), tuple(lines))
 
 

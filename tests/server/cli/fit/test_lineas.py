@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,43 @@ def test_every_setting_reaches_the_fit_and_the_manifest(model: str, folder: Path
     assert result.exit_code == 0, result.stderr
     training = read_artifact(folder / "tiny-lineas.safetensors").manifest.training
     assert {key: training[key] for key in chosen} == chosen
+
+
+def test_the_bar_shows_the_loss_and_the_time_left(model: str, folder: Path) -> None:
+    stderr = fit_lineas_by_command(model, folder).stderr
+    assert re.search(r"learning maps .* 3/3 \d:\d\d:\d\d loss \d", stderr)
+
+
+def test_a_line_without_tokens_is_named(model: str, folder: Path) -> None:
+    silent = folder / "silent"
+    shutil.copytree(model, silent)
+    tokenizer = json.loads((silent / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (silent / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "neutral.txt").write_text("you there\n~~\nnot for me\n")
+    result = fit_lineas_by_command(str(silent), folder)
+    assert result.exit_code == 2
+    assert "neutral.txt:2: the model's tokenizer makes no token of the line" in result.stderr
+    assert not (folder / "tiny-lineas.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("", "you there\n", "toxic.txt: the file is empty"),
+        ("you fool\n", " \n", "neutral.txt: the file is empty"),
+        ("a\nb\nc\n", "c\nb\na\n", "hold the same sentences"),
+    ],
+)
+def test_empty_and_one_sided_data_are_refused(
+    model: str, folder: Path, source: str, target: str, message: str
+) -> None:
+    (folder / "toxic.txt").write_text(source)
+    (folder / "neutral.txt").write_text(target)
+    result = fit_lineas_by_command(model, folder)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (folder / "tiny-lineas.safetensors").exists()
 
 
 def test_the_paper_cuts_sentences_to_128_tokens(model: str, folder: Path) -> None:
