@@ -108,7 +108,15 @@ def _read(file: BinaryIO, limits: ArtifactLimits) -> Header:
 def _not_safetensors(prefix: bytes, reason: str) -> str:
     # Only for a refused file: a good one with 640 bytes of header starts like a pickle.
     if prefix.startswith(b"PK\x03\x04") or prefix[:1] == b"\x80":
-        return "The file is a pickle or a zip archive of pickles; pickles are never read."
+        return (
+            "The file is a pickle or a zip archive of pickles; pickles are never read. If another "
+            'project wrote it, "steerserve import" may make an artifact of it.'
+        )
+    if prefix.startswith(b"GGUF"):
+        return (
+            'The file is a GGUF file. If it holds a control vector, "steerserve import '
+            'control-vector" makes an artifact of it.'
+        )
     return f"The file is not a safetensors file: {reason}."
 
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from server.cli import registry_client
+from server.cli import import_files, registry_client
 from server.cli.bench.command import bench
 from server.cli.fit import commands as fit
 from server.cli.serve import serve
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.add_typer(fit.app, name="fit")
+app.add_typer(import_files.app, name="import")
 app.add_typer(registry_client.app)  # push, list, show, delete
 app.command()(bench)
 

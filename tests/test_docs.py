@@ -53,7 +53,7 @@ def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
     runner = CliRunner()
     for line in commands:
         words = shlex.split(line.replace("\\\n", " "))
-        name = words[: 2 if words[0] == "fit" else 1]
+        name = words[: 2 if words[0] in ("fit", "import") else 1]
         shown = runner.invoke(app, [*name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
         assert shown.exit_code == 0, name
         for option in (word for word in words if word.startswith("--")):

@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
+from interventions.importers.recognise import import_command
 from server.variables import URL
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
@@ -49,6 +50,12 @@ def push(
     """Upload an artifact to a running server."""
     fields = {} if name is None else {"name": name}
     console = Console(stderr=True)
+    command = import_command(path)
+    if command is not None:
+        _fail(
+            f"{path} is another project's, and no artifact yet. Make one of it: steerserve import "
+            f"{command} --model MODEL --out X.safetensors"
+        )
     try:
         file = path.open("rb")
     except OSError as error:

@@ -17,6 +17,7 @@ from rich.progress import TextColumn
 
 from interventions.artifact import write_artifact
 from interventions.header import ArtifactError
+from interventions.importers.imported import ImportFileError
 from interventions.manifest import NAME_PATTERN, Manifest, TrainingValue
 from server.cli.fit.training_files import TrainingFile, TrainingFileError
 from server.cli.progress import progress as progress_bar
@@ -65,6 +66,7 @@ _USER_ERRORS = (
     EmbeddedModelError,
     FitCommandError,
     FitError,
+    ImportFileError,
     ModelLoadError,
     OSError,
     SiteError,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from interventions.artifact import write_artifact
@@ -17,10 +18,11 @@ from server.cli.registry_client import app
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.disk import FaultyDisk, watching
+from tests.foreign_files import linear_state, write_control_vector, write_hooks
 from tests.live import live
 from tests.manifests import manifest_of
 from tests.serving import build_app
-from tests.tiny import SITES, random_maps
+from tests.tiny import SITES, WIDTH, random_maps
 
 
 async def run(*arguments: str) -> Result:
@@ -161,3 +163,17 @@ async def test_a_full_disk_is_told_also_while_the_file_is_sent(
 def _make_sparse(path: Path, size: int) -> None:
     with path.open("wb") as file:
         file.truncate(size)
+
+
+@pytest.mark.usefixtures("server")
+async def test_a_file_of_another_project_is_named_with_the_command_that_imports_it(
+    tmp_path: Path, registry: Registry
+) -> None:
+    vector = write_control_vector(tmp_path / "v.safetensors", {1: torch.ones(WIDTH)})
+    folder = write_hooks(tmp_path / "maps", {SITES[0]: linear_state(0)})
+    for path, command in ((vector, "control-vector"), (folder, "ml-act (of LinEAS: ml-lineas)")):
+        result = await run("push", str(path))
+        assert result.exit_code == 1
+        [line] = result.stderr.splitlines()
+        assert f"steerserve import {command} {path} --model MODEL" in line
+    assert not registry.entries()

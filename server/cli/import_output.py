@@ -1,0 +1,117 @@
+"""Describes the model of an imported file, and writes the artifact."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from interventions.importers.imported import ImportedHead, ImportedMaps
+from interventions.manifest import (
+    AffineDefaults,
+    AffineLimits,
+    AffineManifest,
+    BaseModelReference,
+    RewardDefaults,
+    RewardManifest,
+    TrainingValue,
+)
+from interventions.model import ModelDescription
+from server.cli.fit import output
+from server.engine.model.unloaded import describe_unloaded
+from server.version import installed_version
+
+
+def describe(model: str) -> ModelDescription:
+    """Describe the model without loading its weights."""
+    console = Console(stderr=True, highlight=False)
+    return describe_unloaded(
+        model,
+        "auto",
+        "cpu",
+        lambda sentence: console.print(f"steerserve: {sentence}", markup=False, soft_wrap=True),
+    ).description
+
+
+def write_maps(
+    out: Path,
+    fields: Mapping[str, Any],
+    model: ModelDescription,
+    imported: ImportedMaps,
+    source: str,
+    strength: float,
+    as_json: bool,
+) -> None:
+    """Write imported maps as an artifact, and print a summary.
+
+    Args:
+        out: the artifact.
+        fields: the manifest's fields that the options give.
+        model: the one that the maps are for.
+        imported: the maps.
+        source: the project that wrote the file.
+        strength: the default strength.
+        as_json: True to print JSON, for machines.
+
+    Raises:
+        FitCommandError: the default strength lies outside of its limits.
+        ArtifactError: the maps make no valid artifact.
+        OSError: the artifact cannot be written.
+    """
+    low, high = imported.strength
+    if not low <= strength <= high:
+        raise output.FitCommandError(f"--strength must lie between {low:g} and {high:g}")
+    manifest = AffineManifest(
+        **fields,
+        kind="affine",
+        method=imported.method,
+        base_model=_reference(model),
+        defaults=AffineDefaults(strength=strength),
+        limits=AffineLimits(strength=imported.strength),
+        training=_training(source, imported.training),
+    )
+    output.write(out, manifest, imported.parameters, {"sites": len(imported.parameters)}, as_json)
+
+
+def write_head(
+    out: Path,
+    fields: Mapping[str, Any],
+    model: ModelDescription,
+    imported: ImportedHead,
+    defaults: RewardDefaults,
+    as_json: bool,
+) -> None:
+    """Write an imported reward head as an artifact, and print a summary.
+
+    Args and errors are those of `write_maps`.
+    """
+    head = imported.parameters
+    manifest = RewardManifest(
+        **fields,
+        kind="reward",
+        method="argre",
+        base_model=_reference(model),
+        defaults=defaults,
+        training=_training("ARGRE", imported.training),
+    )
+    units, width = head.w1.shape
+    figures = {
+        "units": units,
+        "width": width,
+        "positive_reward": float(head.positive_reward),
+        "direction_norm": float(head.direction.norm()),
+    }
+    output.write(out, manifest, head, figures, as_json)
+
+
+def _reference(model: ModelDescription) -> BaseModelReference:
+    return BaseModelReference.model_validate(model, from_attributes=True)
+
+
+def _training(source: str, found: Mapping[str, TrainingValue]) -> dict[str, TrainingValue]:
+    """Return the manifest's provenance; a file's name may hold bytes that are not UTF-8."""
+    fields = {"imported_from": source, **found, "steerserve": installed_version()}
+    return {
+        key: value.encode(errors="replace").decode() if isinstance(value, str) else value
+        for key, value in fields.items()
+    }
