@@ -7,6 +7,7 @@ and `direction.pt`, (1, 1, d). The mean reward of the positives is not saved: `a
 computes it from these states each time, as this module does.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,11 @@ _PAIRS_AT_ONCE: Final = 8
 
 
 def read_argre(
-    head_file: Path, states_folder: Path, model: ModelDescription, positive_reward: float | None
+    head_file: Path,
+    states_folder: Path,
+    model: ModelDescription,
+    positive_reward: float | None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> ImportedHead:
     """Read a head and its direction, and compute the mean reward of the positives.
 
@@ -43,6 +48,7 @@ def read_argre(
         states_folder: with direction.pt, and with the hidden states and their mask.
         model: to be edited.
         positive_reward: the mean reward, if known; the hidden states are then not read.
+        on_step: called with the number of pairs that were read, and that of all pairs.
 
     Raises:
         ImportFileError: a file is missing, cannot be read, or does not fit the model.
@@ -65,7 +71,7 @@ def read_argre(
     head = RewardHead(*parts, positive_reward=torch.zeros(()))
     tokens = 0
     if positive_reward is None:
-        positive_reward, tokens = _mean_positive_reward(head, states_folder)
+        positive_reward, tokens = _mean_positive_reward(head, states_folder, on_step)
     return ImportedHead(
         parameters=RewardHead(*parts, positive_reward=torch.tensor(positive_reward)),
         training={
@@ -94,7 +100,9 @@ def _head_tensors(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _mean_positive_reward(head: RewardHead, folder: Path) -> tuple[float, int]:
+def _mean_positive_reward(
+    head: RewardHead, folder: Path, on_step: Callable[[int, int], None] | None
+) -> tuple[float, int]:
     """Return the mean reward of the positives' tokens, and their number.
 
     The hidden states are memory-mapped, and read a few pairs at a time.
@@ -125,6 +133,8 @@ def _mean_positive_reward(head: RewardHead, folder: Path) -> tuple[float, int]:
             )
         total += float(rewards.double().sum())
         tokens += len(rows)
+        if on_step is not None:
+            on_step(min(first + _PAIRS_AT_ONCE, len(states)), len(states))
     if tokens == 0:
         raise ImportFileError(f"{mask_path} masks every token, so no reward can be computed.")
     return total / tokens, tokens

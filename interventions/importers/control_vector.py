@@ -53,9 +53,7 @@ def read_control_vector(
     Raises:
         ImportFileError: the file cannot be read, is no control vector, or does not fit the model.
     """
-    file = read_gguf(path)
-    if file.metadata.get("general.architecture") != ARCHITECTURE:
-        raise ImportFileError(f"{path} is a GGUF file, but not of a control vector.")
+    file = read_gguf(path, ARCHITECTURE)
     directions: dict[int, Tensor] = {}
     for name, tensor in file.tensors.items():
         match = _DIRECTION.fullmatch(name)

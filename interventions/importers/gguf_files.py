@@ -43,18 +43,18 @@ class GgufFile:
     tensors: Mapping[str, Tensor]  # as stored: float32, float16 or bfloat16
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Read a GGUF file.
+def read_gguf(path: Path, architecture: str) -> GgufFile:
+    """Read a GGUF file whose metadata name an architecture.
 
     Raises:
-        ImportFileError: the file cannot be read, is too large, is no GGUF file, is damaged, or has
-            tensors that are quantized.
+        ImportFileError: the file cannot be read, is too large, is no GGUF file, is of another
+            architecture, is damaged, or has tensors that are quantized.
     """
     data = read_bytes(path, _MAX_BYTES)
     if not data.startswith(MAGIC):
         raise ImportFileError(f"{path} is not a GGUF file.")
     try:
-        return _read(_Cursor(data))
+        return _read(_Cursor(data), architecture)
     except _GgufError as error:
         raise ImportFileError(f"{path}: {error}.") from error
     except (struct.error, UnicodeDecodeError) as error:
@@ -98,7 +98,7 @@ class _Cursor:
         return self.data[begin : begin + length].decode()
 
 
-def _read(cursor: _Cursor) -> GgufFile:
+def _read(cursor: _Cursor, architecture: str) -> GgufFile:
     version = cursor.number("I")
     if version not in _VERSIONS:
         raise _GgufError(f"its GGUF version is {version}; 2 and 3 are read")
@@ -111,6 +111,11 @@ def _read(cursor: _Cursor) -> GgufFile:
         value = _value(cursor, cursor.number("I"))
         if value is not None:
             metadata[key] = value
+    found_architecture = metadata.get("general.architecture")
+    if found_architecture != architecture:
+        raise _GgufError(
+            f"its architecture is {str(found_architecture)[:100]!r}, and not {architecture!r}"
+        )
     infos = [_tensor_info(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:

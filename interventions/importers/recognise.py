@@ -44,8 +44,8 @@ def _command_for_folder(folder: Path) -> str | None:
 
 def _command_for_file(path: Path, beginning: bytes) -> str | None:
     if beginning.startswith(gguf_files.MAGIC):
-        architecture = gguf_files.read_gguf(path).metadata.get("general.architecture")
-        return f"control-vector {path}" if architecture == ARCHITECTURE else None
+        gguf_files.read_gguf(path, ARCHITECTURE)
+        return f"control-vector {path}"
     if beginning.startswith(b"PK\x03\x04"):
         return _command_for_archive(path)
     if beginning.lstrip().startswith(b"{"):

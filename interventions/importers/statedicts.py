@@ -123,6 +123,11 @@ def _method(path: Path, state: _State, linear: str, gaussian: GaussianKind | Non
             f"{path} has neither net.w1 and net.b1 nor mu1, mu2, std1 and std2: it is not the hook "
             "of LinEAS, Lin-AcT, Mean-AcT or Gaussian-AcT."
         )
+    if linear == "lineas":
+        raise ImportFileError(
+            f"{path} is not a hook of LinEAS, but of Mean-AcT or Gaussian-AcT: import the folder "
+            "by ml-act."
+        )
     # Both hooks save the same; ml-act's folders are named after its settings, as incr-mean_ot-mean.
     kind = gaussian or _kind_in(path.parent.resolve().name)
     if kind is None:

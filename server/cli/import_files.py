@@ -17,7 +17,7 @@ from interventions.manifest import (
 )
 from server.cli.fit import output
 from server.cli.fit.options import AsJson, Description, Name, Out, default_setting
-from server.cli.import_output import describe, write_head, write_maps
+from server.cli.import_output import checked_fields, describe, write_head, write_maps
 
 _LIMITS: Final = RewardLimits()
 
@@ -75,7 +75,7 @@ def ml_lineas(
 ) -> None:
     """Import LinEAS maps of Apple's ml-lineas."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = checked_fields(out, name, description, license_)
         described = describe(model)
         imported = read_transport(folder, described, "lineas", TransportOptions(quantiles))
         write_maps(out, fields, described, imported, "ml-lineas", strength, as_json)
@@ -105,7 +105,7 @@ def ml_act(
 ) -> None:
     """Import Lin-AcT, Mean-AcT or Gaussian-AcT maps of Apple's ml-act."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = checked_fields(out, name, description, license_)
         described = describe(model)
         options = TransportOptions(quantiles, map_)
         imported = read_transport(folder, described, "lin-act", options)
@@ -144,10 +144,11 @@ def argre(
 ) -> None:
     """Import a reward head of the ARGRE authors' code."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = checked_fields(out, name, description, license_)
         described = describe(model)
         states = hidden_dir or (path if path.is_dir() else path.parent)
-        imported = read_argre(path, states, described, positive_reward)
+        with output.progress("reading hidden states") as advance:
+            imported = read_argre(path, states, described, positive_reward, advance)
         defaults = RewardDefaults(eta=eta, iterations=iterations, direction_scale=direction_scale)
         write_head(out, fields, described, imported, defaults, as_json)
 
@@ -167,7 +168,7 @@ def control_vector(
 ) -> None:
     """Import a control vector of repeng or llama.cpp."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = checked_fields(out, name, description, license_)
         described = describe(model)
         chosen = None if layers is None else parse_layers(layers)
         imported = read_control_vector(path, described, chosen, place)
@@ -191,7 +192,7 @@ def svec(
 ) -> None:
     """Import a steering vector of IBM's activation-steering."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = checked_fields(out, name, description, license_)
         described = describe(model)
         imported = read_svec(path, described, parse_layers(layers), place)
         write_maps(out, fields, described, imported, "activation-steering", strength, as_json)
@@ -221,7 +222,7 @@ def sae(
 ) -> None:
     """Import a feature of a sparse autoencoder."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = checked_fields(out, name, description, license_)
         described = describe(model)
         imported = read_sae(path, described, Feature(feature, site, scale))
         write_maps(out, fields, described, imported, "sparse autoencoder", strength, as_json)

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from interventions.importers.imported import ImportedHead, ImportedMaps
+from interventions.importers.recognise import import_command
 from interventions.manifest import (
     AffineDefaults,
     AffineLimits,
@@ -20,6 +21,22 @@ from interventions.model import ModelDescription
 from server.cli.fit import output
 from server.engine.model.unloaded import describe_unloaded
 from server.version import installed_version
+
+
+def checked_fields(
+    out: Path, name: str | None, description: str, license_: str
+) -> Mapping[str, Any]:
+    """Check the options, and return the manifest's fields from them; see `manifest_fields`.
+
+    Raises:
+        FitCommandError: an option is wrong, or a file of another project would be overwritten.
+    """
+    fields = output.manifest_fields(out, name, description, license_)
+    if import_command(out) is not None:
+        raise output.FitCommandError(
+            f"--out is another project's file, which would be overwritten: {out}"
+        )
+    return fields
 
 
 def describe(model: str) -> ModelDescription:

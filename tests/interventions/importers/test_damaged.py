@@ -211,6 +211,13 @@ def _entry(kind: int, value: bytes) -> bytes:
     return struct.pack("<Q", 1) + b"k" + struct.pack("<I", kind) + value
 
 
+def _tensor(info: bytes) -> bytes:
+    """Return a control vector with one tensor, whose name is empty."""
+    value = struct.pack("<Q", 13) + b"controlvector"
+    key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8)
+    return _header(1, 1, key + value + struct.pack("<Q", 0) + info)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -222,9 +229,11 @@ def _entry(kind: int, value: bytes) -> bytes:
         _header(0, 1, _entry(9, struct.pack("<IQ", 8, 1 << 60))),
         _header(0, 1, _entry(9, struct.pack("<IQ", 9, 1 << 60))),
         _header(0, 1, _entry(99, b"")),
-        _header(1, 0, struct.pack("<QI", 0, 1 << 30)),
-        _header(1, 0, struct.pack("<QIQQIQ", 0, 2, 1 << 40, 1 << 40, 0, 0)),
-        _header(1, 0, struct.pack("<QIQIQ", 0, 1, 8, 0, 1 << 62)),
+        _tensor(struct.pack("<I", 1 << 30)),
+        _tensor(struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0)),
+        _tensor(struct.pack("<IQIQ", 1, 8, 0, 1 << 62)),
+        _tensor(struct.pack("<IQIQ", 1, 8, 2, 0)),
+        _tensor(b""),
         b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
         b"GGUF",
     ],
@@ -235,7 +244,7 @@ def test_lengths_beyond_the_file_are_refused_at_once(tmp_path: Path, data: bytes
     tracemalloc.start()
     try:
         with pytest.raises(ImportFileError):
-            read_gguf(path)
+            read_gguf(path, "controlvector")
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -247,7 +256,7 @@ def test_a_large_file_is_not_read(tmp_path: Path, model: ModelDescription) -> No
             file.write(b"GGUF")
             file.truncate(1 << 30)
     with pytest.raises(ImportFileError, match="the limit is"):
-        read_gguf(tmp_path / "v.gguf")
+        read_gguf(tmp_path / "v.gguf", "controlvector")
     with pytest.raises(ImportFileError, match="the limit is"):
         read_svec(tmp_path / "v.svec", model, frozenset({1}), "residual")
 

@@ -103,6 +103,12 @@ def test_mean_or_gaussian_must_be_known(tmp_path: Path, model: ModelDescription)
     assert read(folder, model, gaussian="gaussian").method == "gaussian-act"
 
 
+def test_a_hook_of_ml_act_is_no_lineas_map(tmp_path: Path, model: ModelDescription) -> None:
+    folder = write_hooks(tmp_path / "mean_ot", {SITES[0]: gaussian_state(0)})
+    with pytest.raises(ImportFileError, match="import the folder by ml-act"):
+        read_transport(folder, model, "lineas", TransportOptions())
+
+
 def _without(name: str) -> State:
     return {key: value for key, value in linear_state(0).items() if key != name}
 

@@ -17,9 +17,11 @@ from interventions.importers.sae import Feature, read_sae
 from interventions.importers.sites import Place, parse_layers
 from interventions.importers.svec import read_svec
 from interventions.model import ModelDescription
+from server.engine.base import Edit
+from server.engine.torch.options import EngineOptions
 from server.engine.vllm.plugin.sites import ARCHITECTURES, possible_sites
 from steering.settings import AffineSettings
-from tests.conftest import LoadTiny
+from tests.conftest import LoadTiny, StartEngine
 from tests.foreign_files import (
     add_after,
     add_before,
@@ -31,9 +33,10 @@ from tests.foreign_files import (
     write_svec,
 )
 from tests.oracles import Oracle
+from tests.steered import assert_equal_to_stack, generate
 from tests.tiny import FAMILIES, WIDTH, tiny_model
 
-TOKENS = tuple(b"how do you do?")
+TOKENS = b"how do you do?"
 LAYER = {
     "gpt2": "transformer.h.",
     "opt": "model.decoder.layers.",
@@ -77,6 +80,24 @@ def test_svec_directions_are_added_before_their_layers(
     hooks = [(f"{prefix}{n}", "before", add_before(vector)) for n, vector in DIRECTIONS.items()]
     theirs = hooked_logits(tiny_model(family), hooks, TOKENS)
     assert torch.allclose(steered_logits(imported, family), theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_the_engine_edits_whole_layers(
+    tmp_path: Path, load_tiny: LoadTiny, start_engine: StartEngine, family: str
+) -> None:
+    described = load_tiny(family).description
+    vector = write_control_vector(tmp_path / "v.gguf", DIRECTIONS)
+    svec = write_svec(tmp_path / "v.svec", DIRECTIONS)
+    imported = {
+        "after": read_control_vector(vector, described, None, "residual").parameters,
+        "before": read_svec(svec, described, frozenset({0, 1}), "residual").parameters,
+    }
+    engine = await start_engine(imported, family, EngineOptions(kv_cache_gb=0.01))
+    settings = AffineSettings(-0.7)
+    for name, parameters in imported.items():
+        outputs = await generate(engine, TOKENS, (Edit(name, settings),))
+        assert_equal_to_stack(outputs, family, TOKENS, [(parameters, settings)])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2"])
@@ -184,7 +205,7 @@ def test_a_control_vector_that_does_not_fit(
 
 def test_a_model_is_no_control_vector(tmp_path: Path, model: ModelDescription) -> None:
     path = write_control_vector(tmp_path / "v.gguf", DIRECTIONS, "llama")
-    with pytest.raises(ImportFileError, match="but not of a control vector"):
+    with pytest.raises(ImportFileError, match="architecture is 'llama', and not 'controlvector'"):
         read_control_vector(path, model, None, "residual")
     path = write_control_vector(tmp_path / "w.gguf", DIRECTIONS)
     with pytest.raises(ImportFileError, match="no direction for layer 7; it has 0, 1"):

@@ -193,6 +193,18 @@ def test_a_wrong_option_is_one_sentence_and_status_2(
     assert not out.exists()
 
 
+def test_the_file_of_another_project_is_not_overwritten(
+    tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    path, options = write_one("sae", tmp_path)
+    weights = path / "sae_weights.safetensors"
+    before = weights.read_bytes()
+    result = import_file(tiny_folders["llama"], "sae", path, weights, *options)
+    assert result.exit_code == 2
+    assert "would be overwritten" in result.stderr
+    assert weights.read_bytes() == before
+
+
 def test_a_positive_reward_that_is_no_number(
     tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:
