@@ -1,0 +1,95 @@
+"""Tests of logistic probes against a hand-written objective, which is convex."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from steering.fit import FitError
+from steering.fit.probes import Probes, fit_probes
+
+
+def _vectors(
+    n: int, m: int, apart: float, probes: int = 3, width: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Each probe's vectors are a hundred times as long as those of the one before."""
+    random = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1e-2, 1.0, 1e2][:probes], dtype=torch.float64)[:, None, None]
+    negatives = torch.randn(probes, n, width, generator=random, dtype=torch.float64)
+    positives = apart + torch.randn(probes, m, width, generator=random, dtype=torch.float64)
+    return sizes * negatives, sizes * positives
+
+
+def _objective(weights: Tensor, intercept: Tensor, negatives: Tensor, positives: Tensor) -> Tensor:
+    """One probe's objective, vector by vector."""
+    total = (weights @ weights) / 2
+    for vector in negatives:
+        total = total + torch.log1p(torch.exp(weights @ vector + intercept))
+    for vector in positives:
+        total = total + torch.log1p(torch.exp(-(weights @ vector) - intercept))
+    return total
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.5, 5.0])
+@pytest.mark.parametrize(("n", "m"), [(30, 30), (20, 3), (1, 1)])
+def test_the_gradient_of_the_objective_is_zero(n: int, m: int, apart: float) -> None:
+    negatives, positives = _vectors(n, m, apart)
+    fitted = fit_probes(negatives, positives)
+    for probe in range(len(negatives)):
+        weights = fitted.weights[probe].clone().requires_grad_()
+        intercept = fitted.intercepts[probe].clone().requires_grad_()
+        _objective(weights, intercept, negatives[probe], positives[probe]).backward()  # type: ignore[no-untyped-call]
+        assert weights.grad is not None
+        assert intercept.grad is not None
+        assert weights.grad.abs().max().item() < 1e-6
+        assert abs(intercept.grad.item()) < 1e-6
+
+
+def test_each_probe_is_fitted_as_if_alone() -> None:
+    negatives, positives = _vectors(20, 15, 1.0)
+    together = fit_probes(negatives, positives)
+    for probe in range(len(negatives)):
+        alone = fit_probes(negatives[probe : probe + 1], positives[probe : probe + 1])
+        torch.testing.assert_close(together.weights[probe], alone.weights[0], rtol=1e-6, atol=1e-9)
+
+
+def test_vectors_that_do_not_differ_give_the_odds_of_the_counts() -> None:
+    fitted = fit_probes(torch.ones(1, 6, 3).double(), torch.ones(1, 2, 3).double())
+    logit = fitted.logits(torch.ones(1, 1, 3).double()).item()
+    assert logit == pytest.approx(math.log(2 / 6), abs=1e-6)
+    zero = fit_probes(torch.zeros(1, 6, 3).double(), torch.zeros(1, 2, 3).double())
+    assert torch.equal(zero.weights, torch.zeros(1, 3).double())
+
+
+def test_far_apart_vectors_give_finite_probes() -> None:
+    fitted = fit_probes(*_vectors(40, 40, 1e6))
+    assert fitted.weights.isfinite().all()
+    assert fitted.intercepts.isfinite().all()
+
+
+def test_accuracies_and_losses_are_counted_vector_by_vector() -> None:
+    negatives, positives = _vectors(9, 5, 0.3)
+    probes = Probes(torch.randn(3, 4).double(), torch.tensor([0.1, -0.2, 0.3]).double())
+    accuracies, losses = (
+        probes.accuracies(negatives, positives),
+        probes.log_losses(negatives, positives),
+    )
+    for probe in range(3):
+        right, loss = 0, 0.0
+        for vectors, is_positive in ((negatives[probe], False), (positives[probe], True)):
+            for vector in vectors:
+                logit = (probes.weights[probe] @ vector + probes.intercepts[probe]).item()
+                right += (logit > 0) == is_positive
+                loss += float(
+                    torch.nn.functional.softplus(torch.tensor(logit * (1 - 2 * is_positive)))
+                )
+        assert accuracies[probe].item() == right / 14
+        assert losses[probe].item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_vectors_that_are_not_finite_are_refused() -> None:
+    negatives, positives = _vectors(3, 3, 1.0)
+    positives[1, 2, 0] = torch.nan
+    with pytest.raises(FitError, match="not finite"):
+        fit_probes(negatives, positives)
