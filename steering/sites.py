@@ -58,6 +58,34 @@ DEFAULT_SITES: Final[Mapping[str, str]] = {
 }
 
 
+HEAD_OUTPUTS: Final = r".*attn\.(o_proj|out_proj|c_proj)\.input"
+"""Pattern of the sites at which an attention block's heads have their outputs side by side, in the
+families of `DEFAULT_SITES`."""
+
+
+def block_outputs(sites: Iterable[str], blocks: int) -> tuple[str, ...]:
+    """Return the outputs of a model's blocks, which hold the residual stream, the first one first.
+
+    Args:
+        sites: the model's sites.
+        blocks: number of its blocks (layers).
+
+    Raises:
+        SiteError: no list of modules of the model has so many members.
+    """
+    numbers: dict[str, set[str]] = {}
+    for site in sites:
+        parent, _, number = site.rpartition(".")
+        numbers.setdefault(parent, set()).add(number)
+    wanted = [str(number) for number in range(blocks)]
+    lists = [parent for parent, members in numbers.items() if members.issuperset(wanted)]
+    if not lists:
+        raise SiteError(f"the model has no list of {blocks} blocks: name sites by their paths")
+    # A list inside a block, such as its experts, has a longer path.
+    parent = min(lists, key=len)
+    return tuple(f"{parent}.{number}" for number in wanted)
+
+
 def default_sites(architecture: str) -> str:
     """Return the pattern of an architecture's default sites.
 

@@ -25,3 +25,12 @@ def fit_argre_by_command(model: str, folder: Path, *more: str) -> Result:
     options = [part for name, file in files.items() for part in (name, str(folder / file))]
     small = ["--model", model, "--dtype", "float32", "--hidden-units", "16"]
     return CliRunner().invoke(app, ["fit", "argre", *options, *small, *more])
+
+
+def fit_by_command(method: str, model: str, folder: Path, *more: str) -> Result:
+    """Run `steerserve fit` with one of the methods that need no training."""
+    files = {"--source": "toxic.txt", "--target": "neutral.txt", "--out": f"{method}.safetensors"}
+    options = [part for name, file in files.items() for part in (name, str(folder / file))]
+    return CliRunner().invoke(
+        app, ["fit", method, *options, "--model", model, "--dtype", "float32", *more]
+    )

@@ -46,8 +46,8 @@ def linear_transport(
             "Lin-AcT fits a slope, which needs at least 2 sentences on each side: the source has "
             f"{len(source)}, the target {len(target)} (Mean-AcT and CAA need 1)"
         )
-    if support is not None and not 0 <= support[0] < support[1] <= 1:
-        raise FitError("the support must be two quantiles from 0 to 1, the lower one first")
+    if support is not None:
+        check_support(support)
     x, y, shares = couple(source, target)
     x_mean, y_mean = (shares * x).sum(0), (shares * y).sum(0)
     x_centred, y_centred = x - x_mean, y - y_mean
@@ -59,6 +59,19 @@ def linear_transport(
     bias = y_mean - weight * x_mean
     low, high = (None, None) if support is None else _quantiles(source, support)
     return AffineMap(weight=weight.float(), bias=bias.float(), low=low, high=high)
+
+
+def check_support(quantiles: Quantiles) -> None:
+    """Refuse quantiles that hold no range.
+
+    Raises:
+        FitError: they are not 0 <= low < high <= 1.
+    """
+    low, high = quantiles
+    if not 0 <= low < high <= 1:
+        raise FitError(
+            f"the quantiles must lie between 0 and 1, the lower one first, not {low:g} and {high:g}"
+        )
 
 
 def mean_shift(source: Tensor, target: Tensor) -> AffineMap:

@@ -29,6 +29,7 @@ from steering.fit import FitError, OnStep
 from steering.fit.activations import TokenIds, frozen
 from steering.fit.lineas_settings import LineasSettings
 from steering.fit.lineas_training import LineasTraining, State
+from steering.fit.sampling import draw
 from steering.fit.sparsity import Support, acts, support_of
 
 
@@ -87,8 +88,8 @@ def fit_lineas(
             another fit, a loss that rose or is not finite, or no map that does anything.
     """
     random = torch.Generator().manual_seed(settings.seed)
-    chosen_source = _draw(source, settings.samples, random, "source", "samples")
-    chosen_target = _draw(
+    chosen_source = draw(source, settings.samples, random, "source", "samples")
+    chosen_target = draw(
         target,
         settings.target_count,
         random,
@@ -113,22 +114,6 @@ def fit_lineas(
         )
     report = LineasReport(training.initial_loss, final_loss, support_of(training.maps))
     return _acting(training.maps, settings), report
-
-
-def _draw(
-    sentences: Sequence[TokenIds],
-    samples: int,
-    random: torch.Generator,
-    side: str,
-    setting: str,
-) -> list[TokenIds]:
-    if len(sentences) < samples:
-        raise FitError(
-            f"{samples} samples were asked for, the {side} has {len(sentences)}: add sentences, or "
-            f"set {setting} to {len(sentences)}"
-        )
-    rows = torch.randperm(len(sentences), generator=random)[:samples]
-    return [sentences[row] for row in rows.tolist()]
 
 
 def _acting(maps: Mapping[str, AffineMap], settings: LineasSettings) -> dict[str, AffineMap]:

@@ -28,7 +28,7 @@ from server.cli.fit.options import (
     Threads,
     default_setting,
 )
-from server.cli.fit.training_files import TrainingFile, read_lines
+from server.cli.fit.training_files import read_sides
 from steering.fit.lineas import fit_lineas
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
 from steering.fit.pooling import Pooling
@@ -128,7 +128,7 @@ def lineas(
             seed=seed,
         )
         kept = None if checkpoint is None else CheckpointFile(checkpoint, out, checkpoint_every)
-        source_file, target_file = _read_sides(source, target)
+        source_file, target_file = read_sides(source, target)
         loaded = output.load(model, dtype, device, threads)
         pattern = sites or default_sites(loaded.description.architecture)
         chosen = choose_sites(pattern, loaded.description.site_widths)
@@ -175,13 +175,3 @@ def lineas(
                 },
             )
             output.write(out, manifest, maps, figures, as_json)
-
-
-def _read_sides(source: Path, target: Path) -> tuple[TrainingFile, TrainingFile]:
-    source_file, target_file = read_lines(source), read_lines(target)
-    if set(source_file.lines) == set(target_file.lines):
-        raise output.FitCommandError(
-            f"{source} and {target} hold the same sentences: --source must be the text to steer "
-            "away from, --target the text to steer towards"
-        )
-    return source_file, target_file

@@ -1,14 +1,32 @@
 """The options that several fit commands have."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from steering.fit.pooling import Pooling as PoolingName
+
 Model: TypeAlias = Annotated[
     str, typer.Option(help="Model to fit on: embedded, a Hugging Face id or a folder.")
 ]
 Out: TypeAlias = Annotated[Path, typer.Option(help="The artifact to write, X.safetensors.")]
+Source: TypeAlias = Annotated[
+    Path, typer.Option(help="File of sentences to steer away from, one per line.")
+]
+Target: TypeAlias = Annotated[
+    Path, typer.Option(help="File of sentences to steer towards, one per line.")
+]
+AllOrSamples: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Sentences drawn from each file; if unset, all.")
+]
+ForwardBatch: TypeAlias = Annotated[
+    int, typer.Option(min=1, help="Sentences in one forward pass, which bound the memory.")
+]
+Pooling: TypeAlias = Annotated[
+    PoolingName, typer.Option(help="How a sentence's tokens become one vector.")
+]
 Name: TypeAlias = Annotated[
     str | None,
     typer.Option(help="The intervention's name; if unset, the file's name without its suffix."),
@@ -33,7 +51,39 @@ Threads: TypeAlias = Annotated[
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
-def default_setting(limits: tuple[float, float], what: str) -> Any:
-    """Make the option of a setting that the artifact has for requests that give none."""
-    low, high = limits
-    return typer.Option(min=low, max=high, help=f"Default {what}, for requests that give none.")
+def chosen_sites(otherwise: str) -> Any:
+    """Make the option --sites; `otherwise` says which sites are taken if it is unset."""
+    return typer.Option(
+        metavar="REGEX",
+        help="Regular expression for module paths, to map the modules' outputs; it chooses inputs "
+        f"where it matches '<module path>.input' and not the path. If unset, {otherwise}.",
+    )
+
+
+def default_setting(limits: tuple[float, float] | None, what: str) -> Any:
+    """Make the option of a setting that the artifact has for requests that give none.
+
+    Args:
+        limits: the least and greatest value; None if the command checks them.
+        what: the setting, in words.
+    """
+    low, high = limits or (None, None)
+    text = f"Default {what}, for requests that give none."
+    return typer.Option(min=low, max=high, help=text, callback=_finite)
+
+
+def greatest_strength(most: float) -> Any:
+    """Make the option --max-strength of methods whose strengths may be negative."""
+    return typer.Option(
+        min=0,
+        max=most,
+        metavar="X",
+        help="Requests may ask for strengths from -X to X.",
+    )
+
+
+def _finite(value: float) -> float:
+    """Refuse NaN and infinity, where no range does."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value

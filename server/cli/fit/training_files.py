@@ -51,6 +51,21 @@ def read_lines(path: Path) -> TrainingFile:
     return TrainingFile(path.name, hashlib.sha256(data).hexdigest(), tuple(lines))
 
 
+def read_sides(source: Path, target: Path) -> tuple[TrainingFile, TrainingFile]:
+    """Read the sentences to steer away from and those to steer towards.
+
+    Raises:
+        TrainingFileError: `read_lines` refuses a file, or both hold the same sentences.
+    """
+    source_file, target_file = read_lines(source), read_lines(target)
+    if set(source_file.lines) == set(target_file.lines):
+        raise TrainingFileError(
+            f"{source} and {target} hold the same sentences: --source must be the text to steer "
+            "away from, --target the text to steer towards"
+        )
+    return source_file, target_file
+
+
 def read_pairs(path: Path) -> tuple[TrainingFile, list[TextPair]]:
     """Read JSON lines of `{"prompt"?, "positive", "negative"}`.
 

@@ -1,5 +1,7 @@
 """Tests of the closed forms against numpy, one neuron at a time, and of degenerate samples."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -151,7 +153,9 @@ def test_activations_that_are_not_finite_are_refused(value: float) -> None:
             closed_form(good, bad)
 
 
-@pytest.mark.parametrize("quantiles", [(0.9, 0.1), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.5)])
+@pytest.mark.parametrize(
+    "quantiles", [(0.9, 0.1), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.5), (0.0, math.nan)]
+)
 def test_a_support_out_of_order_or_range_is_refused(quantiles: tuple[float, float]) -> None:
-    with pytest.raises(FitError, match="two quantiles"):
+    with pytest.raises(FitError, match="the lower one first"):
         linear_transport(*_samples(3, 3), quantiles)
