@@ -1,4 +1,4 @@
-"""Reads from a model what a fit needs: pooled activations at sites, and states before the head.
+"""Reads pooled activations at sites from a model, for fits.
 
 A site is a module's output, or its input (see `steering.sites`). Activations are pooled over a
 sequence's tokens as soon as their site is reached, so that those of one site and one batch are in
@@ -164,52 +164,6 @@ def site_token_means(
 
     run_sites(model, batch, sites, measure)
     return pooled
-
-
-@torch.no_grad()
-def collect_hidden_states(
-    model: nn.Module,
-    head: nn.Module,
-    sequences: Sequence[TokenIds],
-    batch_size: int,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[Tensor]:
-    """Return the untouched model's hidden states before the language-model head, for every token.
-
-    Args:
-        model: a causal language model.
-        head: its language-model head (`lm_head`), a submodule that takes the hidden states as its
-            first argument. It is not run.
-        sequences: token ids.
-        batch_size: sequences in a forward pass.
-        on_batch: called after every forward pass with (sequences done, sequences in all).
-
-    Returns:
-        One (tokens, width) float32 tensor for each sequence, on the model's device; width is the
-        head's `in_features`.
-
-    Raises:
-        FitError: a sequence has no token, or the model does not run the head.
-    """
-    captured: list[Tensor] = []
-
-    def capture(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        captured.append(args[0].float())
-        raise _StopForwardError
-
-    states: list[Tensor] = []
-    for start in range(0, len(sequences), batch_size):
-        chunk = sequences[start : start + batch_size]
-        with head.register_forward_pre_hook(capture):
-            _run_until_stopped(model, pad_right(chunk, model_device(model)))
-        if not captured:
-            raise FitError("the model does not run its language-model head")
-        padded = captured.pop()
-        # A copy, not a view: a view would keep the padding's memory alive.
-        states += [padded[row, : len(tokens)].clone() for row, tokens in enumerate(chunk)]
-        if on_batch is not None:
-            on_batch(len(states), len(sequences))
-    return states
 
 
 @contextmanager

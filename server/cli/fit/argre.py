@@ -31,8 +31,8 @@ from server.cli.fit.options import (
 )
 from server.cli.fit.training_files import TextPair, read_pairs
 from server.engine.torch.model.loader import LoadedModel
-from steering.fit.activations import collect_hidden_states
 from steering.fit.argre import ArgreSettings, fit_argre
+from steering.fit.hidden_states import collect_hidden_states
 
 _FORWARD_BATCH: Final = 32  # sequences in one forward pass that only collects hidden states
 _LIMITS: Final = RewardLimits()

@@ -1,4 +1,4 @@
-"""Tests ARGRE fits: direction, path and loss against loops; ranking; determinism; padding."""
+"""Tests ARGRE fits: direction, path and loss against loops; ranking; determinism."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from steering.fit import FitError
-from steering.fit.activations import collect_hidden_states
 from steering.fit.argre import ArgreSettings, fit_argre
 from steering.fit.preferences import interpolate, mean_direction, preference_loss
 from steering.reward import RewardHead, reward
-from tests.tiny import WIDTH, tiny_model
 
 _SETTINGS = ArgreSettings(hidden_units=32, learning_rate=5e-3)
 
@@ -138,34 +136,6 @@ def test_only_tokens_that_both_texts_have_train_the_head() -> None:
     assert torch.equal(head.w1, other.w1)
     assert torch.equal(head.w2, other.w2)
     assert not torch.equal(head.positive_reward, other.positive_reward)
-
-
-def test_hidden_states_are_the_heads_input_whatever_the_padding() -> None:
-    model = tiny_model("llama")
-    lm_head = model.get_submodule("lm_head")
-    sequences = [[1, 2, 3], [7], [5, 6, 7, 8, 9, 10, 11, 12]]
-    ran: list[str] = []
-    handle = lm_head.register_forward_hook(lambda *_: ran.append("lm_head"))
-    done: list[tuple[int, int]] = []
-    together = collect_hidden_states(
-        model, lm_head, sequences, 3, lambda count, total: done.append((count, total))
-    )
-    alone = collect_hidden_states(model, lm_head, sequences, 1)
-    handle.remove()
-    assert ran == []
-    assert done == [(3, 3)]
-    for sequence, padded, single in zip(sequences, together, alone, strict=True):
-        assert padded.shape == (len(sequence), WIDTH)
-        assert padded.dtype == torch.float32
-        torch.testing.assert_close(padded, single, atol=1e-5, rtol=1e-4)
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([sequence])).logits[0]
-        torch.testing.assert_close(lm_head(padded), logits, atol=1e-4, rtol=1e-4)
-
-
-def test_a_head_that_is_not_run_is_an_error() -> None:
-    with pytest.raises(FitError, match="does not run"):
-        collect_hidden_states(tiny_model("llama"), torch.nn.Linear(2, 2), [[1]], 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from interventions.artifact import read_artifact
 from interventions.compatibility import check_compatible
 from interventions.manifest import RewardManifest
 from server.engine.torch.model.loader import load_model
-from steering.fit.activations import collect_hidden_states
+from steering.fit.hidden_states import collect_hidden_states
 from steering.reward import RewardHead
 from tests.fitting import PAIRS, fit_argre_by_command
 from tests.tiny import WIDTH
