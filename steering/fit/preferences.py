@@ -1,31 +1,69 @@
-"""The direction, the interpolated preference pairs and the loss that ARGRE learns from.
+"""The interpolated preference pairs and the loss that ARGRE learns from.
 
 "Detoxifying Large Language Models via Autoregressive Reward Guided Representation Editing"
 (NeurIPS 2025). With `h+`, `h-` the hidden states before the head (after the final norm) of a
-pair's positive and negative text:
+pair's positive and negative text, and `unit` the direction of `steering.fit.directions`, scaled to
+length 1:
 
-    direction d = mean over pairs of (last token of h+  -  last token of h-),   unit = d / ||d||
     h(alpha) = h+ + alpha ((h- - h+) . unit) unit,  alpha in linspace(0, 1, interpolations + 2)
 
 over the token positions that both texts have. Of two neighbouring points on this path, `chosen` is
 the one nearer to h+. With r summed over tokens (and r_bar its mean over tokens) the loss is
 
     -log sigmoid(beta (r(chosen) - r(rejected))) + center mean((r_bar(chosen) + r_bar(rejected))^2)
+
+A neutral text is a positive without a negative. Its negative is the text itself, moved against
+`unit` by the distance that lies between the pairs' positives and negatives in the mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from steering.fit.hidden_states import TextStates
 
-def mean_direction(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
-    """Return the direction d, not normalised: pairs of (tokens, width) -> (width,), all float32."""
-    differences = [
-        positive[-1] - negative[-1] for positive, negative in zip(positives, negatives, strict=True)
-    ]
-    return torch.stack(differences).mean(dim=0)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Preferences:
+    """Pairs to learn from: some of all pairs, then some of the neutral texts. Reads on demand."""
+
+    positives: TextStates
+    negatives: TextStates
+    rows: list[int]  # indices into positives and negatives
+    neutral: TextStates
+    neutral_rows: list[int]  # indices into neutral
+    shift: Tensor  # (width,) float32, from a neutral text's negative to the text
+
+    def __len__(self) -> int:
+        """Return the number of pairs, neutral texts included."""
+        return len(self.rows) + len(self.neutral_rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Read a pair's positive and negative, each (tokens, width) float32."""
+        if index < len(self.rows):
+            row = self.rows[index]
+            return self.positives[row], self.negatives[row]
+        text = self.neutral[self.neutral_rows[index - len(self.rows)]]
+        return text, text - self.shift
+
+    def without_neutral(self) -> "Preferences":
+        """Return the pairs alone."""
+        return replace(self, neutral_rows=[])
+
+    def each_positive(self) -> Iterator[Tensor]:
+        """Read the pairs' positives, each (tokens, width) float32; neutral texts are left out."""
+        return (self.positives[row] for row in self.rows)
+
+    def each_negative(self) -> Iterator[Tensor]:
+        """Read the pairs' negatives, likewise."""
+        return (self.negatives[row] for row in self.rows)
+
+    def each_neutral(self) -> Iterator[Tensor]:
+        """Read the neutral texts, likewise."""
+        return (self.neutral[row] for row in self.neutral_rows)
 
 
 def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
@@ -60,30 +98,47 @@ def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -
     """
     sums = (rewards * mask).sum(dim=-1)
     means = sums / mask.sum(dim=-1)
-    preference = -functional.logsigmoid(beta * (sums[:-1] - sums[1:])).mean()
-    return preference + center * (means[:-1] + means[1:]).square().mean()
+    return _loss(sums[:-1], sums[1:], means[:-1] + means[1:], beta, center).mean()
 
 
-def common_tokens(
-    positives: Sequence[Tensor], negatives: Sequence[Tensor], rows: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(positive: Tensor, negative: Tensor, beta: float, center: float) -> Tensor:
+    """Return the module's loss of a pair's two ends, over all tokens of each text.
+
+    Args:
+        positive: (tokens,) float32, rewards of the positive's tokens.
+        negative: (tokens of the negative,) float32.
+        beta: scale of the preference.
+        center: weight of the term that keeps rewards around 0.
+
+    Returns:
+        () float32.
+    """
+    means = positive.mean() + negative.mean()
+    return _loss(positive.sum(), negative.sum(), means, beta, center)
+
+
+def _loss(chosen: Tensor, rejected: Tensor, means: Tensor, beta: float, center: float) -> Tensor:
+    """Return each comparison's loss from sums of rewards, and the sum of both means."""
+    return center * means.square() - functional.logsigmoid(beta * (chosen - rejected))
+
+
+def common_tokens(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the token positions that both texts of each pair have, as one batch.
 
     Args:
-        positives: one (tokens, width) float32 tensor for each pair.
-        negatives: likewise.
-        rows: the indices of the batch's pairs; at least one.
+        pairs: a (tokens, width) float32 tensor for each pair's positive and negative; at least one
+            pair.
 
     Returns:
         Positives and negatives, (pairs, tokens, width) float32 each, with zeros for padding; and
         the mask, (pairs, tokens) bool.
     """
-    lengths = [min(len(positives[row]), len(negatives[row])) for row in rows]
-    shape = (len(rows), max(lengths), positives[rows[0]].shape[-1])
-    positive = positives[rows[0]].new_zeros(shape)
-    negative = torch.zeros_like(positive)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        positive[index, :length] = positives[row][:length]
-        negative[index, :length] = negatives[row][:length]
-    counts = torch.tensor(lengths, device=positive.device)
-    return positive, negative, torch.arange(max(lengths), device=positive.device) < counts[:, None]
+    lengths = [min(len(positive), len(negative)) for positive, negative in pairs]
+    first = pairs[0][0]
+    positives = first.new_zeros(len(pairs), max(lengths), first.shape[-1])
+    negatives = torch.zeros_like(positives)
+    for index, ((positive, negative), length) in enumerate(zip(pairs, lengths, strict=True)):
+        positives[index, :length] = positive[:length]
+        negatives[index, :length] = negative[:length]
+    counts = torch.tensor(lengths, device=first.device)
+    return positives, negatives, torch.arange(max(lengths), device=first.device) < counts[:, None]

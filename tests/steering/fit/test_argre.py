@@ -1,16 +1,22 @@
-"""Tests ARGRE fits: direction, path and loss against loops; ranking; determinism."""
+"""Tests ARGRE fits: ranking, r_plus, held-out pairs, neutral texts, determinism, memory."""
 
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from io import FileIO
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from steering.fit import FitError
-from steering.fit.argre import ArgreSettings, fit_argre
-from steering.fit.preferences import interpolate, mean_direction, preference_loss
+from steering.fit.argre import fit_argre
+from steering.fit.argre_settings import ArgreSettings
+from steering.fit.directions import principal_direction
+from steering.fit.hidden_states import SpooledStates
 from steering.reward import RewardHead, reward
+from tests.allocations import PeakBytes
 
 _SETTINGS = ArgreSettings(hidden_units=32, learning_rate=5e-3)
 
@@ -33,57 +39,6 @@ def _equal(one: RewardHead, other: RewardHead) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
-def test_the_direction_is_the_mean_difference_of_last_tokens() -> None:
-    positives, negatives = _pairs(5, seed=0)
-    expected = [0.0] * 8
-    for positive, negative in zip(positives, negatives, strict=True):
-        for axis in range(8):
-            expected[axis] += (positive[-1, axis] - negative[-1, axis]).item() / 5
-    torch.testing.assert_close(mean_direction(positives, negatives), torch.tensor(expected))
-
-
-def test_the_path_is_what_loops_compute() -> None:
-    torch.manual_seed(0)
-    positive, negative = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    direction = torch.randn(4)
-    unit = direction / direction.norm()
-    points = interpolate(positive, negative, unit, interpolations=7)
-    assert points.shape == (9, 2, 3, 4)
-    for index in range(9):
-        alpha = index / 8
-        for pair in range(2):
-            for token in range(3):
-                difference = negative[pair, token] - positive[pair, token]
-                along = sum(float(d * u) for d, u in zip(difference, unit, strict=True))
-                expected = positive[pair, token] + alpha * along * unit
-                torch.testing.assert_close(points[index, pair, token], expected)
-
-
-def test_the_path_moves_along_the_direction_only() -> None:
-    positive, negative = torch.randn(3, 5), torch.randn(3, 5)
-    unit = torch.eye(5)[2]
-    points = interpolate(positive, negative, unit, interpolations=1)
-    assert torch.equal(points[0], positive)
-    torch.testing.assert_close(points[-1][:, 2], negative[:, 2])
-    assert torch.equal(points[-1][:, :2], positive[:, :2])
-
-
-def test_the_loss_is_what_loops_compute() -> None:
-    torch.manual_seed(0)
-    rewards = torch.randn(3, 2, 4)
-    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
-    preferences, centers = [], []
-    for point in range(2):
-        for pair, length in enumerate((3, 1)):
-            chosen = rewards[point, pair, :length]
-            rejected = rewards[point + 1, pair, :length]
-            margin = 0.05 * (chosen.sum() - rejected.sum())
-            preferences.append(torch.log(1 + torch.exp(-margin)))
-            centers.append((chosen.mean() + rejected.mean()) ** 2)
-    expected = torch.stack(preferences).mean() + 0.01 * torch.stack(centers).mean()
-    torch.testing.assert_close(preference_loss(rewards, mask, beta=0.05, center=0.01), expected)
-
-
 def test_the_reward_ranks_pairs_that_it_never_saw() -> None:
     head, report = fit_argre(*_pairs(200, seed=1), _SETTINGS)
     positives, negatives = _pairs(200, seed=2)
@@ -99,15 +54,102 @@ def test_the_reward_ranks_pairs_that_it_never_saw() -> None:
 
 def test_the_positive_reward_is_the_mean_over_all_positive_tokens() -> None:
     positives, negatives = _pairs(20, seed=3)
-    head, report = fit_argre(positives, negatives, _SETTINGS)
+    head, report = fit_argre(positives, negatives, replace(_SETTINGS, held_out=0.0))
     torch.testing.assert_close(head.positive_reward, reward(head, torch.cat(positives)).mean())
     assert report.positive_reward == pytest.approx(head.positive_reward.item())
-    assert torch.equal(head.direction, mean_direction(positives, negatives))
+    ends = [(one[-1] - other[-1]) for one, other in zip(positives, negatives, strict=True)]
+    assert torch.equal(head.direction, torch.stack(ends).mean(dim=0))
     assert report.direction_norm == pytest.approx(head.direction.norm().item())
     assert head.w1.shape == (32, 8)
     assert head.b1.shape == head.w2.shape == (32,)
     assert head.b2.shape == head.positive_reward.shape == ()
     assert not head.w1.requires_grad
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.25, 0.5, 1.0])
+def test_the_positive_reward_may_be_a_quantile(quantile: float) -> None:
+    positives, negatives = _pairs(20, seed=3)
+    settings = replace(_SETTINGS, held_out=0.0, reward_quantile=quantile)
+    head, _ = fit_argre(positives, negatives, settings)
+    rewards = torch.cat([reward(head, states) for states in positives])
+    assert torch.equal(
+        head.positive_reward, torch.quantile(rewards, quantile, interpolation="nearest")
+    )
+
+
+def test_the_direction_may_be_the_principal_component() -> None:
+    positives, negatives = _pairs(30, seed=4)
+    settings = replace(_SETTINGS, held_out=0.0, direction="principal-component")
+    head, report = fit_argre(positives, negatives, settings)
+    ends = [(one[-1] - other[-1]) for one, other in zip(positives, negatives, strict=True)]
+    assert torch.equal(head.direction, principal_direction(torch.stack(ends)))
+    assert report.direction_norm == pytest.approx(1)
+
+
+def test_held_out_pairs_are_measured_and_have_no_part_in_the_fit() -> None:
+    positives, negatives = _pairs(10, seed=5)
+    # One epoch, so that there is none to select.
+    settings = replace(_SETTINGS, held_out=0.25, epochs=1)
+    head, report = fit_argre(positives, negatives, settings)
+    assert (report.training_pairs, report.held_out_pairs) == (8, 2)
+    held_out = []
+    for row in range(10):
+        texts = [states + 1 if index == row else states for index, states in enumerate(positives)]
+        if _equal(fit_argre(texts, negatives, settings)[0], head):
+            held_out.append(row)
+    assert len(held_out) == 2
+    rewards = [(reward(head, positives[row]), reward(head, negatives[row])) for row in held_out]
+    right = [bool(positive.sum() > negative.sum()) for positive, negative in rewards]
+    assert report.held_out_accuracy == sum(right) / 2
+    sides = zip(*rewards, strict=True)
+    gaps = [torch.relu(head.positive_reward - torch.cat(side)).mean() for side in sides]
+    assert report.positive_gap == pytest.approx(gaps[0].item())
+    assert report.negative_gap == pytest.approx(gaps[1].item())
+    assert report.neutral_gap is None
+
+
+def test_too_few_pairs_to_hold_any_out_keep_the_last_epoch() -> None:
+    _, report = fit_argre(*_pairs(9, seed=6), _SETTINGS)
+    assert (report.training_pairs, report.held_out_pairs, report.best_epoch) == (9, 0, 3)
+    assert report.held_out_accuracy is None
+    assert report.held_out_loss is None
+
+
+def test_neutral_texts_count_as_positives() -> None:
+    positives, negatives = _pairs(20, seed=7)
+    generator = torch.Generator().manual_seed(8)
+    # Texts of another kind: far from the pairs' in a coordinate that the direction does not have.
+    offset = 3 * torch.eye(8)[4]
+    neutral = [torch.randn(6, 8, generator=generator) + offset for _ in range(40)]
+    settings = replace(_SETTINGS, epochs=10)
+    head, with_neutral = fit_argre(positives, negatives, settings, neutral=neutral)
+    other, alone = fit_argre(positives, negatives, settings)
+    assert with_neutral.training_pairs == 18
+    assert alone.neutral_gap is None
+    assert torch.equal(head.direction, other.direction)
+    unseen = torch.randn(500, 8, generator=generator) + offset
+    gaps = [
+        torch.relu(each.positive_reward - reward(each, unseen)).mean() for each in (head, other)
+    ]
+    assert with_neutral.neutral_gap == pytest.approx(gaps[0].item(), rel=0.2)
+    assert gaps[0] < 0.8 * gaps[1]
+
+
+def test_texts_are_read_when_they_are_needed_and_dropped(tmp_path: Path) -> None:
+    def peak(pairs: int) -> int:
+        with ExitStack() as opened:
+            files = [opened.enter_context(FileIO(tmp_path / name, "w+")) for name in "+-"]
+            sides = [SpooledStates(file, torch.device("cpu")) for file in files]
+            for index, side in product(range(pairs), sides):
+                side.write(index, torch.randn(50, 32))
+            allocated = PeakBytes()
+            with allocated:
+                fit_argre(sides[0], sides[1], replace(_SETTINGS, epochs=1))
+        return allocated.peak
+
+    size = 2 * 50 * 32 * 4  # bytes of a pair's hidden states
+    # A few rows of a pair and its rewards stay: the differences of last tokens, r_plus's numbers.
+    assert peak(72) - peak(8) < 64 * size / 8
 
 
 def test_a_seed_decides_everything() -> None:
@@ -152,23 +194,3 @@ def test_what_cannot_be_fitted_is_refused(
 ) -> None:
     with pytest.raises(FitError, match=message):
         fit_argre(positives, negatives, _SETTINGS)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("hidden_units", 0),
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("interpolations", -1),
-        ("warmup_steps", -1),
-        ("seed", -1),
-        ("beta", 0.0),
-        ("learning_rate", float("nan")),
-        ("center", -1.0),
-        ("weight_decay", float("nan")),
-    ],
-)
-def test_settings_out_of_range_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(FitError, match=field):
-        replace(ArgreSettings(), **{field: value})

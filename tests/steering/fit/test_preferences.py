@@ -1,0 +1,91 @@
+"""Tests ARGRE's path and loss against loops, and the pairs that neutral texts make."""
+
+import math
+
+import pytest
+import torch
+
+from steering.fit.preferences import (
+    Preferences,
+    common_tokens,
+    interpolate,
+    pair_loss,
+    preference_loss,
+)
+
+
+def test_the_path_is_what_loops_compute() -> None:
+    torch.manual_seed(0)
+    positive, negative = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    direction = torch.randn(4)
+    unit = direction / direction.norm()
+    points = interpolate(positive, negative, unit, interpolations=7)
+    assert points.shape == (9, 2, 3, 4)
+    for index in range(9):
+        alpha = index / 8
+        for pair in range(2):
+            for token in range(3):
+                difference = negative[pair, token] - positive[pair, token]
+                along = sum(float(d * u) for d, u in zip(difference, unit, strict=True))
+                expected = positive[pair, token] + alpha * along * unit
+                torch.testing.assert_close(points[index, pair, token], expected)
+
+
+def test_the_path_moves_along_the_direction_only() -> None:
+    positive, negative = torch.randn(3, 5), torch.randn(3, 5)
+    unit = torch.eye(5)[2]
+    points = interpolate(positive, negative, unit, interpolations=1)
+    assert torch.equal(points[0], positive)
+    torch.testing.assert_close(points[-1][:, 2], negative[:, 2])
+    assert torch.equal(points[-1][:, :2], positive[:, :2])
+
+
+def test_the_loss_is_what_loops_compute() -> None:
+    torch.manual_seed(0)
+    rewards = torch.randn(3, 2, 4)
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    preferences, centers = [], []
+    for point in range(2):
+        for pair, length in enumerate((3, 1)):
+            chosen = rewards[point, pair, :length]
+            rejected = rewards[point + 1, pair, :length]
+            margin = 0.05 * (chosen.sum() - rejected.sum())
+            preferences.append(torch.log(1 + torch.exp(-margin)))
+            centers.append((chosen.mean() + rejected.mean()) ** 2)
+    expected = torch.stack(preferences).mean() + 0.01 * torch.stack(centers).mean()
+    torch.testing.assert_close(preference_loss(rewards, mask, beta=0.05, center=0.01), expected)
+
+
+def test_the_loss_of_a_pair_is_what_loops_compute() -> None:
+    torch.manual_seed(0)
+    positive, negative = torch.randn(5), torch.randn(3)
+    margin = 0.05 * (sum(positive.tolist()) - sum(negative.tolist()))
+    means = sum(positive.tolist()) / 5 + sum(negative.tolist()) / 3
+    expected = math.log(1 + math.exp(-margin)) + 0.01 * means**2
+    assert pair_loss(positive, negative, 0.05, 0.01).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_has_the_tokens_that_both_texts_have() -> None:
+    pairs = [(torch.ones(2, 4), 2 * torch.ones(3, 4)), (3 * torch.ones(5, 4), 4 * torch.ones(1, 4))]
+    positives, negatives, mask = common_tokens(pairs)
+    assert positives[..., 0].tolist() == [[1, 1], [3, 0]]
+    assert negatives[..., 0].tolist() == [[2, 2], [4, 0]]
+    assert mask.tolist() == [[True, True], [True, False]]
+
+
+def test_a_neutral_text_is_a_positive_whose_negative_is_moved_against_the_direction() -> None:
+    torch.manual_seed(0)
+    texts = [torch.randn(length, 4) for length in (2, 3, 1, 4, 2, 6)]
+    shift = torch.randn(4)
+    preferences = Preferences(texts[:2], texts[2:4], [1], texts[4:], [1, 0], shift)
+    assert len(preferences) == 3
+    pairs = [preferences[index] for index in range(3)]
+    assert pairs[0][0] is texts[1]
+    assert pairs[0][1] is texts[3]
+    for (positive, negative), neutral in zip(pairs[1:], (texts[5], texts[4]), strict=True):
+        assert torch.equal(positive, neutral)
+        torch.testing.assert_close(negative + shift, neutral)
+    assert len(preferences.without_neutral()) == 1
+    assert list(map(len, preferences.each_positive())) == [3]
+    assert list(map(len, preferences.each_negative())) == [4]
+    assert list(map(len, preferences.each_neutral())) == [6, 2]
