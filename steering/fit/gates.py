@@ -1,0 +1,244 @@
+"""Fits gates, which say for each token how much of a map's edit it gets.
+
+Ferrando et al., "Dynamically Scaled Activation Steering" (DSAS, arXiv 2512.03661): at each site a
+logistic regression tells the token-mean activations of source sentences, which are to be edited,
+from those of control sentences, which must stay as they are. With few sentences and many
+coordinates it would overfit, hence it sees their first principal components only. Mean,
+components, standardisation and regression are all affine, so they fold into one a and one c:
+
+    sigmoid(w . (V^T (z - mean) / std) + w0)  =  sigmoid(a . z + c),
+    a = V (w / std),   c = w0 - a . mean
+
+Gates are fitted on the *untouched* model's activations, with no map active at earlier sites. The
+gate then depends on the texts alone, not on a map or its strength, which requests choose. (With
+maps at full strength, a source sentence would look like a target sentence at late sites: the gate
+would learn to tell apart activations that occur only where gates were open before.)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steering.affine import Gate, gate_of
+from steering.fit import FitError
+from steering.fit.activations import TokenIds, collect_token_means, frozen
+
+_NEWTON_STEPS = 100
+_FORWARD_BATCH = 32  # sequences in one forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """Settings of the gates' regressions. `components` is as in the paper."""
+
+    components: int = 5  # principal components that the regression sees
+    l2: float = 1.0  # weight of the penalty l2 / 2 * |w|^2, beside a sum over sentences
+    held_out: float = 0.2  # share of each side's sentences that only measure the accuracy
+    seed: int = 0  # of the split
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of their ranges.
+
+        Raises:
+            FitError: a setting is out of its range.
+        """
+        if self.components < 1:
+            raise FitError("the gate's components must be at least 1")
+        if not (math.isfinite(self.l2) and self.l2 > 0):
+            raise FitError("the gate's l2 must be a positive number")
+        if not 0 < self.held_out < 1:
+            raise FitError("the share that is held out for the gate must lie between 0 and 1")
+        if self.seed < 0:
+            raise FitError("seed must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class GateTexts:
+    """The distinct sentences of both sides, split into those to learn from and those to test on."""
+
+    source: list[TokenIds]
+    control: list[TokenIds]
+    held_out_source: list[TokenIds]
+    held_out_control: list[TokenIds]
+
+
+def split_texts(
+    source: Sequence[TokenIds], control: Sequence[TokenIds], settings: GateSettings
+) -> GateTexts:
+    """Split source and control, each after its repeated sentences were left out.
+
+    Repeated sentences could otherwise be learnt from and tested on.
+
+    Raises:
+        FitError: a sentence has no token, a side has fewer than two different sentences, a sentence
+            is on both sides, or too few are left to learn `settings.components` from.
+    """
+    sides = {"source": _distinct(source, "source"), "control": _distinct(control, "control")}
+    if both := len(set(sides["source"]) & set(sides["control"])):
+        raise FitError(
+            f"{both} of the control's {len(sides['control'])} sentences are in the source too: a "
+            "gate cannot be open and closed for the same sentence"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    learnt: dict[str, list[TokenIds]] = {}
+    tested: dict[str, list[TokenIds]] = {}
+    for side, sentences in sides.items():
+        order = torch.randperm(len(sentences), generator=generator).tolist()
+        count = min(max(1, round(settings.held_out * len(sentences))), len(sentences) - 1)
+        tested[side] = [sentences[row] for row in order[:count]]
+        learnt[side] = [sentences[row] for row in order[count:]]
+    number = len(learnt["source"]) + len(learnt["control"])
+    if settings.components > number - 1:
+        raise FitError(
+            f"{number} sentences to learn a gate from have at most {number - 1} principal "
+            f"components, and {settings.components} were asked for: give more sentences, or ask "
+            "for fewer components"
+        )
+    return GateTexts(learnt["source"], learnt["control"], tested["source"], tested["control"])
+
+
+def fit_gates(
+    model: nn.Module, sites: Sequence[str], texts: GateTexts, settings: GateSettings
+) -> dict[str, Gate]:
+    """Learn a gate for each site, open on source sentences and closed on control sentences.
+
+    The same inputs give the same gates on the same machine and number of threads.
+
+    Args:
+        model: a causal language model; not changed.
+        sites: the sites of the maps.
+        texts: the sentences, see `split_texts`.
+        settings: the regressions' settings.
+
+    Returns:
+        site -> its gate, float32 on the model's device.
+
+    Raises:
+        FitError: the model lacks a site, or activations at a site are not finite or all equal.
+    """
+    source = _means(model, sites, texts.source)
+    control = _means(model, sites, texts.control)
+    return {site: fit_gate(source[site], control[site], settings, site) for site in sites}
+
+
+def held_out_accuracy(
+    model: nn.Module, gates: Mapping[str, Gate], texts: GateTexts
+) -> dict[str, float]:
+    """Return how often each gate is right about sentences that it was not fitted on.
+
+    A gate is right where it is above 0.5 on a source sentence's mean activation, or at most 0.5 on
+    a control sentence's. The two sides count equally, however many sentences each has: a gate that
+    is always open, or always closed, has 0.5.
+
+    Returns:
+        site -> the mean of both sides' shares, from 0 to 1.
+
+    Raises:
+        FitError: the model lacks a site, or activations at a site are not finite.
+    """
+    source = _means(model, list(gates), texts.held_out_source)
+    control = _means(model, list(gates), texts.held_out_control)
+    return {
+        site: (_share_open(gate, source[site]) + 1 - _share_open(gate, control[site])) / 2
+        for site, gate in gates.items()
+    }
+
+
+def fit_gate(source: Tensor, control: Tensor, settings: GateSettings, site: str) -> Gate:
+    """Fit one site's gate.
+
+    Each sentence weighs n / (2 * its side's number), so that both sides count equally and the gate
+    does not depend on how much neutral text there is. With equal numbers every weight is 1.
+
+    Args:
+        source: (m, d) float32, the activations for which the gate opens.
+        control: (k, d) float32, those for which it closes.
+        settings: the regression's settings; `components` at most m + k - 1.
+        site: its name, for messages.
+
+    Returns:
+        The gate, float32 on the device of `source`; computed in float64 on the CPU.
+
+    Raises:
+        FitError: all activations are equal, or the regression does not converge.
+    """
+    rows = torch.cat([source, control]).to("cpu", torch.float64)
+    labels = torch.cat([torch.ones(len(source)), torch.zeros(len(control))]).double()
+    weights = torch.where(labels > 0, 0.5 / len(source), 0.5 / len(control)) * len(rows)
+    mean = rows.mean(dim=0)
+    _, singular, components = torch.linalg.svd(rows - mean, full_matrices=False)
+    # Components beyond the activations' rank have no direction and no variance to standardise by.
+    smallest = rows.abs().max() * max(rows.shape) * torch.finfo(source.dtype).eps
+    rank = min(settings.components, int((singular > smallest).sum()))
+    if rank == 0:
+        raise FitError(f"all activations at {site} are equal: no gate can tell source from control")
+    basis = components[:rank].T / (singular[:rank] / math.sqrt(len(rows)))
+    solution = _logistic_regression((rows - mean) @ basis, labels, weights, settings.l2, site)
+    weight = basis @ solution[:-1]
+    bias = solution[-1] - weight @ mean
+    return Gate(weight.to(source), bias.to(source))
+
+
+def _logistic_regression(
+    features: Tensor, labels: Tensor, weights: Tensor, l2: float, site: str
+) -> Tensor:
+    """Return the weights and, last, the intercept, by Newton's method: (n, k) -> (k + 1,)."""
+    design = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
+    penalty = torch.full_like(design[0], l2)
+    penalty[-1] = 0  # the intercept is free
+
+    def loss(solution: Tensor) -> Tensor:
+        logits = design @ solution
+        losses = nn.functional.softplus(logits) - labels * logits
+        return (weights * losses).sum() + 0.5 * (penalty * solution.square()).sum()
+
+    solution = torch.zeros_like(penalty)
+    for _ in range(_NEWTON_STEPS):
+        opened = torch.sigmoid(design @ solution)
+        gradient = design.T @ (weights * (opened - labels)) + penalty * solution
+        if gradient.abs().max() <= 1e-9 * len(labels):
+            return solution
+        curvature = weights * opened * (1 - opened)
+        hessian = (design * curvature[:, None]).T @ design + torch.diag(penalty)
+        step, failed = torch.linalg.solve_ex(hessian, gradient)
+        if failed or not torch.isfinite(step).all():
+            break
+        # The loss is convex, but a full step may overshoot where it is far from a parabola.
+        now, size = loss(solution), 1.0
+        while loss(solution - size * step) > now and size > 1e-12:
+            size /= 2
+        solution = solution - size * step
+    raise FitError(f"the gate's regression at {site} does not converge: raise its l2")
+
+
+def _distinct(sentences: Sequence[TokenIds], side: str) -> list[tuple[int, ...]]:
+    distinct = list(dict.fromkeys(tuple(sentence) for sentence in sentences))
+    if () in distinct:
+        raise FitError(f"a sentence of the {side} has no token")
+    if len(distinct) < 2:
+        raise FitError(
+            f"the {side} has {len(distinct)} different sentences: a gate needs at least 2 on each "
+            "side, one to learn from and one to test on"
+        )
+    return distinct
+
+
+def _means(
+    model: nn.Module, sites: Sequence[str], sentences: Sequence[TokenIds]
+) -> dict[str, Tensor]:
+    with frozen(model):
+        means = collect_token_means(model, sites, sentences, _FORWARD_BATCH)
+    for site, rows in means.items():
+        if not torch.isfinite(rows).all():
+            raise FitError(
+                f"activations at {site} are not finite: use a wider --dtype, or leave the site out"
+            )
+    return means
+
+
+def _share_open(gate: Gate, rows: Tensor) -> float:
+    gates = gate_of(rows, gate.weight[None], gate.bias[None])
+    return float((gates > 0.5).double().mean())
