@@ -16,8 +16,9 @@ would learn to tell apart activations that occur only where gates were open befo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from steering.affine import Gate, gate_of
 from steering.fit import FitError
 from steering.fit.activations import TokenIds, collect_token_means, frozen
+
+OnBatch: TypeAlias = Callable[[int, int], None]
+"""Called after each forward pass with (sentences read, sentences in all)."""
 
 _NEWTON_STEPS = 100
 _FORWARD_BATCH = 32  # sequences in one forward pass
@@ -101,7 +105,11 @@ def split_texts(
 
 
 def fit_gates(
-    model: nn.Module, sites: Sequence[str], texts: GateTexts, settings: GateSettings
+    model: nn.Module,
+    sites: Sequence[str],
+    texts: GateTexts,
+    settings: GateSettings,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, Gate]:
     """Learn a gate for each site, open on source sentences and closed on control sentences.
 
@@ -112,6 +120,7 @@ def fit_gates(
         sites: the sites of the maps.
         texts: the sentences, see `split_texts`.
         settings: the regressions' settings.
+        on_batch: called while sentences are read.
 
     Returns:
         site -> its gate, float32 on the model's device.
@@ -119,13 +128,15 @@ def fit_gates(
     Raises:
         FitError: the model lacks a site, or activations at a site are not finite or all equal.
     """
-    source = _means(model, sites, texts.source)
-    control = _means(model, sites, texts.control)
+    source, control = _means(model, sites, texts.source, texts.control, on_batch)
     return {site: fit_gate(source[site], control[site], settings, site) for site in sites}
 
 
 def held_out_accuracy(
-    model: nn.Module, gates: Mapping[str, Gate], texts: GateTexts
+    model: nn.Module,
+    gates: Mapping[str, Gate],
+    texts: GateTexts,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, float]:
     """Return how often each gate is right about sentences that it was not fitted on.
 
@@ -139,8 +150,9 @@ def held_out_accuracy(
     Raises:
         FitError: the model lacks a site, or activations at a site are not finite.
     """
-    source = _means(model, list(gates), texts.held_out_source)
-    control = _means(model, list(gates), texts.held_out_control)
+    source, control = _means(
+        model, list(gates), texts.held_out_source, texts.held_out_control, on_batch
+    )
     return {
         site: (_share_open(gate, source[site]) + 1 - _share_open(gate, control[site])) / 2
         for site, gate in gates.items()
@@ -227,16 +239,29 @@ def _distinct(sentences: Sequence[TokenIds], side: str) -> list[tuple[int, ...]]
 
 
 def _means(
-    model: nn.Module, sites: Sequence[str], sentences: Sequence[TokenIds]
-) -> dict[str, Tensor]:
+    model: nn.Module,
+    sites: Sequence[str],
+    source: Sequence[TokenIds],
+    control: Sequence[TokenIds],
+    on_batch: OnBatch | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the untouched model's token means of both sides."""
+    sentences = [*source, *control]
+    batches: list[dict[str, Tensor]] = []
     with frozen(model):
-        means = collect_token_means(model, sites, sentences, _FORWARD_BATCH)
+        for start in range(0, len(sentences), _FORWARD_BATCH):
+            batch = sentences[start : start + _FORWARD_BATCH]
+            batches.append(collect_token_means(model, sites, batch, len(batch)))
+            if on_batch is not None:
+                on_batch(start + len(batch), len(sentences))
+    means = {site: torch.cat([batch[site] for batch in batches]) for site in sites}
     for site, rows in means.items():
         if not torch.isfinite(rows).all():
             raise FitError(
                 f"activations at {site} are not finite: use a wider --dtype, or leave the site out"
             )
-    return means
+    of_source = {site: rows[: len(source)] for site, rows in means.items()}
+    return of_source, {site: rows[len(source) :] for site, rows in means.items()}
 
 
 def _share_open(gate: Gate, rows: Tensor) -> float:

@@ -4,6 +4,7 @@ import typer
 
 from server.cli.fit.argre import argre
 from server.cli.fit.baselines import caa, lin_act, mean_act
+from server.cli.fit.gate import gate
 from server.cli.fit.iti import iti
 from server.cli.fit.lineas import lineas
 
@@ -14,3 +15,4 @@ app.command()(lin_act)
 app.command()(mean_act)
 app.command()(caa)
 app.command()(iti)
+app.command()(gate)
