@@ -10,7 +10,7 @@ those of n target sentences in the untouched model. The loss is
 i.e. for each neuron n times the squared 1-D Wasserstein distance between the two batches. Maps
 start at the identity (w = 1, b = 0) and are optimised by SGD, Adam or AdamW with a cosine schedule.
 A proximal step after each of the optimizer's makes them sparse, if `gamma` is not 0
-(`steering.fit.sparsity`).
+(`steering.fit.sparsity`). Gates may be learnt with the maps (`steering.fit.gate_training`).
 
 Memory is bounded by one forward and backward pass of `micro_batch` sentences through the model, up
 to the last site; their longest sentence decides. What grows with the number of sentences is one
@@ -27,6 +27,7 @@ from torch import nn
 from steering.affine import AffineMap
 from steering.fit import FitError, OnStep
 from steering.fit.activations import TokenIds, frozen
+from steering.fit.gate_training import GateTraining
 from steering.fit.lineas_settings import LineasSettings
 from steering.fit.lineas_training import LineasTraining, State
 from steering.fit.sampling import draw
@@ -64,6 +65,7 @@ def fit_lineas(
     settings: LineasSettings,
     on_step: OnStep | None = None,
     checkpoint: Checkpoint | None = None,
+    gating: GateTraining | None = None,
 ) -> tuple[dict[str, AffineMap], LineasReport]:
     """Learn maps from source activations (e.g. toxic) to the distribution of the target's.
 
@@ -78,6 +80,7 @@ def fit_lineas(
         settings: the fit's settings.
         on_step: called after every step.
         checkpoint: where the fit goes on from, if it holds a state of it, and saves its states.
+        gating: gates of these sites, which are learnt with the maps; None for maps without gates.
 
     Returns:
         site -> its map, float32 on the model's device, without sites whose map is the identity;
@@ -97,7 +100,9 @@ def fit_lineas(
         "samples" if settings.target_samples is None else "target_samples",
     )
     with frozen(model):
-        training = LineasTraining(model, sites, chosen_source, chosen_target, settings, random)
+        training = LineasTraining(
+            model, sites, chosen_source, chosen_target, settings, random, gating
+        )
         if checkpoint is not None and (state := checkpoint.load()) is not None:
             training.restore(state)
         while training.steps_done < settings.steps:

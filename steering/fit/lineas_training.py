@@ -21,6 +21,7 @@ from steering.fit.activations import (
     pad_right,
     site_token_means,
 )
+from steering.fit.gate_training import GateTraining
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
 from steering.fit.sparsity import proximal_step
 from steering.fit.wasserstein import distributional_loss
@@ -49,8 +50,9 @@ class LineasTraining:
         target: Sequence[TokenIds],
         settings: LineasSettings,
         random: torch.Generator,
+        gating: GateTraining | None = None,
     ) -> None:
-        """Read the target's activations, and start from the identity.
+        """Read the target's activations, and start from the identity, with `gating`'s gates.
 
         Raises:
             FitError: a sentence has no token, or the model has no such site.
@@ -59,13 +61,18 @@ class LineasTraining:
         self._source = source
         self._settings = settings
         self._random = random
+        self._gating = gating
         self._micro_batch = settings.micro_batch or settings.sentences_in_a_step
         self._target = collect_token_means(
             model, sites, target, self._micro_batch, settings.pooling
         )
         self._deltas = {site: _zeros(pooled) for site, pooled in self._target.items()}
         self._biases = {site: _zeros(pooled) for site, pooled in self._target.items()}
-        self._optimizer = _optimizer(settings, [*self._deltas.values(), *self._biases.values()])
+        self._optimizer = _optimizer(
+            settings,
+            list(self._map_parameters().values()),
+            [] if gating is None else list(gating.parameters().values()),
+        )
         self.steps_done = 0
         self.initial_loss = self.loss_over_all()
 
@@ -73,7 +80,11 @@ class LineasTraining:
     def maps(self) -> dict[str, AffineMap]:
         """The maps as they are now: site -> float32, on the model's device."""
         return {
-            site: AffineMap(weight=1 + delta.detach(), bias=self._biases[site].detach().clone())
+            site: AffineMap(
+                weight=1 + delta.detach(),
+                bias=self._biases[site].detach().clone(),
+                gate=None if self._gating is None else self._gating.gate(site),
+            )
             for site, delta in self._deltas.items()
         }
 
@@ -88,8 +99,11 @@ class LineasTraining:
             self._settings.pooling,
             self._edits(),
         )
-        loss = float(distributional_loss(pooled, self._target))
-        return loss * self._settings.sentences_in_a_step / len(self._source)
+        count = self._settings.sentences_in_a_step
+        loss = float(distributional_loss(pooled, self._target)) * count / len(self._source)
+        if self._gating is not None:
+            loss += self._gating.loss_over_all(self._model, self._edits(), count, self._micro_batch)
+        return loss
 
     def step(self) -> float:
         """Do one step of the optimizer and, if sparse, one proximal step; return the batch's loss.
@@ -107,6 +121,10 @@ class LineasTraining:
             group["lr"] = learning_rate
         self._optimizer.zero_grad()
         loss = self._backward(source_rows, target_rows)
+        if self._gating is not None:
+            loss += self._gating.backward(
+                self._model, self._edits(), count, self._micro_batch, self._random
+            )
         if not math.isfinite(loss):
             raise FitError(
                 f"the loss is not finite at step {self.steps_done + 1}: lower the learning rate"
@@ -177,10 +195,19 @@ class LineasTraining:
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the parameters by name, in the optimizer's order."""
+        gates = {} if self._gating is None else self._gating.parameters()
+        return self._map_parameters() | gates
+
+    def _map_parameters(self) -> dict[str, Tensor]:
         deltas = {f"delta.{site}": delta for site, delta in self._deltas.items()}
         return deltas | {f"bias.{site}": bias for site, bias in self._biases.items()}
 
     def _edits(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        if self._gating is not None:
+            return {
+                site: self._gating.edit(site, delta, self._biases[site])
+                for site, delta in self._deltas.items()
+            }
         return {
             site: partial(_apply, delta, self._biases[site]) for site, delta in self._deltas.items()
         }
@@ -220,7 +247,7 @@ class LineasTraining:
     @torch.no_grad()
     def _sparsify(self, tau: float) -> None:
         settings = self._settings
-        for parameter in self._parameters().values():
+        for parameter in self._map_parameters().values():
             parameter.copy_(proximal_step(parameter, tau, settings.lambda_1, settings.lambda_group))
 
 
@@ -232,13 +259,17 @@ def _zeros(pooled: Tensor) -> Tensor:
     return torch.zeros_like(pooled[0]).requires_grad_()
 
 
-def _optimizer(settings: LineasSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _optimizer(
+    settings: LineasSettings, maps: list[Tensor], gates: list[Tensor]
+) -> torch.optim.Optimizer:
+    groups: list[dict[str, object]] = [{"params": maps}]
+    if gates:
+        # A gate that decays goes to 1/2 everywhere, and not to the identity.
+        groups.append({"params": gates, "weight_decay": 0.0})
     match settings.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, lr=settings.learning_rate)
+            return torch.optim.SGD(groups, lr=settings.learning_rate)
         case "adam":
-            return torch.optim.Adam(parameters, lr=settings.learning_rate)
+            return torch.optim.Adam(groups, lr=settings.learning_rate)
         case "adamw":
-            return torch.optim.AdamW(
-                parameters, lr=settings.learning_rate, weight_decay=settings.decay
-            )
+            return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.decay)
