@@ -16,6 +16,7 @@ from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineParameters
 from steering.fit.gates import GateSettings
 from steering.reward import RewardHead
+from steering.sites import match_sites
 
 
 def gate(
@@ -60,8 +61,10 @@ def gate(
         plan = gating.GatePlan("regression", read_lines(control), settings, gate_min_accuracy)
         loaded = output.load(model, dtype, device, threads)
         _check_model(original, loaded)
-        sentences = [output.tokenize(loaded, line, max_tokens) for line in source_file.lines]
-        gates = gating.fit(loaded, list(maps), sentences, plan, max_tokens)
+        sentences = output.tokenize_lines(loaded, source_file, max_tokens)
+        # In the order of the layers, in which the manifest lists them.
+        sites = match_sites(".*", maps)
+        gates = gating.fit(loaded, sites, sentences, plan, max_tokens)
         training = {
             key: value for key, value in manifest.training.items() if not key.startswith("gate")
         }

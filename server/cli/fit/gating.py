@@ -1,7 +1,7 @@
 """The gates of `steerserve fit`: their options, their fit, and their entries in the manifest."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -9,10 +9,12 @@ import typer
 
 from interventions.manifest import TrainingValue
 from server.cli.fit import output
-from server.cli.fit.training_files import TrainingFile
+from server.cli.fit.checkpoint import digest
+from server.cli.fit.training_files import TrainingFile, read_lines
 from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineMap, AffineParameters, Gate
 from steering.fit.activations import TokenIds
+from steering.fit.gate_training import GateTraining
 from steering.fit.gates import (
     GateSettings,
     GateTexts,
@@ -21,8 +23,27 @@ from steering.fit.gates import (
     split_texts,
 )
 
+GateKind: TypeAlias = Literal["none", "regression", "end-to-end"]
+
+GateChoice: TypeAlias = Annotated[
+    GateKind,
+    typer.Option(
+        help="Gates on the maps (DSAS), which leave text like that of --control as it is: fitted "
+        "by a regression beside the maps, or learnt together with them."
+    ),
+]
 Control: TypeAlias = Annotated[
     Path, typer.Option(help="File of neutral sentences that must stay as they are, one per line.")
+]
+OptionalControl: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --gate: file of neutral sentences that must stay as they are, one per line."
+    ),
+]
+ControlWeight: TypeAlias = Annotated[
+    float,
+    typer.Option(help="With --gate end-to-end: weight of the control's part of the loss."),
 ]
 GateComponents: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Principal components of activations that a gate is fitted on.")
@@ -43,7 +64,7 @@ GateMinAccuracy: TypeAlias = Annotated[
     ),
 ]
 
-# A manifest is limited in size; with more sites, it says their mean and minimum only.
+# A manifest is limited in size; with more sites, it has their mean and minimum only.
 _MOST_SITES_LISTED: Final = 256
 
 
@@ -51,10 +72,11 @@ _MOST_SITES_LISTED: Final = 256
 class GatePlan:
     """The gates that the options ask for."""
 
-    kind: Literal["regression"]
+    kind: Literal["regression", "end-to-end"]
     control: TrainingFile
     settings: GateSettings
     min_accuracy: float
+    control_weight: float = 1.0  # for end-to-end
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +87,23 @@ class FittedGates:
     texts: GateTexts
     gates: Mapping[str, Gate]
     accuracy: Mapping[str, float]
+
+    @property
+    def end_to_end(self) -> bool:
+        """True if the gates are learnt together with the maps."""
+        return self.plan.kind == "end-to-end"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The options and sentences that the fit of the maps depends on, for its checkpoint."""
+        if not self.end_to_end:
+            return {}
+        return {
+            "gate": self.plan.kind,
+            "control": digest(self.texts.control),
+            "control_weight": self.plan.control_weight,
+            **{f"gate_{name}": value for name, value in asdict(self.plan.settings).items()},
+        }
 
     @property
     def figures(self) -> dict[str, float]:
@@ -91,9 +130,50 @@ class FittedGates:
             "gate_source_sentences": len(self.texts.source),
             "gate_control_sentences": len(self.texts.control),
             "gate_min_accuracy": plan.min_accuracy,
+            **({"gate_control_weight": plan.control_weight} if self.end_to_end else {}),
             **self.figures,
             **{f"gate_accuracy.{site}": value for site, value in listed.items()},
         }
+
+    def start(self) -> GateTraining | None:
+        """Return the gates that learning them with the maps starts from; None for a regression."""
+        if not self.end_to_end:
+            return None
+        return GateTraining(self.gates, self.texts.control, self.plan.control_weight)
+
+    def sites_of_maps(self, sites: Sequence[str]) -> tuple[str, ...]:
+        """Return the sites for which maps are fitted: those whose gates are accurate enough.
+
+        Gates that are learnt with the maps are measured after the fit, and none is left out here.
+
+        Raises:
+            FitCommandError: no gate is accurate enough.
+        """
+        return tuple(sites) if self.end_to_end else self._accurate(sites)
+
+    def source_of_maps(self, source: Sequence[TokenIds], samples: int) -> Sequence[TokenIds]:
+        """Return the source sentences that the maps may be fitted on.
+
+        Gates that are learnt with the maps must not see the sentences that test them.
+
+        Raises:
+            FitCommandError: fewer are left than samples are asked for.
+        """
+        if not self.end_to_end:
+            return source
+        if len(self.texts.source) < samples:
+            raise output.FitCommandError(
+                f"--samples {samples}: --gate-held-out leaves {len(self.texts.source)} different "
+                "sentences of --source to learn from; give more, or set --samples to that number"
+            )
+        return self.texts.source
+
+    def after(self, loaded: LoadedModel, maps: AffineParameters) -> "FittedGates":
+        """Return the gates after the fit of the maps, measured again if that has changed them."""
+        if not self.end_to_end:
+            return self
+        learnt = {site: map_.gate for site, map_ in maps.items() if map_.gate is not None}
+        return replace(self, gates=learnt, accuracy=_accuracy(loaded, learnt, self.texts))
 
     def put_on(self, maps: AffineParameters) -> dict[str, AffineMap]:
         """Return the maps with their gates, without those whose gate is not accurate enough.
@@ -101,19 +181,51 @@ class FittedGates:
         Raises:
             FitCommandError: no gate is accurate enough.
         """
-        least = self.plan.min_accuracy
-        kept = {
-            site: replace(map_, gate=self.gates[site])
-            for site, map_ in maps.items()
-            if self.accuracy[site] >= least
+        return {
+            site: replace(maps[site], gate=self.gates[site]) for site in self._accurate(list(maps))
         }
-        if not kept:
-            best = max(self.accuracy[site] for site in maps)
+
+    def _accurate(self, sites: Sequence[str]) -> tuple[str, ...]:
+        least = self.plan.min_accuracy
+        accurate = tuple(site for site in sites if self.accuracy[site] >= least)
+        if not accurate:
+            best = max(self.accuracy[site] for site in sites)
             raise output.FitCommandError(
                 f"--gate-min-accuracy {least:g}: no gate reaches it, the best is right about "
                 f"{best:.3g} of the held-out sentences"
             )
-        return kept
+        return accurate
+
+
+def plan_gates(
+    kind: GateKind,
+    control: Path | None,
+    settings: GateSettings,
+    min_accuracy: float,
+    control_weight: float,
+) -> GatePlan | None:
+    """Return the gates that a command's options ask for; None if they ask for none.
+
+    Raises:
+        FitCommandError: gates without a control, or an option that this kind of gates has not.
+        TrainingFileError: the control cannot be read.
+    """
+    if kind != "end-to-end" and control_weight != 1:
+        raise output.FitCommandError("--control-weight is for --gate end-to-end")
+    if kind == "none":
+        if control is not None:
+            raise output.FitCommandError("--control is for gates: ask for them with --gate")
+        if settings != GateSettings(seed=settings.seed) or min_accuracy > 0:
+            raise output.FitCommandError(
+                "--gate-components, --gate-l2, --gate-held-out and --gate-min-accuracy are for "
+                "gates: ask for them with --gate"
+            )
+        return None
+    if control is None:
+        raise output.FitCommandError(
+            f"--gate {kind} needs --control, a file of sentences that must stay as they are"
+        )
+    return GatePlan(kind, read_lines(control), settings, min_accuracy, control_weight)
 
 
 def fit(
@@ -123,17 +235,22 @@ def fit(
     plan: GatePlan,
     max_tokens: int,
 ) -> FittedGates:
-    """Fit a gate for each site, and measure how often it is right.
+    """Fit a gate for each site by a regression, and measure how often it is right.
 
     Raises:
+        FitCommandError: a line of the control has no token.
         FitError: see `split_texts` and `fit_gates`.
     """
-    control = [output.tokenize(loaded, line, max_tokens) for line in plan.control.lines]
-    texts = split_texts(source, control, plan.settings)
+    texts = split_texts(
+        source, output.tokenize_lines(loaded, plan.control, max_tokens), plan.settings
+    )
     with output.progress("learning gates") as advance:
         gates = fit_gates(loaded.model, sites, texts, plan.settings, advance)
+    return FittedGates(plan, texts, gates, _accuracy(loaded, gates, texts))
+
+
+def _accuracy(loaded: LoadedModel, gates: Mapping[str, Gate], texts: GateTexts) -> dict[str, float]:
     with output.progress("testing gates") as advance:
         accuracy = held_out_accuracy(loaded.model, gates, texts, advance)
     # Rounded at once, so that --gate-min-accuracy takes a number that was printed.
-    rounded = {site: round(value, 4) for site, value in accuracy.items()}
-    return FittedGates(plan, texts, gates, rounded)
+    return {site: round(value, 4) for site, value in accuracy.items()}

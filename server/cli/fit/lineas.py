@@ -1,5 +1,6 @@
 """`steerserve fit lineas` fits affine maps to two files of sentences."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final
@@ -12,7 +13,7 @@ from interventions.manifest import (
     AffineManifest,
     BaseModelReference,
 )
-from server.cli.fit import output
+from server.cli.fit import gating, output
 from server.cli.fit.checkpoint import CheckpointFile, digest, removed_at_the_end
 from server.cli.fit.options import (
     AsJson,
@@ -29,6 +30,8 @@ from server.cli.fit.options import (
     default_setting,
 )
 from server.cli.fit.training_files import read_sides
+from steering.fit.activations import TokenIds
+from steering.fit.gates import GateSettings
 from steering.fit.lineas import fit_lineas
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
 from steering.fit.pooling import Pooling
@@ -79,6 +82,13 @@ def lineas(
         float, typer.Option("--lambda-1", help="Weight of --gamma for single coordinates.")
     ] = 1.0,
     lambda_group: Annotated[float, typer.Option(help="Weight of --gamma for whole sites.")] = 1.0,
+    gate: gating.GateChoice = "none",
+    control: gating.OptionalControl = None,
+    control_weight: gating.ControlWeight = 1.0,
+    gate_components: gating.GateComponents = 5,
+    gate_l2: gating.GateL2 = 1.0,
+    gate_held_out: gating.GateHeldOut = 0.2,
+    gate_min_accuracy: gating.GateMinAccuracy = 0.0,
     sites: Annotated[
         str | None,
         typer.Option(
@@ -127,13 +137,20 @@ def lineas(
             lambda_group=lambda_group,
             seed=seed,
         )
+        gate_settings = GateSettings(gate_components, gate_l2, gate_held_out, seed)
+        plan = gating.plan_gates(gate, control, gate_settings, gate_min_accuracy, control_weight)
         kept = None if checkpoint is None else CheckpointFile(checkpoint, out, checkpoint_every)
         source_file, target_file = read_sides(source, target)
         loaded = output.load(model, dtype, device, threads)
         pattern = sites or default_sites(loaded.description.architecture)
         chosen = choose_sites(pattern, loaded.description.site_widths)
-        source_tokens = output.tokenize_lines(loaded, source_file, max_tokens)
+        source_tokens: Sequence[TokenIds] = output.tokenize_lines(loaded, source_file, max_tokens)
         target_tokens = output.tokenize_lines(loaded, target_file, max_tokens)
+        gates = None
+        if plan is not None:
+            gates = gating.fit(loaded, chosen, source_tokens, plan, max_tokens)
+            chosen = gates.sites_of_maps(chosen)
+            source_tokens = gates.source_of_maps(source_tokens, samples)
         if kept is not None:
             kept.identify(
                 steps,
@@ -143,16 +160,28 @@ def lineas(
                 source=digest(source_tokens),
                 target=digest(target_tokens),
                 **asdict(settings),
+                **({} if gates is None else gates.identity),
             )
         with removed_at_the_end(kept):
             with output.progress("learning maps") as advance:
                 maps, report = fit_lineas(
-                    loaded.model, chosen, source_tokens, target_tokens, settings, advance, kept
+                    loaded.model,
+                    chosen,
+                    source_tokens,
+                    target_tokens,
+                    settings,
+                    advance,
+                    kept,
+                    None if gates is None else gates.start(),
                 )
+            if gates is not None:
+                gates = gates.after(loaded, maps)
+                maps = gates.put_on(maps)
             figures = {
                 "initial_loss": report.initial_loss,
                 "final_loss": report.final_loss,
                 **asdict(report.support),
+                **({} if gates is None else gates.figures),
             }
             manifest = AffineManifest(
                 **fields,
@@ -171,6 +200,7 @@ def lineas(
                     "max_tokens": max_tokens,
                     **asdict(settings),
                     **figures,
+                    **({} if gates is None else gates.training),
                     **output.provenance(loaded),
                 },
             )

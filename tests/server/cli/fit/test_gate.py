@@ -141,6 +141,19 @@ def test_a_sibling_model_is_a_warning(
     assert SITES[0] in other.stderr
 
 
+def test_maps_of_inputs_get_gates_of_inputs(model: str, gate_folder: Path) -> None:
+    sites = r"model\.layers\.\d\.self_attn\.o_proj\.input"
+    assert fit_lineas_by_command(model, gate_folder, "--sites", sites).exit_code == 0
+    result = _fit_gate(model, gate_folder)
+    assert result.exit_code == 0, result.stderr
+    gated = read_artifact(gate_folder / "g.safetensors")
+    assert len(_maps(gated)) == 2
+    for site, map_ in _maps(gated).items():
+        assert site.endswith(".o_proj.input")
+        assert map_.gate is not None
+        assert f"gate_accuracy.{site}" in gated.manifest.training
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
