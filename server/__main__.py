@@ -4,6 +4,7 @@ import typer
 
 from server.cli import import_files, registry_client
 from server.cli.bench.command import bench
+from server.cli.evaluate import evaluate
 from server.cli.fit import commands as fit
 from server.cli.serve import serve
 
@@ -18,6 +19,7 @@ app.command()(serve)
 app.add_typer(fit.app, name="fit")
 app.add_typer(import_files.app, name="import")
 app.add_typer(registry_client.app)  # push, list, show, delete
+app.command()(evaluate)
 app.command()(bench)
 
 

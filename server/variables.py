@@ -45,7 +45,8 @@ CACHE: Final = Variable(
     "user's cache.",
 )
 URL: Final = Variable(
-    "STEERSERVE_URL", "Address of the server that push, list, show, delete and bench talk to."
+    "STEERSERVE_URL",
+    "Address of the server that push, list, show, delete, evaluate and bench talk to.",
 )
 ADMIN_KEY_PATH: Final = Variable(
     "STEERSERVE_ADMIN_KEY_PATH",

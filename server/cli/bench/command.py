@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from server.cli.bench.client import BenchError
 from server.cli.bench.plan import LONG_PROMPT_TOKENS, SECTIONS, BenchPlan
 from server.cli.bench.run import run
 from server.cli.registry_client import DEFAULT_URL, ApiKey, AsJson, Url
+from server.cli.shown_command import shown_command
 
 
 def bench(
@@ -65,8 +65,7 @@ def bench(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     if as_json_:
-        command = ["steerserve", *_without_key(sys.argv[1:])]
-        shown = {"url": url, "command": " ".join(command), **report.json()}
+        shown = {"url": url, "command": shown_command(sys.argv[1:]), **report.json()}
         typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return
     for table in report.tables():
@@ -98,14 +97,3 @@ def _batches(text: str) -> tuple[int, ...]:
     if min(batches) < 1:
         raise typer.BadParameter("--batches start at 1")
     return batches
-
-
-def _without_key(words: Sequence[str]) -> list[str]:
-    """Return the command line with the API key replaced by dots."""
-    shown: list[str] = []
-    for word in words:
-        if shown and shown[-1] == "--api-key":
-            shown.append("...")
-        else:
-            shown.append("--api-key=..." if word.startswith("--api-key=") else word)
-    return shown

@@ -1,0 +1,130 @@
+"""The files of an evaluation: checked before anything is measured, written whole or not at all."""
+
+import importlib
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import JsonValue
+
+from interventions.storage import publish, temporary_path, write_synced
+from server.evaluating import EvaluationError, EvaluationInputError
+from server.evaluating.new_defaults import write_with_defaults
+from server.evaluating.run import Continuation
+from server.evaluating.verdict import Verdict
+
+STDOUT: Final = Path("-")
+_PICTURES: Final = (".svg", ".png")
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The files to write; those that are None are not wanted. STDOUT as `report` is printed."""
+
+    report: Path | None = None
+    picture: Path | None = None
+    continuations: Path | None = None
+    artifact: Path | None = None
+
+    def check(self) -> None:
+        """Check that all files can be written, and that matplotlib is there if it is needed.
+
+        Raises:
+            EvaluationInputError: one cannot be written.
+        """
+        for path, suffixes in (
+            (None if self.report == STDOUT else self.report, ()),
+            (self.picture, _PICTURES),
+            (self.continuations, ()),
+            (self.artifact, (".safetensors",)),
+        ):
+            if path is not None:
+                _check(path, suffixes)
+        if self.picture is not None:
+            _load_picture()
+
+    def write(
+        self,
+        report: JsonValue,
+        verdict: Verdict,
+        continuations: Sequence[Continuation],
+        artifact: bytes | None,
+    ) -> None:
+        """Write all wanted files, the artifact last.
+
+        Args:
+            artifact: the bytes of the best intervention's artifact; None if there is none.
+
+        Raises:
+            EvaluationError: a file cannot be written; those before it were.
+        """
+        if self.report not in (None, STDOUT):
+            _write(self.report, json_text(report))
+        if self.continuations is not None:
+            lines = [json.dumps(asdict(each), ensure_ascii=False) for each in continuations]
+            _write(self.continuations, "".join(f"{line}\n" for line in lines))
+        if self.picture is not None:
+            if not verdict.candidates:
+                raise EvaluationError(
+                    f"{self.picture} is not written: it needs toxicity (--prompts), and perplexity "
+                    "(--text) or fluency"
+                )
+            drawn = _load_picture().draw(
+                verdict.candidates, verdict.best, self.picture.suffix.removeprefix(".")
+            )
+            _write(self.picture, drawn)
+        if self.artifact is not None:
+            if artifact is None or verdict.single is None:
+                raise EvaluationError(
+                    f"{self.artifact} is not written: the best setting is not one intervention"
+                )
+            try:
+                write_with_defaults(self.artifact, artifact, verdict.single.settings)
+            except OSError as error:
+                raise _unwritten(self.artifact, error) from error
+
+
+def json_text(report: JsonValue) -> str:
+    """Return a report as the text of a JSON file."""
+    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _check(path: Path, suffixes: Collection[str]) -> None:
+    if suffixes and path.suffix not in suffixes:
+        raise EvaluationInputError(f"{path} must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise EvaluationInputError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise EvaluationInputError(f"the folder of {path} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise EvaluationInputError(f"the folder of {path} cannot be written to")
+
+
+def _load_picture() -> Any:
+    """Import the module that draws. matplotlib is imported only by this call."""
+    try:
+        return importlib.import_module("server.evaluating.picture")
+    except ImportError as error:
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+        raise EvaluationInputError(
+            "--picture needs matplotlib, which is not installed: pip install 'steerserve[evaluate]'"
+        ) from error
+
+
+def _write(path: Path, data: str | bytes) -> None:
+    temporary = temporary_path(path.parent)
+    try:
+        write_synced(temporary, data.encode() if isinstance(data, str) else data)
+        publish(temporary, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unwritten(path: Path, error: OSError) -> EvaluationError:
+    return EvaluationError(f"{path} cannot be written: {error.strerror or error}")
