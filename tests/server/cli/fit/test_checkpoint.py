@@ -82,8 +82,16 @@ def test_without_a_checkpoint_the_option_is_named(model: str, folder: Path) -> N
     assert not (folder / OUT).exists()
 
 
+# A shell has the processes that it runs in the background ignore SIGINT, and these tests with them.
+_HEARS_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("server", run_name="__main__")
+"""
+
+
 def test_ctrl_c_ends_the_real_command(model: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "server", "fit", "lineas", "--model", model]
+    command = [sys.executable, "-c", _HEARS_CTRL_C, "fit", "lineas", "--model", model]
     files = {"--source": "toxic.txt", "--target": "neutral.txt", "--out": OUT, "--checkpoint": "s"}
     options = [part for name, file in files.items() for part in (name, str(folder / file))]
     options += ["--samples", "3", "--steps", "1000000", "--learning-rate", "0.001"]
