@@ -32,10 +32,11 @@ from steering.fit.activations import (
     frozen,
     model_device,
     pad_right,
+    run_sites,
     site_token_means,
 )
 from steering.fit.closed_forms import couple
-from steering.fit.pooling import Pooling
+from steering.fit.pooling import Pooling, pool_tokens
 
 ClosedForm: TypeAlias = Callable[[Tensor, Tensor], AffineMap]
 """Makes the map from (n, d) to (m, d) float32, the pooled activations of source and target."""
@@ -47,10 +48,12 @@ class BaselineSettings:
     """How activations are read. The defaults are Lin-AcT's and Mean-AcT's."""
 
     pooling: Pooling = "mean"
-    # The sentences that are read with the maps of earlier sites active: the paper says the
-    # source's, its authors' code reads both sides' so; CAA reads neither.
+    # The sentences that are read with the maps of earlier sites active. The Lin-AcT authors' code
+    # reads both sides so; CAA reads neither.
     mapped_sides: MappedSides = "source"
-    batch_size: int = 32  # sentences in a forward pass
+    # Sentences in a forward pass. If all mapped sentences fit in one, it fits all sites; if not,
+    # each site needs a pass of its own over the sentences.
+    batch_size: int = 256
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted.
@@ -106,25 +109,78 @@ def fit_baseline(
         FitError: no sentence on a side, or too few, an empty one, a site that the model lacks, or
             activations that are not finite.
     """
-    maps: dict[str, AffineMap] = {}
     with frozen(model):
         read = partial(_read, model, settings)
         untouched = read(sites, source, {})
         targets = read(sites, target, {})
-        for done, site in enumerate(_running_order(model, sites, source[0]), start=1):
-            x, y = untouched[site], targets[site]
-            if maps and settings.mapped_sides != "none":
-                x = read([*maps, site], source, maps)[site]
-            if maps and settings.mapped_sides == "both":
-                y = read([*maps, site], target, maps)[site]
-            maps[site] = closed_form(x, y)
-            if on_site is not None:
-                on_site(done, len(sites))
+        mapped = _mapped_sentences(source, target, settings.mapped_sides)
+        if 0 < len(mapped) <= settings.batch_size:
+            maps = _fit_in_one_pass(
+                model, sites, mapped, len(source), targets, closed_form, settings.pooling, on_site
+            )
+        else:
+            maps = {}
+            for done, site in enumerate(_running_order(model, sites, source[0]), start=1):
+                x, y = untouched[site], targets[site]
+                if maps and settings.mapped_sides != "none":
+                    x = read([*maps, site], source, maps)[site]
+                if maps and settings.mapped_sides == "both":
+                    y = read([*maps, site], target, maps)[site]
+                maps[site] = closed_form(x, y)
+                if on_site is not None:
+                    on_site(done, len(sites))
         report = BaselineReport(
             initial_distance=_mean_distance(untouched, targets),
             final_distance=_mean_distance(read(sites, source, maps), targets),
         )
     return maps, report
+
+
+def _mapped_sentences(
+    source: Sequence[TokenIds], target: Sequence[TokenIds], sides: MappedSides
+) -> list[TokenIds]:
+    """Return the sentences that are read through the maps of earlier sites."""
+    if sides == "none":
+        return []
+    return [*source, *(target if sides == "both" else ())]
+
+
+@torch.no_grad()
+def _fit_in_one_pass(
+    model: nn.Module,
+    sites: Sequence[str],
+    mapped: Sequence[TokenIds],
+    sources: int,
+    targets: Mapping[str, Tensor],
+    closed_form: ClosedForm,
+    pooling: Pooling,
+    on_site: Callable[[int, int], None] | None,
+) -> dict[str, AffineMap]:
+    """Fit each map when the pass reaches its site, and go on with the mapped activations.
+
+    Args:
+        model: a causal language model.
+        sites: outputs and inputs of modules.
+        mapped: the source sentences, and behind them the target's if they are mapped too.
+        sources: number of source sentences.
+        targets: the untouched target's pooled activations by site.
+        closed_form: see `fit_baseline`.
+        pooling: how a sentence's tokens become one vector.
+        on_site: see `fit_baseline`.
+    """
+    maps: dict[str, AffineMap] = {}
+    batch = pad_right(mapped, model_device(model))
+
+    def fit_and_map(site: str, z: Tensor) -> Tensor:
+        pooled = pool_tokens(z, batch.attention_mask, pooling)
+        y = pooled[sources:] if len(mapped) > sources else targets[site]
+        maps[site] = closed_form(pooled[:sources], y)
+        if on_site is not None:
+            on_site(len(maps), len(sites))
+        return _apply(maps[site], z.float()).to(z.dtype)
+
+    run_sites(model, batch, sites, fit_and_map)
+    return maps
 
 
 def _read(

@@ -40,11 +40,19 @@ _LIMITS: Final = AffineLimits().strength
 _CAA_DEPTH: Final = 13 / 32  # the layer that the paper chose for Llama 2 7B, of its layers
 
 _FamilySites = Annotated[str | None, chosen_sites("the model family's default sites")]
+_OnePass = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Sentences in one forward pass, which bound the memory. If there are more, each site "
+        "takes passes of its own over the sentences, so that the fit takes longer.",
+    ),
+]
 _MappedSides = Annotated[
     MappedSides,
     typer.Option(
         help="Sentences whose activations are read with the maps of earlier sites active: the "
-        "source's, as in the paper; both, as in its authors' code; or none."
+        "source's; both, as in the Lin-AcT authors' code; or none."
     ),
 ]
 
@@ -68,7 +76,7 @@ def lin_act(
     ] = True,
     mapped_sides: _MappedSides = "source",
     pooling: Pooling = "mean",
-    batch_size: ForwardBatch = 32,
+    batch_size: _OnePass = 256,
     sites: _FamilySites = None,
     strength: Annotated[float, default_setting(_LIMITS, "strength")] = 1.0,
     name: Name = None,
@@ -121,7 +129,7 @@ def mean_act(
     samples: AllOrSamples = None,
     mapped_sides: _MappedSides = "source",
     pooling: Pooling = "mean",
-    batch_size: ForwardBatch = 32,
+    batch_size: _OnePass = 256,
     sites: _FamilySites = None,
     strength: Annotated[float, default_setting(_LIMITS, "strength")] = 1.0,
     name: Name = None,

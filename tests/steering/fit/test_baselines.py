@@ -119,11 +119,15 @@ CLOSED_FORMS = {"lin-act": (linear_transport, _line), "mean-act": (mean_shift, _
 
 @pytest.mark.parametrize("method", CLOSED_FORMS)
 @pytest.mark.parametrize("mapped", ["source", "both", "none"])
-def test_maps_are_fitted_one_after_the_other(method: str, mapped: MappedSides) -> None:
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_maps_are_fitted_one_after_the_other(
+    method: str, mapped: MappedSides, batch_size: int
+) -> None:
+    """In one pass where all sentences fit in a batch, and in one for each site where not."""
     model = tiny_model("llama")
     ours, slow = CLOSED_FORMS[method]
     sites = (INPUTS[0], SITES[0], "model.layers.0", INPUTS[1], SITES[1])
-    settings = BaselineSettings(mapped_sides=mapped, batch_size=3)
+    settings = BaselineSettings(mapped_sides=mapped, batch_size=batch_size)
     maps, _ = fit_baseline(model, sorted(sites), SOURCE, TARGET, ours, settings)
     _assert_equal(maps, _slow_fit(model, sites, slow, "mean", mapped))
 
@@ -136,7 +140,8 @@ def test_each_pooling_is_as_slow_code_pools(pooling: Pooling) -> None:
     _assert_equal(maps, _slow_fit(model, SITES, _shift, pooling, "source"))
 
 
-def test_sites_are_fitted_as_the_model_runs_them_and_not_by_name() -> None:
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_sites_are_fitted_as_the_model_runs_them_and_not_by_name(batch_size: int) -> None:
     """OPT's `final_layer_norm` comes after `self_attn_layer_norm`."""
     model = tiny_model("opt")
     by_name = sorted(family_sites("opt"))
@@ -146,7 +151,9 @@ def test_sites_are_fitted_as_the_model_runs_them_and_not_by_name() -> None:
         for norm in ("self_attn_layer_norm", "final_layer_norm")
     ]
     assert by_name != running
-    maps, _ = fit_baseline(model, by_name, SOURCE, TARGET, mean_shift, BaselineSettings())
+    maps, _ = fit_baseline(
+        model, by_name, SOURCE, TARGET, mean_shift, BaselineSettings(batch_size=batch_size)
+    )
     _assert_equal(maps, _slow_fit(model, running, _shift, "mean", "source"))
 
 
@@ -197,7 +204,10 @@ def test_chained_shifts_close_every_gap_of_the_means() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_is_left_as_it_was_and_maps_are_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_the_model_is_left_as_it_was_and_maps_are_float32(
+    dtype: torch.dtype, batch_size: int
+) -> None:
     model = tiny_model("llama").train()
     model.to(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -208,7 +218,7 @@ def test_the_model_is_left_as_it_was_and_maps_are_float32(dtype: torch.dtype) ->
         SOURCE,
         TARGET,
         linear_transport,
-        BaselineSettings(),
+        BaselineSettings(batch_size=batch_size),
         lambda *each: done.append(each),
     )
     assert done == [(1, 2), (2, 2)]
