@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from steering.fit.hidden_states import TextStates
+from steering.reward import RewardHead
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,21 +67,29 @@ class Preferences:
         return (self.neutral[row] for row in self.neutral_rows)
 
 
-def interpolate(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
-    """Return the path h(alpha) of the module's docstring.
+def path_rewards(
+    head: RewardHead, positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int
+) -> Tensor:
+    """Return the rewards on the path h(alpha) of the module's docstring, differentiably.
+
+    On the path the head's units are W1 h+ + b1 + alpha ((h- - h+) . unit) W1 unit: one product
+    with W1 serves all points.
 
     Args:
+        head: the reward head.
         positive: (..., width) float32.
         negative: the same shape.
         unit: (width,) float32, of length 1.
         interpolations: number of points between the two ends.
 
     Returns:
-        (interpolations + 2, ..., width) float32, beginning with the positive.
+        (interpolations + 2, ...) float32, beginning with the positive's rewards.
     """
-    along = ((negative - positive) @ unit)[..., None] * unit
+    along = (negative - positive) @ unit
     alphas = torch.linspace(0, 1, interpolations + 2, device=positive.device)
-    return positive + alphas.view(-1, *([1] * positive.dim())) * along
+    distances = alphas.view(-1, *([1] * along.dim())) * along
+    units = functional.linear(positive, head.w1, head.b1) + distances[..., None] * (head.w1 @ unit)
+    return torch.relu(units) @ head.w2 + head.b2
 
 
 def preference_loss(rewards: Tensor, mask: Tensor, beta: float, center: float) -> Tensor:

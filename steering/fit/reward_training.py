@@ -17,8 +17,8 @@ from steering.fit.argre_settings import ArgreSettings
 from steering.fit.preferences import (
     Preferences,
     common_tokens,
-    interpolate,
     pair_loss,
+    path_rewards,
     preference_loss,
 )
 from steering.reward import RewardHead, reward
@@ -89,7 +89,7 @@ def train_reward(
     them; of several the first. Without held-out pairs the last epoch's head is returned.
 
     Beside the head and its optimiser's state, memory holds one step's hidden states at a time:
-    those of `batch_size` pairs, at `interpolations + 2` points, and the head's units there.
+    those of `batch_size` pairs, and the head's units for them at `interpolations + 2` points.
 
     Args:
         head: from `initial_head`.
@@ -143,8 +143,8 @@ class _Learner:
         """Take one step on the pairs' paths, and return its loss."""
         settings = self._settings
         positive, negative, mask = common_tokens(pairs)
-        points = interpolate(positive, negative, self._unit, settings.interpolations)
-        loss = preference_loss(reward(self._head, points), mask, settings.beta, settings.center)
+        rewards = path_rewards(self._head, positive, negative, self._unit, settings.interpolations)
+        loss = preference_loss(rewards, mask, settings.beta, settings.center)
         value = _finite(loss.item())
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -4,40 +4,67 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from steering.fit.preferences import (
     Preferences,
     common_tokens,
-    interpolate,
     pair_loss,
+    path_rewards,
     preference_loss,
 )
+from steering.fit.reward_training import initial_head
+from steering.reward import RewardHead, reward
 
 
-def test_the_path_is_what_loops_compute() -> None:
+def _head(width: int) -> RewardHead:
+    return initial_head(torch.ones(width), 16, torch.Generator().manual_seed(1))
+
+
+def _path(positive: Tensor, negative: Tensor, unit: Tensor, interpolations: int) -> Tensor:
+    """Return the path of the module's docstring, by loops: (interpolations + 2, n, width)."""
+    points = torch.empty(interpolations + 2, *positive.shape)
+    for index in range(interpolations + 2):
+        for token in range(len(positive)):
+            difference = negative[token] - positive[token]
+            along = sum(float(d * u) for d, u in zip(difference, unit, strict=True))
+            alpha = index / (interpolations + 1)
+            points[index, token] = positive[token] + alpha * along * unit
+    return points
+
+
+@pytest.mark.parametrize("interpolations", [0, 1, 7])
+def test_the_rewards_on_the_path_and_their_gradients_are_those_of_its_points(
+    interpolations: int,
+) -> None:
     torch.manual_seed(0)
-    positive, negative = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    head, positive, negative = _head(4), torch.randn(6, 4), torch.randn(6, 4)
     direction = torch.randn(4)
     unit = direction / direction.norm()
-    points = interpolate(positive, negative, unit, interpolations=7)
-    assert points.shape == (9, 2, 3, 4)
-    for index in range(9):
-        alpha = index / 8
-        for pair in range(2):
-            for token in range(3):
-                difference = negative[pair, token] - positive[pair, token]
-                along = sum(float(d * u) for d, u in zip(difference, unit, strict=True))
-                expected = positive[pair, token] + alpha * along * unit
-                torch.testing.assert_close(points[index, pair, token], expected)
+    rewards = path_rewards(
+        head, positive.view(2, 3, 4), negative.view(2, 3, 4), unit, interpolations
+    )
+    expected = reward(head, _path(positive, negative, unit, interpolations))
+    assert rewards.shape == (interpolations + 2, 2, 3)
+    torch.testing.assert_close(rewards.flatten(1), expected, atol=1e-6, rtol=1e-5)
+    weights = torch.randn(expected.shape)
+    parameters = [head.w1, head.b1, head.w2, head.b2]
+    torch.testing.assert_close(
+        torch.autograd.grad((rewards.flatten(1) * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_the_path_moves_along_the_direction_only() -> None:
     positive, negative = torch.randn(3, 5), torch.randn(3, 5)
-    unit = torch.eye(5)[2]
-    points = interpolate(positive, negative, unit, interpolations=1)
-    assert torch.equal(points[0], positive)
-    torch.testing.assert_close(points[-1][:, 2], negative[:, 2])
-    assert torch.equal(points[-1][:, :2], positive[:, :2])
+    head, unit = _head(5), torch.eye(5)[2]
+    rewards = path_rewards(head, positive, negative, unit, interpolations=1)
+    end = positive.clone()
+    end[:, 2] = negative[:, 2]
+    torch.testing.assert_close(rewards[0], reward(head, positive))
+    torch.testing.assert_close(rewards[-1], reward(head, end), atol=1e-6, rtol=1e-5)
 
 
 def test_the_loss_is_what_loops_compute() -> None:

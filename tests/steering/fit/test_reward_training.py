@@ -9,7 +9,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from steering.fit import FitError
 from steering.fit.argre_settings import ArgreSettings
-from steering.fit.preferences import Preferences, common_tokens, interpolate, preference_loss
+from steering.fit.preferences import Preferences, common_tokens, path_rewards, preference_loss
 from steering.fit.reward_training import (
     Evaluation,
     TrainedHead,
@@ -65,8 +65,8 @@ def test_a_first_step_is_what_the_definitions_and_adamw_make() -> None:
     trained = _train(training, _none(), settings)
     head = initial_head(torch.eye(8)[0], 16, torch.Generator().manual_seed(0))
     positive, negative, mask = common_tokens([training[index] for index in range(3)])
-    points = interpolate(positive, negative, torch.eye(8)[0], 7)
-    loss = preference_loss(reward(head, points), mask, 0.05, 0.01)
+    rewards = path_rewards(head, positive, negative, torch.eye(8)[0], 7)
+    loss = preference_loss(rewards, mask, 0.05, 0.01)
     (gradient,) = torch.autograd.grad(loss, head.w1)
     expected = head.w1 * (1 - 3e-3 * 0.05) - 3e-3 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(trained.head.w1, expected.detach(), atol=1e-6, rtol=1e-4)
