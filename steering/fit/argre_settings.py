@@ -16,6 +16,7 @@ class ArgreSettings:
     interpolations: int = 7  # N_in, points between the two ends of a pair's path
     beta: float = 0.05  # beta_r, scale of the preference in the loss
     center: float = 0.01  # weight of the loss term that keeps rewards around 0
+    neutral_weight: float = 1.0  # weight of `preferences.shortfall` of neutral texts; ours
     epochs: int = 3
     batch_size: int = 4  # pairs in a step
     learning_rate: float = 5e-4
@@ -41,9 +42,11 @@ class ArgreSettings:
         rates = (self.beta, self.learning_rate)
         if not all(math.isfinite(rate) and rate > 0 for rate in rates):
             raise FitError("beta and learning_rate must be positive numbers")
-        weights = (self.center, self.weight_decay)
+        weights = (self.center, self.weight_decay, self.neutral_weight)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-            raise FitError("center and weight_decay must be numbers and not negative")
+            raise FitError(
+                "center, weight_decay and neutral_weight must be numbers and not negative"
+            )
         if self.direction not in DIRECTION_NAMES:
             raise FitError(f"direction must be one of {', '.join(DIRECTION_NAMES)}")
         if not 0 <= self.held_out < 1:

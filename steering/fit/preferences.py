@@ -13,7 +13,10 @@ the one nearer to h+. With r summed over tokens (and r_bar its mean over tokens)
     -log sigmoid(beta (r(chosen) - r(rejected))) + center mean((r_bar(chosen) + r_bar(rejected))^2)
 
 A neutral text is a positive without a negative. Its negative is the text itself, moved against
-`unit` by the distance that lies between the pairs' positives and negatives in the mean.
+`unit` by the distance that lies between the pairs' positives and negatives in the mean. This makes
+the text's mean reward like other positives', but requests close the gap of each token. So a term
+may be added, the mean over neutral tokens of max(0, r_plus - r)^2, where r_plus is the mean reward
+of the batch's positives.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,11 +47,15 @@ class Preferences:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Read a pair's positive and negative, each (tokens, width) float32."""
-        if index < len(self.rows):
+        if not self.is_neutral(index):
             row = self.rows[index]
             return self.positives[row], self.negatives[row]
         text = self.neutral[self.neutral_rows[index - len(self.rows)]]
         return text, text - self.shift
+
+    def is_neutral(self, index: int) -> bool:
+        """Return whether a pair is a neutral text's."""
+        return index >= len(self.rows)
 
     def without_neutral(self) -> "Preferences":
         """Return the pairs alone."""
@@ -124,6 +131,22 @@ def pair_loss(positive: Tensor, negative: Tensor, beta: float, center: float) ->
     """
     means = positive.mean() + negative.mean()
     return _loss(positive.sum(), negative.sum(), means, beta, center)
+
+
+def shortfall(positives: Tensor, mask: Tensor, neutral: Tensor) -> Tensor:
+    """Return the module's term for neutral texts; 0 if the batch has none.
+
+    Args:
+        positives: (pairs, tokens) float32, rewards of the positives.
+        mask: (pairs, tokens) bool, True for a positive's tokens; at least one is.
+        neutral: (pairs,) bool, True for positives that are neutral texts.
+
+    Returns:
+        () float32. The positives' mean reward is a constant to its gradient.
+    """
+    gaps = torch.relu(positives[mask].mean().detach() - positives).square()
+    counted = mask & neutral[:, None]
+    return (gaps * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _loss(chosen: Tensor, rejected: Tensor, means: Tensor, beta: float, center: float) -> Tensor:

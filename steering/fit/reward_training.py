@@ -20,6 +20,7 @@ from steering.fit.preferences import (
     pair_loss,
     path_rewards,
     preference_loss,
+    shortfall,
 )
 from steering.reward import RewardHead, reward
 
@@ -110,7 +111,7 @@ def train_reward(
         losses: list[float] = []
         order = torch.randperm(len(training), generator=generator)
         for rows in torch.split(order, settings.batch_size):
-            losses.append(learner.step([training[row] for row in rows.tolist()]))
+            losses.append(learner.step(training, rows.tolist()))
             if on_step is not None:
                 on_step(epoch * steps + len(losses), steps * settings.epochs, losses[-1])
         epoch_losses.append(sum(losses) / len(losses))
@@ -139,12 +140,15 @@ class _Learner:
             self._optimizer, warmup_then_cosine(warmup, steps)
         )
 
-    def step(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """Take one step on the pairs' paths, and return its loss."""
+    def step(self, training: Preferences, rows: Sequence[int]) -> float:
+        """Take one step on the paths of some of the pairs, and return its loss."""
         settings = self._settings
-        positive, negative, mask = common_tokens(pairs)
+        positive, negative, mask = common_tokens([training[row] for row in rows])
         rewards = path_rewards(self._head, positive, negative, self._unit, settings.interpolations)
         loss = preference_loss(rewards, mask, settings.beta, settings.center)
+        if training.neutral_rows and settings.neutral_weight > 0:
+            neutral = torch.tensor([training.is_neutral(row) for row in rows], device=mask.device)
+            loss = loss + settings.neutral_weight * shortfall(rewards[0], mask, neutral)
         value = _finite(loss.item())
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

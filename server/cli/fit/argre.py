@@ -87,6 +87,13 @@ def argre(
     center: Annotated[
         float, typer.Option(help="Weight of the loss term that keeps rewards around 0.")
     ] = _DEFAULTS.center,
+    neutral_weight: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the loss term that raises the rewards of neutral texts' tokens to "
+            "those of positives; 0 leaves it out."
+        ),
+    ] = _DEFAULTS.neutral_weight,
     reward_quantile: Annotated[
         float | None,
         typer.Option(
@@ -145,6 +152,7 @@ def argre(
             interpolations=interpolations,
             beta=beta,
             center=center,
+            neutral_weight=neutral_weight,
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,

@@ -23,6 +23,7 @@ from steering.fit.argre_settings import ArgreSettings
         ("center", -1.0),
         ("weight_decay", float("nan")),
         ("center", float("inf")),
+        ("neutral_weight", -1.0),
         ("direction", "first"),
         ("held_out", 1.0),
         ("held_out", -0.1),

@@ -12,6 +12,7 @@ from steering.fit.preferences import (
     pair_loss,
     path_rewards,
     preference_loss,
+    shortfall,
 )
 from steering.fit.reward_training import initial_head
 from steering.reward import RewardHead, reward
@@ -90,6 +91,23 @@ def test_the_loss_of_a_pair_is_what_loops_compute() -> None:
     means = sum(positive.tolist()) / 5 + sum(negative.tolist()) / 3
     expected = math.log(1 + math.exp(-margin)) + 0.01 * means**2
     assert pair_loss(positive, negative, 0.05, 0.01).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_term_for_neutral_texts_is_what_loops_compute() -> None:
+    torch.manual_seed(0)
+    rewards = torch.randn(3, 4, requires_grad=True)
+    lengths = (4, 2, 3)
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    counted = [rewards[row, :length] for row, length in enumerate(lengths)]
+    target = torch.cat(counted).mean().item()
+    gaps = [max(0.0, target - value) ** 2 for row in (0, 2) for value in counted[row].tolist()]
+    term = shortfall(rewards, mask, torch.tensor([True, False, True]))
+    assert term.item() == pytest.approx(sum(gaps) / 7, rel=1e-5)
+    (gradient,) = torch.autograd.grad(term, rewards)
+    expected = -2 * torch.relu(target - rewards.detach()) / 7 * mask
+    expected[1] = 0
+    torch.testing.assert_close(gradient, expected)
+    assert shortfall(rewards, mask, torch.zeros(3, dtype=torch.bool)).item() == 0
 
 
 def test_a_batch_has_the_tokens_that_both_texts_have() -> None:

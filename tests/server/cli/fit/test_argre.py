@@ -113,6 +113,7 @@ def test_all_options_reach_the_fit_and_the_manifest(model: str, folder: Path) ->
         "--batch-size": "3",
         "--seed": "4",
         "--neutral": neutral,
+        "--neutral-weight": "0.5",
         "--learning-rate": "0.002",
     }
     more = [part for option in options.items() for part in option]
