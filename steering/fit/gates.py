@@ -181,17 +181,39 @@ def fit_gate(source: Tensor, control: Tensor, settings: GateSettings, site: str)
     labels = torch.cat([torch.ones(len(source)), torch.zeros(len(control))]).double()
     weights = torch.where(labels > 0, 0.5 / len(source), 0.5 / len(control)) * len(rows)
     mean = rows.mean(dim=0)
-    _, singular, components = torch.linalg.svd(rows - mean, full_matrices=False)
     # Components beyond the activations' rank have no direction and no variance to standardise by.
     smallest = rows.abs().max() * max(rows.shape) * torch.finfo(source.dtype).eps
-    rank = min(settings.components, int((singular > smallest).sum()))
-    if rank == 0:
+    basis = _standardised_components(rows - mean, settings.components, float(smallest))
+    if basis.shape[1] == 0:
         raise FitError(f"all activations at {site} are equal: no gate can tell source from control")
-    basis = components[:rank].T / (singular[:rank] / math.sqrt(len(rows)))
     solution = _logistic_regression((rows - mean) @ basis, labels, weights, settings.l2, site)
     weight = basis @ solution[:-1]
     bias = solution[-1] - weight @ mean
     return Gate(weight.to(source), bias.to(source))
+
+
+def _standardised_components(centred: Tensor, count: int, smallest: float) -> Tensor:
+    """Return the first principal components, each divided by its standard deviation.
+
+    From the eigenvectors of the smaller of the two products of the rows with themselves, which
+    takes a fraction of the time of a singular value decomposition.
+
+    Args:
+        centred: (n, d) float64, of mean 0.
+        count: the number of components.
+        smallest: components whose singular value is not larger are left out.
+
+    Returns:
+        (d, k) float64, k at most `count`.
+    """
+    n, d = centred.shape
+    squares, vectors = torch.linalg.eigh(centred @ centred.T if n < d else centred.T @ centred)
+    singular = squares.flip(0).clamp(min=0).sqrt()[:count]
+    singular = singular[singular > smallest]
+    vectors = vectors.flip(1)[:, : len(singular)]
+    components = centred.T @ vectors / singular if n < d else vectors
+    standardised: Tensor = components / (singular / math.sqrt(n))
+    return standardised
 
 
 def _logistic_regression(

@@ -44,13 +44,15 @@ def _sentences(count: int, seed: int, low: int, high: int) -> list[TokenIds]:
     return [torch.randint(low, high, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize(("source_rows", "control_rows"), [(40, 40), (15, 60)])
+@pytest.mark.parametrize(
+    ("source_rows", "control_rows", "width"), [(40, 40, 24), (15, 60, 24), (14, 16, 48)]
+)
 @pytest.mark.parametrize(("components", "l2"), [(1, 1.0), (5, 1.0), (12, 0.05), (24, 30.0)])
 def test_a_gate_is_scikit_learns_regression_on_raw_activations(
-    source_rows: int, control_rows: int, components: int, l2: float
+    source_rows: int, control_rows: int, width: int, components: int, l2: float
 ) -> None:
     """The folded a and c give the pipeline's probabilities, also for activations never seen."""
-    source, control = _clouds(source_rows, control_rows)
+    source, control = _clouds(source_rows, control_rows, width)
     gate = fit_gate(source, control, GateSettings(components=components, l2=l2), "here")
     pipeline = make_pipeline(
         PCA(components, svd_solver="full"),
@@ -59,12 +61,12 @@ def test_a_gate_is_scikit_learns_regression_on_raw_activations(
     )
     rows = torch.cat([source, control]).double().numpy()
     pipeline.fit(rows, np.repeat([1, 0], [source_rows, control_rows]))
-    unseen = torch.cat([source, control, *_clouds(9, 9, shift=3)])
+    unseen = torch.cat([source, control, *_clouds(9, 9, width, shift=3)])
     expected = torch.from_numpy(pipeline.predict_proba(unseen.double().numpy())[:, 1]).float()
     torch.testing.assert_close(_opened(gate, unseen), expected, atol=2e-5, rtol=0)
     assert expected.max() - expected.min() > 0.25
     assert gate.weight.dtype == gate.bias.dtype == torch.float32
-    assert gate.weight.shape == (24,)
+    assert gate.weight.shape == (width,)
     assert gate.bias.shape == ()
 
 
