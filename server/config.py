@@ -185,7 +185,8 @@ class Settings(BaseSettings):
     proxy, set more than the proxy keeps idle connections."""
 
     toxicity_scorer: Annotated[str, Field(min_length=1), AfterValidator(_check_scorer)] = "embedded"
-    """Scorer of the completions' toxicity: embedded, hf:MODEL, http:URL, or none."""
+    """Scorer of the completions' toxicity: embedded, hf:MODEL, http:URL, python:MODULE:FUNCTION, or
+    none."""
     toxicity_queue_size: int = Field(default=1024, ge=1)
     """Most completions that may wait for a score that no client asks for; others are not scored."""
     toxicity_share: float = Field(default=0.03, gt=0, le=1)

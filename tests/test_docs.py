@@ -20,7 +20,16 @@ ROOT = Path(__file__).parent.parent
 # Files with STEERSERVE_ variables that the program does not read: examples of mistakes, and ones
 # that Kubernetes sets.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
-DOCS = ("interventions", "observability", "options", "scaling", "security", "serving", "structures")
+DOCS = (
+    "evaluating",
+    "interventions",
+    "observability",
+    "options",
+    "scaling",
+    "security",
+    "serving",
+    "structures",
+)
 README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
@@ -45,7 +54,7 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert named <= targets
 
 
-@pytest.mark.parametrize("page", ["serving", "interventions", "security", "scaling"])
+@pytest.mark.parametrize("page", ["evaluating", "serving", "interventions", "security", "scaling"])
 def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text()
     commands = re.findall(r"^(?:\$ )?steerserve ((?:[^\\\n]|\\\n)+)", text, re.MULTILINE)

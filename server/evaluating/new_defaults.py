@@ -1,5 +1,6 @@
 """Makes a copy of an artifact that has other default settings."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import safe_open
 
 from interventions.artifact import read_artifact, write_artifact
 from interventions.header import ArtifactError
-from interventions.manifest import ManifestError, manifest_text, parse_manifest
+from interventions.manifest import ManifestError, parse_manifest
 from server.evaluating import EvaluationError
 
 
@@ -31,8 +32,8 @@ def write_with_defaults(path: Path, data: bytes, defaults: Mapping[str, JsonValu
         original.write_bytes(data)
         try:
             artifact = read_artifact(original)
-            changed = artifact.manifest.model_copy(update={"defaults": dict(defaults)})
-            manifest = parse_manifest(manifest_text(changed))
+            fields = artifact.manifest.model_dump(mode="json")
+            manifest = parse_manifest(json.dumps({**fields, "defaults": dict(defaults)}))
             return write_artifact(path, manifest, artifact.parameters, _dtype(original))
         except (ArtifactError, ManifestError) as error:
             raise EvaluationError(f"{path} cannot be written: {error}") from error

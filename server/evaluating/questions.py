@@ -105,7 +105,9 @@ def _truthful_question(row: dict[str, str | None], place: str) -> Question:
     fields: dict[str, JsonValue] = {name: row[name] for name in _COLUMNS}
     question, best, correct, wrong = (text_field(fields, name, place) for name in _COLUMNS)
     others = [text for text in _answers(correct) if text != best.strip()]
-    choices = [best.strip(), *others, *_answers(wrong)]
+    if not (incorrect := _answers(wrong)):
+        raise EvaluationInputError(f"{place}: the question has no incorrect answer")
+    choices = [best.strip(), *others, *incorrect]
     return Question(
         place,
         f"Q: {question}\nA:",

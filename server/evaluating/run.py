@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Final
 
 from rich.progress import Progress
 
+from server.evaluating import EvaluationError
 from server.evaluating.client import EvaluationClient
 from server.evaluating.inputs import Inputs
 from server.evaluating.measures import quantities
@@ -16,6 +18,8 @@ from server.evaluating.report import Result
 from server.evaluating.scoring import score_texts
 from server.evaluating.settings import BASE, Setting
 from server.evaluating.statistics import Bootstrap, Quantity
+
+_TRIED: Final = "Hello, world."
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ async def evaluate(
         EvaluationError: the server or a scorer fails; nothing is returned then.
     """
     assert settings[0] == BASE
+    await _try(client, settings)
     row = bar.add_task("", total=len(settings) * inputs.task.steps)
 
     def advance(name: str) -> None:
@@ -75,6 +80,15 @@ async def evaluate(
         for each in _continuations(seen, inputs.task, toxicity)
     ]
     return Outcome(client.model, results, continuations)
+
+
+async def _try(client: EvaluationClient, settings: Sequence[Setting]) -> None:
+    """Use each setting once, so that a wrong one is refused before the others are measured."""
+    for setting in settings:
+        try:
+            await client.score(_TRIED, 0, setting)
+        except EvaluationError as error:
+            raise EvaluationError(f"{setting.label}: {error}") from error
 
 
 def _scores(

@@ -21,8 +21,9 @@ def load_scorers(specs: Sequence[str]) -> dict[str, Backend]:
     for spec in specs:
         try:
             scorers[spec] = load_scorer(spec)
-        except (ScoringError, ValueError, OSError, ImportError) as error:
-            raise EvaluationInputError(f"--scorer {spec}: {error}") from error
+        except Exception as error:  # a scorer's module may be anybody's
+            why = str(error) or repr(error)
+            raise EvaluationInputError(f"--scorer {spec}: {why}") from error
     return scorers
 
 

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from server.evaluating import EvaluationInputError
 
-BASE_LABEL: Final = "base"
+BASE_LABEL: Final = "base model"  # an intervention's name has no blank
 _SWEPT: Final = ("strength", "eta", "iterations", "direction_scale")
 _WHOLE: Final = re.compile(r"-?\d+")
 
@@ -84,12 +84,17 @@ def compared(steerings: Sequence[str], sweeps: Sequence[str]) -> list[Setting]:
     Raises:
         EvaluationInputError: an option is wrong.
     """
-    settings = [BASE]
     swept = [setting for text in sweeps for setting in parse_sweep(text)]
+    found = {BASE.label: BASE}
     for setting in (*map(parse_steering, steerings), *swept):
-        if all(setting.steering != other.steering for other in settings):
-            settings.append(setting)
-    return settings
+        same = found.setdefault(setting.label, setting)
+        if same.steering != setting.steering:
+            raise EvaluationInputError(
+                f"two steerings differ in the types of their values only: {setting.label}"
+            )
+        if setting.curve is not None:  # a steering that is also a sweep's belongs to the curve
+            found[setting.label] = setting
+    return list(found.values())
 
 
 def label(steering: JsonValue) -> str:

@@ -16,6 +16,9 @@ Array: TypeAlias = NDArray[np.float64]
 
 RESAMPLES: Final = 2000
 _QUANTILES: Final = (0.025, 0.975)  # a 95 % interval
+# Resamples without a value (a ratio to 0) are left out. With fewer others than this share, there is
+# no interval.
+_LEAST_FINITE: Final = 0.975
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value and the ends of its 95 % interval; the ends are None if a resample has no value."""
+    """A value and the ends of its 95 % interval, None if too many resamples have no value."""
 
     value: float
     low: float | None
@@ -112,7 +115,8 @@ class Bootstrap:
 
 
 def _interval(value: float, resampled: Array) -> Interval:
-    if not np.isfinite(resampled).all():
+    finite = resampled[np.isfinite(resampled)]
+    if len(finite) < _LEAST_FINITE * len(resampled):
         return Interval(value, None, None)
-    low, high = np.quantile(resampled, _QUANTILES)
+    low, high = np.quantile(finite, _QUANTILES)
     return Interval(value, float(low), float(high))

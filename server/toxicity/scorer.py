@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-ScorerKind: TypeAlias = Literal["none", "embedded", "hf", "http"]
+ScorerKind: TypeAlias = Literal["none", "embedded", "hf", "http", "python"]
 
 
 class ScoringError(Exception):
@@ -46,14 +46,17 @@ class Scorer(Backend, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScorerSpec:
-    """A scorer's kind, and the id or folder of its model (hf) or its URL (http)."""
+    """A scorer's kind, and its model's id or folder (hf), URL (http) or function (python)."""
 
     kind: ScorerKind
     target: str = ""
 
 
 def parse_spec(text: str) -> ScorerSpec:
-    """Read `embedded`, `hf:<model id or folder>`, `http:<url>`, a bare URL, or `none`.
+    """Read the spec of a scorer.
+
+    Specs are `embedded`, `hf:<model id or folder>`, `http:<url>`, a bare URL,
+    `python:<module>:<function>`, and `none`.
 
     Raises:
         ValueError: the text is none of these; the message is a sentence that says what is wrong.
@@ -71,9 +74,16 @@ def parse_spec(text: str) -> ScorerSpec:
     if kind in ("http", "https"):
         bare = kind == "https" or target.startswith("//")
         return ScorerSpec("http", _checked_url(text if bare else target))
+    if kind == "python" and colon:
+        module, _, function = target.partition(":")
+        if not all(part.isidentifier() for part in (*module.split("."), function)):
+            raise ValueError(
+                f"the toxicity scorer {text!r} names no function: write python:<module>:<function>"
+            )
+        return ScorerSpec("python", target)
     raise ValueError(
         f"the toxicity scorer {text!r} is none of embedded, hf:<model id or folder>, http:<url>, "
-        "none"
+        "python:<module>:<function>, none"
     )
 
 

@@ -25,6 +25,7 @@ _BACKENDS: Final = {
     "embedded": "server.toxicity.profanity",
     "hf": "server.toxicity.classifier",
     "http": "server.toxicity.remote",
+    "python": "server.toxicity.function",
 }
 _MAX_MESSAGE: Final = 500  # characters; libraries quote whole files in their errors
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>

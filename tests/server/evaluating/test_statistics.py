@@ -79,10 +79,21 @@ def test_a_ratio_to_zero_has_no_interval() -> None:
     assert found is not None
     assert found.ratio is None
     assert found.difference is not None
-    # Some resamples of this base have no toxic unit.
+    # A third of the resamples of this base have no toxic unit.
     rare = Bootstrap(seed=0).estimate(BASE, STEERED)
     assert rare is not None
     assert rare.ratio == Interval(3.0, None, None)
+
+
+def test_a_few_resamples_without_a_ratio_are_left_out() -> None:
+    base = Quantity("toxic share", "embedded", [1.0] * 4 + [0.0] * 3, [1.0] * 7)
+    own = Quantity("toxic share", "embedded", [1.0] * 2 + [0.0] * 5, [1.0] * 7)
+    pairs = [(measure(own, units), measure(base, units)) for units in resamples(0, 7, 2000)]
+    without = sum(base == 0 for _, base in pairs)
+    assert 0 < without < 0.025 * 2000
+    found = Bootstrap(seed=0).estimate(own, base)
+    assert found is not None
+    check(found.ratio, 0.5, [own / base for own, base in pairs if base])
 
 
 def test_what_has_no_token_has_no_value() -> None:

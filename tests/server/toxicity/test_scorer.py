@@ -1,4 +1,4 @@
-"""Tests of how a scorer is named ("embedded", "hf:…", "http:…"), and of the check of scores."""
+"""Tests of how a scorer is named ("hf:…", "python:…"), and of the check of scores."""
 
 import math
 
@@ -18,6 +18,7 @@ from server.toxicity.scorer import ScorerSpec, ScoringError, check_scores, parse
         ("http:http://h:80", ScorerSpec("http", "http://h:80")),
         ("http://[::1]:9/x", ScorerSpec("http", "http://[::1]:9/x")),
         ("https://h", ScorerSpec("http", "https://h")),
+        ("python:package.module:score", ScorerSpec("python", "package.module:score")),
     ],
 )
 def test_specs(text: str, spec: ScorerSpec) -> None:
@@ -40,6 +41,11 @@ def test_specs(text: str, spec: ScorerSpec) -> None:
         ("https:h", "'https:h'"),
         ("http:ftp://h", "'ftp://h'"),
         ("http://[::1", "'http://[::1'"),
+        ("python:", "names no function"),
+        ("python:module", "names no function"),
+        ("python:module:f:g", "names no function"),
+        ("python:../module:f", "names no function"),
+        ("package.module:f", "'package.module:f'"),
     ],
 )
 def test_wrong_specs_are_errors_that_show_them(text: str, named: str) -> None:
