@@ -22,7 +22,13 @@ from steering.fit.activations import (
     site_token_means,
 )
 from steering.fit.gate_training import GateTraining
-from steering.fit.lineas_settings import LineasSettings, OptimizerName
+from steering.fit.lineas_settings import LineasSettings
+from steering.fit.optimizers import (
+    make_optimizer,
+    optimizer_shapes,
+    optimizer_state,
+    restore_optimizer,
+)
 from steering.fit.sparsity import proximal_step
 from steering.fit.wasserstein import distributional_loss
 
@@ -31,12 +37,6 @@ State: TypeAlias = Mapping[str, Tensor]
 
 _STEP: Final = "step"  # () int64, steps done
 _RANDOM: Final = "random"  # (bytes,) uint8, the state of the generator that draws batches
-
-_OPTIMIZER_PARTS: Final[Mapping[OptimizerName, tuple[str, ...]]] = {
-    "sgd": (),
-    "adam": ("exp_avg", "exp_avg_sq", "step"),
-    "adamw": ("exp_avg", "exp_avg_sq", "step"),
-}  # an optimizer's tensors for each parameter, by torch's names
 
 
 class LineasTraining:
@@ -68,7 +68,7 @@ class LineasTraining:
         )
         self._deltas = {site: _zeros(pooled) for site, pooled in self._target.items()}
         self._biases = {site: _zeros(pooled) for site, pooled in self._target.items()}
-        self._optimizer = _optimizer(
+        self._optimizer = make_optimizer(
             settings,
             list(self._map_parameters().values()),
             [] if gating is None else list(gating.parameters().values()),
@@ -141,12 +141,9 @@ class LineasTraining:
             _STEP: torch.tensor(self.steps_done),
             _RANDOM: self._random.get_state(),
         }
-        for name, parameter in self._parameters().items():
-            tensors[name] = parameter.detach()
-            for part, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}.{part}"] = value
-        return tensors
+        parameters = self._parameters()
+        tensors |= {name: parameter.detach() for name, parameter in parameters.items()}
+        return tensors | optimizer_state(self._optimizer, parameters)
 
     def restore(self, state: State) -> None:
         """Go on from a state of a fit with the same sites and settings.
@@ -169,29 +166,14 @@ class LineasTraining:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state[name])
-        parts = _OPTIMIZER_PARTS[self._settings.optimizer]
-        # Through `load_state_dict`, which puts each tensor on the device that the optimizer wants.
-        self._optimizer.load_state_dict(
-            {
-                "state": {
-                    index: {part: state[f"{name}.{part}"].clone() for part in parts}
-                    for index, name in enumerate(parameters)
-                },
-                "param_groups": self._optimizer.state_dict()["param_groups"],
-            }
-        )
+        restore_optimizer(self._optimizer, parameters, state, self._settings.optimizer)
         self.steps_done = steps_done
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {
-            _STEP: (),
-            _RANDOM: tuple(self._random.get_state().shape),
-        }
-        for name, parameter in self._parameters().items():
-            shapes[name] = tuple(parameter.shape)
-            for part in _OPTIMIZER_PARTS[self._settings.optimizer]:
-                shapes[f"{name}.{part}"] = () if part == _STEP else tuple(parameter.shape)
-        return shapes
+        parameters = self._parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        shapes |= optimizer_shapes(parameters, self._settings.optimizer)
+        return shapes | {_STEP: (), _RANDOM: tuple(self._random.get_state().shape)}
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the parameters by name, in the optimizer's order."""
@@ -257,19 +239,3 @@ def _apply(delta: Tensor, bias: Tensor, z: Tensor) -> Tensor:
 
 def _zeros(pooled: Tensor) -> Tensor:
     return torch.zeros_like(pooled[0]).requires_grad_()
-
-
-def _optimizer(
-    settings: LineasSettings, maps: list[Tensor], gates: list[Tensor]
-) -> torch.optim.Optimizer:
-    groups: list[dict[str, object]] = [{"params": maps}]
-    if gates:
-        # A gate that decays goes to 1/2 everywhere, and not to the identity.
-        groups.append({"params": gates, "weight_decay": 0.0})
-    match settings.optimizer:
-        case "sgd":
-            return torch.optim.SGD(groups, lr=settings.learning_rate)
-        case "adam":
-            return torch.optim.Adam(groups, lr=settings.learning_rate)
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.decay)
