@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from steering.affine import Gate, gate_of
 from steering.fit import FitError
 from steering.fit.activations import TokenIds, collect_token_means, frozen
+from steering.fit.pooling import Pooling
 
 OnBatch: TypeAlias = Callable[[int, int], None]
 """Called after each forward pass with (sentences read, sentences in all)."""
@@ -42,6 +43,7 @@ class GateSettings:
     l2: float = 1.0  # weight of the penalty l2 / 2 * |w|^2, beside a sum over sentences
     held_out: float = 0.2  # share of each side's sentences that only measure the accuracy
     seed: int = 0  # of the split
+    pooling: Pooling = "mean"  # a sentence's tokens to one vector; the mean, in the paper
 
     def __post_init__(self) -> None:
         """Refuse settings out of their ranges.
@@ -128,7 +130,7 @@ def fit_gates(
     Raises:
         FitError: the model lacks a site, or activations at a site are not finite or all equal.
     """
-    source, control = _means(model, sites, texts.source, texts.control, on_batch)
+    source, control = _pooled(model, sites, texts.source, texts.control, settings.pooling, on_batch)
     return {site: fit_gate(source[site], control[site], settings, site) for site in sites}
 
 
@@ -137,12 +139,13 @@ def held_out_accuracy(
     gates: Mapping[str, Gate],
     texts: GateTexts,
     on_batch: OnBatch | None = None,
+    pooling: Pooling = "mean",
 ) -> dict[str, float]:
     """Return how often each gate is right about sentences that it was not fitted on.
 
-    A gate is right where it is above 0.5 on a source sentence's mean activation, or at most 0.5 on
-    a control sentence's. The two sides count equally, however many sentences each has: a gate that
-    is always open, or always closed, has 0.5.
+    A gate is right where it is above 0.5 on a source sentence's pooled activation, or at most 0.5
+    on a control sentence's. The two sides count equally, however many sentences each has: a gate
+    that is always open, or always closed, has 0.5.
 
     Returns:
         site -> the mean of both sides' shares, from 0 to 1.
@@ -150,8 +153,8 @@ def held_out_accuracy(
     Raises:
         FitError: the model lacks a site, or activations at a site are not finite.
     """
-    source, control = _means(
-        model, list(gates), texts.held_out_source, texts.held_out_control, on_batch
+    source, control = _pooled(
+        model, list(gates), texts.held_out_source, texts.held_out_control, pooling, on_batch
     )
     return {
         site: (_share_open(gate, source[site]) + 1 - _share_open(gate, control[site])) / 2
@@ -260,20 +263,21 @@ def _distinct(sentences: Sequence[TokenIds], side: str) -> list[tuple[int, ...]]
     return distinct
 
 
-def _means(
+def _pooled(
     model: nn.Module,
     sites: Sequence[str],
     source: Sequence[TokenIds],
     control: Sequence[TokenIds],
+    pooling: Pooling,
     on_batch: OnBatch | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the untouched model's token means of both sides."""
+    """Return the untouched model's pooled activations of both sides."""
     sentences = [*source, *control]
     batches: list[dict[str, Tensor]] = []
     with frozen(model):
         for start in range(0, len(sentences), _FORWARD_BATCH):
             batch = sentences[start : start + _FORWARD_BATCH]
-            batches.append(collect_token_means(model, sites, batch, len(batch)))
+            batches.append(collect_token_means(model, sites, batch, len(batch), pooling))
             if on_batch is not None:
                 on_batch(start + len(batch), len(sentences))
     means = {site: torch.cat([batch[site] for batch in batches]) for site in sites}

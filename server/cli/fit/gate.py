@@ -29,6 +29,7 @@ def gate(
     out: Out,
     gate_components: gating.GateComponents = 5,
     gate_l2: gating.GateL2 = 1.0,
+    gate_pooling: gating.GatePooling = "mean",
     gate_held_out: gating.GateHeldOut = 0.2,
     gate_min_accuracy: gating.GateMinAccuracy = 0.0,
     name: Name = None,
@@ -48,7 +49,7 @@ def gate(
 ) -> None:
     """Fit gates (DSAS) that open on SOURCE and close on CONTROL, for the maps of ARTIFACT."""
     with output.user_errors_explained():
-        settings = GateSettings(gate_components, gate_l2, gate_held_out, seed)
+        settings = GateSettings(gate_components, gate_l2, gate_held_out, seed, gate_pooling)
         original = read_artifact(artifact)
         manifest, maps = _maps_of(original, artifact)
         fields = output.manifest_fields(

@@ -22,6 +22,7 @@ from steering.fit.gates import (
     held_out_accuracy,
     split_texts,
 )
+from steering.fit.pooling import Pooling
 
 GateKind: TypeAlias = Literal["none", "regression", "end-to-end"]
 
@@ -54,6 +55,10 @@ GateL2: TypeAlias = Annotated[
 GateHeldOut: TypeAlias = Annotated[
     float,
     typer.Option(help="Share of the sentences that only measure how often a gate is right."),
+]
+GatePooling: TypeAlias = Annotated[
+    Pooling,
+    typer.Option(help="How a sentence's tokens become the vector that a gate is fitted on."),
 ]
 GateMinAccuracy: TypeAlias = Annotated[
     float,
@@ -125,6 +130,7 @@ class FittedGates:
             "gate_control_sha256": plan.control.sha256,
             "gate_components": plan.settings.components,
             "gate_l2": plan.settings.l2,
+            "gate_pooling": plan.settings.pooling,
             "gate_held_out": plan.settings.held_out,
             "gate_seed": plan.settings.seed,
             "gate_source_sentences": len(self.texts.source),
@@ -173,7 +179,11 @@ class FittedGates:
         if not self.end_to_end:
             return self
         learnt = {site: map_.gate for site, map_ in maps.items() if map_.gate is not None}
-        return replace(self, gates=learnt, accuracy=_accuracy(loaded, learnt, self.texts))
+        return replace(
+            self,
+            gates=learnt,
+            accuracy=_accuracy(loaded, learnt, self.texts, self.plan.settings.pooling),
+        )
 
     def put_on(self, maps: AffineParameters) -> dict[str, AffineMap]:
         """Return the maps with their gates, without those whose gate is not accurate enough.
@@ -246,11 +256,13 @@ def fit(
     )
     with output.progress("learning gates") as advance:
         gates = fit_gates(loaded.model, sites, texts, plan.settings, advance)
-    return FittedGates(plan, texts, gates, _accuracy(loaded, gates, texts))
+    return FittedGates(plan, texts, gates, _accuracy(loaded, gates, texts, plan.settings.pooling))
 
 
-def _accuracy(loaded: LoadedModel, gates: Mapping[str, Gate], texts: GateTexts) -> dict[str, float]:
+def _accuracy(
+    loaded: LoadedModel, gates: Mapping[str, Gate], texts: GateTexts, pooling: Pooling
+) -> dict[str, float]:
     with output.progress("testing gates") as advance:
-        accuracy = held_out_accuracy(loaded.model, gates, texts, advance)
+        accuracy = held_out_accuracy(loaded.model, gates, texts, advance, pooling)
     # Rounded at once, so that --gate-min-accuracy takes a number that was printed.
     return {site: round(value, 4) for site, value in accuracy.items()}

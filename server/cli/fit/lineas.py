@@ -87,6 +87,7 @@ def lineas(
     control_weight: gating.ControlWeight = 1.0,
     gate_components: gating.GateComponents = 5,
     gate_l2: gating.GateL2 = 1.0,
+    gate_pooling: gating.GatePooling = "mean",
     gate_held_out: gating.GateHeldOut = 0.2,
     gate_min_accuracy: gating.GateMinAccuracy = 0.0,
     sites: Annotated[
@@ -137,7 +138,7 @@ def lineas(
             lambda_group=lambda_group,
             seed=seed,
         )
-        gate_settings = GateSettings(gate_components, gate_l2, gate_held_out, seed)
+        gate_settings = GateSettings(gate_components, gate_l2, gate_held_out, seed, gate_pooling)
         plan = gating.plan_gates(gate, control, gate_settings, gate_min_accuracy, control_weight)
         kept = None if checkpoint is None else CheckpointFile(checkpoint, out, checkpoint_every)
         source_file, target_file = read_sides(source, target)

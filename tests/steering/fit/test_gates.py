@@ -118,6 +118,26 @@ def test_each_site_has_the_gate_of_its_own_untouched_means() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_gate_of_last_tokens_is_fitted_and_judged_on_them() -> None:
+    model = tiny_model("llama")
+    settings = GateSettings(components=3, pooling="last")
+    texts = split_texts(_sentences(40, 1, 1, 30), _sentences(40, 2, 30, 60), settings)
+    gates = fit_gates(model, SITES, texts, settings)
+    source = collect_token_means(model, SITES, texts.source, 1, "last")
+    control = collect_token_means(model, SITES, texts.control, 1, "last")
+    alone = fit_gate(source[SITES[0]], control[SITES[0]], settings, SITES[0])
+    torch.testing.assert_close(gates[SITES[0]].weight, alone.weight, rtol=1e-3, atol=1e-4)
+    # A gate that reads one coordinate is right as often as that coordinate tells the sides apart.
+    threshold = Gate(torch.eye(WIDTH)[0] * 1e4, torch.tensor(0.0))
+    right = [
+        (collect_token_means(model, SITES[:1], side, 1, "last")[SITES[0]][:, 0] > 0).double()
+        for side in (texts.held_out_source, texts.held_out_control)
+    ]
+    accuracy = held_out_accuracy(model, {SITES[0]: threshold}, texts, pooling="last")
+    expected = (float(right[0].mean()) + 1 - float(right[1].mean())) / 2
+    assert accuracy[SITES[0]] == pytest.approx(expected)
+
+
 def test_sentences_that_differ_are_told_apart_and_others_are_not() -> None:
     model = tiny_model("llama")
     settings = GateSettings(components=16)
