@@ -15,7 +15,7 @@ from steering.affine import AffineMap
 from steering.sites import input_site
 
 Place: TypeAlias = Literal["residual", "feed-forward"]
-"""Where a vector is added to the residual stream: to the stream after a decoder layer, or to the
+"""Says where a vector is added to the residual stream: after a decoder layer, or to the
 output of the layer's feed-forward network, which the layer then adds to the stream. Both give the
 same sum; vLLM, which fuses modules, computes only the second in many models."""
 

@@ -42,7 +42,7 @@ class EvaluationClient:
         self._digests: dict[str, tuple[str, ...]] = {}
         self.model = model
         self.applied: dict[str, list[Applied]] = {}
-        """What the server applied for each setting, by the setting's label."""
+        """Maps a setting's label to the interventions that the server applied."""
 
     @classmethod
     @asynccontextmanager

@@ -38,7 +38,7 @@ class Judging:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What is measured, and how the answers are judged."""
+    """Holds the prompts, texts and questions to measure with, and how answers are judged."""
 
     task: Task
     judging: Judging

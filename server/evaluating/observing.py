@@ -19,7 +19,7 @@ Advance: TypeAlias = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is measured with each setting. A list that is empty is not measured."""
+    """Lists what each setting is measured with. An empty list is not measured."""
 
     sampling: Sampling
     gold_only: bool = False
@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(slots=True)
 class Observed:
-    """What the server answered with one setting."""
+    """Holds the server's answers with one setting."""
 
     setting: Setting
     continuations: list[list[str]] = field(default_factory=list)  # of each prompt

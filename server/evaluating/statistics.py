@@ -23,7 +23,7 @@ _LEAST_FINITE: Final = 0.975
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What was measured of each unit with one setting.
+    """Holds one setting's measurements, one for each unit.
 
     The measure is sum(numerators) / sum(denominators), or the exponential of that.
     """

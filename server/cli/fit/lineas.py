@@ -25,8 +25,12 @@ from server.cli.fit.options import (
     Model,
     Name,
     Out,
+    Pooling,
     Seed,
+    Source,
+    Target,
     Threads,
+    chosen_sites,
     default_setting,
 )
 from server.cli.fit.training_files import read_sides
@@ -34,7 +38,6 @@ from steering.fit.activations import TokenIds
 from steering.fit.gates import GateSettings
 from steering.fit.lineas import fit_lineas
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
-from steering.fit.pooling import Pooling
 from steering.sites import choose_sites, default_sites
 
 _LIMITS: Final = AffineLimits()
@@ -42,10 +45,8 @@ _LIMITS: Final = AffineLimits()
 
 def lineas(
     model: Model,
-    source: Annotated[
-        Path, typer.Option(help="File of sentences to steer away from, one per line.")
-    ],
-    target: Annotated[Path, typer.Option(help="File of sentences to steer towards, one per line.")],
+    source: Source,
+    target: Target,
     out: Out,
     samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from each file.")] = 32,
     target_samples: Annotated[
@@ -72,9 +73,7 @@ def lineas(
             "the batch. The maps are the same, but a step takes about a third longer.",
         ),
     ] = None,
-    pooling: Annotated[
-        Pooling, typer.Option(help="How a sentence's tokens become one vector.")
-    ] = "mean",
+    pooling: Pooling = "mean",
     gamma: Annotated[
         float, typer.Option(help="Sparsity of the maps (sparse group lasso); 0 for none.")
     ] = 0.0,
@@ -90,15 +89,7 @@ def lineas(
     gate_pooling: gating.GatePooling = "mean",
     gate_held_out: gating.GateHeldOut = 0.2,
     gate_min_accuracy: gating.GateMinAccuracy = 0.0,
-    sites: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Regular expression for module paths, to map the modules' outputs; it chooses "
-            "inputs where it matches '<module path>.input' and not the path. If unset, the model "
-            "family's default sites.",
-        ),
-    ] = None,
+    sites: Annotated[str | None, chosen_sites("the model family's default sites")] = None,
     strength: Annotated[float, default_setting(_LIMITS.strength, "strength")] = 1.0,
     name: Name = None,
     description: Description = "",

@@ -17,9 +17,9 @@ from vllm.sampling_params import RequestOutputKind
 from interventions.layout import to_tensors
 from interventions.model import ModelDescription
 from server.config import ConfigurationError
-from server.engine.probes import probe_head, probe_map
+from server.engine.probes import complete_map, probe_head, probe_map
 from server.engine.vllm.plugin.wire import Layout, LoadedEdit, Steering
-from steering.affine import AffineParameters
+from steering.affine import AffineMap, AffineParameters
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
 
@@ -60,26 +60,29 @@ class SelfTest:
         if not _differ(base, reward, _LEAST):
             raise ConfigurationError("an edit before lm_head does not reach the logits of vLLM")
         dead: list[str] = []
-        for first in range(0, len(self._layout.sites), self._layout.slots):
-            dead += await self._dead(self._layout.sites[first : first + self._layout.slots])
+        # A compiled model edits by the one itself, and by the other calls an operator.
+        for probe in (probe_map, complete_map):
+            for first in range(0, len(self._layout.sites), self._layout.slots):
+                sites = self._layout.sites[first : first + self._layout.slots]
+                dead += await self._dead(sites, probe)
         if dead:
             raise ConfigurationError(f"an edit at {_named(dead)} does not reach the logits of vLLM")
 
-    async def _dead(self, sites: Sequence[str]) -> list[str]:
+    async def _dead(self, sites: Sequence[str], probe: Callable[[int], AffineMap]) -> list[str]:
         """Return the sites at which an edit does not reach the logits; a slot for each."""
         stacks: list[tuple[LoadedEdit, ...]] = [()]
         for slot, site in enumerate(sites, start=1):
-            maps = {site: probe_map(self._model.site_widths[site])}
+            maps = {site: probe(self._model.site_widths[site])}
             stacks.append((LoadedEdit(slot, await self._load(slot, maps), AffineSettings(1.0)),))
         # There is an unedited request at each end: their difference shows how much logits depend on
         # a row's place in the batch.
-        base, *probes, again = await self._compared([*stacks, ()])
+        base, *probed, again = await self._compared([*stacks, ()])
         noise = max((abs(base[token] - again.get(token, math.inf)) for token in base), default=0.0)
         threshold = 4 * noise + _LEAST
         return [
             site
-            for site, probe in zip(sites, probes, strict=True)
-            if not _differ(base, probe, threshold)
+            for site, edited in zip(sites, probed, strict=True)
+            if not _differ(base, edited, threshold)
         ]
 
     async def _load(self, slot: int, parameters: AffineParameters | RewardHead) -> str:

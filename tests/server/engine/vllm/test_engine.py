@@ -4,6 +4,7 @@ The tests in tests/server/engine ask of both engines what the protocol promises.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load, save
 
 from server.config import ConfigurationError
 from server.engine.base import (
@@ -104,6 +106,38 @@ async def test_a_vllm_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="vLLM did not start; what its processes wrote"):
         async with started(setup, tmp_path):
             pass
+
+
+async def test_the_self_test_finds_lost_edits_of_either_kind(tmp_path: Path) -> None:
+    """Those that a compiled model does itself, and those that the operator does."""
+    from server.engine.vllm.self_test import SelfTest  # noqa: PLC0415  it imports vLLM
+
+    async with engine_of_its_own(tmp_path) as subject:
+        engine: Any = subject.engine
+        sites = engine._served.layout.sites
+        for lost_with_gates in (False, True):
+
+            async def call(
+                method: str, arguments: tuple[Any, ...], lost: bool = lost_with_gates
+            ) -> list[Any]:
+                if method == "steering_load":
+                    slot, name, artifact = arguments
+                    arguments = (slot, name, _without_effect(artifact, sites[0], lost))
+                return list(await engine._call(method, arguments))
+
+            test = SelfTest(engine._llm, call, engine._served.layout, engine.model)
+            with pytest.raises(ConfigurationError, match=f"an edit at {re.escape(sites[0])} does"):
+                await test.run()
+
+
+def _without_effect(artifact: bytes, site: str, has_gate: bool) -> bytes:
+    """Return an artifact without effect at a site, if it has a gate, or if it has none."""
+    tensors = load(artifact)
+    if f"sites.{site}.weight" not in tensors or has_gate != any("gate" in key for key in tensors):
+        return artifact
+    tensors[f"sites.{site}.weight"].fill_(1)
+    tensors[f"sites.{site}.bias"].zero_()
+    return save(tensors)
 
 
 def worker_process() -> psutil.Process:
