@@ -7,8 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from interventions.manifest import AffineLimits
-from server.cli.fit import output
+from server.cli.fit import output, strengths
 from server.cli.fit.options import (
     AllOrSamples,
     AsJson,
@@ -27,16 +26,13 @@ from server.cli.fit.options import (
     Target,
     Threads,
     chosen_sites,
-    default_setting,
-    greatest_strength,
 )
-from server.cli.fit.two_sides import MAX_STRENGTH, TwoSides, both_ways
+from server.cli.fit.two_sides import TwoSides
 from steering.affine import AffineParameters
 from steering.fit.baselines import BaselineSettings, ClosedForm, MappedSides, fit_baseline
 from steering.fit.closed_forms import WHOLE_RANGE, check_support, linear_transport, mean_shift
 from steering.sites import block_outputs, choose_sites, default_sites
 
-_LIMITS: Final = AffineLimits().strength
 _CAA_DEPTH: Final = 13 / 32  # the layer that the paper chose for Llama 2 7B, of its layers
 
 _FamilySites = Annotated[str | None, chosen_sites("the model family's default sites")]
@@ -78,7 +74,8 @@ def lin_act(
     pooling: Pooling = "mean",
     batch_size: _OnePass = 256,
     sites: _FamilySites = None,
-    strength: Annotated[float, default_setting(_LIMITS, "strength")] = 1.0,
+    strength: strengths.Strength = 1.0,
+    max_strength: strengths.MaxStrength = 1.0,
     name: Name = None,
     description: Description = "",
     license_: License = "Apache-2.0",
@@ -93,6 +90,7 @@ def lin_act(
     with output.user_errors_explained():
         fields = output.manifest_fields(out, name, description, license_)
         settings = BaselineSettings(pooling, mapped_sides, batch_size)
+        limits = strengths.limits(strength, max_strength)
         check_support(quantiles)
         within = quantiles if support else None
         range_ = dict(zip(("low_quantile", "high_quantile"), quantiles, strict=True))
@@ -117,7 +115,7 @@ def lin_act(
             **asdict(settings),
             **figures,
         }
-        manifest = sides.manifest(fields, "lin-act", strength, _LIMITS, training)
+        manifest = sides.manifest(fields, "lin-act", strength, limits, training)
         output.write(out, manifest, maps, figures, as_json)
 
 
@@ -131,7 +129,8 @@ def mean_act(
     pooling: Pooling = "mean",
     batch_size: _OnePass = 256,
     sites: _FamilySites = None,
-    strength: Annotated[float, default_setting(_LIMITS, "strength")] = 1.0,
+    strength: strengths.Strength = 1.0,
+    max_strength: strengths.MaxStrength = 1.0,
     name: Name = None,
     description: Description = "",
     license_: License = "Apache-2.0",
@@ -146,6 +145,7 @@ def mean_act(
     with output.user_errors_explained():
         fields = output.manifest_fields(out, name, description, license_)
         settings = BaselineSettings(pooling, mapped_sides, batch_size)
+        limits = strengths.limits(strength, max_strength)
         sides = TwoSides.read(
             source=source,
             target=target,
@@ -161,7 +161,7 @@ def mean_act(
         chosen = choose_sites(pattern, sides.loaded.description.site_widths)
         maps, figures = _fit(sides, chosen, mean_shift, settings)
         training = {"sites": pattern, **asdict(settings), **figures}
-        manifest = sides.manifest(fields, "mean", strength, _LIMITS, training)
+        manifest = sides.manifest(fields, "mean", strength, limits, training)
         output.write(out, manifest, maps, figures, as_json)
 
 
@@ -182,8 +182,8 @@ def caa(
     pooling: Pooling = "last",
     batch_size: ForwardBatch = 32,
     sites: Annotated[str | None, chosen_sites("the output of --layer")] = None,
-    strength: Annotated[float, default_setting(None, "strength")] = 1.0,
-    max_strength: Annotated[float, greatest_strength(MAX_STRENGTH)] = 2.0,
+    strength: strengths.SignedStrength = 1.0,
+    max_strength: strengths.SignedMaxStrength = 2.0,
     name: Name = None,
     description: Description = "",
     license_: License = "Apache-2.0",
@@ -198,7 +198,7 @@ def caa(
     with output.user_errors_explained():
         fields = output.manifest_fields(out, name, description, license_)
         settings = BaselineSettings(pooling, "none", batch_size)
-        limits = both_ways(strength, max_strength)
+        limits = strengths.limits(strength, max_strength, negative=True)
         if layer is not None and sites is not None:
             raise output.FitCommandError("give either --layer or --sites")
         sides = TwoSides.read(

@@ -9,7 +9,7 @@ from rich.console import Console
 from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
 from interventions.manifest import AffineManifest
-from server.cli.fit import gating, output
+from server.cli.fit import gating, output, strengths
 from server.cli.fit.options import AsJson, Device, Dtype, MaxTokens, Model, Name, Out, Seed, Threads
 from server.cli.fit.training_files import read_lines
 from server.engine.torch.model.loader import LoadedModel
@@ -32,6 +32,8 @@ def gate(
     gate_pooling: gating.GatePooling = "mean",
     gate_held_out: gating.GateHeldOut = 0.2,
     gate_min_accuracy: gating.GateMinAccuracy = 0.0,
+    strength: strengths.KeptStrength = None,
+    max_strength: strengths.KeptMaxStrength = None,
     name: Name = None,
     description: Annotated[
         str | None, typer.Option(help="Description for the manifest; if unset, the artifact's.")
@@ -58,6 +60,7 @@ def gate(
             manifest.description if description is None else description,
             manifest.license if license_ is None else license_,
         )
+        fields |= _strengths(manifest, strength, max_strength)
         source_file = read_lines(source)
         plan = gating.GatePlan("regression", read_lines(control), settings, gate_min_accuracy)
         loaded = output.load(model, dtype, device, threads)
@@ -93,6 +96,22 @@ def _maps_of(artifact: Artifact, path: Path) -> tuple[AffineManifest, AffinePara
             f"{path} is of kind {manifest.kind}: only affine maps have gates"
         )
     return manifest, parameters
+
+
+def _strengths(
+    manifest: AffineManifest, strength: float | None, max_strength: float | None
+) -> dict[str, object]:
+    """Return the manifest's defaults and limits with the given ones in them."""
+    default = manifest.defaults.strength if strength is None else strength
+    limits = manifest.limits.strength
+    if max_strength is None:
+        strengths.check_default(default, limits)
+    else:
+        limits = strengths.limits(default, max_strength, negative=limits[0] < 0)
+    return {
+        "defaults": manifest.defaults.model_copy(update={"strength": default}),
+        "limits": manifest.limits.model_copy(update={"strength": limits}),
+    }
 
 
 def _check_model(artifact: Artifact, loaded: LoadedModel) -> None:

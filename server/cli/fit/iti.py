@@ -8,7 +8,7 @@ import torch
 import typer
 from torch import Tensor
 
-from server.cli.fit import output
+from server.cli.fit import output, strengths
 from server.cli.fit.options import (
     AllOrSamples,
     AsJson,
@@ -28,9 +28,8 @@ from server.cli.fit.options import (
     Threads,
     chosen_sites,
     default_setting,
-    greatest_strength,
 )
-from server.cli.fit.two_sides import MAX_STRENGTH, TwoSides, both_ways
+from server.cli.fit.two_sides import TwoSides
 from server.engine.torch.model.loader import LoadedModel
 from steering.fit.activations import TokenIds, collect_token_means
 from steering.fit.iti import DirectionName, ItiSettings, fit_iti
@@ -62,9 +61,10 @@ def iti(
         str | None, chosen_sites("the inputs of all attention blocks' output projections")
     ] = None,
     strength: Annotated[
-        float, default_setting(None, "strength, in standard deviations of a head's outputs")
+        float,
+        default_setting(strengths.SERVABLE, "strength, in standard deviations of a head's outputs"),
     ] = 15.0,
-    max_strength: Annotated[float, greatest_strength(MAX_STRENGTH)] = 30.0,
+    max_strength: strengths.SignedMaxStrength = 30.0,
     name: Name = None,
     description: Description = "",
     license_: License = "Apache-2.0",
@@ -79,7 +79,7 @@ def iti(
     with output.user_errors_explained():
         fields = output.manifest_fields(out, name, description, license_)
         settings = ItiSettings(heads, direction, held_out, seed)
-        limits = both_ways(strength, max_strength)
+        limits = strengths.limits(strength, max_strength, negative=True)
         sides = TwoSides.read(
             source=source,
             target=target,

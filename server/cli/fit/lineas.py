@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from interventions.manifest import (
     AffineManifest,
     BaseModelReference,
 )
-from server.cli.fit import gating, output
+from server.cli.fit import gating, output, strengths
 from server.cli.fit.checkpoint import CheckpointFile, digest, removed_at_the_end
 from server.cli.fit.options import (
     AsJson,
@@ -31,7 +31,6 @@ from server.cli.fit.options import (
     Target,
     Threads,
     chosen_sites,
-    default_setting,
 )
 from server.cli.fit.training_files import read_sides
 from steering.fit.activations import TokenIds
@@ -39,8 +38,6 @@ from steering.fit.gates import GateSettings
 from steering.fit.lineas import fit_lineas
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
 from steering.sites import choose_sites, default_sites
-
-_LIMITS: Final = AffineLimits()
 
 
 def lineas(
@@ -90,7 +87,8 @@ def lineas(
     gate_held_out: gating.GateHeldOut = 0.2,
     gate_min_accuracy: gating.GateMinAccuracy = 0.0,
     sites: Annotated[str | None, chosen_sites("the model family's default sites")] = None,
-    strength: Annotated[float, default_setting(_LIMITS.strength, "strength")] = 1.0,
+    strength: strengths.Strength = 1.0,
+    max_strength: strengths.MaxStrength = 1.0,
     name: Name = None,
     description: Description = "",
     license_: License = "Apache-2.0",
@@ -114,6 +112,7 @@ def lineas(
     """Fit LinEAS maps, which move the activations on SOURCE to the distribution on TARGET."""
     with output.user_errors_explained():
         fields = output.manifest_fields(out, name, description, license_)
+        limits = strengths.limits(strength, max_strength)
         settings = LineasSettings(
             samples=samples,
             steps=steps,
@@ -183,6 +182,7 @@ def lineas(
                     loaded.description, from_attributes=True
                 ),
                 defaults=AffineDefaults(strength=strength),
+                limits=AffineLimits(strength=limits),
                 training={
                     "source": source_file.name,
                     "source_sha256": source_file.sha256,

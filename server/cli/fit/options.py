@@ -60,30 +60,24 @@ def chosen_sites(otherwise: str) -> Any:
     )
 
 
-def default_setting(limits: tuple[float, float] | None, what: str) -> Any:
+def default_setting(limits: tuple[float, float], what: str) -> Any:
     """Make the option of a setting that the artifact has for requests that give none.
 
     Args:
-        limits: the least and greatest value; None if the command checks them.
+        limits: the least and greatest value.
         what: the setting, in words.
     """
-    low, high = limits or (None, None)
+    low, high = limits
     text = f"Default {what}, for requests that give none."
-    return typer.Option(min=low, max=high, help=text, callback=_finite)
+    return typer.Option(min=low, max=high, help=text, callback=finite)
 
 
-def greatest_strength(most: float) -> Any:
-    """Make the option --max-strength of methods whose strengths may be negative."""
-    return typer.Option(
-        min=0,
-        max=most,
-        metavar="X",
-        help="Requests may ask for strengths from -X to X.",
-    )
+def finite(value: float | None) -> float | None:
+    """Refuse NaN, which lies in every range.
 
-
-def _finite(value: float) -> float:
-    """Refuse NaN and infinity, where no range does."""
-    if not math.isfinite(value):
+    Raises:
+        BadParameter: the value is not finite.
+    """
+    if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -14,14 +14,11 @@ from interventions.manifest import (
     BaseModelReference,
     TrainingValue,
 )
-from interventions.request_settings import Caps
 from server.cli.fit import output
 from server.cli.fit.training_files import TrainingFile, read_sides
 from server.engine.torch.model.loader import LoadedModel
 from steering.fit.activations import TokenIds
 from steering.fit.sampling import draw
-
-MAX_STRENGTH: Final = Caps().strength[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +104,3 @@ class TwoSides:
                 **output.provenance(self.loaded),
             },
         )
-
-
-def both_ways(strength: float, max_strength: float) -> tuple[float, float]:
-    """Return limits that allow a negative strength too.
-
-    Raises:
-        FitCommandError: the default strength lies outside of them.
-    """
-    if abs(strength) > max_strength:
-        raise output.FitCommandError(
-            f"--strength {strength:g} lies outside of [-{max_strength:g}, {max_strength:g}]: give "
-            "a greater --max-strength"
-        )
-    return -max_strength, max_strength

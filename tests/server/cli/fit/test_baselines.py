@@ -144,6 +144,14 @@ def test_the_sides_read_through_earlier_maps_may_be_chosen(
     assert len(digests) == 3
 
 
+@pytest.mark.parametrize("method", ["lin-act", "mean-act"])
+def test_a_map_may_be_served_beyond_its_target(model: str, folder: Path, method: str) -> None:
+    artifact, _ = _fit(method, model, folder, "--max-strength", "3", "--strength", "1.5")
+    assert _affine(artifact).limits.strength == (0.0, 3.0)
+    assert resolve_settings(artifact.manifest, {}, Caps()) == AffineSettings(1.5)
+    assert resolve_settings(artifact.manifest, {"strength": 3}, Caps()) == AffineSettings(3.0)
+
+
 def test_mean_act_shifts_by_the_difference_of_the_means(model: str, folder: Path) -> None:
     artifact, _ = _fit("mean-act", model, folder, "--sites", r".*\.0\.self_attn\.o_proj\.input")
     (site, map_), *others = _maps(artifact).items()
@@ -276,8 +284,10 @@ def test_other_families_have_default_sites_too(
         (("--model", "/no/such/model"), "cannot load '/no/such/model'"),
         (("--device", "tpu"), "tpu"),
         (("--pooling", "median"), "median"),
-        (("--strength", "1000"), "strength"),
-        (("--strength", "nan"), "strength"),
+        (("--strength", "1000"), "--strength"),
+        (("--strength", "nan"), "--strength"),
+        (("--max-strength", "101"), "--max-strength"),
+        (("--max-strength", "nan"), "--max-strength"),
         (("--batch-size", "0"), "batch-size"),
     ],
 )
@@ -292,12 +302,12 @@ def test_a_wrong_option_is_one_sentence_and_status_2(
     [
         ("lin-act", ("--quantiles", "0.9", "0.1"), "the lower one first, not 0.9 and 0.1"),
         ("lin-act", ("--mapped-sides", "target"), "target"),
+        ("lin-act", ("--strength", "1.5"), "1.5 lies outside of [0, 1]"),
+        ("mean-act", ("--strength", "1.5"), "1.5 lies outside of [0, 1]"),
         ("mean-act", ("--strength", "-1"), "strength"),
         ("caa", ("--layer", "2"), "the model has 2 blocks, 0 to 1"),
         ("caa", ("--layer", "1", "--sites", "x"), "either --layer or --sites"),
-        ("caa", ("--strength", "-3"), "give a greater --max-strength"),
-        ("caa", ("--max-strength", "nan"), "max-strength"),
-        ("caa", ("--max-strength", "101"), "max-strength"),
+        ("caa", ("--strength", "-3"), "or a greater --max-strength"),
         ("iti", ("--heads", "0"), "heads"),
         ("iti", ("--held-out", "1"), "held_out must lie between 0 and 1"),
         ("iti", ("--direction", "pca"), "pca"),

@@ -10,13 +10,13 @@ import torch
 from typer.testing import CliRunner, Result
 
 from interventions.artifact import Artifact, read_artifact, write_artifact
-from interventions.manifest import AffineManifest
+from interventions.manifest import AffineDefaults, AffineManifest
 from server.__main__ import app
 from server.engine.torch.model.loader import load_model
 from steering.affine import AffineParameters
 from steering.fit.gates import GateSettings, fit_gates, split_texts
 from steering.reward import RewardHead
-from tests.fitting import fit_argre_by_command, fit_lineas_by_command
+from tests.fitting import fit_argre_by_command, fit_by_command, fit_lineas_by_command
 from tests.tiny import SITES, WIDTH
 
 TOXIC = [f"you {word} fool" for word in ("old", "mad", "vile", "poor", "dull", "sad")]
@@ -113,6 +113,36 @@ def test_gates_are_replaced_and_the_name_may_be_given(model: str, gate_folder: P
     assert manifest.training["gate_components"] == 1
 
 
+def test_the_strengths_of_the_maps_stay_unless_others_are_given(
+    model: str, gate_folder: Path
+) -> None:
+    options = ("--strength", "1.5", "--max-strength", "2")
+    assert fit_lineas_by_command(model, gate_folder, *options).exit_code == 0
+    for chosen, default, limits in (
+        ((), 1.5, (0.0, 2.0)),
+        (("--strength", "0.5"), 0.5, (0.0, 2.0)),
+        (("--max-strength", "4"), 1.5, (0.0, 4.0)),
+        (("--strength", "3", "--max-strength", "3"), 3.0, (0.0, 3.0)),
+    ):
+        assert _fit_gate(model, gate_folder, *chosen).exit_code == 0
+        manifest = read_artifact(gate_folder / "g.safetensors").manifest
+        assert isinstance(manifest, AffineManifest)
+        assert (manifest.defaults.strength, manifest.limits.strength) == (default, limits)
+
+
+def test_negative_strengths_and_positions_stay(model: str, gate_folder: Path) -> None:
+    path = gate_folder / "tiny-lineas.safetensors"
+    assert fit_by_command("caa", model, gate_folder, "--sites", r"model\.layers\.\d").exit_code == 0
+    caa = read_artifact(gate_folder / "caa.safetensors")
+    defaults = AffineDefaults(strength=-2.0, positions="generated")
+    write_artifact(path, caa.manifest.model_copy(update={"defaults": defaults}), caa.parameters)
+    assert _fit_gate(model, gate_folder, "--strength", "-5", "--max-strength", "6").exit_code == 0
+    manifest = read_artifact(gate_folder / "g.safetensors").manifest
+    assert isinstance(manifest, AffineManifest)
+    assert manifest.limits.strength == (-6.0, 6.0)
+    assert manifest.defaults == AffineDefaults(strength=-5.0, positions="generated")
+
+
 def test_maps_without_an_accurate_gate_are_left_out(model: str, gate_folder: Path) -> None:
     assert _fit_gate(model, gate_folder, "--gate-min-accuracy", "0").exit_code == 0
     training = read_artifact(gate_folder / "g.safetensors").manifest.training
@@ -165,6 +195,11 @@ def test_maps_of_inputs_get_gates_of_inputs(model: str, gate_folder: Path) -> No
         (("--gate-l2", "0"), "l2 must be a positive number"),
         (("--gate-held-out", "1"), "must lie between 0 and 1"),
         (("--gate-min-accuracy", "2"), "gate-min-accuracy"),
+        (("--strength", "2"), "default strength 2 lies outside of [0, 1]"),
+        (("--strength", "-1", "--max-strength", "2"), "strength -1 lies outside of [0, 2]"),
+        (("--max-strength", "0.5"), "default strength 1 lies outside of [0, 0.5]"),
+        (("--max-strength", "101"), "--max-strength"),
+        (("--strength", "nan"), "--strength"),
         (("--out", "x.bin"), "must end in .safetensors"),
         (("--model", "/no/such/model"), "cannot load '/no/such/model'"),
     ],

@@ -12,8 +12,10 @@ import torch
 from interventions.artifact import read_artifact
 from interventions.compatibility import check_compatible
 from interventions.manifest import AffineManifest
+from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
 from server.engine.torch.model.loader import load_model
 from steering.reward import RewardHead
+from steering.settings import AffineSettings
 from tests.fitting import fit_lineas_by_command
 from tests.tiny import SITES, WIDTH
 
@@ -33,6 +35,7 @@ def test_lineas_end_to_end(model: str, folder: Path) -> None:
     assert manifest.method == "lineas"
     assert manifest.license == "CC0-1.0"
     assert manifest.defaults.strength == 0.75
+    assert manifest.limits.strength == (0.0, 1.0)
     assert check_compatible(artifact, load_model(model, dtype="float32").description) == ()
     assert not isinstance(artifact.parameters, RewardHead)
     assert set(artifact.parameters) == set(SITES)
@@ -118,6 +121,17 @@ def test_every_setting_reaches_the_fit_and_the_manifest(model: str, folder: Path
     assert result.exit_code == 0, result.stderr
     training = read_artifact(folder / "tiny-lineas.safetensors").manifest.training
     assert {key: training[key] for key in chosen} == chosen
+
+
+def test_requests_may_be_allowed_strengths_above_the_papers(model: str, folder: Path) -> None:
+    result = fit_lineas_by_command(model, folder, "--max-strength", "2.5", "--strength", "2")
+    assert result.exit_code == 0, result.stderr
+    manifest = read_artifact(folder / "tiny-lineas.safetensors").manifest
+    assert resolve_settings(manifest, {}, Caps()) == AffineSettings(2.0)
+    assert resolve_settings(manifest, {"strength": 2.5}, Caps()) == AffineSettings(2.5)
+    for refused in (2.6, -0.1):
+        with pytest.raises(InvalidSettingError, match=r"must lie in \[0, 2.5\]"):
+            resolve_settings(manifest, {"strength": refused}, Caps())
 
 
 def test_the_bar_shows_the_loss_and_the_time_left(model: str, folder: Path) -> None:
@@ -210,7 +224,13 @@ def test_the_support_is_reported_and_identities_are_left_out(model: str, folder:
         (("--license", " "), "--license"),
         (("--device", "tpu"), "tpu"),
         (("--optimizer", "newton"), "newton"),
-        (("--strength", "2"), "strength"),
+        (("--strength", "2"), "strength 2 lies outside of [0, 1]: give another --strength, or a g"),
+        (("--strength", "3", "--max-strength", "2.5"), "strength 3 lies outside of [0, 2.5]"),
+        (("--max-strength", "0.5"), "strength 1 lies outside of [0, 0.5]"),
+        (("--max-strength", "101"), "max-strength"),
+        (("--max-strength", "nan"), "max-strength"),
+        (("--strength", "-1"), "strength"),
+        (("--strength", "nan"), "strength"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_status_2(
