@@ -47,7 +47,10 @@ def argre(
     model: Model,
     pairs: Annotated[
         Path,
-        typer.Option(help='File of JSON lines {"prompt"?, "positive", "negative"}.'),
+        typer.Option(
+            help='File of JSON lines {"prompt"?, "positive", "negative"}, or with a prompt for '
+            'each side: {"positive_prompt", "positive", "negative_prompt", "negative"}.'
+        ),
     ],
     out: Out,
     samples: Annotated[

@@ -4,6 +4,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+_PROMPTS: Final = ("positive_prompt", "negative_prompt")
 
 
 class TrainingFileError(ValueError):
@@ -11,12 +14,19 @@ class TrainingFileError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class TextPair:
-    """A preference: `positive` rather than `negative`, both after `prompt`."""
+class PromptedText:
+    """A text after its prompt, which may be empty."""
 
-    positive: str
-    negative: str
-    prompt: str = ""
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextPair:
+    """A preference: `positive` rather than `negative`."""
+
+    positive: PromptedText
+    negative: PromptedText
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,9 @@ def read_sides(source: Path, target: Path) -> tuple[TrainingFile, TrainingFile]:
 
 
 def read_pairs(path: Path) -> tuple[TrainingFile, list[TextPair]]:
-    """Read JSON lines of `{"prompt"?, "positive", "negative"}`.
+    """Read JSON lines of `{"prompt"?, "positive", "negative"}`, or with a prompt for each side.
+
+    The latter are `{"positive_prompt", "positive", "negative_prompt", "negative"}`.
 
     Raises:
         TrainingFileError: `read_lines` refuses the file, or a line is not such an object.
@@ -86,12 +98,33 @@ def _pair(line: str, place: str) -> TextPair:
         ) from error
     if not isinstance(value, dict):
         raise TrainingFileError(f"{place}: a pair is an object, not {json.dumps(value)[:40]}")
-    if unknown := sorted(value.keys() - {"prompt", "positive", "negative"}):
+    if unknown := sorted(value.keys() - {"positive", "negative", "prompt", *_PROMPTS}):
         raise TrainingFileError(f"{place}: unknown field {unknown[0]!r}")
-    prompt = value.get("prompt", "")
-    if not isinstance(prompt, str):
-        raise TrainingFileError(f"{place}: the field 'prompt' must be a string")
-    return TextPair(_text(value, "positive", place), _text(value, "negative", place), prompt)
+    of_positive, of_negative = _prompts(value, place)
+    return TextPair(
+        PromptedText(of_positive, _text(value, "positive", place)),
+        PromptedText(of_negative, _text(value, "negative", place)),
+    )
+
+
+def _prompts(value: dict[str, object], place: str) -> tuple[str, str]:
+    """Return the prompts of both sides; without any field for them, both are empty."""
+    own = [field for field in _PROMPTS if field in value]
+    if own and "prompt" in value:
+        raise TrainingFileError(
+            f"{place}: either the field 'prompt' is the prompt of both sides, or each side has "
+            f"its own: 'prompt' and {own[0]!r} are both there"
+        )
+    if len(own) == 1:
+        (missing,) = set(_PROMPTS) - set(own)
+        raise TrainingFileError(f"{place}: {own[0]!r} needs the field {missing!r} beside it")
+    prompts = []
+    for field in own or ("prompt", "prompt"):
+        prompt = value.get(field, "")
+        if not isinstance(prompt, str):
+            raise TrainingFileError(f"{place}: the field {field!r} must be a string")
+        prompts.append(prompt)
+    return prompts[0], prompts[1]
 
 
 def _text(value: dict[str, object], field: str, place: str) -> str:

@@ -77,6 +77,36 @@ def test_a_prompts_tokens_are_not_fitted_on(model: str, folder: Path) -> None:
     torch.testing.assert_close(head.positive_reward, rewards.mean(), atol=1e-5, rtol=1e-4)
 
 
+def test_each_side_may_have_a_prompt_of_its_own(model: str, folder: Path) -> None:
+    pair = {
+        "positive_prompt": "you are ",
+        "positive": "kind",
+        "negative_prompt": "all of them are so ",
+        "negative": "awful",
+    }
+    (folder / "pairs.jsonl").write_text(json.dumps(pair))
+    assert fit_argre_by_command(model, folder).exit_code == 0
+    artifact = read_artifact(folder / "tiny-argre.safetensors")
+    head = artifact.parameters
+    assert isinstance(head, RewardHead)
+    loaded = load_model(model, dtype="float32")
+    states = {}
+    for side in ("positive", "negative"):
+        prompt = pair[f"{side}_prompt"]
+        ids = loaded.tokenizer(prompt + pair[side])["input_ids"]
+        (rows,) = collect_hidden_states(loaded.model, loaded.lm_head, [ids], 1)
+        states[side] = rows[len(loaded.tokenizer(prompt)["input_ids"]) :]
+    difference = states["positive"][-1] - states["negative"][-1]
+    torch.testing.assert_close(head.direction, difference, atol=1e-4, rtol=1e-4)
+    gaps = {}
+    for side, rows in states.items():
+        rewards = torch.relu(rows @ head.w1.T + head.b1) @ head.w2 + head.b2
+        gaps[side] = torch.relu(head.positive_reward - rewards).mean().item()
+    # Neither side's prompt counts.
+    assert artifact.manifest.training["positive_gap"] == pytest.approx(gaps["positive"], abs=1e-5)
+    assert artifact.manifest.training["negative_gap"] == pytest.approx(gaps["negative"], abs=1e-5)
+
+
 def test_a_default_outside_of_the_limits_is_refused(model: str, folder: Path) -> None:
     result = fit_argre_by_command(model, folder, "--eta", "-3")
     assert result.exit_code == 2

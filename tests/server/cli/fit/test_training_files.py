@@ -31,6 +31,19 @@ def test_lines_keep_what_is_in_them(tmp_path: Path) -> None:
     assert read_lines(path).lines == ("one \u2028 two", "  three\x0c")
 
 
+def test_both_sides_have_one_prompt_or_one_each(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        '{"positive": "a", "negative": "b"}\n'
+        '{"prompt": "c", "positive": "a", "negative": "b"}\n'
+        '{"positive_prompt": "d", "positive": "a", "negative_prompt": "", "negative": "b"}\n'
+    )
+    _, pairs = read_pairs(path)
+    prompts = [(pair.positive.prompt, pair.negative.prompt) for pair in pairs]
+    assert prompts == [("", ""), ("c", "c"), ("d", "")]
+    assert {(pair.positive.text, pair.negative.text) for pair in pairs} == {("a", "b")}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -41,6 +54,27 @@ def test_lines_keep_what_is_in_them(tmp_path: Path) -> None:
         ('{"positive": 1, "negative": "b"}', "x.jsonl:2: the field 'positive'"),
         ('{"positive": "a", "negative": "b", "prompt": 3}', "x.jsonl:2: the field 'prompt'"),
         ('{"positive": "a", "negative": "b", "promt": "c"}', "x.jsonl:2: unknown field 'promt'"),
+        (
+            '{"positive": "a", "negative": "b", "prompt": "", "negative_prompt": ""}',
+            "x.jsonl:2: either the field 'prompt' .* 'prompt' and 'negative_prompt' are both there",
+        ),
+        (
+            '{"positive": "a", "negative": "b", "prompt": "c", "positive_prompt": "d", '
+            '"negative_prompt": "e"}',
+            "x.jsonl:2: either the field 'prompt'",
+        ),
+        (
+            '{"positive": "a", "negative": "b", "positive_prompt": "c"}',
+            "x.jsonl:2: 'positive_prompt' needs the field 'negative_prompt' beside it",
+        ),
+        (
+            '{"positive": "a", "negative": "b", "negative_prompt": ""}',
+            "x.jsonl:2: 'negative_prompt' needs the field 'positive_prompt' beside it",
+        ),
+        (
+            '{"positive": "a", "negative": "b", "positive_prompt": "", "negative_prompt": null}',
+            "x.jsonl:2: the field 'negative_prompt' must be a string",
+        ),
     ],
 )
 def test_a_malformed_pair_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
