@@ -28,6 +28,12 @@ NAME_PATTERN: Final = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,63}\Z")
 DIGEST_PATTERN: Final = re.compile(r"\A[0-9a-f]{64}\Z")
 """A sha256 of an artifact's bytes, hexadecimal, without the prefix `sha256:`."""
 
+MOST_IN_DESCRIPTION: Final = 10_000
+"""Characters that a description may have."""
+
+MOST_IN_LABEL: Final = 300
+"""Characters that the licence may have, and each text that says which the base model is."""
+
 Number = TypeVar("Number", int, float)
 
 _RFC3339: Final = re.compile(
@@ -56,7 +62,7 @@ def _rfc3339(value: object) -> datetime:
 
 Range: TypeAlias = Annotated[tuple[float, float], AfterValidator(_ordered)]
 CountRange: TypeAlias = Annotated[tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ordered)]
-Label: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+Label: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=MOST_IN_LABEL)]
 TrainingValue: TypeAlias = int | float | str | bool | None
 
 
@@ -108,7 +114,7 @@ class _Common(_Strict):
     format: Literal["steerserve/1"]
     method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    description: Annotated[str, StringConstraints(max_length=10_000)]
+    description: Annotated[str, StringConstraints(max_length=MOST_IN_DESCRIPTION)]
     created: Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
     license: Label
     base_model: BaseModelReference

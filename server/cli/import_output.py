@@ -19,6 +19,7 @@ from interventions.manifest import (
 )
 from interventions.model import ModelDescription
 from server.cli.fit import output
+from server.cli.fit.manifest_fields import manifest_fields
 from server.engine.model.unloaded import describe_unloaded
 from server.version import installed_version
 
@@ -31,7 +32,7 @@ def checked_fields(
     Raises:
         FitCommandError: an option is wrong, or a file of another project would be overwritten.
     """
-    fields = output.manifest_fields(out, name, description, license_)
+    fields = manifest_fields(out, name, description, license_)
     if import_command(out) is not None:
         raise output.FitCommandError(
             f"--out is another project's file, which would be overwritten: {out}"

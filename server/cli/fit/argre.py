@@ -17,6 +17,7 @@ from interventions.manifest import (
 )
 from server.cli.fit import output
 from server.cli.fit.continuations import continuations, whole_texts
+from server.cli.fit.manifest_fields import manifest_fields, provenance
 from server.cli.fit.options import (
     AsJson,
     Description,
@@ -148,7 +149,7 @@ def argre(
 ) -> None:
     """Fit an ARGRE reward head and direction on pairs of texts."""
     with output.user_errors_explained(), ExitStack() as spools:
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = manifest_fields(out, name, description, license_)
         settings = ArgreSettings(
             hidden_units=hidden_units,
             direction=direction,
@@ -198,7 +199,7 @@ def argre(
                 "max_tokens": max_tokens,
                 **asdict(settings),
                 **asdict(report),
-                **output.provenance(loaded),
+                **provenance(loaded),
             },
         )
         output.write(out, manifest, head, figures, as_json)

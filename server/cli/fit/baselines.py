@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from server.cli.fit import output, strengths
+from server.cli.fit.manifest_fields import manifest_fields
 from server.cli.fit.options import (
     AllOrSamples,
     AsJson,
@@ -88,7 +89,7 @@ def lin_act(
 ) -> None:
     """Fit Lin-AcT maps: for each neuron, a line from SOURCE's sorted activations to TARGET's."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = manifest_fields(out, name, description, license_)
         settings = BaselineSettings(pooling, mapped_sides, batch_size)
         limits = strengths.limits(strength, max_strength)
         check_support(quantiles)
@@ -143,7 +144,7 @@ def mean_act(
 ) -> None:
     """Fit Mean-AcT maps, which shift SOURCE's mean activations to TARGET's, site after site."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = manifest_fields(out, name, description, license_)
         settings = BaselineSettings(pooling, mapped_sides, batch_size)
         limits = strengths.limits(strength, max_strength)
         sides = TwoSides.read(
@@ -196,7 +197,7 @@ def caa(
 ) -> None:
     """Fit a CAA vector, the difference of TARGET's mean activations and SOURCE's at one layer."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = manifest_fields(out, name, description, license_)
         settings = BaselineSettings(pooling, "none", batch_size)
         limits = strengths.limits(strength, max_strength, negative=True)
         if layer is not None and sites is not None:

@@ -10,6 +10,7 @@ from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
 from interventions.manifest import AffineManifest
 from server.cli.fit import gating, output, strengths
+from server.cli.fit.manifest_fields import manifest_fields, provenance
 from server.cli.fit.options import AsJson, Device, Dtype, MaxTokens, Model, Name, Out, Seed, Threads
 from server.cli.fit.training_files import read_lines
 from server.engine.torch.model.loader import LoadedModel
@@ -54,7 +55,7 @@ def gate(
         settings = GateSettings(gate_components, gate_l2, gate_held_out, seed, gate_pooling)
         original = read_artifact(artifact)
         manifest, maps = _maps_of(original, artifact)
-        fields = output.manifest_fields(
+        fields = manifest_fields(
             out,
             name,
             manifest.description if description is None else description,
@@ -82,7 +83,7 @@ def gate(
                     "gate_source_sha256": source_file.sha256,
                     "gate_max_tokens": max_tokens,
                     **gates.training,
-                    **{f"gate_{key}": value for key, value in output.provenance(loaded).items()},
+                    **{f"gate_{key}": value for key, value in provenance(loaded).items()},
                 },
             }
         )

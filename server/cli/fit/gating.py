@@ -1,5 +1,6 @@
 """The gates of `steerserve fit`: their options, their fit, and their entries in the manifest."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from interventions.manifest import TrainingValue
 from server.cli.fit import output
 from server.cli.fit.checkpoint import digest
+from server.cli.fit.options import finite
 from server.cli.fit.training_files import TrainingFile, read_lines
 from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineMap, AffineParameters, Gate
@@ -65,6 +67,7 @@ GateMinAccuracy: TypeAlias = Annotated[
     typer.Option(
         min=0,
         max=1,
+        callback=finite,
         help="Leave out the map of a site whose gate is right less often on held-out sentences.",
     ),
 ]
@@ -222,13 +225,15 @@ def plan_gates(
     """
     if kind != "end-to-end" and control_weight != 1:
         raise output.FitCommandError("--control-weight is for --gate end-to-end")
+    if not (math.isfinite(control_weight) and control_weight > 0):
+        raise output.FitCommandError("--control-weight must be a positive number")
     if kind == "none":
         if control is not None:
             raise output.FitCommandError("--control is for gates: ask for them with --gate")
         if settings != GateSettings(seed=settings.seed) or min_accuracy > 0:
             raise output.FitCommandError(
-                "--gate-components, --gate-l2, --gate-held-out and --gate-min-accuracy are for "
-                "gates: ask for them with --gate"
+                "--gate-components, --gate-l2, --gate-pooling, --gate-held-out and "
+                "--gate-min-accuracy are for gates: ask for them with --gate"
             )
         return None
     if control is None:

@@ -9,6 +9,7 @@ import typer
 from torch import Tensor
 
 from server.cli.fit import output, strengths
+from server.cli.fit.manifest_fields import manifest_fields
 from server.cli.fit.options import (
     AllOrSamples,
     AsJson,
@@ -77,7 +78,7 @@ def iti(
 ) -> None:
     """Fit ITI: shift the attention heads that best tell SOURCE from TARGET."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = manifest_fields(out, name, description, license_)
         settings = ItiSettings(heads, direction, held_out, seed)
         limits = strengths.limits(strength, max_strength, negative=True)
         sides = TwoSides.read(

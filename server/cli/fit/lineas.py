@@ -15,6 +15,7 @@ from interventions.manifest import (
 )
 from server.cli.fit import gating, output, strengths
 from server.cli.fit.checkpoint import CheckpointFile, digest, removed_at_the_end
+from server.cli.fit.manifest_fields import manifest_fields, provenance
 from server.cli.fit.options import (
     AsJson,
     Description,
@@ -111,7 +112,7 @@ def lineas(
 ) -> None:
     """Fit LinEAS maps, which move the activations on SOURCE to the distribution on TARGET."""
     with output.user_errors_explained():
-        fields = output.manifest_fields(out, name, description, license_)
+        fields = manifest_fields(out, name, description, license_)
         limits = strengths.limits(strength, max_strength)
         settings = LineasSettings(
             samples=samples,
@@ -193,7 +194,7 @@ def lineas(
                     **asdict(settings),
                     **figures,
                     **({} if gates is None else gates.training),
-                    **output.provenance(loaded),
+                    **provenance(loaded),
                 },
             )
             output.write(out, manifest, maps, figures, as_json)

@@ -1,16 +1,13 @@
-"""The shared parts of the fit commands: the artifact's path, progress, provenance and output."""
+"""The shared parts of the fit commands: the model, its tokens, progress, errors and output."""
 
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import TextColumn
@@ -18,13 +15,12 @@ from rich.progress import TextColumn
 from interventions.artifact import write_artifact
 from interventions.header import ArtifactError
 from interventions.importers.imported import ImportFileError
-from interventions.manifest import NAME_PATTERN, Manifest, TrainingValue
+from interventions.manifest import Manifest
 from server.cli.fit.training_files import TrainingFile, TrainingFileError
 from server.cli.progress import progress as progress_bar
 from server.engine.model.description import ModelLoadError
 from server.engine.model.embedded import EmbeddedModelError
 from server.engine.torch.model.loader import LoadedModel, load_model
-from server.version import installed_version
 from steering.affine import AffineParameters
 from steering.fit import FitError
 from steering.reward import RewardHead
@@ -74,36 +70,6 @@ _USER_ERRORS = (
 )
 
 
-def manifest_fields(out: Path, name: str | None, description: str, license_: str) -> dict[str, Any]:
-    """Check the options before hours are spent on the fit; return the manifest's fields from them.
-
-    `created` is the present time, or SOURCE_DATE_EPOCH if set, which makes the file reproducible.
-
-    Raises:
-        FitCommandError: the name or the suffix is not valid, the folder does not exist, or the
-            licence is empty.
-    """
-    name = out.stem if name is None else name
-    if not NAME_PATTERN.fullmatch(name):
-        raise FitCommandError(
-            f"{name!r} is not a name for an intervention (a-z, 0-9, '.', '_' and '-', at most 64, "
-            "the first a letter or a digit): give one with --name"
-        )
-    if out.suffix != ".safetensors":
-        raise FitCommandError(f"--out must end in .safetensors: {out}")
-    if not out.parent.is_dir():
-        raise FitCommandError(f"the folder of --out does not exist: {out.parent}")
-    if not license_.strip():
-        raise FitCommandError("--license must name a licence")
-    return {
-        "format": "steerserve/1",
-        "name": name,
-        "description": description,
-        "created": _now(),
-        "license": license_,
-    }
-
-
 def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedModel:
     """Load the model, and report slow steps on stderr."""
     if device == "cuda":
@@ -142,23 +108,6 @@ def tokenize_lines(loaded: LoadedModel, file: TrainingFile, max_tokens: int) -> 
                 f"{file.name}:{number}: the model's tokenizer makes no token of the line: remove it"
             )
     return sequences
-
-
-def provenance(loaded: LoadedModel) -> dict[str, TrainingValue]:
-    """Return the device and the versions that made the artifact, for the manifest.
-
-    The command line is left out: it names folders of this machine, and everybody who may list
-    interventions can read the manifest.
-    """
-    return {
-        "device": loaded.model.device.type,
-        "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "steerserve": installed_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def write(
@@ -224,13 +173,3 @@ def user_errors_explained() -> Iterator[None]:
 
 def _short(figure: float) -> str:
     return str(figure) if isinstance(figure, int) else f"{figure:.4g}"
-
-
-def _now() -> datetime:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    if epoch is None:
-        return datetime.now(UTC).replace(microsecond=0)
-    try:
-        return datetime.fromtimestamp(int(epoch), UTC)
-    except (ValueError, OverflowError) as error:
-        raise FitCommandError(f"SOURCE_DATE_EPOCH is not a Unix time: {epoch!r}") from error

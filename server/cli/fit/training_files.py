@@ -58,7 +58,9 @@ def read_lines(path: Path) -> TrainingFile:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise TrainingFileError(f"{path}:{number}: the line is empty: remove it")
-    return TrainingFile(path.name, hashlib.sha256(data).hexdigest(), tuple(lines))
+    # The manifest is UTF-8, whatever bytes the name has.
+    name = path.name.encode(errors="replace").decode()
+    return TrainingFile(name, hashlib.sha256(data).hexdigest(), tuple(lines))
 
 
 def read_sides(source: Path, target: Path) -> tuple[TrainingFile, TrainingFile]:

@@ -15,6 +15,7 @@ from interventions.manifest import (
     TrainingValue,
 )
 from server.cli.fit import output
+from server.cli.fit.manifest_fields import provenance
 from server.cli.fit.training_files import TrainingFile, read_sides
 from server.engine.torch.model.loader import LoadedModel
 from steering.fit.activations import TokenIds
@@ -82,7 +83,7 @@ class TwoSides:
         """Make the manifest of maps fitted to these sentences.
 
         Args:
-            fields: from `output.manifest_fields`.
+            fields: from `manifest_fields`.
             method: the manifest's.
             strength: the default, within the limits.
             limits: the least and greatest strength that a request may ask for.
@@ -101,6 +102,6 @@ class TwoSides:
                 "source_sentences": len(self.source),
                 "target_sentences": len(self.target),
                 **training,
-                **output.provenance(self.loaded),
+                **provenance(self.loaded),
             },
         )

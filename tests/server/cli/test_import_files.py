@@ -13,6 +13,7 @@ from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import check_compatible
 from interventions.manifest import RewardManifest
 from server.__main__ import app
+from server.cli import import_files
 from server.engine.base import Edit
 from server.engine.torch.options import EngineOptions
 from steering.settings import AffineSettings, RewardSettings
@@ -190,6 +191,40 @@ def test_a_wrong_option_is_one_sentence_and_status_2(
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--description", "x" * 10_001, "--description has 10001 characters: give at most 10000"),
+        ("--description", "\udcff", "--description is not UTF-8"),
+        ("--license", "x" * 301, "--license has 301 characters: give at most 300"),
+        ("--license", "\udcff", "--license is not UTF-8"),
+        ("--license", "", "--license must name a licence"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["ml-lineas", "ml-act", "argre", "control-vector", "svec", "sae"]
+)
+def test_what_no_manifest_holds_is_refused_before_the_model_is_described(
+    tmp_path: Path,
+    tiny_folders: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    def described(_model: str) -> None:
+        raise AssertionError("the model is described")
+
+    monkeypatch.setattr(import_files, "describe", described)
+    path, options = write_one(command, tmp_path)
+    out = tmp_path / "x.safetensors"
+    result = import_file(tiny_folders["llama"], command, path, out, *options, option, value)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"Error: {message}")
     assert not out.exists()
 
 

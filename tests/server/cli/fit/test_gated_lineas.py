@@ -132,7 +132,7 @@ def test_no_map_is_fitted_where_the_regression_is_not_accurate_enough(
         ),
         (
             ("--gate", "end-to-end", "--control", "control.txt", "--control-weight", "-1"),
-            "control_weight must be a positive number",
+            "--control-weight must be a positive number",
         ),
         (("--gate", "always", "--control", "control.txt"), "always"),
         (("--gate", "regression", "--control", "empty.txt"), "empty.txt: the file is empty"),
