@@ -17,7 +17,6 @@ would learn to tell apart activations that occur only where gates were open befo
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -26,84 +25,15 @@ from torch import Tensor, nn
 from steering.affine import Gate, gate_of
 from steering.fit import FitError
 from steering.fit.activations import TokenIds, collect_token_means, frozen
+from steering.fit.gate_settings import GateSettings
+from steering.fit.gate_texts import GateTexts
+from steering.fit.logistic import fit_logistic
 from steering.fit.pooling import Pooling
 
 OnBatch: TypeAlias = Callable[[int, int], None]
 """Called after each forward pass with (sentences read, sentences in all)."""
 
-_NEWTON_STEPS = 100
 _FORWARD_BATCH = 32  # sequences in one forward pass
-
-
-@dataclass(frozen=True, slots=True)
-class GateSettings:
-    """Settings of the gates' regressions. `components` is as in the paper."""
-
-    components: int = 5  # principal components that the regression sees
-    l2: float = 1.0  # weight of the penalty l2 / 2 * |w|^2, beside a sum over sentences
-    held_out: float = 0.2  # share of each side's sentences that only measure the accuracy
-    seed: int = 0  # of the split
-    pooling: Pooling = "mean"  # a sentence's tokens to one vector; the mean, in the paper
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of their ranges.
-
-        Raises:
-            FitError: a setting is out of its range.
-        """
-        if self.components < 1:
-            raise FitError("the gate's components must be at least 1")
-        if not (math.isfinite(self.l2) and self.l2 > 0):
-            raise FitError("the gate's l2 must be a positive number")
-        if not 0 < self.held_out < 1:
-            raise FitError("the share that is held out for the gate must lie between 0 and 1")
-        if self.seed < 0:
-            raise FitError("seed must not be negative")
-
-
-@dataclass(frozen=True, slots=True)
-class GateTexts:
-    """The distinct sentences of both sides, split into those to learn from and those to test on."""
-
-    source: list[TokenIds]
-    control: list[TokenIds]
-    held_out_source: list[TokenIds]
-    held_out_control: list[TokenIds]
-
-
-def split_texts(
-    source: Sequence[TokenIds], control: Sequence[TokenIds], settings: GateSettings
-) -> GateTexts:
-    """Split source and control, each after its repeated sentences were left out.
-
-    Repeated sentences could otherwise be learnt from and tested on.
-
-    Raises:
-        FitError: a sentence has no token, a side has fewer than two different sentences, a sentence
-            is on both sides, or too few are left to learn `settings.components` from.
-    """
-    sides = {"source": _distinct(source, "source"), "control": _distinct(control, "control")}
-    if both := len(set(sides["source"]) & set(sides["control"])):
-        raise FitError(
-            f"{both} of the control's {len(sides['control'])} sentences are in the source too: a "
-            "gate cannot be open and closed for the same sentence"
-        )
-    generator = torch.Generator().manual_seed(settings.seed)
-    learnt: dict[str, list[TokenIds]] = {}
-    tested: dict[str, list[TokenIds]] = {}
-    for side, sentences in sides.items():
-        order = torch.randperm(len(sentences), generator=generator).tolist()
-        count = min(max(1, round(settings.held_out * len(sentences))), len(sentences) - 1)
-        tested[side] = [sentences[row] for row in order[:count]]
-        learnt[side] = [sentences[row] for row in order[count:]]
-    number = len(learnt["source"]) + len(learnt["control"])
-    if settings.components > number - 1:
-        raise FitError(
-            f"{number} sentences to learn a gate from have at most {number - 1} principal "
-            f"components, and {settings.components} were asked for: give more sentences, or ask "
-            "for fewer components"
-        )
-    return GateTexts(learnt["source"], learnt["control"], tested["source"], tested["control"])
 
 
 def fit_gates(
@@ -165,8 +95,7 @@ def held_out_accuracy(
 def fit_gate(source: Tensor, control: Tensor, settings: GateSettings, site: str) -> Gate:
     """Fit one site's gate.
 
-    Each sentence weighs n / (2 * its side's number), so that both sides count equally and the gate
-    does not depend on how much neutral text there is. With equal numbers every weight is 1.
+    Both sides count equally, so that the gate does not depend on how much neutral text there is.
 
     Args:
         source: (m, d) float32, the activations for which the gate opens.
@@ -178,20 +107,20 @@ def fit_gate(source: Tensor, control: Tensor, settings: GateSettings, site: str)
         The gate, float32 on the device of `source`; computed in float64 on the CPU.
 
     Raises:
-        FitError: all activations are equal, or the regression does not converge.
+        FitError: all activations are equal.
     """
     rows = torch.cat([source, control]).to("cpu", torch.float64)
-    labels = torch.cat([torch.ones(len(source)), torch.zeros(len(control))]).double()
-    weights = torch.where(labels > 0, 0.5 / len(source), 0.5 / len(control)) * len(rows)
     mean = rows.mean(dim=0)
     # Components beyond the activations' rank have no direction and no variance to standardise by.
     smallest = rows.abs().max() * max(rows.shape) * torch.finfo(source.dtype).eps
     basis = _standardised_components(rows - mean, settings.components, float(smallest))
     if basis.shape[1] == 0:
         raise FitError(f"all activations at {site} are equal: no gate can tell source from control")
-    solution = _logistic_regression((rows - mean) @ basis, labels, weights, settings.l2, site)
-    weight = basis @ solution[:-1]
-    bias = solution[-1] - weight @ mean
+    features = ((rows - mean) @ basis)[None]
+    closed, opened = features[:, len(source) :], features[:, : len(source)]
+    fitted = fit_logistic(closed, opened, settings.l2, balanced=True)
+    weight = basis @ fitted.weights[0]
+    bias = fitted.intercepts[0] - weight @ mean
     return Gate(weight.to(source), bias.to(source))
 
 
@@ -217,50 +146,6 @@ def _standardised_components(centred: Tensor, count: int, smallest: float) -> Te
     components = centred.T @ vectors / singular if n < d else vectors
     standardised: Tensor = components / (singular / math.sqrt(n))
     return standardised
-
-
-def _logistic_regression(
-    features: Tensor, labels: Tensor, weights: Tensor, l2: float, site: str
-) -> Tensor:
-    """Return the weights and, last, the intercept, by Newton's method: (n, k) -> (k + 1,)."""
-    design = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
-    penalty = torch.full_like(design[0], l2)
-    penalty[-1] = 0  # the intercept is free
-
-    def loss(solution: Tensor) -> Tensor:
-        logits = design @ solution
-        losses = nn.functional.softplus(logits) - labels * logits
-        return (weights * losses).sum() + 0.5 * (penalty * solution.square()).sum()
-
-    solution = torch.zeros_like(penalty)
-    for _ in range(_NEWTON_STEPS):
-        opened = torch.sigmoid(design @ solution)
-        gradient = design.T @ (weights * (opened - labels)) + penalty * solution
-        if gradient.abs().max() <= 1e-9 * len(labels):
-            return solution
-        curvature = weights * opened * (1 - opened)
-        hessian = (design * curvature[:, None]).T @ design + torch.diag(penalty)
-        step, failed = torch.linalg.solve_ex(hessian, gradient)
-        if failed or not torch.isfinite(step).all():
-            break
-        # The loss is convex, but a full step may overshoot where it is far from a parabola.
-        now, size = loss(solution), 1.0
-        while loss(solution - size * step) > now and size > 1e-12:
-            size /= 2
-        solution = solution - size * step
-    raise FitError(f"the gate's regression at {site} does not converge: raise its l2")
-
-
-def _distinct(sentences: Sequence[TokenIds], side: str) -> list[tuple[int, ...]]:
-    distinct = list(dict.fromkeys(tuple(sentence) for sentence in sentences))
-    if () in distinct:
-        raise FitError(f"a sentence of the {side} has no token")
-    if len(distinct) < 2:
-        raise FitError(
-            f"the {side} has {len(distinct)} different sentences: a gate needs at least 2 on each "
-            "side, one to learn from and one to test on"
-        )
-    return distinct
 
 
 def _pooled(

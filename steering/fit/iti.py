@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from steering.affine import AffineMap
 from steering.fit import FitError
-from steering.fit.probes import fit_probes
+from steering.fit.logistic import fit_logistic
 
 DirectionName: TypeAlias = Literal["probe", "mean"]
 
@@ -109,7 +109,7 @@ def fit_iti(
     for done, site in enumerate(source, start=1):
         away = _by_head(site, source[site], heads_per_site, source_rows)
         towards = _by_head(site, target[site], heads_per_site, target_rows)
-        probes = fit_probes(away.training, towards.training)
+        probes = fit_logistic(away.training, towards.training)
         accuracies.append(probes.accuracies(away.held_out, towards.held_out))
         losses.append(probes.log_losses(away.held_out, towards.held_out))
         direction = probes.weights

@@ -9,13 +9,13 @@ from rich.console import Console
 from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
 from interventions.manifest import AffineManifest
-from server.cli.fit import gating, output, strengths
+from server.cli.fit import gate_options, gating, output, strengths
 from server.cli.fit.manifest_fields import manifest_fields, provenance
 from server.cli.fit.options import AsJson, Device, Dtype, MaxTokens, Model, Name, Out, Seed, Threads
 from server.cli.fit.training_files import read_lines
 from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineParameters
-from steering.fit.gates import GateSettings
+from steering.fit.gate_settings import GateSettings
 from steering.reward import RewardHead
 from steering.sites import match_sites
 
@@ -26,13 +26,13 @@ def gate(
     ],
     model: Model,
     source: Annotated[Path, typer.Option(help="File of sentences to edit, one per line.")],
-    control: gating.Control,
+    control: gate_options.Control,
     out: Out,
-    gate_components: gating.GateComponents = 5,
-    gate_l2: gating.GateL2 = 1.0,
-    gate_pooling: gating.GatePooling = "mean",
-    gate_held_out: gating.GateHeldOut = 0.2,
-    gate_min_accuracy: gating.GateMinAccuracy = 0.0,
+    gate_components: gate_options.GateComponents = 5,
+    gate_l2: gate_options.GateL2 = 1.0,
+    gate_pooling: gate_options.GatePooling = "mean",
+    gate_held_out: gate_options.GateHeldOut = 0.2,
+    gate_min_accuracy: gate_options.GateMinAccuracy = 0.0,
     strength: strengths.KeptStrength = None,
     max_strength: strengths.KeptMaxStrength = None,
     name: Name = None,

@@ -1,76 +1,24 @@
-"""The gates of `steerserve fit`: their options, their fit, and their entries in the manifest."""
+"""The gates of `steerserve fit`: their fit, and their entries in the manifest."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeAlias
-
-import typer
+from typing import Final, Literal
 
 from interventions.manifest import TrainingValue
 from server.cli.fit import output
 from server.cli.fit.checkpoint import digest
-from server.cli.fit.options import finite
+from server.cli.fit.gate_options import GateKind
 from server.cli.fit.training_files import TrainingFile, read_lines
 from server.engine.torch.model.loader import LoadedModel
 from steering.affine import AffineMap, AffineParameters, Gate
 from steering.fit.activations import TokenIds
+from steering.fit.gate_settings import GateSettings
+from steering.fit.gate_texts import GateTexts, split_texts
 from steering.fit.gate_training import GateTraining
-from steering.fit.gates import (
-    GateSettings,
-    GateTexts,
-    fit_gates,
-    held_out_accuracy,
-    split_texts,
-)
+from steering.fit.gates import fit_gates, held_out_accuracy
 from steering.fit.pooling import Pooling
-
-GateKind: TypeAlias = Literal["none", "regression", "end-to-end"]
-
-GateChoice: TypeAlias = Annotated[
-    GateKind,
-    typer.Option(
-        help="Gates on the maps (DSAS), which leave text like that of --control as it is: fitted "
-        "by a regression beside the maps, or learnt together with them."
-    ),
-]
-Control: TypeAlias = Annotated[
-    Path, typer.Option(help="File of neutral sentences that must stay as they are, one per line.")
-]
-OptionalControl: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        help="With --gate: file of neutral sentences that must stay as they are, one per line."
-    ),
-]
-ControlWeight: TypeAlias = Annotated[
-    float,
-    typer.Option(help="With --gate end-to-end: weight of the control's part of the loss."),
-]
-GateComponents: TypeAlias = Annotated[
-    int, typer.Option(min=1, help="Principal components of activations that a gate is fitted on.")
-]
-GateL2: TypeAlias = Annotated[
-    float, typer.Option("--gate-l2", help="Penalty on the squared weights of a gate's regression.")
-]
-GateHeldOut: TypeAlias = Annotated[
-    float,
-    typer.Option(help="Share of the sentences that only measure how often a gate is right."),
-]
-GatePooling: TypeAlias = Annotated[
-    Pooling,
-    typer.Option(help="How a sentence's tokens become the vector that a gate is fitted on."),
-]
-GateMinAccuracy: TypeAlias = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        max=1,
-        callback=finite,
-        help="Leave out the map of a site whose gate is right less often on held-out sentences.",
-    ),
-]
 
 # A manifest is limited in size; with more sites, it has their mean and minimum only.
 _MOST_SITES_LISTED: Final = 256

@@ -13,7 +13,7 @@ from interventions.manifest import (
     AffineManifest,
     BaseModelReference,
 )
-from server.cli.fit import gating, output, strengths
+from server.cli.fit import gate_options, gating, output, strengths
 from server.cli.fit.checkpoint import CheckpointFile, digest, removed_at_the_end
 from server.cli.fit.manifest_fields import manifest_fields, provenance
 from server.cli.fit.options import (
@@ -35,7 +35,7 @@ from server.cli.fit.options import (
 )
 from server.cli.fit.training_files import read_sides
 from steering.fit.activations import TokenIds
-from steering.fit.gates import GateSettings
+from steering.fit.gate_settings import GateSettings
 from steering.fit.lineas import fit_lineas
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
 from steering.sites import choose_sites, default_sites
@@ -79,14 +79,14 @@ def lineas(
         float, typer.Option("--lambda-1", help="Weight of --gamma for single coordinates.")
     ] = 1.0,
     lambda_group: Annotated[float, typer.Option(help="Weight of --gamma for whole sites.")] = 1.0,
-    gate: gating.GateChoice = "none",
-    control: gating.OptionalControl = None,
-    control_weight: gating.ControlWeight = 1.0,
-    gate_components: gating.GateComponents = 5,
-    gate_l2: gating.GateL2 = 1.0,
-    gate_pooling: gating.GatePooling = "mean",
-    gate_held_out: gating.GateHeldOut = 0.2,
-    gate_min_accuracy: gating.GateMinAccuracy = 0.0,
+    gate: gate_options.GateChoice = "none",
+    control: gate_options.OptionalControl = None,
+    control_weight: gate_options.ControlWeight = 1.0,
+    gate_components: gate_options.GateComponents = 5,
+    gate_l2: gate_options.GateL2 = 1.0,
+    gate_pooling: gate_options.GatePooling = "mean",
+    gate_held_out: gate_options.GateHeldOut = 0.2,
+    gate_min_accuracy: gate_options.GateMinAccuracy = 0.0,
     sites: Annotated[str | None, chosen_sites("the model family's default sites")] = None,
     strength: strengths.Strength = 1.0,
     max_strength: strengths.MaxStrength = 1.0,

@@ -1,7 +1,6 @@
-"""Tests the gates' regression against scikit-learn, its folding, the split, and refusals."""
+"""Tests gates: the regression against scikit-learn, its folding, and how often they are right."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +14,9 @@ from torch import Tensor
 from steering.affine import Gate, gate_of
 from steering.fit import FitError
 from steering.fit.activations import TokenIds, collect_token_means
-from steering.fit.gates import (
-    GateSettings,
-    fit_gate,
-    fit_gates,
-    held_out_accuracy,
-    split_texts,
-)
+from steering.fit.gate_settings import GateSettings
+from steering.fit.gate_texts import split_texts
+from steering.fit.gates import fit_gate, fit_gates, held_out_accuracy
 from tests.tiny import SITES, WIDTH, tiny_model
 
 
@@ -158,50 +153,6 @@ def test_a_gate_that_never_moves_has_an_accuracy_of_a_half(bias: float) -> None:
     assert held_out_accuracy(tiny_model("llama"), gates, texts) == {SITES[0]: 0.5}
 
 
-def test_a_split_is_disjoint_and_leaves_out_repetitions() -> None:
-    source = [[1, 2], [3], [1, 2], [4, 5], [6], [7]]
-    control = [[10 + row] for row in range(10)]
-    settings = GateSettings(components=2, held_out=0.3)
-    texts = split_texts(source, control, settings)
-    assert sorted(map(list, texts.source + texts.held_out_source)) == [
-        [1, 2],
-        [3],
-        [4, 5],
-        [6],
-        [7],
-    ]
-    assert sorted(map(list, texts.control + texts.held_out_control)) == control
-    assert (len(texts.held_out_source), len(texts.held_out_control)) == (2, 3)
-    assert split_texts(source, control, settings) == texts
-    assert split_texts(source, control, replace(settings, seed=1)) != texts
-
-
-@pytest.mark.parametrize("held_out", [0.001, 0.999])
-def test_both_parts_of_a_split_have_a_sentence(held_out: float) -> None:
-    texts = split_texts([[1], [2]], [[3], [4]], GateSettings(components=1, held_out=held_out))
-    assert len(texts.source) == len(texts.held_out_source) == 1
-    assert len(texts.control) == len(texts.held_out_control) == 1
-
-
-@pytest.mark.parametrize(
-    ("source", "control", "message"),
-    [
-        ([[1], [2]], [], "the control has 0 different sentences"),
-        ([], [[1], [2]], "the source has 0 different sentences"),
-        ([[1], [2]], [[3], [3]], "the control has 1 different sentences"),
-        ([[1], [2]], [[3], []], "a sentence of the control has no token"),
-        ([[1], [2]], [[1], [2]], "2 of the control's 2 sentences are in the source too"),
-        ([[1], [2], [3]], [[3], [4]], "1 of the control's 2 sentences are in the source too"),
-        ([[1], [2]], [[3], [4]], "2 sentences .* have at most 1 .*, and 5 were asked for"),
-    ],
-)
-def test_sentences_that_make_no_gate_are_refused(
-    source: list[TokenIds], control: list[TokenIds], message: str
-) -> None:
-    with pytest.raises(FitError, match=message):
-        split_texts(source, control, GateSettings())
-
-
 @pytest.mark.parametrize("held_out", [False, True])
 def test_activations_that_are_not_finite_are_refused(held_out: bool) -> None:
     model = tiny_model("llama")
@@ -213,21 +164,3 @@ def test_activations_that_are_not_finite_are_refused(held_out: bool) -> None:
     broken = replace(texts, held_out_control=nan) if held_out else replace(texts, source=nan)
     with pytest.raises(FitError, match=f"activations at {SITES[0]} are not finite"):
         held_out_accuracy(model, fit_gates(model, SITES, broken, settings), broken)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("components", 0, "components"),
-        ("l2", 0.0, "l2"),
-        ("l2", float("nan"), "l2"),
-        ("l2", float("inf"), "l2"),
-        ("held_out", 0.0, "held out"),
-        ("held_out", 1.0, "held out"),
-        ("held_out", float("nan"), "held out"),
-        ("seed", -1, "seed"),
-    ],
-)
-def test_settings_out_of_range_are_refused(field: str, value: Any, message: str) -> None:
-    with pytest.raises(FitError, match=message):
-        replace(GateSettings(), **{field: value})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steering.fit import FitError
 from steering.fit.iti import DirectionName, ItiSettings, fit_iti
-from steering.fit.probes import fit_probes
+from steering.fit.logistic import fit_logistic
 
 HEADS, HEAD_WIDTH, LAYERS = 3, 4, 4
 SITES = tuple(f"layers.{layer}.o_proj.input" for layer in range(LAYERS))
@@ -80,7 +80,7 @@ def test_the_direction_is_the_normal_of_a_probe_fitted_alone() -> None:
     maps, report = fit_iti(source, target, HEADS, ItiSettings())
     shifts = maps["a"].bias.view(HEADS, -1)
     for head in range(HEADS):
-        alone = fit_probes(
+        alone = fit_logistic(
             away.view(HEADS, -1)[head].repeat(1, 8, 1).double(),
             towards.view(HEADS, -1)[head].repeat(1, 16, 1).double(),
         )

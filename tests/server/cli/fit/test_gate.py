@@ -14,7 +14,9 @@ from interventions.manifest import AffineDefaults, AffineManifest
 from server.__main__ import app
 from server.engine.torch.model.loader import load_model
 from steering.affine import AffineParameters
-from steering.fit.gates import GateSettings, fit_gates, split_texts
+from steering.fit.gate_settings import GateSettings
+from steering.fit.gate_texts import split_texts
+from steering.fit.gates import fit_gates
 from steering.reward import RewardHead
 from tests.fitting import fit_argre_by_command, fit_by_command, fit_lineas_by_command
 from tests.tiny import SITES, WIDTH

@@ -10,7 +10,9 @@ from typer.testing import Result
 from interventions.artifact import Artifact, read_artifact
 from server.engine.torch.model.loader import load_model
 from steering.affine import AffineMap, Gate
-from steering.fit.gates import GateSettings, fit_gates, held_out_accuracy, split_texts
+from steering.fit.gate_settings import GateSettings
+from steering.fit.gate_texts import split_texts
+from steering.fit.gates import fit_gates, held_out_accuracy
 from steering.reward import RewardHead
 from tests.fitting import fit_lineas_by_command
 from tests.tiny import SITES

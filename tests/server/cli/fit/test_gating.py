@@ -7,7 +7,8 @@ from server.cli.fit.gating import FittedGates, GatePlan
 from server.cli.fit.output import FitCommandError
 from server.cli.fit.training_files import TrainingFile
 from steering.affine import AffineMap, Gate
-from steering.fit.gates import GateSettings, GateTexts
+from steering.fit.gate_settings import GateSettings
+from steering.fit.gate_texts import GateTexts
 
 
 def _fitted(accuracy: dict[str, float], least: float = 0.0) -> FittedGates:
