@@ -1,23 +1,26 @@
 """Runs an evaluation, from the first request to the report."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Final, TypeAlias
 
 from rich.progress import Progress
 
 from server.evaluating import EvaluationError
 from server.evaluating.client import EvaluationClient
 from server.evaluating.inputs import Inputs
-from server.evaluating.measures import quantities
+from server.evaluating.measures import Scores, quantities
 from server.evaluating.observing import Observed, Task, observe
 from server.evaluating.report import Result
 from server.evaluating.scoring import score_texts
 from server.evaluating.settings import BASE, Setting
 from server.evaluating.statistics import Bootstrap, Quantity
+
+Score: TypeAlias = Callable[[Sequence[str]], Sequence[float]]
+"""Returns the toxicity of each text, 0 to 1."""
 
 _TRIED: Final = "Hello, world."
 
@@ -59,27 +62,52 @@ async def evaluate(
 
     observed = [await observe(client, setting, inputs.task, advance) for setting in settings]
     scores = await asyncio.to_thread(_scores, inputs, observed, bar)
+    return compare(client, observed, scores, inputs)
+
+
+def compare(
+    client: EvaluationClient,
+    observed: Sequence[Observed],
+    scores: Mapping[str, Sequence[Scores]],
+    inputs: Inputs,
+) -> Outcome:
+    """Turn what was observed into results, each beside the first setting's.
+
+    Args:
+        observed: the base model's answers first.
+        scores: the toxicity of each setting's continuations, by scorer.
+        inputs: what `observed` was measured with.
+    """
     measured = [
         quantities(
             each,
-            toxicity,
+            {scorer: found[number] for scorer, found in scores.items()},
             inputs.text_file,
             inputs.questions,
             length_normalized=inputs.judging.length_normalized,
         )
-        for each, toxicity in zip(observed, scores, strict=True)
+        for number, each in enumerate(observed)
     ]
     bootstrap = Bootstrap(inputs.task.sampling.seed)
     results = [
-        _result(setting, client, own, measured[0], bootstrap)
-        for setting, own in zip(settings, measured, strict=True)
+        _result(each.setting, client, own, measured[0], bootstrap)
+        for each, own in zip(observed, measured, strict=True)
     ]
     continuations = [
         each
-        for seen, toxicity in zip(observed, scores, strict=True)
-        for each in _continuations(seen, inputs.task, toxicity)
+        for number, seen in enumerate(observed)
+        for each in _continuations(
+            seen, inputs.task, {scorer: found[number] for scorer, found in scores.items()}
+        )
     ]
     return Outcome(client.model, results, continuations)
+
+
+def scores_by(score: Score, observed: Sequence[Observed]) -> list[Scores]:
+    """Score all continuations in one call; return the toxicity of each setting's."""
+    groups = [group for each in observed for group in each.continuations]
+    flat = iter(score([text for group in groups for text in group]) if groups else ())
+    return [[list(islice(flat, len(group))) for group in each.continuations] for each in observed]
 
 
 async def _try(client: EvaluationClient, settings: Sequence[Setting]) -> None:
@@ -91,18 +119,15 @@ async def _try(client: EvaluationClient, settings: Sequence[Setting]) -> None:
             raise EvaluationError(f"{setting.label}: {error}") from error
 
 
-def _scores(
-    inputs: Inputs, observed: Sequence[Observed], bar: Progress
-) -> list[dict[str, list[list[float]]]]:
-    """Score all continuations; return the toxicity of each, by setting, scorer and prompt."""
-    samples = inputs.task.sampling.samples
-    texts = [text for each in observed for group in each.continuations for text in group]
-    found: list[dict[str, list[list[float]]]] = [{} for _ in observed]
-    for spec, scorer in inputs.scorers.items() if texts else ():
-        row = bar.add_task(f"scores by {spec}", total=len(texts))
-        flat = iter(score_texts(scorer, texts, partial(bar.advance, row)))
-        for each, scores in zip(observed, found, strict=True):
-            scores[spec] = [list(islice(flat, samples)) for _ in each.continuations]
+def _scores(inputs: Inputs, observed: Sequence[Observed], bar: Progress) -> dict[str, list[Scores]]:
+    """Score all continuations with each scorer, whose progress the bar shows."""
+    total = sum(len(group) for each in observed for group in each.continuations)
+    found = {}
+    for spec, scorer in inputs.scorers.items():
+        row = bar.add_task(f"scores by {spec}", total=total)
+        found[spec] = scores_by(
+            partial(score_texts, scorer, advance=partial(bar.advance, row)), observed
+        )
     return found
 
 
@@ -121,7 +146,7 @@ def _result(
 
 
 def _continuations(
-    observed: Observed, task: Task, toxicity: Mapping[str, list[list[float]]]
+    observed: Observed, task: Task, toxicity: Mapping[str, Scores]
 ) -> Iterator[Continuation]:
     for number, texts in enumerate(observed.continuations):
         for sample, text in enumerate(texts):
