@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -74,7 +74,8 @@ def running_server(model: str, *options: str) -> Iterator[RunningServer]:
             process.terminate()
             process.wait(_STOP_SECONDS)
         finally:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended, as it was told to
+                process.kill()
             process.wait()
 
 
