@@ -5,17 +5,12 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
+. "$here/environment.sh"
 
 build=cpu
 [ -e /dev/nvidiactl ] && build=cuda
 key=$({ echo "$build"; "$python" -VV; cat "$here/vllm.txt" "$here/embedded.txt"; } | sha256sum)
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/steerserve/vllm-${key:0:12}
-
-say() { echo "steerserve: $*" >&2; }
-
-fail() { say "$@"; exit 1; }
-
-install() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
 
 install_all() {
     install --upgrade 'pip>=25.1' &&
@@ -40,15 +35,8 @@ make_environment() {
         fail "vLLM needs Python 3.11 or newer: make PYTHON=python3.11"
     [ "$build" = cuda ] || has_avx2 ||
         fail "vLLM's CPU build needs an x86-64 processor with AVX2, which this machine has not"
-    say "making a virtual environment with vLLM ($build) in $folder (takes some minutes)"
-    rm -rf "$folder"
-    "$python" -m venv "$folder"
+    begin_environment "vLLM ($build)"
     install_all || fail "vLLM ($build) cannot be installed: the packages cannot be had, as said above"
-    touch "$folder/complete"
 }
 
-mkdir -p "$(dirname "$folder")"
-exec 9> "$folder.lock" # one at a time makes it
-flock 9
-[ -e "$folder/complete" ] || make_environment
-echo "$folder"
+print_folder

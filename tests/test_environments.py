@@ -1,4 +1,4 @@
-"""Tests that the script that makes vLLM's environment says in a sentence why it cannot."""
+"""Tests that scripts that make a virtual environment say in a sentence why they cannot."""
 
 import os
 import subprocess
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "constraints" / "vllm_environment.sh"
+SCRIPTS = Path(__file__).parent.parent / "constraints"
+VLLM = SCRIPTS / "vllm_environment.sh"
+JUDGE = SCRIPTS / "judge_environment.sh"
 
-pytestmark = pytest.mark.skipif(
+without_gpu = pytest.mark.skipif(
     Path("/dev/nvidiactl").exists(), reason="where there is a GPU, another build is installed"
 )
 # Makes an "environment" whose Python installs nothing.
@@ -21,8 +23,8 @@ fi
 """
 
 
-def run(folder: Path, **programs: str) -> subprocess.CompletedProcess[str]:
-    """Run the script with an empty cache, and some programs replaced."""
+def run(script: Path, folder: Path, **programs: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with an empty cache, and some programs replaced."""
     replaced = folder / "bin"
     replaced.mkdir()
     for name, text in programs.items():
@@ -35,10 +37,11 @@ def run(folder: Path, **programs: str) -> subprocess.CompletedProcess[str]:
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
     return subprocess.run(
-        [str(SCRIPT)], env=variables, capture_output=True, text=True, timeout=60, check=False
+        [str(script)], env=variables, capture_output=True, text=True, timeout=60, check=False
     )
 
 
+@without_gpu
 @pytest.mark.parametrize(
     "replaced",
     [
@@ -50,16 +53,26 @@ def run(folder: Path, **programs: str) -> subprocess.CompletedProcess[str]:
 def test_a_machine_that_cannot_run_vllm_is_told_so(
     tmp_path: Path, replaced: dict[str, str]
 ) -> None:
-    done = run(tmp_path, **replaced)
+    done = run(VLLM, tmp_path, **replaced)
     assert (done.returncode, done.stdout) == (1, "")
     [sentence] = done.stderr.splitlines()
     assert "needs an x86-64 processor with AVX2" in sentence
 
 
-def test_packages_that_cannot_be_had_leave_no_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        pytest.param(VLLM, "vLLM (cpu) cannot be installed", marks=without_gpu),
+        (JUDGE, "toxic-comment-classifier cannot be installed"),
+    ],
+    ids=["vllm", "judge"],
+)
+def test_packages_that_cannot_be_had_leave_no_environment(
+    tmp_path: Path, script: Path, sentence: str
+) -> None:
     programs = {"python3": PYTHON, "uname": "#!/bin/sh\necho x86_64\n", "grep": "#!/bin/sh\n"}
-    done = run(tmp_path, **programs)
+    done = run(script, tmp_path, **programs)
     assert (done.returncode, done.stdout) == (1, "")
     assert "no such package" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("steerserve: vLLM (cpu) cannot be installed")
+    assert done.stderr.splitlines()[-1].startswith(f"steerserve: {sentence}")
     assert not list(tmp_path.rglob("complete"))
