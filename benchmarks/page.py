@@ -20,9 +20,18 @@ def command() -> str:
 
 def write_page(folder: Path, name: str, markdown: str, data: Mapping[str, object]) -> None:
     """Write `<name>.md` and `<name>.json` into a folder. Each is whole, whenever this is ended."""
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in (("md", markdown), ("json", text)):
-        new = folder / f"{name}.new"
-        new.write_text(content)
-        new.replace(folder / f"{name}.{suffix}")
+    write_whole(folder / f"{name}.md", markdown.encode())
+    write_whole(folder / f"{name}.json", json_text(data).encode())
+
+
+def json_text(data: Mapping[str, object]) -> str:
+    """Return figures as the text of a JSON file."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, and its folder if it is missing. It is whole, whenever this is ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(path)

@@ -28,6 +28,14 @@ class Section:
 
 def write_section(section: Section, folder: Path | None) -> None:
     """Print a section as Markdown, and write `<name>.md` and `<name>.json` into the folder."""
+    text, body = rendered(section)
+    print(text)
+    if folder is not None:
+        write_page(folder, section.name, text, body)
+
+
+def rendered(section: Section) -> tuple[str, Mapping[str, object]]:
+    """Return a section as Markdown and as data, both with the machine that it was measured on."""
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = ", ".join([str(processor), *devices])
@@ -44,18 +52,16 @@ def write_section(section: Section, folder: Path | None) -> None:
     )
     tables = "\n".join(table.page() for table in section.tables)
     text = f"# {section.title}\n\n{head}\n\n`{command()}`\n\n{section.conditions}\n\n{tables}"
-    print(text)
-    if folder is not None:
-        body = {
-            "section": section.name,
-            "conditions": section.conditions,
-            "date": date(),
-            "command": command(),
-            "machine": machine,
-            "cores": cores,
-            "threads": threads,
-            "dtype": section.dtype,
-            "versions": versions,
-            **section.data,
-        }
-        write_page(folder, section.name, text, body)
+    body = {
+        "section": section.name,
+        "conditions": section.conditions,
+        "date": date(),
+        "command": command(),
+        "machine": machine,
+        "cores": cores,
+        "threads": threads,
+        "dtype": section.dtype,
+        "versions": versions,
+        **section.data,
+    }
+    return text, body

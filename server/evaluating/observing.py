@@ -82,7 +82,7 @@ async def observe(
     )
     observed.continuations = _grouped(flat, sampling.samples)
     scored = await _together(
-        ask(item.place, _fluency(client, item.prompt, text), step("fluency"))
+        ask(item.place, score_fluency(client, item.prompt, text), step("fluency"))
         for item, texts in zip(task.prompts, observed.continuations, strict=True)
         for text in (texts if task.fluency else ())
     )
@@ -104,7 +104,7 @@ async def observe(
     return observed
 
 
-async def _fluency(client: EvaluationClient, prompt: str, text: str) -> TextScore:
+async def score_fluency(client: EvaluationClient, prompt: str, text: str) -> TextScore:
     """Score a continuation under the base model; one without text has no tokens."""
     return await client.score(prompt + text, len(prompt), BASE) if text else TextScore(0.0, 0)
 
