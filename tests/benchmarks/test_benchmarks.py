@@ -20,6 +20,7 @@ from benchmarks.__main__ import main
 from benchmarks.decoding import BatchEdits, BenchEngine, BenchmarkError, decoding
 from benchmarks.models import OPTIONS, open_engine
 from benchmarks.processes import Worker
+from benchmarks.running_server import running_server
 from benchmarks.turns import Turns, take_turns
 from benchmarks.workers.steerserve_worker import generate
 from benchmarks.workers.transformers_worker import load, static_batch
@@ -218,6 +219,13 @@ def test_a_worker_that_dies_shows_the_end_of_its_log(echo: Worker, tmp_path: Pat
     broken = Worker("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path)
     with pytest.raises(BenchmarkError, match="no such model"), broken:
         pass
+
+
+def test_a_server_is_stopped_when_it_has_been_measured(tiny_llama: str) -> None:
+    with running_server(tiny_llama, "--toxicity-scorer", "none", "--no-compile-layers") as server:
+        assert server.metric("requests_running") == 0
+        assert server.process.is_running()
+    assert not server.process.is_running()
 
 
 async def test_ours_and_transformers_generate_the_same(tiny_llama: str) -> None:
