@@ -5,6 +5,8 @@ python -m benchmarks.effect ../shared/data --work DIR
 
 import asyncio
 import json
+import signal
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -129,4 +131,6 @@ def _ignore(_: int) -> None:
 
 
 if __name__ == "__main__":
+    # An exception ends the server on its way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     typer.run(main)
