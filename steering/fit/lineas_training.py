@@ -66,6 +66,7 @@ class LineasTraining:
         self._target = collect_token_means(
             model, sites, target, self._micro_batch, settings.pooling
         )
+        self._unedited = self._source_read_once()
         self._deltas = {site: _zeros(pooled) for site, pooled in self._target.items()}
         self._biases = {site: _zeros(pooled) for site, pooled in self._target.items()}
         self._optimizer = make_optimizer(
@@ -91,14 +92,7 @@ class LineasTraining:
     @torch.no_grad()
     def loss_over_all(self) -> float:
         """Return the loss of all drawn sentences, scaled to the number of sentences in a step."""
-        pooled = collect_token_means(
-            self._model,
-            list(self._target),
-            self._source,
-            self._micro_batch,
-            self._settings.pooling,
-            self._edits(),
-        )
+        pooled = self._pooled_source()
         count = self._settings.sentences_in_a_step
         loss = float(distributional_loss(pooled, self._target)) * count / len(self._source)
         if self._gating is not None:
@@ -194,7 +188,41 @@ class LineasTraining:
             site: partial(_apply, delta, self._biases[site]) for site, delta in self._deltas.items()
         }
 
+    def _source_read_once(self) -> dict[str, Tensor] | None:
+        """Return the source's pooled activations of the untouched model, if they decide all steps.
+
+        A single site's activations depend on no map, and an affine map of the mean, or of the last
+        token, is that of the mapped tokens. Steps then need no model: they take milliseconds.
+        """
+        if len(self._target) > 1 or self._gating is not None:
+            return None
+        if self._settings.pooling not in ("mean", "last"):
+            return None
+        return collect_token_means(
+            self._model,
+            list(self._target),
+            self._source,
+            self._micro_batch,
+            self._settings.pooling,
+        )
+
+    def _pooled_source(self) -> dict[str, Tensor]:
+        """Return the pooled activations of the whole source, with all maps active."""
+        if self._unedited is not None:
+            return self._pooled(torch.arange(len(self._source)))
+        return collect_token_means(
+            self._model,
+            list(self._target),
+            self._source,
+            self._micro_batch,
+            self._settings.pooling,
+            self._edits(),
+        )
+
     def _pooled(self, rows: Tensor) -> dict[str, Tensor]:
+        if self._unedited is not None:
+            edits = self._edits()
+            return {site: edits[site](every[rows]) for site, every in self._unedited.items()}
         batch = pad_right([self._source[row] for row in rows.tolist()], model_device(self._model))
         return site_token_means(
             self._model, list(self._target), batch, self._edits(), self._settings.pooling

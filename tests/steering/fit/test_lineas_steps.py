@@ -14,6 +14,7 @@ from steering.fit.activations import TokenIds
 from steering.fit.lineas import fit_lineas
 from steering.fit.lineas_settings import LineasSettings, OptimizerName
 from steering.fit.lineas_training import LineasTraining
+from steering.fit.pooling import Pooling
 from steering.sites import input_site
 from tests.tiny import SITES, tiny_model
 
@@ -124,6 +125,27 @@ def test_a_micro_batch_changes_the_memory_and_not_the_maps(micro_batch: int) -> 
     for site, map_ in whole.maps.items():
         torch.testing.assert_close(parts.maps[site].weight, map_.weight, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(parts.maps[site].bias, map_.bias, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "min", "max"])
+def test_a_single_site_is_read_once_and_its_maps_are_the_same(
+    pooling: Pooling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SMALL, pooling=pooling)
+    once = _training(settings, ("model.norm",))
+    passes: list[int] = []
+    once._model.register_forward_pre_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(LineasTraining, "_source_read_once", lambda _: None)
+    always = _training(settings, ("model.norm",))
+    assert once.initial_loss == pytest.approx(always.initial_loss, rel=1e-5)
+    for _ in range(3):
+        assert once.step() == pytest.approx(always.step(), rel=1e-4)
+    # The smallest and largest values of mapped tokens are not those of the tokens, mapped.
+    assert bool(passes) == (pooling in ("min", "max"))
+    map_, same = once.maps["model.norm"], always.maps["model.norm"]
+    torch.testing.assert_close(map_.weight, same.weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(map_.bias, same.bias, atol=1e-5, rtol=1e-4)
+    assert once.loss_over_all() == pytest.approx(always.loss_over_all(), rel=1e-4)
 
 
 def test_sides_of_unequal_number_give_batches_of_equal_size() -> None:
