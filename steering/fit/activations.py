@@ -29,6 +29,8 @@ SiteEdit: TypeAlias = Callable[[str, Tensor], Tensor]
 """(site, its activations) -> the activations to use; the same tensor if nothing is edited."""
 Edits: TypeAlias = Mapping[str, Callable[[Tensor], Tensor]]
 """Site -> function of its activations, (n, t, d) float32. Other sites stay as they are."""
+OnBatch: TypeAlias = Callable[[int, int], None]
+"""Called after each forward pass with (sequences done, sequences in all)."""
 
 
 class _StopForwardError(Exception):
@@ -105,8 +107,11 @@ def collect_token_means(
     batch_size: int,
     pooling: Pooling = "mean",
     edits: Edits | None = None,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, Tensor]:
     """Return the pooled activations of any number of sequences, `batch_size` in a forward pass.
+
+    Sequences of like length share a pass, so that little of it is padding.
 
     Args:
         model: a causal language model.
@@ -115,6 +120,7 @@ def collect_token_means(
         batch_size: sequences in a forward pass; what bounds the memory.
         pooling: how a sequence's tokens become one vector.
         edits: see `site_token_means`; None leaves the model untouched.
+        on_batch: called after each pass.
 
     Returns:
         site -> (len(sequences), d) float32, on the model's device.
@@ -125,11 +131,16 @@ def collect_token_means(
     if not sequences:
         raise FitError("there is no sequence to fit on")
     collected: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for start in range(0, len(sequences), batch_size):
-        batch = pad_right(sequences[start : start + batch_size], model_device(model))
+    order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = pad_right([sequences[row] for row in rows], model_device(model))
         for site, pooled in site_token_means(model, sites, batch, edits, pooling).items():
             collected[site].append(pooled)
-    return {site: torch.cat(pooled) for site, pooled in collected.items()}
+        if on_batch is not None:
+            on_batch(start + len(rows), len(order))
+    places = torch.tensor(order).argsort().to(model_device(model))
+    return {site: torch.cat(pooled)[places] for site, pooled in collected.items()}
 
 
 def site_token_means(

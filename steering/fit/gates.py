@@ -16,22 +16,18 @@ would learn to tell apart activations that occur only where gates were open befo
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from steering.affine import Gate, gate_of
 from steering.fit import FitError
-from steering.fit.activations import TokenIds, collect_token_means, frozen
+from steering.fit.activations import OnBatch, TokenIds, collect_token_means, frozen
 from steering.fit.gate_settings import GateSettings
 from steering.fit.gate_texts import GateTexts
 from steering.fit.logistic import fit_logistic
 from steering.fit.pooling import Pooling
-
-OnBatch: TypeAlias = Callable[[int, int], None]
-"""Called after each forward pass with (sentences read, sentences in all)."""
 
 _FORWARD_BATCH = 32  # sequences in one forward pass
 
@@ -158,14 +154,10 @@ def _pooled(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the untouched model's pooled activations of both sides."""
     sentences = [*source, *control]
-    batches: list[dict[str, Tensor]] = []
     with frozen(model):
-        for start in range(0, len(sentences), _FORWARD_BATCH):
-            batch = sentences[start : start + _FORWARD_BATCH]
-            batches.append(collect_token_means(model, sites, batch, len(batch), pooling))
-            if on_batch is not None:
-                on_batch(start + len(batch), len(sentences))
-    means = {site: torch.cat([batch[site] for batch in batches]) for site in sites}
+        means = collect_token_means(
+            model, sites, sentences, _FORWARD_BATCH, pooling, on_batch=on_batch
+        )
     for site, rows in means.items():
         if not torch.isfinite(rows).all():
             raise FitError(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Final
 
-import torch
 import typer
 from torch import Tensor
 
@@ -131,10 +130,7 @@ def _read(
     pooling: PoolingName,
 ) -> dict[str, Tensor]:
     """Return the pooled outputs of heads: site -> (sentences, width) float32."""
-    batches = []
     with output.progress(f"reading attention heads, {side}") as advance:
-        for start in range(0, len(sentences), batch_size):
-            batch = sentences[start : start + batch_size]
-            batches.append(collect_token_means(loaded.model, sites, batch, batch_size, pooling))
-            advance(start + len(batch), len(sentences))
-    return {site: torch.cat([batch[site] for batch in batches]) for site in sites}
+        return collect_token_means(
+            loaded.model, sites, sentences, batch_size, pooling, on_batch=advance
+        )

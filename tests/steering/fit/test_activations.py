@@ -91,6 +91,22 @@ def test_inputs_and_outputs_are_read(pooling: Pooling) -> None:
             )
 
 
+def test_sequences_of_like_length_share_a_pass() -> None:
+    model = tiny_model("llama")
+    shapes: list[tuple[int, ...]] = []
+    done: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    sentences = [[1] * length for length in (2, 9, 3, 8, 2)]
+    collect_token_means(
+        model, [MLP], sentences, 2, on_batch=lambda read, total: done.append((read, total))
+    )
+    assert shapes == [(2, 9), (2, 3), (1, 2)]
+    assert done == [(2, 5), (4, 5), (5, 5)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_familys_inputs_are_read_in_batches(family: str) -> None:
     """OPT flattens the batch in front of its `fc1`, and gives `fc1` (n * t, d)."""
