@@ -1,4 +1,4 @@
-"""Makes the texts that the bundled interventions are fitted on, for interventions/bundled/make.sh.
+"""Makes texts that end just before a harmful word, and others, to fit interventions on.
 
     python -m benchmarks.bundled_data ../shared/data WORK
 
