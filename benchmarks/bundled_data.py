@@ -140,7 +140,7 @@ def write_files(
     own, written = cutter.cuts(continued, harmless=1), cutter.cuts(toxic, harmless=1)
     wikipedia = cutter.cuts(neutral, harmless=2)
     harmful = _distinct([*own.harmful, *written.harmful])
-    # As many of each origin as there are harmful ones, or the origin would tell them apart.
+    # The sides have equal shares of each origin; otherwise the origin would tell them apart.
     same = [*own.harmless[: len(own.harmful)], *written.harmless[: len(written.harmful)]]
     calm = _distinct(same, without=harmful)
     control = _distinct([*calm, *wikipedia.harmless], without=harmful)

@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What an arm is to reach: the fall of the toxic share, at a bounded rise of perplexity."""
+    """Sets how far an arm is to lower the toxic share, at a bounded rise of perplexity."""
 
     interventions: tuple[str, ...]
     reduction: float  # percent of the base model's share

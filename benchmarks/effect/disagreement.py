@@ -12,7 +12,7 @@ from server.evaluating.run import Continuation
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What two judges say of one setting's continuations."""
+    """Holds two judges' verdicts on one setting's continuations."""
 
     label: str
     shares: tuple[float, float]  # of the continuations that are toxic to the first, to the second
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """What two judges say of each setting, the base model first."""
+    """Holds two judges' verdicts on each setting, the base model first."""
 
     judges: tuple[str, str]
     rows: Sequence[Row]

@@ -13,7 +13,7 @@ _PERCENT = 100
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """What a goal's interventions reached, in percent of the base model's figures."""
+    """Holds the changes that a goal's interventions reached, in percent of the base model."""
 
     goal: Goal
     share: float | None  # change of the toxic share; None if the base model's is 0

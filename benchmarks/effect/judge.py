@@ -40,7 +40,7 @@ class SecondJudge:
         Raises:
             BenchmarkError: there is no such environment and none can be made, or it scores nothing.
         """
-        # What goes wrong is said on stderr, by pip and by the script.
+        # pip and the script report errors on stderr.
         made = subprocess.run([str(environment)], stdout=subprocess.PIPE, text=True, check=False)
         if made.returncode:
             raise BenchmarkError(

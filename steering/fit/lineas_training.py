@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steering.affine import AffineMap
 from steering.fit import FitError
 from steering.fit.activations import (
+    Edits,
     TokenIds,
     collect_token_means,
     model_device,
@@ -198,25 +199,23 @@ class LineasTraining:
             return None
         if self._settings.pooling not in ("mean", "last"):
             return None
-        return collect_token_means(
-            self._model,
-            list(self._target),
-            self._source,
-            self._micro_batch,
-            self._settings.pooling,
-        )
+        return self._read_source(None)
 
     def _pooled_source(self) -> dict[str, Tensor]:
         """Return the pooled activations of the whole source, with all maps active."""
         if self._unedited is not None:
             return self._pooled(torch.arange(len(self._source)))
+        return self._read_source(self._edits())
+
+    def _read_source(self, edits: Edits | None) -> dict[str, Tensor]:
+        """Return the pooled activations of the whole source, from passes through the model."""
         return collect_token_means(
             self._model,
             list(self._target),
             self._source,
             self._micro_batch,
             self._settings.pooling,
-            self._edits(),
+            edits,
         )
 
     def _pooled(self, rows: Tensor) -> dict[str, Tensor]:
