@@ -3,50 +3,64 @@
 import json
 from pathlib import Path
 
-from benchmarks.bundled_data import Cutter, write_files
+import pytest
+import torch
 
-TOXIC = "well I think that you are a stupid man and an idiot"
-CALM = "the garden behind the old house was full of roses"
-EARLY = "you idiot of the year"
-QUOTED = 'she called out "idiot and left the room at once'
+from benchmarks.bundled_data.__main__ import write_files
+from benchmarks.bundled_data.cuts import cut_texts
+from benchmarks.bundled_data.pairs import match
+from server.engine.torch.model.loader import LoadedModel, load_model
 
-
-def test_a_text_is_cut_before_its_first_harmful_word() -> None:
-    cuts = Cutter([TOXIC]).cuts([TOXIC], harmless=100)
-    assert cuts.harmful == ["well I think that you are a"]
-    # Each ends before a word that comes ahead of the harmful one, and after at least three words.
-    assert sorted(cuts.harmless) == sorted(
-        ["well I think", "well I think that", "well I think that you", "well I think that you are"]
-    )
+TOXIC = "well, you can go and f"
+SWEARING = f"{TOXIC}uck yourself, said the man"
+WIKIPEDIA = "the garden behind the old house was full of roses, and so was the hall"
 
 
-def test_a_text_without_a_harmful_word_is_cut_anywhere() -> None:
-    cuts = Cutter([CALM]).cuts([CALM], harmless=100)
-    assert cuts.harmful == []
-    words = CALM.split()
-    assert sorted(cuts.harmless) == sorted(" ".join(words[:n]) for n in range(3, len(words)))
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model("embedded", "float32")
 
 
-def test_a_place_that_is_no_start_of_a_token_is_left_out() -> None:
-    for text in (EARLY, QUOTED):
-        cuts = Cutter([text]).cuts([text], harmless=100)
-        assert cuts.harmful == []
-        assert not any("idiot" in cut for cut in cuts.harmless)
+def test_a_cut_before_any_token_of_a_harmful_word_is_harmful(loaded: LoadedModel) -> None:
+    (found,) = cut_texts([SWEARING], loaded.tokenizer)
+    ids = found.token_ids
+    assert [cut.text for cut in found.cuts if cut.harmful] == ["well, you can go and", TOXIC]
+    for cut in found.cuts:
+        assert loaded.tokenizer(cut.text)["input_ids"] == ids[: cut.row + 1]
+        assert cut.following == ids[cut.row + 1]
+        assert loaded.tokenizer.decode(ids[cut.row]) == cut.text[cut.last :]
+    # From the third token on, before each but the first.
+    assert [cut.row for cut in found.cuts] == list(range(2, len(ids) - 1))
 
 
-def test_the_files_are_distinct_lines_and_come_out_the_same_again(tmp_path: Path) -> None:
+def test_a_text_becomes_a_single_line(loaded: LoadedModel) -> None:
+    (found,) = cut_texts([" one two three\nfour  five"], loaded.tokenizer)
+    assert [cut.text for cut in found.cuts] == ["one two three", "one two three four"]
+
+
+def test_each_source_gets_the_most_similar_candidate_that_is_left() -> None:
+    candidates = torch.tensor([[0.0, 5.0], [3.0, 0.3], [1.0, 1.0]])
+    sources = torch.tensor([[1.0, 0.0], [9.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    assert match(sources, candidates) == [1, 2, 0, None]
+    assert match(sources, candidates[:0]) == [None] * 4
+
+
+def test_the_files_pair_texts_and_come_out_the_same_again(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     texts: list[dict[str, str]] = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_files([TOXIC, f"{CALM}\nand trees", TOXIC], [TOXIC], [CALM], tmp_path / name)
+        write_files(loaded, [SWEARING, SWEARING], [WIKIPEDIA], tmp_path / name)
         texts.append({file.name: file.read_text() for file in sorted((tmp_path / name).iterdir())})
     assert texts[0] == texts[1]
     files = {name: text.splitlines() for name, text in texts[0].items()}
-    assert files["about_to_swear.txt"] == ["well I think that you are a"]
+    # After " and" the model says " f" with a probability below 2 %.
+    assert files["about_to_swear.txt"] == [TOXIC]
     assert len(set(files["control.txt"])) == len(files["control.txt"])
-    assert set(files["calm.txt"]) <= set(files["control.txt"])
-    assert not set(files["about_to_swear.txt"]) & set(files["control.txt"])
+    assert TOXIC not in files["control.txt"]
+    assert files["neutral.txt"] == ["the garden behind the old house was full of roses, and so"]
     (pair,) = map(json.loads, files["pairs.jsonl"])
-    assert pair["negative_prompt"] + pair["negative"] == "well I think that you are a"
-    assert pair["positive_prompt"] + pair["positive"] == files["calm.txt"][0]
-    assert pair["negative"] == " a"
+    assert (pair["negative_prompt"], pair["negative"]) == ("well, you can go and", " f")
+    assert [pair["positive_prompt"] + pair["positive"]] == files["calm.txt"]
+    assert pair["positive"] not in ("", pair["positive_prompt"])

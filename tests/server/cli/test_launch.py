@@ -108,7 +108,8 @@ def test_a_full_disk_stores_no_bundled_intervention_and_stops_no_start(
         assert registry.entries() == []
         assert "detox-lineas is not stored. The registry's disk is full" in caplog.text
         launch._add_bundled(registry)
-        assert [entry.name for entry in registry.entries()] == ["detox-argre", "detox-lineas"]
+        names = [entry.name for entry in registry.entries()]
+        assert names == ["detox-argre", "detox-dsas", "detox-lineas"]
 
 
 def test_without_the_extra_the_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

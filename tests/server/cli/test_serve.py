@@ -82,7 +82,7 @@ def test_the_echo_says_what_was_applied(client: openai.OpenAI) -> None:
         assert item["source"] == "request"
     (item,) = echo(complete(client, ARGRE))
     assert item["kind"] == "reward"
-    assert item["settings"] == {"eta": 0.5, "iterations": 5, "direction_scale": 1.0}
+    assert item["settings"] == {"eta": 0.5, "iterations": 5, "direction_scale": 1.5}
     both = echo(complete(client, [{**LINEAS, "strength": 1}, ARGRE]))
     assert [item["intervention"] for item in both] == ["detox-lineas", "detox-argre"]
     assert len({item["digest"] for item in both}) == 2
@@ -193,6 +193,7 @@ def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess
         ("/v1/completions", "detox-argre"),
         *[("/v1/completions", "detox-lineas")] * 2,
         ("/v1/completions", "detox-argre"),
+        ("/v1/completions", "detox-dsas"),
         ("/v1/completions", "detox-lineas"),
         ("/v1/chat/completions", "detox-lineas"),
     ]
@@ -208,10 +209,10 @@ def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess
         else:
             choices.append(answer["choices"][0])
     texts = {choice.get("text") or choice["message"]["content"] for choice in choices}
-    assert len(texts) == len(choices) == 4, "each of them shows another text"
+    assert len(texts) == len(choices) == 5, "each of them shows another text"
 
 
-@pytest.mark.parametrize("name", ["detox-lineas", "detox-argre"])
+@pytest.mark.parametrize("name", ["detox-lineas", "detox-argre", "detox-dsas"])
 def test_the_bundled_interventions_are_served_without_a_warning(
     server: ServerProcess, name: str
 ) -> None:
