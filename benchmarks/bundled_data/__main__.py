@@ -41,8 +41,8 @@ _SAMPLES: Final = 4  # continuations of each prompt
 _AT_ONCE: Final = 32  # requests
 _SAMPLING: Final = Sampling(24, temperature=1.0, top_p=0.95)
 _CONTROL: Final = 1200  # texts of each origin
-_CONTROL_ROWS: Final = 40  # tokens of the longest of them
-_NEUTRAL_WORDS: Final = 12
+_MOST_CONTROL_TOKENS: Final = 40  # of one text
+_NEUTRAL_WORDS: Final = 12  # of each beginning
 _SEED: Final = 0
 
 
@@ -94,7 +94,7 @@ def _some_harmless(
         cut.text: None
         for text in texts
         for cut in text.cuts
-        if not cut.harmful and cut.row < _CONTROL_ROWS and cut.text not in without
+        if not cut.harmful and cut.row < _MOST_CONTROL_TOKENS and cut.text not in without
     }
     return shuffled.sample([*found], min(_CONTROL, len(found)))
 

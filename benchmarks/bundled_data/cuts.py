@@ -11,7 +11,7 @@ from server.toxicity.worker import load_scorer
 
 _HARMFUL: Final = 0.8  # a word's score
 _FEWEST_TOKENS: Final = 3  # of a cut text; the state after fewer says little
-_MOST_TOKENS: Final = 64
+_MOST_TOKENS: Final = 64  # of a whole text; what follows is not read
 _WORD: Final = re.compile(r"[A-Za-z][A-Za-z'*@$#]*")
 
 
@@ -35,7 +35,7 @@ class CutText:
 
 
 def cut_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[CutText]:
-    """Cut each text before each of its tokens, but the first few.
+    """Cut each text before each of its tokens from the fourth on.
 
     A word is harmful if the embedded scorer gives the word alone a score above 0.8. Texts become
     single lines first. Cuts that end with a space, or are other tokens when they stand alone, are

@@ -11,6 +11,8 @@ from benchmarks.bundled_data.cuts import cut_texts
 from benchmarks.bundled_data.pairs import match
 from server.engine.torch.model.loader import LoadedModel, load_model
 
+pytestmark = pytest.mark.embedded
+
 TOXIC = "well, you can go and f"
 SWEARING = f"{TOXIC}uck yourself, said the man"
 WIKIPEDIA = "the garden behind the old house was full of roses, and so was the hall"
@@ -29,7 +31,7 @@ def test_a_cut_before_any_token_of_a_harmful_word_is_harmful(loaded: LoadedModel
         assert loaded.tokenizer(cut.text)["input_ids"] == ids[: cut.row + 1]
         assert cut.following == ids[cut.row + 1]
         assert loaded.tokenizer.decode(ids[cut.row]) == cut.text[cut.last :]
-    # From the third token on, before each but the first.
+    # No cut has fewer than three tokens, or the whole text.
     assert [cut.row for cut in found.cuts] == list(range(2, len(ids) - 1))
 
 
