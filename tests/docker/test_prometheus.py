@@ -27,7 +27,11 @@ pytestmark = pytest.mark.embedded
 ROOT = Path(__file__).parents[2]
 TRAFFIC_SECONDS = 12
 QUIET = {"model": "smollm2-135m-instruct", "prompt": "You are", "max_tokens": 2}
-STEERINGS = (("detox-lineas",), ("detox-argre",), ("detox-lineas", "detox-argre"))
+# What docker/traffic.py sends.
+STEERINGS = (
+    *(("detox-lineas",), ("detox-argre",), ("detox-dsas",)),
+    ("detox-dsas", "detox-argre"),
+)
 GRAFANA: Mapping[str, str] = {
     "__rate_interval": "20s",
     "__range": "5m",
