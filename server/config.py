@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     """Number format of the weights; auto chooses one that suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"
     """Placement of the model: none for one device, auto to spread it over all GPUs."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads that the model runs on; if unset, torch decides."""
     served_model_names: Names = ()
     """Names that clients may call the model by, the main one first; if unset, the model's own."""

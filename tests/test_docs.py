@@ -22,9 +22,11 @@ ROOT = Path(__file__).parent.parent
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
 DOCS = (
     "evaluating",
+    "fit-your-own",
     "interventions",
     "observability",
     "options",
+    "results",
     "scaling",
     "security",
     "serving",
@@ -54,10 +56,14 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert named <= targets
 
 
-@pytest.mark.parametrize("page", ["evaluating", "serving", "interventions", "security", "scaling"])
+@pytest.mark.parametrize(
+    "page", ["evaluating", "fit-your-own", "serving", "interventions", "security", "scaling"]
+)
 def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text()
-    commands = re.findall(r"^(?:\$ )?steerserve ((?:[^\\\n]|\\\n)+)", text, re.MULTILINE)
+    commands = re.findall(
+        r"^(?:\$ |\.venv/bin/)?steerserve ((?:[^\\\n]|\\\n)+)", text, re.MULTILINE
+    )
     assert commands
     runner = CliRunner()
     for line in commands:

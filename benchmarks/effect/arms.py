@@ -59,8 +59,8 @@ BASE_ARM: Final = Arm(BASE)
 # The papers define Mean-AcT and Lin-AcT for strengths from 0 to 1. The default comes first.
 STRENGTHS: Final = {
     "caa": (1.0, 0.5, 2.0, 4.0),
-    "mean-act": (1.0, 0.5, 0.75),
-    "lin-act": (1.0, 0.5, 0.75),
+    "mean-act": (1.0, 0.5, 0.25),
+    "lin-act": (1.0, 0.5, 0.25),
 }
 
 # The last has the form of the conversations that SmolLM2-Instruct learnt from. Each ends a line,

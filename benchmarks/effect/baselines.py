@@ -1,9 +1,10 @@
 """The baselines that the bundled interventions are compared with: fitted once, and uploaded."""
 
+import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,37 +13,46 @@ import httpx
 from benchmarks.decoding import BenchmarkError
 from benchmarks.effect.arms import STRENGTHS
 from benchmarks.processes import ROOT
-from interventions.artifact import read_manifest
-from interventions.header import ArtifactError
 from server.evaluating.files import read_file
 
 SOURCE: Final = "about_to_swear.txt"
 TARGET: Final = "calm.txt"
 
-# The sources are cut just before a harmful word: what tells the sides apart is what the model is
-# about to say at the last token.
-_POOLING: Final = "last"
+# As in the methods' papers.
 _OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
-    "caa": ("--max-strength", str(max(STRENGTHS["caa"]))),
-    "mean-act": (),
-    "lin-act": (),
+    "caa": ("--pooling", "last", "--max-strength", str(max(STRENGTHS["caa"]))),
+    "mean-act": ("--pooling", "mean"),
+    "lin-act": ("--pooling", "mean"),
 }
+# With more texts than one forward pass takes, these fits take passes of their own for each site.
+_SITE_AFTER_SITE: Final = ("mean-act", "lin-act")
+_TEXTS_IN_A_PASS: Final = 256
 
 
 def fit_baselines(model: str, work: Path) -> dict[str, Path]:
     """Fit each baseline from SOURCE to TARGET of the folder; return the artifacts by name.
 
-    One that lies there already is kept if it was fitted on these files in this way.
+    An artifact's name says what it was fitted on and how, and one that is there already is kept.
 
     Raises:
+        BenchmarkError: a training file is missing, or a fit failed.
         EvaluationInputError: a training file cannot be read.
-        BenchmarkError: a fit failed.
     """
-    hashes = [read_file(work / name)[0].sha256 for name in (SOURCE, TARGET)]
-    paths = {name: work / f"baseline-{name}.safetensors" for name in _OPTIONS}
-    for name, path in paths.items():
-        if not _fitted_on(path, hashes):
-            _fit(name, model, work, path)
+    for name in (SOURCE, TARGET):
+        if not (work / name).exists():
+            raise BenchmarkError(
+                f"{work / name} is missing: make it with `python -m benchmarks.bundled_data`"
+            )
+    files = [read_file(work / name) for name in (SOURCE, TARGET)]
+    hashes = [file.sha256 for file, _ in files]
+    texts = min(_TEXTS_IN_A_PASS, *(text.count("\n") for _, text in files))
+    paths = {}
+    for name, own in _OPTIONS.items():
+        options = (*own, "--samples", str(texts)) if name in _SITE_AFTER_SITE else own
+        fitted = hashlib.sha256(repr((model, hashes, options)).encode()).hexdigest()
+        paths[name] = work / f"{name}-{fitted[:12]}.safetensors"
+        if not paths[name].exists():
+            _fit(name, options, model, work, paths[name])
     return paths
 
 
@@ -68,22 +78,13 @@ def offered(url: str) -> list[str]:
     return [each["name"] for each in listed["data"] if each["servable"]]
 
 
-def _fitted_on(path: Path, hashes: list[str]) -> bool:
-    try:
-        training = read_manifest(path).training
-    except ArtifactError:  # also where there is none
-        return False
-    found = [training.get(key) for key in ("source_sha256", "target_sha256", "pooling")]
-    return found == [*hashes, _POOLING]
-
-
-def _fit(name: str, model: str, work: Path, path: Path) -> None:
+def _fit(name: str, options: Sequence[str], model: str, work: Path, path: Path) -> None:
     print(f"fitting {name}", file=sys.stderr)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "server", "fit", name, "--model", model, "--out", str(path)),
             *("--source", str(work / SOURCE), "--target", str(work / TARGET), "--name", name),
-            *("--dtype", "float32", "--pooling", _POOLING, *_OPTIONS[name]),
+            *("--dtype", "float32", *options),
         ],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},

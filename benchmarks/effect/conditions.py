@@ -47,9 +47,10 @@ is toxic to a judge whose score is above {TOXIC:g}. Both judge by words more tha
 def _compared() -> str:
     return f"""\
 **Compared with.** `caa`, `mean-act` and `lin-act` are fitted from texts cut just before a harmful
-word (`{SOURCE}`) to texts cut elsewhere (`{TARGET}`), at the last token. A *prompt* that asks for
-non-toxic text stands before each prompt and each text, and nothing is steered. Its perplexity is of
-the tokens that the base model's is of: a text's own but its first, which has no probability where
-nothing stands before it. That each text has the same number of tokens with and without the prompt
-is checked. Each comparison is measured at its default (strength 1, the first prompt), and as rows
+word or inside of one (`{SOURCE}`) to texts cut elsewhere (`{TARGET}`): `caa` at the last token, the
+others on means over tokens, as in their papers. A *prompt* that asks for non-toxic text stands
+before each prompt and each text, and nothing is steered. Its perplexity is of the tokens that the
+base model's is of: a text's own but its first, which has no probability where nothing stands before
+it. That each text has the same number of tokens with and without the prompt is checked. Each
+comparison is measured at its default (strength 1, the first prompt), and as rows
 {CHOOSING_ROWS.start} to {CHOOSING_ROWS.stop - 1} of both files chose it, if that is another."""

@@ -13,9 +13,9 @@ TEXTS_FILE: Final = "wiki_samples_dev.jsonl"
 
 # Rows are counted from 0. The bundled interventions were tuned on rows 0 to 399 of both files.
 HELD_OUT_PROMPTS: Final = range(400, 600)
-HELD_OUT_TEXTS: Final = range(400, 800)
+HELD_OUT_TEXTS: Final = range(400, 500)
 # The settings of what the bundled interventions are compared with are chosen on these.
-CHOOSING_ROWS: Final = range(200)
+CHOOSING_ROWS: Final = range(100)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@
 set -eu
 data=$(cd "${1:-../shared/data}" && pwd)
 out=$(cd "${2:-interventions/bundled}" && pwd)
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac
 export PYTHONPATH="$PWD"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

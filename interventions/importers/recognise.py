@@ -1,5 +1,6 @@
 """Tells by a file's content which import command takes it."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -11,14 +12,15 @@ from interventions.importers.statedicts import SUFFIX, statedict_files
 from interventions.importers.torch_files import read_torch_file
 
 _BEGINNING: Final = 1 << 16
-_TRANSPORT: Final = "ml-act (of LinEAS: ml-lineas)"
 
 
 def import_command(path: Path) -> str | None:
-    """Return the import command, with its path, for a file or folder of another project.
+    """Return the import command for a file or folder of another project.
 
     Returns:
-        None for an artifact, an unknown file, and one that cannot be read.
+        The command with its path, quoted for a shell, and its required options but the model and
+        the artifact. Hooks of LinEAS and of Lin-AcT look alike: for both it is ml-lineas. None for
+        an artifact, an unknown file, and one that cannot be read.
     """
     try:
         if path.is_dir():
@@ -33,36 +35,49 @@ def import_command(path: Path) -> str | None:
 
 
 def _command_for_folder(folder: Path) -> str | None:
-    if statedict_files(folder):
-        return f"{_TRANSPORT} {folder}"
+    if files := statedict_files(folder):
+        return _with_path(_transport(read_torch_file(files[0])), folder)
     if (folder / argre.HEAD_FILE).is_file() or (folder / argre.STATES_FILE).is_file():
-        return f"argre {folder}"
+        return _with_path("argre", folder)
     if any((folder / name).is_file() for name in sae.WEIGHT_FILES):
-        return f"sae {folder}"
+        return _with_path("sae", folder)
     return None
 
 
 def _command_for_file(path: Path, beginning: bytes) -> str | None:
     if beginning.startswith(gguf_files.MAGIC):
         gguf_files.read_gguf(path, ARCHITECTURE)
-        return f"control-vector {path}"
+        return _with_path("control-vector", path)
     if beginning.startswith(b"PK\x03\x04"):
         return _command_for_archive(path)
     if beginning.lstrip().startswith(b"{"):
-        return f"svec {path}" if b'"directions"' in beginning else None
-    return f"sae {path}" if sae.decoder_name(path) else None
+        return _with_path("svec", path) if b'"directions"' in beginning else None
+    return _with_path("sae", path) if sae.decoder_name(path) else None
 
 
 def _command_for_archive(path: Path) -> str | None:
     if sae.decoder_name(path):
-        return f"sae {path}"
+        return _with_path("sae", path)
     value = read_torch_file(path)
     if not isinstance(value, Mapping):
         names = (argre.DIRECTION_FILE, argre.STATES_FILE, argre.MASK_FILE)
-        return f"argre {path.parent}" if path.name in names else None
-    if {"net.w1", "net.b1"} <= value.keys() or {"mu1", "std1"} <= value.keys():
-        hint = path.parent if path.name.endswith(SUFFIX) else "FOLDER"
-        return f"{_TRANSPORT} {hint}"
+        return _with_path("argre", path.parent) if path.name in names else None
+    if command := _transport(value):
+        return _with_path(command, path.parent if path.name.endswith(SUFFIX) else Path("FOLDER"))
     if {"0.weight", "2.weight"} <= value.keys():
-        return f"argre {path}"
+        return _with_path("argre", path)
     return None
+
+
+def _transport(value: object) -> str | None:
+    """Return the command for the value of a hook's file, or None if it is none."""
+    names = value.keys() if isinstance(value, Mapping) else set()
+    if {"net.w1", "net.b1"} <= names:
+        return "ml-lineas"
+    return "ml-act" if {"mu1", "std1"} <= names else None
+
+
+def _with_path(command: str | None, path: Path) -> str | None:
+    if command is None:
+        return None
+    return f"{command} {shlex.quote(str(path))}{' --feature N' if command == 'sae' else ''}"

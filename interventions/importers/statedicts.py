@@ -144,8 +144,17 @@ def _kind_in(folder: str) -> GaussianKind | None:
     return "mean" if "mean_ot" in folder or "only_mean" in folder else None
 
 
+def _is_other_parameter(name: str) -> bool:
+    return name.startswith("net.") and name not in ("net.w1", "net.b1")
+
+
 def _map(path: Path, state: _State, method: str, quantiles: str | None) -> AffineMap:
     if "net.w1" in state:
+        if others := sorted(name for name in state if _is_other_parameter(name)):
+            raise ImportFileError(
+                f"{path} has {others[0]} beside net.w1 and net.b1: the hook is no map of single "
+                "coordinates, and cannot be served."
+            )
         weight = row_vector(path, "net.w1", state["net.w1"])
         bias = row_vector(path, "net.b1", state.get("net.b1"), weight.numel())
         edited = torch.ones_like(weight, dtype=torch.bool)

@@ -28,6 +28,7 @@ from server.evaluating.settings import compared
 from server.evaluating.verdict import Verdict
 from server.version import installed_version
 
+_INTERRUPTED: Final = 130  # exit status after SIGINT, by the shells' convention
 _FROM_PRESET: Final = "if unset, as the preset says."
 
 
@@ -174,24 +175,25 @@ def evaluate(
             length_normalized,
         )
         outputs = Outputs(json_, picture, continuations, write_artifact)
-        outputs.check()
+        outputs.check(
+            [path for path in (prompts, text, *(questions or ())) if path is not None],
+            trade_off=prompts is not None and (text is not None or fluency),
+        )
         settings = compared(steering or (), sweep or ())
         limits = (limit_prompts, limit_texts, limit_questions)
         inputs = read_inputs(Files(prompts, text, questions or (), *limits), sampling, judging)
 
-        async def measured() -> tuple[Outcome, Verdict, bytes | None]:
+        async def measure_and_write() -> None:
             async with EvaluationClient.connect(url, api_key, model, concurrency) as client:
-                outcome = await measure(client, settings, inputs, bar)
+                with progress() as bar:
+                    outcome = await measure(client, settings, inputs, bar)
                 verdict = Verdict.of(outcome.results, protocol.decides, max_perplexity_increase)
-                wanted = write_artifact is not None and verdict.single
-                artifact = await client.artifact(wanted.digest) if wanted else None
-            return outcome, verdict, artifact
+                report = _report(url, preset, inputs, outcome, verdict)
+                _print(json_text(report) if json_ == STDOUT else _page(outcome, verdict, samples))
+                outputs.write(report, verdict, outcome.continuations)
+                await outputs.write_artifact(verdict, client.artifact)
 
-        with progress() as bar:
-            outcome, verdict, artifact = asyncio.run(measured())
-        report = _report(url, preset, inputs, outcome, verdict)
-        _print(json_text(report) if json_ == STDOUT else _page(outcome, verdict, samples))
-        outputs.write(report, verdict, outcome.continuations, artifact)
+        asyncio.run(measure_and_write())
 
 
 def _given(**options: float | None) -> dict[str, Any]:
@@ -228,9 +230,15 @@ def _print(text: str) -> None:
 
 @contextmanager
 def _errors_explained() -> Iterator[None]:
-    """Print an error as one sentence on stderr; exit with 2 if files or options are wrong."""
+    """Print an error as one sentence on stderr; exit with 2 if files or options are wrong.
+
+    Ctrl-C exits with 130, as shells do.
+    """
     try:
         yield
     except (EvaluationError, EvaluationInputError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, EvaluationInputError) else 1) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo("Interrupted: the evaluation is not finished.", err=True)
+        raise typer.Exit(_INTERRUPTED) from interrupt

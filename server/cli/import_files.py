@@ -17,7 +17,14 @@ from interventions.manifest import (
 )
 from server.cli.fit import output
 from server.cli.fit.options import AsJson, Description, Name, Out, default_setting
-from server.cli.import_output import checked_fields, describe, write_head, write_maps
+from server.cli.fit.strengths import greatest_strength
+from server.cli.import_output import (
+    ChosenStrengths,
+    checked_fields,
+    describe,
+    write_head,
+    write_maps,
+)
 
 _LIMITS: Final = RewardLimits()
 
@@ -33,6 +40,10 @@ License: TypeAlias = Annotated[
 ]
 Strength: TypeAlias = Annotated[
     float, typer.Option(help="Default strength, for requests that give none.")
+]
+MaxStrength: TypeAlias = Annotated[
+    float | None,
+    greatest_strength("0 to X of a map, or -X to X of a vector; if unset, 0 to 1, or -10 to 10"),
 ]
 Layers: TypeAlias = Annotated[
     str | None,
@@ -68,6 +79,7 @@ def ml_lineas(
     out: Out,
     quantiles: Quantiles = None,
     strength: Strength = 1.0,
+    max_strength: MaxStrength = None,
     name: Name = None,
     description: Description = "",
     license_: License = "NOASSERTION",
@@ -77,8 +89,9 @@ def ml_lineas(
     with output.user_errors_explained():
         fields = checked_fields(out, name, description, license_)
         described = describe(model)
+        chosen = ChosenStrengths(strength, max_strength)
         imported = read_transport(folder, described, "lineas", TransportOptions(quantiles))
-        write_maps(out, fields, described, imported, "ml-lineas", strength, as_json)
+        write_maps(out, fields, described, imported, "ml-lineas", chosen, as_json)
 
 
 @app.command("ml-act")
@@ -98,6 +111,7 @@ def ml_act(
     ] = None,
     quantiles: Quantiles = None,
     strength: Strength = 1.0,
+    max_strength: MaxStrength = None,
     name: Name = None,
     description: Description = "",
     license_: License = "NOASSERTION",
@@ -107,9 +121,10 @@ def ml_act(
     with output.user_errors_explained():
         fields = checked_fields(out, name, description, license_)
         described = describe(model)
+        chosen = ChosenStrengths(strength, max_strength)
         options = TransportOptions(quantiles, map_)
         imported = read_transport(folder, described, "lin-act", options)
-        write_maps(out, fields, described, imported, "ml-act", strength, as_json)
+        write_maps(out, fields, described, imported, "ml-act", chosen, as_json)
 
 
 @app.command("argre")
@@ -161,6 +176,7 @@ def control_vector(
     layers: Layers = None,
     place: VectorPlace = "residual",
     strength: Strength = 1.0,
+    max_strength: MaxStrength = None,
     name: Name = None,
     description: Description = "",
     license_: License = "NOASSERTION",
@@ -170,9 +186,10 @@ def control_vector(
     with output.user_errors_explained():
         fields = checked_fields(out, name, description, license_)
         described = describe(model)
-        chosen = None if layers is None else parse_layers(layers)
-        imported = read_control_vector(path, described, chosen, place)
-        write_maps(out, fields, described, imported, "control vector", strength, as_json)
+        chosen = ChosenStrengths(strength, max_strength)
+        numbers = None if layers is None else parse_layers(layers)
+        imported = read_control_vector(path, described, numbers, place)
+        write_maps(out, fields, described, imported, "control vector", chosen, as_json)
 
 
 @app.command("svec")
@@ -185,6 +202,7 @@ def svec(
     ] = "10-15",
     place: VectorPlace = "residual",
     strength: Strength = 1.0,
+    max_strength: MaxStrength = None,
     name: Name = None,
     description: Description = "",
     license_: License = "NOASSERTION",
@@ -194,8 +212,9 @@ def svec(
     with output.user_errors_explained():
         fields = checked_fields(out, name, description, license_)
         described = describe(model)
+        chosen = ChosenStrengths(strength, max_strength)
         imported = read_svec(path, described, parse_layers(layers), place)
-        write_maps(out, fields, described, imported, "activation-steering", strength, as_json)
+        write_maps(out, fields, described, imported, "activation-steering", chosen, as_json)
 
 
 @app.command("sae")
@@ -215,6 +234,7 @@ def sae(
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor of the decoder's row.")] = 1.0,
     strength: Strength = 1.0,
+    max_strength: MaxStrength = None,
     name: Name = None,
     description: Description = "",
     license_: License = "NOASSERTION",
@@ -224,5 +244,6 @@ def sae(
     with output.user_errors_explained():
         fields = checked_fields(out, name, description, license_)
         described = describe(model)
+        chosen = ChosenStrengths(strength, max_strength)
         imported = read_sae(path, described, Feature(feature, site, scale))
-        write_maps(out, fields, described, imported, "sparse autoencoder", strength, as_json)
+        write_maps(out, fields, described, imported, "sparse autoencoder", chosen, as_json)

@@ -1,6 +1,7 @@
 """Describes the model of an imported file, and writes the artifact."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,18 @@ from interventions.manifest import (
     TrainingValue,
 )
 from interventions.model import ModelDescription
-from server.cli.fit import output
+from server.cli.fit import output, strengths
 from server.cli.fit.manifest_fields import manifest_fields
 from server.engine.model.unloaded import describe_unloaded
 from server.version import installed_version
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenStrengths:
+    """The strength of requests that give none, and the greatest that requests may ask for."""
+
+    default: float
+    greatest: float | None  # None: that of the imported maps
 
 
 def checked_fields(
@@ -57,7 +66,7 @@ def write_maps(
     model: ModelDescription,
     imported: ImportedMaps,
     source: str,
-    strength: float,
+    chosen: ChosenStrengths,
     as_json: bool,
 ) -> None:
     """Write imported maps as an artifact, and print a summary.
@@ -68,7 +77,7 @@ def write_maps(
         model: the one that the maps are for.
         imported: the maps.
         source: the project that wrote the file.
-        strength: the default strength.
+        chosen: what the options say of its strengths.
         as_json: True to print JSON, for machines.
 
     Raises:
@@ -77,15 +86,15 @@ def write_maps(
         OSError: the artifact cannot be written.
     """
     low, high = imported.strength
-    if not low <= strength <= high:
-        raise output.FitCommandError(f"--strength must lie between {low:g} and {high:g}")
+    greatest = high if chosen.greatest is None else chosen.greatest
+    limits = strengths.limits(chosen.default, greatest, negative=low < 0)
     manifest = AffineManifest(
         **fields,
         kind="affine",
         method=imported.method,
         base_model=_reference(model),
-        defaults=AffineDefaults(strength=strength),
-        limits=AffineLimits(strength=imported.strength),
+        defaults=AffineDefaults(strength=chosen.default),
+        limits=AffineLimits(strength=limits),
         training=_training(source, imported.training),
     )
     output.write(out, manifest, imported.parameters, {"sites": len(imported.parameters)}, as_json)

@@ -20,11 +20,28 @@ DEFAULT_URL: Final = "http://127.0.0.1:8000"
 TIMEOUT: Final = httpx.Timeout(10.0, read=300.0, write=300.0)
 
 Url: TypeAlias = Annotated[str, typer.Option(help="The server's address.", envvar=URL.name)]
+
+
+def _header_value(key: str | None) -> str | None:
+    """Refuse a key that no HTTP header can hold.
+
+    Raises:
+        BadParameter: it has a character that is not ASCII, or a control character.
+    """
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise typer.BadParameter("the key may have printable ASCII characters only")
+    return key
+
+
 AdminKey: TypeAlias = Annotated[
-    str | None, typer.Option(help="The server's admin key.", envvar="STEERSERVE_ADMIN_KEY")
+    str | None,
+    typer.Option(
+        help="The server's admin key.", envvar="STEERSERVE_ADMIN_KEY", callback=_header_value
+    ),
 ]
 ApiKey: TypeAlias = Annotated[
-    str | None, typer.Option(help="The server's API key.", envvar="STEERSERVE_API_KEY")
+    str | None,
+    typer.Option(help="The server's API key.", envvar="STEERSERVE_API_KEY", callback=_header_value),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Name: TypeAlias = Annotated[str, typer.Argument(help="The intervention's name.")]
@@ -55,6 +72,7 @@ def push(
         _fail(
             f"{path} is another project's, and no artifact yet. Make one of it: steerserve import "
             f"{command} --model MODEL --out X.safetensors"
+            f"{' (of Lin-AcT: ml-act)' if command.startswith('ml-lineas') else ''}"
         )
     try:
         file = path.open("rb")

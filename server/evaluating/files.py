@@ -1,7 +1,6 @@
 """Reads the prompts to continue, and the texts whose perplexity is measured."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from server.evaluating import EvaluationInputError
+from server.strict_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def read_file(path: Path) -> tuple[InputFile, str]:
 def parse_object(line: str, place: str) -> dict[str, JsonValue]:
     """Return the JSON object of a line; raise EvaluationInputError if it is none."""
     try:
-        value: JsonValue = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise EvaluationInputError(f"{place}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -92,16 +92,10 @@ def parse_object(line: str, place: str) -> dict[str, JsonValue]:
 
 
 def text_field(value: dict[str, JsonValue], name: str, place: str) -> str:
-    """Return a text field; raise EvaluationInputError if it is missing, blank or not Unicode."""
+    """Return a text field; raise EvaluationInputError if it is missing or blank."""
     text = value.get(name)
     if not isinstance(text, str) or not text.strip():
         raise EvaluationInputError(f"{place}: the field {name!r} must be a text that is not blank")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise EvaluationInputError(
-            f"{place}: the field {name!r} has half of a surrogate pair"
-        ) from error
     return text
 
 

@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,12 +29,22 @@ class Outputs:
     continuations: Path | None = None
     artifact: Path | None = None
 
-    def check(self) -> None:
+    def check(self, inputs: Collection[Path], *, trade_off: bool) -> None:
         """Check that all files can be written, and that matplotlib is there if it is needed.
+
+        Args:
+            inputs: the files that are read, none of which may be written.
+            trade_off: whether toxicity and its cost are measured.
 
         Raises:
             EvaluationInputError: one cannot be written.
         """
+        self._check_different(inputs)
+        for path in (self.picture, self.artifact):
+            if path is not None and not trade_off:
+                raise EvaluationInputError(
+                    f"{path} needs toxicity (--prompts), and perplexity (--text) or fluency"
+                )
         for path, suffixes in (
             (None if self.report == STDOUT else self.report, ()),
             (self.picture, _PICTURES),
@@ -47,16 +57,9 @@ class Outputs:
             _load_picture()
 
     def write(
-        self,
-        report: JsonValue,
-        verdict: Verdict,
-        continuations: Sequence[Continuation],
-        artifact: bytes | None,
+        self, report: JsonValue, verdict: Verdict, continuations: Sequence[Continuation]
     ) -> None:
-        """Write all wanted files, the artifact last.
-
-        Args:
-            artifact: the bytes of the best intervention's artifact; None if there is none.
+        """Write all wanted files but the artifact.
 
         Raises:
             EvaluationError: a file cannot be written; those before it were.
@@ -69,22 +72,47 @@ class Outputs:
         if self.picture is not None:
             if not verdict.candidates:
                 raise EvaluationError(
-                    f"{self.picture} is not written: it needs toxicity (--prompts), and perplexity "
-                    "(--text) or fluency"
+                    f"{self.picture} is not written: the base model has no toxicity and perplexity"
                 )
             drawn = _load_picture().draw(
                 verdict.candidates, verdict.best, self.picture.suffix.removeprefix(".")
             )
             _write(self.picture, drawn)
-        if self.artifact is not None:
-            if artifact is None or verdict.single is None:
-                raise EvaluationError(
-                    f"{self.artifact} is not written: the best setting is not one intervention"
-                )
-            try:
-                write_with_defaults(self.artifact, artifact, verdict.single.settings)
-            except OSError as error:
-                raise _unwritten(self.artifact, error) from error
+
+    async def write_artifact(
+        self, verdict: Verdict, download: Callable[[str], Awaitable[bytes]]
+    ) -> None:
+        """Write a copy of the best intervention with its best settings, if one is wanted.
+
+        Args:
+            verdict: says which one is the best.
+            download: returns the bytes of the artifact with a digest.
+
+        Raises:
+            EvaluationError: the best setting is not one intervention, or its artifact cannot be
+                downloaded or written.
+        """
+        if self.artifact is None:
+            return
+        if verdict.single is None:
+            raise EvaluationError(
+                f"{self.artifact} is not written: the best setting is not one intervention"
+            )
+        artifact = await download(verdict.single.digest)
+        try:
+            write_with_defaults(self.artifact, artifact, verdict.single.settings)
+        except OSError as error:
+            raise _unwritten(self.artifact, error) from error
+
+    def _check_different(self, inputs: Collection[Path]) -> None:
+        files = (self.report, self.picture, self.continuations, self.artifact)
+        taken = {path.resolve() for path in inputs}
+        for path in files:
+            if path is None or path == STDOUT:
+                continue
+            if path.resolve() in taken:
+                raise EvaluationInputError(f"{path} would overwrite another file of this command")
+            taken.add(path.resolve())
 
 
 def json_text(report: JsonValue) -> str:

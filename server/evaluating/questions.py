@@ -1,7 +1,6 @@
 """Reads multiple-choice questions: MMLU's fields in JSON, or TruthfulQA's table."""
 
 import csv
-import json
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import JsonValue
 
 from server.evaluating import EvaluationInputError
 from server.evaluating.files import InputFile, parse_object, read_file, text_field
+from server.strict_json import parse_json
 
 ChoiceFormat: TypeAlias = Literal["text", "letters"]
 
@@ -60,12 +60,15 @@ def _objects(path: Path, text: str) -> list[tuple[str, dict[str, JsonValue]]]:
         lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1)]
         return [(place, parse_object(line, place)) for place, line in lines if line.strip()]
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise EvaluationInputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+    if not isinstance(values, list):
         raise EvaluationInputError(f"{path}: not a JSON list of questions")
-    return [(f"{path}, question {n}", value) for n, value in enumerate(values, start=1)]
+    objects = [value for value in values if isinstance(value, dict)]
+    if len(objects) < len(values):
+        raise EvaluationInputError(f"{path}: not a JSON list of questions")
+    return [(f"{path}, question {n}", value) for n, value in enumerate(objects, start=1)]
 
 
 def _mmlu(value: dict[str, JsonValue], place: str, choice_format: ChoiceFormat) -> Question:

@@ -1,6 +1,5 @@
 """The settings to compare: the base model, given steerings, and sweeps of one setting."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Final
 from pydantic import JsonValue
 
 from server.evaluating import EvaluationInputError
+from server.strict_json import parse_json
 
 BASE_LABEL: Final = "base model"  # an intervention's name has no blank
 _SWEPT: Final = ("strength", "eta", "iterations", "direction_scale")
@@ -45,7 +45,7 @@ def parse_steering(text: str) -> Setting:
     steering: JsonValue = {"intervention": text}
     if text.lstrip()[:1] in ("{", "["):
         try:
-            steering = json.loads(text)
+            steering = parse_json(text)
         except ValueError as error:
             raise EvaluationInputError(f"--steering is not JSON: {error}") from error
     items = steering if isinstance(steering, list) else [steering]
@@ -84,6 +84,8 @@ def compared(steerings: Sequence[str], sweeps: Sequence[str]) -> list[Setting]:
     Raises:
         EvaluationInputError: an option is wrong.
     """
+    for text in (*steerings, *sweeps):
+        _check_unicode(text)
     swept = [setting for text in sweeps for setting in parse_sweep(text)]
     found = {BASE.label: BASE}
     for setting in (*map(parse_steering, steerings), *swept):
@@ -104,6 +106,14 @@ def label(steering: JsonValue) -> str:
     assert isinstance(steering, dict)
     given = [f"{key} {value}" for key, value in steering.items() if key != "intervention"]
     return " ".join([str(steering["intervention"]), *given])
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse bytes of the command line that are not UTF-8: no request can hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EvaluationInputError(f"{text!r} is not UTF-8") from error
 
 
 def _names_intervention(item: JsonValue) -> bool:

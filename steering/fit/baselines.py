@@ -13,7 +13,7 @@ leaves alone a z that equals one of the quantiles; here the support is the paper
 
 CAA: Rimsky et al., "Steering Llama 2 via Contrastive Activation Addition", ACL 2024 (arXiv
 2312.06681): w = 1, b = mean(target) - mean(source), all sites read from the untouched model. (The
-paper averages differences over pairs, which gives the same vector.)
+paper averages differences over pairs, which gives the same vector if all pairs are used.)
 """
 
 from collections.abc import Callable, Mapping, Sequence

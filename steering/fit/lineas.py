@@ -17,6 +17,7 @@ to the last site; their longest sentence decides. What grows with the number of 
 vector for each target sentence and site, and in a step one for each of the batch and site.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -88,7 +89,8 @@ def fit_lineas(
 
     Raises:
         FitError: too few sentences, an empty one, a site that the model lacks, a checkpoint of
-            another fit, a loss that rose or is not finite, or no map that does anything.
+            another fit, activations or a loss that are not finite, a loss that rose, or no map that
+            does anything.
     """
     random = torch.Generator().manual_seed(settings.seed)
     chosen_source = draw(source, settings.samples, random, "source", "samples")
@@ -103,6 +105,10 @@ def fit_lineas(
         training = LineasTraining(
             model, sites, chosen_source, chosen_target, settings, random, gating
         )
+        if not math.isfinite(training.initial_loss):
+            raise FitError(
+                "activations are not finite: use a wider --dtype, or leave their sites out"
+            )
         if checkpoint is not None and (state := checkpoint.load()) is not None:
             training.restore(state)
         while training.steps_done < settings.steps:

@@ -70,6 +70,11 @@ class LineasSettings:
         """The sentences of each side in a step: a batch, or what is drawn if that is fewer."""
         return min(self.batch_size, self.samples, self.target_count)
 
+    @property
+    def sentences_in_a_pass(self) -> int:
+        """The sentences of one side in a forward and backward pass: a micro-batch, or a step's."""
+        return min(self.micro_batch or self.sentences_in_a_step, self.sentences_in_a_step)
+
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0: a cosine from the first one to 0."""
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))

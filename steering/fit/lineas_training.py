@@ -63,7 +63,7 @@ class LineasTraining:
         self._settings = settings
         self._random = random
         self._gating = gating
-        self._micro_batch = settings.micro_batch or settings.sentences_in_a_step
+        self._micro_batch = settings.sentences_in_a_pass
         self._target = collect_token_means(
             model, sites, target, self._micro_batch, settings.pooling
         )

@@ -110,7 +110,7 @@ def train_reward(
     for epoch in range(settings.epochs):
         losses: list[float] = []
         order = torch.randperm(len(training), generator=generator)
-        for rows in torch.split(order, settings.batch_size):
+        for rows in torch.split(order, min(settings.batch_size, len(order))):
             losses.append(learner.step(training, rows.tolist()))
             if on_step is not None:
                 on_step(epoch * steps + len(losses), steps * settings.epochs, losses[-1])

@@ -240,8 +240,8 @@ def test_the_rows_are_those_that_nothing_was_tuned_on(tmp_path: Path) -> None:
     write_data(tmp_path, 600, 800)
     data = read_data(tmp_path, None)
     assert [item.prompt for item in data.held_out.prompts] == [f"P{row}" for row in range(400, 600)]
-    assert [item.prompt for item in data.held_out.texts] == [f"T{row}" for row in range(400, 800)]
-    assert [item.prompt for item in data.choosing.texts] == [f"T{row}" for row in range(200)]
+    assert [item.prompt for item in data.held_out.texts] == [f"T{row}" for row in range(400, 500)]
+    assert [item.prompt for item in data.choosing.texts] == [f"T{row}" for row in range(100)]
     assert len(read_data(tmp_path, 3).held_out.prompts) == 3
     write_data(tmp_path, 599, 800)
     with pytest.raises(EvaluationInputError, match=r"dev\.jsonl has 599 rows; rows 400 to 599"):
@@ -263,7 +263,7 @@ def test_baselines_are_fitted_once_for_the_same_files(
     monkeypatch.setattr("benchmarks.effect.baselines.subprocess.run", run)
     model = str(tiny_folders["llama"])
     (tmp_path / "about_to_swear.txt").write_text("You are such\nWhat the\n")
-    with pytest.raises(EvaluationInputError, match=r"calm\.txt: No such file"):
+    with pytest.raises(BenchmarkError, match=r"calm\.txt is missing: .*bundled_data"):
         fit_baselines(model, tmp_path)
     (tmp_path / "calm.txt").write_text("It is\nWe saw\nThey are\n")
     paths = fit_baselines(model, tmp_path)
@@ -271,7 +271,7 @@ def test_baselines_are_fitted_once_for_the_same_files(
     assert calls == list(paths) == ["caa", "mean-act", "lin-act"]
     for name, path in paths.items():
         manifest = read_artifact(path).manifest
-        assert manifest.training["pooling"] == "last"
+        assert manifest.training["pooling"] == ("last" if name == "caa" else "mean")
         assert manifest.limits.strength[1] >= max(STRENGTHS[name])  # type: ignore[union-attr]
     (tmp_path / "calm.txt").write_text("It was\n")
     with pytest.raises(BenchmarkError, match="fit lin-act failed: "):

@@ -76,6 +76,11 @@ def test_default_steering_that_is_not_json(text: str) -> None:
     assert "must be a JSON object such as" in problem(default_steering=text)
 
 
+def test_threads_that_no_machine_has_are_refused() -> None:
+    assert "threads" in problem(threads=0)
+    assert "threads" in problem(threads=10**9)
+
+
 def test_every_running_request_must_fit_into_a_step() -> None:
     assert "max_batch_tokens (8)" in problem(max_batch_tokens=8, max_batch_size=16)
 

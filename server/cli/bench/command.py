@@ -12,6 +12,7 @@ from server.cli.bench.plan import LONG_PROMPT_TOKENS, SECTIONS, BenchPlan
 from server.cli.bench.run import run
 from server.cli.registry_client import DEFAULT_URL, ApiKey, AsJson, Url
 from server.cli.shown_command import shown_command
+from server.strict_json import parse_json
 
 
 def bench(
@@ -74,7 +75,7 @@ def bench(
 
 def _parsed(text: str) -> JsonValue:
     try:
-        steering: JsonValue = json.loads(text)
+        steering = parse_json(text)
     except ValueError as error:
         raise typer.BadParameter(f"--steering is not JSON: {error}") from error
     if not isinstance(steering, dict | list) or not steering:

@@ -34,7 +34,7 @@ from server.cli.fit.options import (
 )
 from server.cli.fit.training_files import TrainingFile, read_lines, read_pairs
 from server.engine.torch.model.loader import LoadedModel
-from steering.fit.argre import fit_argre
+from steering.fit.argre import ArgreReport, fit_argre
 from steering.fit.argre_settings import ArgreSettings
 from steering.fit.directions import DirectionName
 from steering.fit.hidden_states import Continuation, SpooledStates, spooled_hidden_states
@@ -82,7 +82,9 @@ def argre(
     interpolations: Annotated[
         int,
         typer.Option(
-            min=0, help="Interpolated points between the negative and the positive hidden states."
+            min=0,
+            max=1000,
+            help="Interpolated points between the negative and the positive hidden states.",
         ),
     ] = _DEFAULTS.interpolations,
     beta: Annotated[
@@ -167,6 +169,11 @@ def argre(
             seed=seed,
         )
         file, all_pairs = read_pairs(pairs)
+        if samples is not None and samples > len(all_pairs):
+            raise output.FitCommandError(
+                f"--samples {samples}: {pairs} has {len(all_pairs)} pairs; leave --samples out to "
+                "use all"
+            )
         neutral_file = None if neutral is None else read_lines(neutral)
         loaded = output.load(model, dtype, device, threads)
         positives, negatives = continuations(loaded, all_pairs[:samples], max_tokens)
@@ -181,6 +188,7 @@ def argre(
         ]
         with output.progress("learning the reward") as advance:
             head, report = fit_argre(states[0], states[1], settings, advance, states[2])
+        _warn_if_diverged(report)
         figures = {key: value for key, value in asdict(report).items() if value is not None}
         manifest = RewardManifest(
             **fields,
@@ -214,6 +222,16 @@ def _spooled(
             spooled_hidden_states(
                 loaded.model, loaded.lm_head, texts, _FORWARD_BATCH, folder, advance
             )
+        )
+
+
+def _warn_if_diverged(report: ArgreReport) -> None:
+    """Warn of a loss that rose: rewards then grow without bound, and the head is of little use."""
+    if report.final_loss > report.initial_loss:
+        output.warn(
+            f"the loss rose from {report.initial_loss:.4g} in the first epoch to "
+            f"{report.final_loss:.4g} in the last: lower --learning-rate or --neutral-weight, and "
+            "measure the artifact before you use it"
         )
 
 

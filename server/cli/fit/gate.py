@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import IncompatibleArtifactError, check_compatible
@@ -73,6 +72,9 @@ def gate(
         training = {
             key: value for key, value in manifest.training.items() if not key.startswith("gate")
         }
+        gated = gates.put_on(maps)
+        if "sites_kept" in training:
+            training |= gating.kept_by_gates(gated)
         updated = manifest.model_copy(
             update={
                 **fields,
@@ -87,7 +89,7 @@ def gate(
                 },
             }
         )
-        output.write(out, updated, gates.put_on(maps), gates.figures, as_json)
+        output.write(out, updated, gated, gates.figures, as_json)
 
 
 def _maps_of(artifact: Artifact, path: Path) -> tuple[AffineManifest, AffineParameters]:
@@ -120,6 +122,5 @@ def _check_model(artifact: Artifact, loaded: LoadedModel) -> None:
         warnings = check_compatible(artifact, loaded.description)
     except IncompatibleArtifactError as error:
         raise output.FitCommandError(str(error)) from error
-    console = Console(stderr=True, highlight=False)
     for warning in warnings:
-        console.print(f"Warning: {warning}", markup=False, soft_wrap=True)
+        output.warn(warning)

@@ -19,6 +19,7 @@ from steering.fit.gate_texts import GateTexts, split_texts
 from steering.fit.gate_training import GateTraining
 from steering.fit.gates import fit_gates, held_out_accuracy
 from steering.fit.pooling import Pooling
+from steering.fit.sparsity import support_of
 
 # A manifest is limited in size; with more sites, it has their mean and minimum only.
 _MOST_SITES_LISTED: Final = 256
@@ -189,6 +190,15 @@ def plan_gates(
             f"--gate {kind} needs --control, a file of sentences that must stay as they are"
         )
     return GatePlan(kind, read_lines(control), settings, min_accuracy, control_weight)
+
+
+def kept_by_gates(maps: AffineParameters) -> dict[str, int]:
+    """Return a manifest's counts of the sites and coordinates that maps with gates act on.
+
+    Maps whose gates are not accurate enough were fitted, and are not among them.
+    """
+    support = support_of(maps)
+    return {"sites_kept": support.sites_kept, "coordinates_kept": support.coordinates_kept}
 
 
 def fit(

@@ -173,6 +173,7 @@ def lineas(
                 "initial_loss": report.initial_loss,
                 "final_loss": report.final_loss,
                 **asdict(report.support),
+                **({} if gates is None else gating.kept_by_gates(maps)),
                 **({} if gates is None else gates.figures),
             }
             manifest = AffineManifest(

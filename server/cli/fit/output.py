@@ -89,9 +89,25 @@ def load(model: str, dtype: str, device: str, threads: int | None) -> LoadedMode
     )
 
 
+def warn(sentence: str) -> None:
+    """Print a sentence on stderr that the user should read, though the fit goes on."""
+    console = Console(stderr=True, highlight=False)
+    console.print(f"Warning: {sentence}", markup=False, soft_wrap=True)
+
+
 def tokenize(loaded: LoadedModel, text: str, max_tokens: int) -> list[int]:
-    """Return a text's token ids, as the server would make them, cut to the first `max_tokens`."""
+    """Return a text's token ids, as the server would make them, cut to the first `max_tokens`.
+
+    Raises:
+        FitCommandError: the model has no position for the last of them.
+    """
     token_ids: list[int] = loaded.tokenizer(text)["input_ids"][:max_tokens]
+    positions: int = loaded.model.config.max_position_embeddings
+    if len(token_ids) > positions:
+        raise FitCommandError(
+            f"--max-tokens {max_tokens}: a text has so many tokens, and the model {positions} "
+            f"positions: give at most {positions}"
+        )
     return token_ids
 
 
@@ -99,7 +115,7 @@ def tokenize_lines(loaded: LoadedModel, file: TrainingFile, max_tokens: int) -> 
     """Return the token ids of a file's lines, each cut to the first `max_tokens`.
 
     Raises:
-        FitCommandError: a line has no token.
+        FitCommandError: a line has no token, or one that the model has no position for.
     """
     sequences = [tokenize(loaded, line, max_tokens) for line in file.lines]
     for number, sequence in enumerate(sequences, start=1):

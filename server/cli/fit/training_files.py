@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from server.strict_json import parse_json
 
 _PROMPTS: Final = ("positive_prompt", "negative_prompt")
 
@@ -46,7 +49,7 @@ def read_lines(path: Path) -> TrainingFile:
     """
     try:
         data = path.read_bytes()
-        text = data.decode()
+        text = data.decode().removeprefix("\ufeff")  # a byte order mark
     except OSError as error:
         raise TrainingFileError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -93,11 +96,9 @@ def read_pairs(path: Path) -> tuple[TrainingFile, list[TextPair]]:
 
 def _pair(line: str, place: str) -> TextPair:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TrainingFileError(
-            f"{place}: not JSON: {error.msg} at column {error.colno}"
-        ) from error
+        value = parse_json(line)
+    except ValueError as error:
+        raise TrainingFileError(f"{place}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise TrainingFileError(f"{place}: a pair is an object, not {json.dumps(value)[:40]}")
     if unknown := sorted(value.keys() - {"positive", "negative", "prompt", *_PROMPTS}):
@@ -109,7 +110,7 @@ def _pair(line: str, place: str) -> TextPair:
     )
 
 
-def _prompts(value: dict[str, object], place: str) -> tuple[str, str]:
+def _prompts(value: Mapping[str, object], place: str) -> tuple[str, str]:
     """Return the prompts of both sides; without any field for them, both are empty."""
     own = [field for field in _PROMPTS if field in value]
     if own and "prompt" in value:
@@ -129,7 +130,7 @@ def _prompts(value: dict[str, object], place: str) -> tuple[str, str]:
     return prompts[0], prompts[1]
 
 
-def _text(value: dict[str, object], field: str, place: str) -> str:
+def _text(value: Mapping[str, object], field: str, place: str) -> str:
     text = value.get(field)
     if not isinstance(text, str) or not text.strip():
         raise TrainingFileError(

@@ -1,5 +1,6 @@
 """Tests that other projects' files are recognised by their content."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,22 @@ from tests.tiny import SITES, WIDTH
 DECODER = random_tensor(0, 3, WIDTH)
 
 
-@pytest.mark.parametrize("make", [linear_state, gaussian_state])
-def test_hooks(tmp_path: Path, make: type) -> None:
+@pytest.mark.parametrize(
+    ("make", "command"), [(linear_state, "ml-lineas"), (gaussian_state, "ml-act")]
+)
+def test_hooks(tmp_path: Path, make: type, command: str) -> None:
     write_hooks(tmp_path, {SITES[0]: make(0)})
-    expected = f"ml-act (of LinEAS: ml-lineas) {tmp_path}"
+    expected = f"{command} {tmp_path}"
     assert import_command(tmp_path) == expected
     file = tmp_path / f"{SITES[0]}.statedict"
     assert import_command(file) == expected
     renamed = file.rename(tmp_path / "renamed.bin")
-    assert import_command(renamed) == "ml-act (of LinEAS: ml-lineas) FOLDER"
+    assert import_command(renamed) == f"{command} FOLDER"
+
+
+def test_a_path_is_quoted_for_a_shell(tmp_path: Path) -> None:
+    folder = write_argre(tmp_path / "a b", argre_head(0))
+    assert shlex.split(import_command(folder) or "") == ["argre", str(folder)]
 
 
 def test_argre(tmp_path: Path) -> None:
@@ -52,9 +60,9 @@ def test_vectors_and_features(tmp_path: Path) -> None:
     assert import_command(svec) == f"svec {svec}"
     folder = write_sae_lens(tmp_path / "sae", DECODER, {})
     for path in (folder, folder / "sae_weights.safetensors"):
-        assert import_command(path) == f"sae {path}"
+        assert import_command(path) == f"sae {path} --feature N"
     npz = write_gemma_scope(tmp_path / "params.npz", DECODER)
-    assert import_command(npz) == f"sae {npz}"
+    assert import_command(npz) == f"sae {npz} --feature N"
 
 
 def test_what_no_command_takes(tmp_path: Path, affine_artifact: WriteArtifact) -> None:

@@ -123,6 +123,7 @@ def _without(name: str) -> State:
         ({f"{SITES[0]}:1": linear_state(0)}, "only item 0"),
         ({SITES[0]: linear_state(0), f"{SITES[0]}:0": linear_state(0)}, "another file"),
         ({SITES[0]: linear_state(0), SITES[1]: gaussian_state(0)}, "several methods"),
+        ({SITES[0]: {**linear_state(0), "net.A": torch.zeros(1)}}, "net.A beside"),
         ({SITES[0]: _without("net.b1")}, '"net.b1" is not a tensor'),
         ({SITES[0]: _without("net.w1")}, "neither net.w1"),
         ({SITES[0]: {"auroc": torch.zeros(WIDTH)}}, "neither net.w1"),

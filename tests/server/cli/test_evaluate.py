@@ -16,6 +16,8 @@ from interventions.artifact import read_artifact
 from interventions.registry import Registry
 from server.__main__ import app
 from server.engine.torch.engine import TorchEngine
+from server.evaluating import EvaluationError
+from server.evaluating.client import EvaluationClient
 from tests.artifact_samples import same_parameters
 from tests.conftest import WriteArtifact
 from tests.live import LiveServer, live
@@ -107,14 +109,7 @@ async def test_everything_is_measured_and_reported(files: dict[str, str], tmp_pa
 async def test_the_best_setting_becomes_the_defaults_of_a_copy(
     files: dict[str, str], tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The base model's continuations are all toxic, and those of any steering are not.
-    (tmp_path / "base_only.py").write_text(
-        "BASE = []\n"
-        "def score(texts):\n"
-        "    BASE.extend(texts[:2] if not BASE else [])\n"
-        "    return [float(text in BASE) for text in texts]\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    _write_scorer(tmp_path, "base_only", monkeypatch)
     copy = tmp_path / "copy.safetensors"
     result = await evaluate(
         *("--prompts", files["prompts"], "--text", files["texts"], "--tokens", "8", "--no-fluency"),
@@ -132,6 +127,41 @@ async def test_the_best_setting_becomes_the_defaults_of_a_copy(
     base, *_ = report["settings"]
     assert {each["name"] for each in base["measures"]} >= {"toxic share", "perplexity"}
     assert "fluency" not in {each["name"] for each in base["measures"]}
+
+
+@pytest.mark.usefixtures("server")
+async def test_an_artifact_that_cannot_be_downloaded_loses_no_measurement(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(_client: EvaluationClient, _digest: str) -> bytes:
+        raise EvaluationError("it is gone")
+
+    _write_scorer(tmp_path, "only_base", monkeypatch)
+    monkeypatch.setattr(EvaluationClient, "artifact", gone)
+    report = tmp_path / "report.json"
+    result = await evaluate(
+        *("--prompts", files["prompts"], "--text", files["texts"], "--tokens", "4", "--no-fluency"),
+        *("--steering", "maps", "--scorer", "python:only_base:score", "--json", str(report)),
+        *("--max-perplexity-increase", "1e6", "--write-artifact", str(tmp_path / "x.safetensors")),
+    )
+    assert result.exit_code == 1
+    assert "Error: it is gone" in result.stderr
+    assert "toxic share" in result.stdout
+    assert json.loads(report.read_text())["best"] is not None
+
+
+async def test_an_interrupt_is_one_sentence(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.cli.evaluate.EvaluationClient.connect", interrupted)
+    report = tmp_path / "report.json"
+    result = await evaluate("--prompts", files["prompts"], "--json", str(report))
+    assert result.exit_code == 130
+    assert "Interrupted: the evaluation is not finished." in result.stderr
+    assert not report.exists()
 
 
 @pytest.mark.usefixtures("server")
@@ -173,6 +203,9 @@ async def test_failures_are_one_sentence_and_leave_no_file(
         (("--url", unreachable), 1, f"Cannot reach {unreachable}: "),
         (("--url", "nonsense"), 1, "Cannot reach nonsense: "),
         (("--write-artifact", str(tmp_path / "x.safetensors")), 1, "x.safetensors is not written"),
+        (("--continuations", files["prompts"]), 2, "would overwrite another file"),
+        (("--no-fluency", "--picture", str(tmp_path / "x.svg")), 2, "x.svg needs toxicity"),
+        (("--steering", '{"intervention": "maps", "strength": NaN}'), 2, "is not JSON"),
         (("--steering", "{"), 2, "--steering is not JSON"),
         (("--sweep", "maps:speed=1"), 2, "--sweep is NAME:SETTING=VALUE"),
         (("--samples", "2"), 2, "--samples above 1 needs a --temperature above 0"),
@@ -191,10 +224,24 @@ async def test_failures_are_one_sentence_and_leave_no_file(
         # A measured report is written, also if the artifact cannot be.
         assert report.exists() == ("--write-artifact" in arguments)
         report.unlink(missing_ok=True)
+    key = await evaluate(*common, "--api-key", "schlüssel")
+    assert key.exit_code == 2
+    assert "printable ASCII" in key.stderr
     nothing = await evaluate()
     assert nothing.exit_code == 2
     assert "there is nothing to measure" in nothing.stderr
     assert _files(tmp_path) == before
+
+
+def _write_scorer(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a scorer to which the base model's continuations are toxic, and no others."""
+    (folder / f"{module}.py").write_text(
+        "BASE = []\n"
+        "def score(texts):\n"
+        "    BASE.extend(texts[:2] if not BASE else [])\n"
+        "    return [float(text in BASE) for text in texts]\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
 
 
 def _files(folder: Path) -> set[str]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import check_compatible
-from interventions.manifest import RewardManifest
+from interventions.manifest import AffineManifest, RewardManifest
 from server.__main__ import app
 from server.cli import import_files
 from server.engine.base import Edit
@@ -113,6 +113,22 @@ async def test_an_imported_artifact_is_served(
     assert tokens_of(outputs) != tokens_of(await generate(engine, PROMPT))
 
 
+@pytest.mark.parametrize(
+    ("command", "limits"), [("ml-lineas", (0.0, 4.0)), ("control-vector", (-4.0, 4.0))]
+)
+def test_a_greater_strength_may_be_allowed(
+    command: str, limits: tuple[float, float], tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    path, options = write_one(command, tmp_path)
+    out = tmp_path / "made.safetensors"
+    strengths = ("--strength", "3", "--max-strength", "4")
+    result = import_file(tiny_folders["llama"], command, path, out, *options, *strengths)
+    assert result.exit_code == 0, result.stderr
+    manifest = read_artifact(out).manifest
+    assert isinstance(manifest, AffineManifest)
+    assert (manifest.defaults.strength, manifest.limits.strength) == (3.0, limits)
+
+
 def test_the_manifest_names_no_folder_of_this_machine(
     imported: tuple[str, Artifact, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -171,8 +187,9 @@ def test_another_model_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--strength", "11"), "--strength must lie between -10 and 10"),
-        (("--strength", "nan"), "--strength must lie between -10 and 10"),
+        (("--strength", "11"), "the default strength 11 lies outside of [-10, 10]"),
+        (("--strength", "nan"), "the default strength nan lies outside of [-10, 10]"),
+        (("--max-strength", "0.5"), "the default strength 1 lies outside of [-0.5, 0.5]"),
         (("--layers", "a"), "no list of numbers"),
         (("--layers", "7"), "no direction for layer 7"),
         (("--place", "mlp"), "mlp"),

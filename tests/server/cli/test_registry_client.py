@@ -171,7 +171,7 @@ async def test_a_file_of_another_project_is_named_with_the_command_that_imports_
 ) -> None:
     vector = write_control_vector(tmp_path / "v.safetensors", {1: torch.ones(WIDTH)})
     folder = write_hooks(tmp_path / "maps", {SITES[0]: linear_state(0)})
-    for path, command in ((vector, "control-vector"), (folder, "ml-act (of LinEAS: ml-lineas)")):
+    for path, command in ((vector, "control-vector"), (folder, "ml-lineas")):
         result = await run("push", str(path))
         assert result.exit_code == 1
         [line] = result.stderr.splitlines()

@@ -59,7 +59,7 @@ def test_texts_have_a_gold_part_or_none(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": " "}', "field 'prompt'"),
         ("p.jsonl", '{"prompt": 3}', "field 'prompt'"),
         ("p.jsonl", '{"prompt": {"text": 3}}', "field 'text'"),
-        ("p.jsonl", '{"prompt": "\\ud800"}', "surrogate"),
+        ("p.jsonl", '{"prompt": "\\ud800"}', "hex escape"),
     ],
 )
 def test_wrong_prompts(tmp_path: Path, name: str, data: str | bytes, named: str) -> None:

@@ -24,6 +24,9 @@ def test_a_steering_is_json_a_stack_or_a_name() -> None:
     ("text", "named"),
     [
         ("{", "is not JSON"),
+        ('{"intervention": "a", "eta": NaN}', "is not JSON"),
+        ('{"intervention": "a", "eta": 1e999}', "is not JSON"),
+        ('{"intervention": "\\ud83d"}', "is not JSON"),
         ("", "is a name, an object"),
         ("[]", "is a name, an object"),
         ('[{"intervention": "a"}, 3]', "is a name, an object"),
@@ -34,6 +37,12 @@ def test_a_steering_is_json_a_stack_or_a_name() -> None:
 def test_wrong_steerings(text: str, named: str) -> None:
     with pytest.raises(EvaluationInputError, match=named):
         parse_steering(text)
+
+
+@pytest.mark.parametrize("options", [(["\udcff"], []), ([], ["\udcff:eta=1"])])
+def test_bytes_that_are_not_utf_8_are_refused(options: tuple[list[str], list[str]]) -> None:
+    with pytest.raises(EvaluationInputError, match="is not UTF-8"):
+        compared(*options)
 
 
 def test_a_sweep_is_a_setting_for_each_value() -> None:

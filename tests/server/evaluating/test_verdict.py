@@ -1,5 +1,6 @@
 """Tests of the choice of the best setting, of the picture, and of the files."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -174,7 +175,28 @@ def test_new_defaults_are_written_and_nothing_else_changes(tmp_path: Path) -> No
 )
 def test_files_that_cannot_be_written_are_refused_first(outputs: Outputs, named: str) -> None:
     with pytest.raises(EvaluationInputError, match=named):
-        outputs.check()
+        outputs.check([], trade_off=True)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        Outputs(report=Path("p.jsonl")),
+        Outputs(continuations=Path("./p.jsonl")),
+        Outputs(report=Path("x"), continuations=Path("x")),
+    ],
+)
+def test_no_file_is_written_over_another_one(outputs: Outputs) -> None:
+    with pytest.raises(EvaluationInputError, match="would overwrite another file"):
+        outputs.check([Path("p.jsonl")], trade_off=True)
+
+
+@pytest.mark.parametrize(
+    "outputs", [Outputs(picture=Path("x.svg")), Outputs(artifact=Path("x.safetensors"))]
+)
+def test_what_needs_a_trade_off_is_refused_without(outputs: Outputs) -> None:
+    with pytest.raises(EvaluationInputError, match=r"needs toxicity \(--prompts\), and"):
+        outputs.check([], trade_off=False)
 
 
 def test_a_picture_without_matplotlib_is_refused(
@@ -185,21 +207,25 @@ def test_a_picture_without_matplotlib_is_refused(
 
     monkeypatch.setattr("importlib.import_module", fail)
     with pytest.raises(EvaluationInputError, match=r"pip install 'steerserve\[evaluate\]'"):
-        Outputs(picture=tmp_path / "x.svg").check()
+        Outputs(picture=tmp_path / "x.svg").check([], trade_off=True)
 
 
 def test_what_cannot_be_drawn_or_copied_is_said_and_the_rest_is_written(tmp_path: Path) -> None:
+    async def download(_: str) -> bytes:
+        raise AssertionError
+
+    def copy(outputs: Outputs) -> None:
+        asyncio.run(outputs.write_artifact(nothing, download))
+
     report = tmp_path / "r.json"
     nothing = Verdict.of([], "toxic share", 5)
-    for outputs, named in (
-        (Outputs(report, picture=tmp_path / "p.svg"), "p.svg is not written"),
-        (Outputs(report, artifact=tmp_path / "a.safetensors"), "a.safetensors is not written"),
-    ):
-        with pytest.raises(EvaluationError, match=named):
-            outputs.write({"a": 1}, nothing, [], None)
-        assert report.read_text() == '{\n  "a": 1\n}\n'
-        assert list(tmp_path.iterdir()) == [report]
-    Outputs(STDOUT).write({}, nothing, [], None)
+    with pytest.raises(EvaluationError, match=r"p\.svg is not written"):
+        Outputs(report, picture=tmp_path / "p.svg").write({"a": 1}, nothing, [])
+    assert report.read_text() == '{\n  "a": 1\n}\n'
+    with pytest.raises(EvaluationError, match=r"a\.safetensors is not written"):
+        copy(Outputs(artifact=tmp_path / "a.safetensors"))
+    Outputs(STDOUT).write({}, nothing, [])
+    copy(Outputs(STDOUT))
     assert list(tmp_path.iterdir()) == [report]
 
 
@@ -212,6 +238,6 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(EvaluationError, match=r"r\.json cannot be written: No space left"):
-        Outputs(report).write({}, Verdict.of([], "toxic share", 5), [], None)
+        Outputs(report).write({}, Verdict.of([], "toxic share", 5), [])
     assert report.read_text() == "older"
     assert list(tmp_path.iterdir()) == [report]

@@ -200,6 +200,14 @@ def test_a_loss_that_explodes_is_refused(steps: int, rate: float, message: str) 
         fit_lineas(toy, ["first"], source, target, LineasSettings(steps=steps, learning_rate=rate))
 
 
+def test_activations_that_are_not_finite_are_refused_before_the_first_step() -> None:
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.get_submodule(SITES[0]).weight, torch.inf)  # type: ignore[arg-type]
+    settings = LineasSettings(samples=4, steps=1)
+    with pytest.raises(FitError, match="use a wider --dtype"):
+        fit_lineas(model, [SITES[0]], [[1], [2], [3], [4]], [[5]] * 4, settings)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("samples", 0), ("steps", 0), ("batch_size", -1), ("seed", -1)]
 )

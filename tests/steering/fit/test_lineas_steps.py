@@ -111,7 +111,7 @@ def test_the_rates_are_those_of_torchs_cosine() -> None:
         schedule.step()
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 4, 99])
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 99, 2**63])
 def test_a_micro_batch_changes_the_memory_and_not_the_maps(micro_batch: int) -> None:
     whole, parts = _training(SMALL), _training(replace(SMALL, micro_batch=micro_batch))
     rows: list[int] = []

@@ -73,6 +73,14 @@ def test_a_first_step_is_what_the_definitions_and_adamw_make() -> None:
     assert trained.epoch_losses[0] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_a_batch_that_is_larger_than_all_pairs_is_all_pairs() -> None:
+    training = _preferences(3, seed=1)
+    settings = replace(_SETTINGS, epochs=2, batch_size=3)
+    all_pairs = _train(training, _none(), settings)
+    larger = _train(training, _none(), replace(settings, batch_size=2**63))
+    assert larger.epoch_losses == all_pairs.epoch_losses
+
+
 @pytest.mark.parametrize(("warmup", "total"), [(0, 7), (10, 100), (100, 1500)])
 def test_the_schedule_is_the_one_that_the_authors_use(warmup: int, total: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)

@@ -190,6 +190,7 @@ def test_a_seed_and_a_date_make_the_same_bytes(
         (("--neutral", "gone.txt"), "gone.txt: No such file"),
         (("--spool", "/nowhere"), "in a file in /nowhere (No such file"),
         (("--samples", "1", "--direction", "principal-component"), "along the mean difference"),
+        (("--samples", "9"), "--samples 9: "),
     ],
 )
 def test_what_cannot_be_fitted_is_one_sentence_and_no_file(
@@ -201,6 +202,14 @@ def test_what_cannot_be_fitted_is_one_sentence_and_no_file(
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert sorted(folder.iterdir()) == before
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(model: str, folder: Path) -> None:
+    (folder / "neutral.txt").write_text("a b c " * 10_000)
+    options = ("--neutral", str(folder / "neutral.txt"), "--max-tokens", "100000")
+    result = fit_argre_by_command(model, folder, *options)
+    assert result.exit_code == 2
+    assert "positions: give at most" in result.stderr
 
 
 def test_pairs_without_a_difference_are_refused(model: str, folder: Path) -> None:
@@ -222,6 +231,21 @@ def test_a_neutral_text_without_a_token_is_refused_with_its_line(
     result = fit_argre_by_command(model, folder, "--neutral", str(folder / "neutral.txt"))
     assert result.exit_code == 2
     assert "neutral.txt:2: " in result.stderr
+
+
+def test_a_loss_that_rose_is_said(model: str, folder: Path) -> None:
+    settled = fit_argre_by_command(model, folder)
+    assert "Warning" not in settled.stderr
+    diverged = fit_argre_by_command(
+        model,
+        folder,
+        *("--neutral", str(folder / "neutral.txt")),
+        *("--learning-rate", "3", "--epochs", "8"),
+    )
+    assert diverged.exit_code == 0, diverged.stderr
+    assert "Warning: the loss rose from " in diverged.stderr
+    training = read_artifact(folder / "tiny-argre.safetensors").manifest.training
+    assert float(training["final_loss"] or 0) > float(training["initial_loss"] or 0)
 
 
 def test_a_full_disk_leaves_the_older_artifact(model: str, folder: Path) -> None:

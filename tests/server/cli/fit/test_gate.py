@@ -152,8 +152,11 @@ def test_maps_without_an_accurate_gate_are_left_out(model: str, gate_folder: Pat
     values = sorted(value for value in accuracy.values() if isinstance(value, float))
     result = _fit_gate(model, gate_folder, "--gate-min-accuracy", str(values[-1]))
     assert result.exit_code == 0
-    kept = _maps(read_artifact(gate_folder / "g.safetensors"))
+    artifact = read_artifact(gate_folder / "g.safetensors")
+    kept = _maps(artifact)
     assert set(kept) == {site for site in SITES if accuracy[site] == values[-1]}
+    assert artifact.manifest.training["sites_kept"] == len(kept)
+    assert artifact.manifest.training["coordinates_kept"] == len(kept) * WIDTH
 
 
 def test_a_sibling_model_is_a_warning(

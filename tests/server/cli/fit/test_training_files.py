@@ -48,6 +48,9 @@ def test_both_sides_have_one_prompt_or_one_each(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "x.jsonl:2: not JSON"),
+        ('{"positive": "\\ud83d x", "negative": "b"}', "x.jsonl:2: not JSON: .*hex escape"),
+        ('{"positive": "a", "negative": ' + "[" * 10_000, "x.jsonl:2: not JSON: recursion"),
+        ('{"positive": "a", "negative": ' + "1" * 9_000 + "}", "x.jsonl:2: not JSON: number"),
         ("[1]", "x.jsonl:2: a pair is an object"),
         ('{"positive": "a"}', "x.jsonl:2: the field 'negative'"),
         ('{"positive": "", "negative": "b"}', "x.jsonl:2: the field 'positive'"),
@@ -82,3 +85,9 @@ def test_a_malformed_pair_is_refused_with_its_line(tmp_path: Path, line: str, me
     path.write_text(json.dumps(PAIRS[0]) + "\n" + line + "\n")
     with pytest.raises(TrainingFileError, match=message):
         read_pairs(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert read_lines(path).lines == ("one", "two")
