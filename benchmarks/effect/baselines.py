@@ -18,7 +18,7 @@ from server.evaluating.files import read_file
 SOURCE: Final = "about_to_swear.txt"
 TARGET: Final = "calm.txt"
 
-# As in the methods' papers.
+# The methods' papers pool so.
 _OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "caa": ("--pooling", "last", "--max-strength", str(max(STRENGTHS["caa"]))),
     "mean-act": ("--pooling", "mean"),

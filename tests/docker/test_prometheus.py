@@ -27,7 +27,7 @@ pytestmark = pytest.mark.embedded
 ROOT = Path(__file__).parents[2]
 TRAFFIC_SECONDS = 12
 QUIET = {"model": "smollm2-135m-instruct", "prompt": "You are", "max_tokens": 2}
-# What docker/traffic.py sends.
+# docker/traffic.py sends these.
 STEERINGS = (
     *(("detox-lineas",), ("detox-argre",), ("detox-dsas",)),
     ("detox-dsas", "detox-argre"),
