@@ -17,7 +17,6 @@ export SOURCE_DATE_EPOCH=1795824000 # 2026-11-28
 limits="A demonstration on a very small model, not a safety guarantee."
 
 "$python" -m benchmarks.bundled_data "$data" "$work"
-cp docs/fit-your-own/rude.txt docs/fit-your-own/polite.txt "$work"
 cd "$work"
 
 "$python" -m server fit argre --model embedded --pairs pairs.jsonl --neutral neutral.txt \
@@ -40,8 +39,25 @@ mv detox-argre.safetensors "$out"
 opens where the model is about to say a harmful word; fitted on texts of its own. $limits"
 mv detox-dsas.safetensors "$out"
 
-"$python" -m server fit lineas --model embedded --source rude.txt --target polite.txt \
-    --out detox-lineas.safetensors --dtype float32 --threads 2 \
-    --steps 50 --optimizer adam --learning-rate 0.002 --strength 0.65 \
-    --description "Less toxic text. LinEAS maps from 32 rude sentences to 32 polite ones. $limits"
+# LinEAS: the first 128 sentences of 4 to 14 words of ParaDetox (CC0). Both files hold the same
+# sentences, so that their activations differ by what makes a sentence toxic and not by what it is
+# about. The marks at the end go, and capitals too: only the rewrites have them.
+"$python" - "$data/paradetox_fit.tsv" <<'PYTHON'
+import re, sys
+from pathlib import Path
+
+rows = [line.split("\t") for line in Path(sys.argv[1]).read_text().split("\n")[1:]]
+rows = [row[:2] for row in rows if len(row) == 4 and row[0] and row[1]]
+rows = [[re.sub(r"[\s.!?,;'\"]+$", "", text) for text in row] for row in rows]
+rows = [row for row in rows if row[0] and row[1] and row[0] != row[1]]
+short = [row for row in rows if 4 <= len(row[0].split()) <= 14][:128]
+for name, column in (("toxic.txt", 0), ("rewrites.txt", 1)):
+    Path(name).write_text("".join(row[column].lower() + "\n" for row in short))
+PYTHON
+
+"$python" -m server fit lineas --model embedded --source toxic.txt --target rewrites.txt \
+    --out detox-lineas.safetensors --dtype bfloat16 --threads 2 \
+    --samples 128 --batch-size 128 --steps 50 --optimizer adam --learning-rate 0.002 \
+    --description "Less toxic text. LinEAS maps, fitted on ParaDetox: toxic sentences and their \
+neutral rewrites. $limits"
 mv detox-lineas.safetensors "$out"
