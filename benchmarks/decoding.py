@@ -11,7 +11,8 @@ from typing import Final, TypeAlias
 import torch
 
 from benchmarks.random_edits import permuted_head, random_head, random_maps
-from server.engine.base import Edit, EngineError, Request, SamplingSettings
+from server.engine.errors import EngineError
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.build import build_core

@@ -22,7 +22,8 @@ from benchmarks.random_edits import permuted_head, random_head, random_maps
 from benchmarks.report import Section
 from interventions.layout import to_tensors
 from interventions.model import ModelDescription
-from server.engine.base import Edit, Generation, Request, SamplingSettings
+from server.engine.base import Generation
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.vllm.build import build_engine
 from server.engine.vllm.engine import VllmEngine
 from server.engine.vllm.options import VllmOptions

@@ -8,7 +8,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 
 from interventions.registry import Registry
 from interventions.request_settings import Caps
-from server.api import chat, completions, documentation, interventions, models, system
+from server.api import chat, completions, documentation, interventions, models, system, tokenization
 from server.api.auth import require_api_key
 from server.api.context import ServerContext
 from server.api.cross_origin import CrossOriginMiddleware
@@ -80,6 +80,7 @@ def create_app(
     )
     app.state.context = context
     app.include_router(_v1())
+    app.include_router(tokenization.router)
     app.include_router(system.router)
     app.include_router(documentation.router)
     install_error_handlers(app)

@@ -5,7 +5,9 @@ import random
 from dataclasses import replace
 from typing import Final
 
-from server.engine.base import Engine, EngineError, Request
+from server.engine.base import Engine
+from server.engine.errors import EngineError
+from server.engine.request import Request
 from server.metrics import Metrics
 from server.toxicity.queue import ScoringQueue
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias, get_args
 
-from server.engine.base import SamplingSettings
+from server.engine.request import SamplingSettings
 
 Operation: TypeAlias = Literal["text_completion", "chat"]
 Outcome: TypeAlias = Literal[

@@ -16,15 +16,10 @@ from unittest.mock import patch
 import pytest
 
 from interventions.registry import Registry
-from server.engine.base import (
-    BankFullError,
-    Edit,
-    Engine,
-    QueueFullError,
-    Request,
-    SamplingSettings,
-    StepOutput,
-)
+from server.engine.base import Engine
+from server.engine.errors import BankFullError, QueueFullError
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import load_model
@@ -244,4 +239,5 @@ def _each(setups: Sequence[Setup]) -> pytest.MarkDecorator:
 each_engine: Final = _each(ROOMY)
 each_setup: Final = _each((*ROOMY, *TIGHT))
 each_tight: Final = _each(TIGHT)
+each_torch: Final = _each((_ROOMY, _TIGHT))
 each_vllm: Final = _each(ROOMY[1:])

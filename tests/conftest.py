@@ -22,7 +22,7 @@ from pydantic import JsonValue
 
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
-from server.engine.base import StepOutput
+from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.model.loader import LoadedModel, load_model

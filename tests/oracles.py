@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from server.engine.base import SamplingSettings
+from server.engine.request import SamplingSettings
 from steering.affine import AffineMap
 from steering.reward import RewardHead
 from steering.settings import AffineSettings, RewardSettings
@@ -238,3 +238,12 @@ def penalized(
         largest = torch.finfo(torch.float32).max
         changed[token] = value.clamp(-largest, largest)
     return changed
+
+
+def allowed_by_choices(
+    tokens: Sequence[int], choices: Sequence[Sequence[int]], end: int
+) -> set[int]:
+    """Return the tokens that can follow `tokens` in an answer that is one of the choices."""
+    so_far = list(tokens)
+    fitting = [list(each) for each in choices if list(each[: len(so_far)]) == so_far]
+    return {end if each == so_far else each[len(so_far)] for each in fitting}

@@ -9,13 +9,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from server.engine.base import (
-    BankFullError,
-    Edit,
-    NoBackgroundRoomError,
-    QueueFullError,
-    StepOutput,
-)
+from server.engine.errors import BankFullError, NoBackgroundRoomError, QueueFullError
+from server.engine.output import StepOutput
+from server.engine.request import Edit
 from steering.settings import AffineSettings
 from tests.both_engines import BOTH_STACKS, INTERVENTIONS, Subject, finished, request
 from tests.oracles import Stack

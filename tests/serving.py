@@ -13,16 +13,10 @@ from starlette.types import Message
 from interventions.registry import Registry
 from server.app import create_app
 from server.config import Settings
-from server.engine.base import (
-    Engine,
-    EngineError,
-    Generation,
-    Request,
-    SamplingSettings,
-    ScoredToken,
-    StepOutput,
-    TokenLogprobs,
-)
+from server.engine.base import Engine, Generation
+from server.engine.errors import EngineError
+from server.engine.output import ScoredToken, StepOutput, TokenLogprobs
+from server.engine.request import Request, SamplingSettings
 from server.metrics import Metrics
 from server.toxicity.queue import ScoringQueue
 from server.toxicity.scorer import Scorer
@@ -208,8 +202,12 @@ def logprobs_of(
     text: str, logprob: float, best: Mapping[str, float], offset: int = 0
 ) -> TokenLogprobs:
     """Return the log-probabilities of a chosen token and of the best ones, in the given order."""
-    top = tuple(ScoredToken(other, other.encode(), value) for other, value in best.items())
-    return TokenLogprobs(ScoredToken(text, text.encode(), logprob), top, offset)
+    top = tuple(
+        ScoredToken(token, other, other.encode(), value)
+        for token, (other, value) in enumerate(best.items())
+    )
+    rank = 1 + sum(value > logprob for value in best.values())
+    return TokenLogprobs(ScoredToken(99, text, text.encode(), logprob), top, rank, offset)
 
 
 @dataclass

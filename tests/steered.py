@@ -10,7 +10,8 @@ from functools import cache
 
 import pytest
 
-from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from server.engine.base import Edit, Request, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request
 from server.engine.torch.core import EngineCore
 from server.engine.torch.scheduling.sequence import Sequence
 from tests.steered import GREEDY, NEW_TOKENS, interventions_of

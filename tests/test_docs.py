@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from interventions.artifact import artifact_digest
 from interventions.bundled import bundled_artifacts
 from server.__main__ import app
+from server.cli import limits_page as limits_page_module
+from server.cli.limits_page import limits_page
 from server.cli.options_page import options_page
 from server.config import Settings
 from server.environment import variable_name
@@ -24,6 +26,7 @@ DOCS = (
     "evaluating",
     "fit-your-own",
     "interventions",
+    "limits",
     "observability",
     "options",
     "results",
@@ -78,6 +81,15 @@ def test_every_command_and_option_that_is_shown_exists(page: str) -> None:
 def test_the_page_of_options_is_of_the_settings() -> None:
     remake = "remake docs/options.md: python -m server.cli.options_page > docs/options.md"
     assert options_page() == OPTIONS, remake
+
+
+def test_the_page_of_limits_is_what_the_code_says() -> None:
+    remake = "remake docs/limits.md: python -m server.cli.limits_page > docs/limits.md"
+    assert limits_page() == (ROOT / "docs" / "limits.md").read_text(), remake
+    named = set(vars(limits_page_module))
+    for path in (ROOT / "server" / "api").glob("*.py"):
+        for limit in re.findall(r"^(MAX_\w+): Final", path.read_text(), re.MULTILINE):
+            assert limit in named or path.stem == "upload", limit
 
 
 def test_every_setting_has_a_row_in_the_page_of_options() -> None:

@@ -157,6 +157,12 @@ def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_tokens(text: str) -> list[int]:
+    """Return the tokens of a text, one for each byte of its UTF-8."""
+    tokens: list[int] = tiny_tokenizer().encode(text, add_special_tokens=False)
+    return tokens
+
+
 def save_tiny(
     folder: Path, family: str = "llama", seed: int = 0, chat_template: str | None = None
 ) -> Path:

@@ -5,8 +5,8 @@ import sys
 import time
 
 from benchmarks.workers.protocol import serve
-from server.engine.base import Request, SamplingSettings
 from server.engine.generation import DeliveredGeneration
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions

@@ -22,8 +22,10 @@ from server.api.models import split_model
 from server.api.observe import record_of
 from server.api.streaming import CompletionStream
 from server.api.waiting import unless_client_leaves
-from server.engine.base import Edit, SamplingSettings, StepOutput
-from server.engine.base import Request as EngineRequest
+from server.engine.grammar import CompiledGrammar
+from server.engine.output import StepOutput
+from server.engine.request import Edit, SamplingSettings
+from server.engine.request import Request as EngineRequest
 from server.records import GenerationRecord, MessageRecord
 
 T = TypeVar("T")
@@ -62,12 +64,27 @@ class Exchange:
             ApiError: the deadline has passed.
             ClientGoneError: the client has closed the connection.
         """
-        if characters < LONG_TEXT:
-            return read()
+        return read() if characters < LONG_TEXT else await self._in_thread(read)
+
+    async def read_grammar(self) -> CompiledGrammar | None:
+        """Have the engine compile the structure that the request asks for, in a thread.
+
+        Raises:
+            ApiError: what is asked for is no structure, or the deadline has passed.
+            InvalidRequestError: it cannot be compiled, or not within the engine's limits.
+            ClientGoneError: the client has closed the connection.
+        """
+        return await self._in_thread(self._compile) if self._params.is_structured else None
+
+    def _compile(self) -> CompiledGrammar | None:
+        structure = self._params.structure()
+        return structure and self._context.engine.compile_grammar(*structure)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         # Cancelling stops a call that still waits for a thread; one that runs keeps its thread.
         loop = asyncio.get_running_loop()
-        reading = loop.run_in_executor(self._context.prompt_threads, read)
-        return await unless_client_leaves(self._http.receive, self._group.before_deadline(reading))
+        working = loop.run_in_executor(self._context.prompt_threads, work)
+        return await unless_client_leaves(self._http.receive, self._group.before_deadline(working))
 
     def record_prompts(self, messages: Iterable[tuple[str, str]]) -> None:
         """Keep the prompts' roles and texts for the log, if `log_content` is set."""
@@ -120,7 +137,7 @@ class Exchange:
         await self._group.run(deliver)
         further = await self._conclude(base_choices)
         bodies = [choice.body() for choice in choices]
-        return self._frame.answer(bodies, self._group.usage, further)
+        return self._frame.answer(bodies, self._group.usage, {**choices[0].shared(), **further})
 
     async def _conclude(self, base_choices: Sequence[Choice]) -> Mapping[str, JsonValue]:
         if self._context.settings.log_content:
@@ -191,6 +208,8 @@ def check_request(params: GenerationFields, prompts: int, context: ServerContext
         raise ApiError(503, "The model is not ready to serve.", code="not_ready")
     if params.stream_options is not None and not params.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    if params.prompt_logprobs is not None and params.stream:
+        raise invalid("'prompt_logprobs' is not allowed when 'stream' is true.", "prompt_logprobs")
     check_assessment_available(params, context)
     limit = context.settings.max_completions_per_request
     if prompts * params.n * (3 if params.compare else 1) > limit:

@@ -12,7 +12,8 @@ from interventions.errors import UnknownInterventionError
 from interventions.registry import Registry
 from server.api.default_steering import default_unavailable
 from server.api.errors import from_registry
-from server.engine.base import Edit, EngineError, UnservableInterventionError
+from server.engine.errors import EngineError, UnservableInterventionError
+from server.engine.request import Edit
 from server.metrics import NONE, OTHER, SEPARATOR
 from server.records import InterventionRecord
 

@@ -14,12 +14,12 @@ from server.api.context import Context
 from server.api.documentation import json_body
 from server.api.errors import invalid
 from server.api.frames import Wording
-from server.api.messages import Message
+from server.api.messages import ASSISTANT, characters
 from server.api.parsing import UNSUPPORTED, read_request
-from server.engine.base import Engine, InvalidRequestError
+from server.engine.base import Engine
+from server.engine.errors import InvalidRequestError
 
 WORDING: Final = Wording("chat", "chatcmpl", "chat.completion", "chat.completion.chunk")
-TEMPLATE_LENGTH: Final = 20  # characters that a chat template adds to a message, roughly
 
 router = APIRouter()
 
@@ -40,19 +40,24 @@ async def create_chat_completion(request: Request, context: Context) -> Response
     """Answer a conversation, as JSON or as a stream of server-sent events.
 
     The answer is a new turn of the assistant, as with OpenAI, even where the last message is
-    the assistant's own: that message is not continued.
+    the assistant's own. With `continue_final_message` it continues that message.
     """
     arrived = time.perf_counter()
     chat = await read_request(ChatRequest, request)
     check_request(chat, 1, context)
     _check(chat)
     async with answering(request, context, chat, WORDING, arrived) as exchange:
-        prompt = await _read_messages(chat.messages, context.engine, exchange)
+        prompt = await _read_messages(chat, context.engine, exchange)
         exchange.record_prompts((message["role"], message["content"]) for message in chat.messages)
+        grammar = await exchange.read_grammar()
         room = context.engine.max_model_len - len(prompt)
         limit = context.settings.default_max_tokens
         plans = [
-            ChoicePlan(prompt, chat.sampling(index, room, limit), ChatChoice(index, chat.logprobs))
+            ChoicePlan(
+                prompt,
+                chat.sampling(index, grammar, room, limit),
+                ChatChoice(index, chat.listing(prompt, chat.alternatives)),
+            )
             for index in range(chat.n)
         ]
         try:
@@ -71,16 +76,27 @@ def _check(chat: ChatRequest) -> None:
             "'max_tokens' and 'max_completion_tokens' are two names of one limit, and differ.",
             "max_tokens",
         )
+    if chat.continue_final_message:
+        if chat.add_generation_prompt:
+            raise invalid(
+                "'continue_final_message' continues a message, and 'add_generation_prompt' begins "
+                "one; only one of them may be true.",
+                "continue_final_message",
+            )
+        if chat.messages[-1]["role"] != ASSISTANT:
+            raise invalid(
+                "'continue_final_message' needs a last message of the assistant.",
+                "continue_final_message",
+            )
     if chat.top_logprobs and not chat.logprobs:
         raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
 
 
-async def _read_messages(
-    messages: tuple[Message, ...], engine: Engine, exchange: Exchange
-) -> tuple[int, ...]:
-    characters = sum(sum(map(len, message.values())) + TEMPLATE_LENGTH for message in messages)
-    tokenize = partial(engine.tokenize_chat, messages)
-    return tuple(await exchange.read_prompt(characters, tokenize))
+async def _read_messages(chat: ChatRequest, engine: Engine, exchange: Exchange) -> tuple[int, ...]:
+    tokenize = partial(engine.prompts.tokenize_chat, chat.conversation)
+    tokens = await exchange.read_prompt(characters(chat.messages), tokenize)
+    answer = chat.max_completion_tokens or chat.max_tokens or 1
+    return tuple(chat.truncated(tokens, engine.max_model_len - answer))
 
 
 def _with_chat_field_names(error: InvalidRequestError, chat: ChatRequest) -> InvalidRequestError:

@@ -1,12 +1,12 @@
 """The choices of `/v1/chat/completions`: a message, and log-probabilities token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from server.api.logprobs import ListedTokens, finite
-from server.engine.base import FinishReason, ScoredToken, StepOutput, TokenLogprobs
+from server.api.logprobs import ListedTokens, Listing, finite
+from server.engine.output import FinishReason, ScoredToken, StepOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -14,18 +14,26 @@ class ChatChoice:
     """Implements server.api.frames.Choice, which documents the methods."""
 
     index: int
-    with_logprobs: bool
+    listing: Listing
     _texts: list[str] = field(default_factory=list)
     _tokens: list[TokenLogprobs] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list)
+    _of_prompt: dict[str, JsonValue] | None = None  # None before the first output
     _finish_reason: FinishReason | None = None
     _quoted: ListedTokens = field(default_factory=ListedTokens)
     _opened: bool = False  # True once a chunk has given the role
 
     def empty_copy(self) -> "ChatChoice":
-        return ChatChoice(self.index, self.with_logprobs)
+        return ChatChoice(self.index, self.listing)
+
+    def shared(self) -> Mapping[str, JsonValue]:
+        shared, self._of_prompt = self._of_prompt or {}, {}
+        return shared
 
     def add(self, output: StepOutput) -> None:
+        self._read_prompt(output)
         self._texts.append(output.text)
+        self._token_ids += output.token_ids
         self._tokens.extend(self._quoted.take(output))
         self._finish_reason = output.finish_reason
 
@@ -38,18 +46,21 @@ class ChatChoice:
         return {
             "index": self.index,
             "message": message,
-            "logprobs": self._logprobs(self._tokens) if self.with_logprobs else None,
+            "logprobs": None if self.listing.logprobs is None else self._logprobs(self._tokens),
             "finish_reason": self._finish_reason,
+            **self.listing.of_answer(self._token_ids),
         }
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
+        self._read_prompt(output)
         deltas: list[dict[str, JsonValue]] = []
         if not self._opened:
             self._opened = True
             deltas.append(self._delta({"role": "assistant", "content": "", "refusal": None}))
         tokens = self._quoted.take(output)
-        if output.text or tokens:
-            deltas.append(self._delta({"content": output.text}, tokens))
+        of_answer = self.listing.of_answer(output.token_ids) if output.token_ids else {}
+        if output.text or tokens or of_answer:
+            deltas.append(self._delta({"content": output.text}, tokens) | of_answer)
         if output.finish_reason is not None:
             deltas.append(self._delta({}, finish_reason=output.finish_reason))
         return deltas
@@ -63,21 +74,26 @@ class ChatChoice:
         return {
             "index": self.index,
             "delta": delta,
-            "logprobs": self._logprobs(tokens) if tokens and self.with_logprobs else None,
+            "logprobs": self._logprobs(tokens) if tokens else None,
             "finish_reason": finish_reason,
         }
 
+    def _read_prompt(self, output: StepOutput) -> None:
+        if self._of_prompt is None:
+            self._of_prompt = self.listing.of_prompt(output.prompt_logprobs)
+
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> JsonValue:
-        return {"content": [_scored(token) for token in tokens], "refusal": None}
+        return {"content": [self._scored(token) for token in tokens], "refusal": None}
 
+    def _scored(self, token: TokenLogprobs) -> JsonValue:
+        return {
+            **self._token(token.chosen),
+            "top_logprobs": [self._token(other) for other in token.top],
+        }
 
-def _scored(token: TokenLogprobs) -> JsonValue:
-    return {**_token(token.chosen), "top_logprobs": [_token(other) for other in token.top]}
-
-
-def _token(token: ScoredToken) -> dict[str, JsonValue]:
-    return {
-        "token": token.text,
-        "logprob": finite(token.logprob),
-        "bytes": list(token.bytes),
-    }
+    def _token(self, token: ScoredToken) -> dict[str, JsonValue]:
+        return {
+            "token": self.listing.name(token),
+            "logprob": finite(token.logprob),
+            "bytes": list(token.bytes),
+        }

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from server.api.logprobs import finite
 from server.api.progress import Progress
-from server.engine.base import Generation, Request, SamplingSettings
+from server.engine.base import Generation
+from server.engine.request import Request, SamplingSettings
 
 
 def prepare_for_scoring(request: Request) -> Request:

@@ -1,6 +1,7 @@
 """`POST /v1/completions` generates text from a prompt, steered as the request asks."""
 
 import time
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,8 @@ from server.api.errors import invalid
 from server.api.frames import Wording
 from server.api.parsing import read_request
 from server.api.schemas import CompletionRequest, Prompt
-from server.engine.base import Engine, PromptDescription
+from server.engine.base import Engine
+from server.engine.output import PromptDescription
 
 WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
 TOKEN_WORK: Final = 20  # to describe one token takes as long as to tokenize this many characters
@@ -41,12 +43,13 @@ async def create_completion(request: Request, context: Context) -> Response:
     _check(completion)
     async with answering(request, context, completion, WORDING, arrived) as exchange:
         prompts = await _read_prompts(completion, context, exchange)
+        grammar = await exchange.read_grammar()
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
             ChoicePlan(
                 tokens,
-                completion.sampling(index),
-                CompletionChoice(index, completion.logprobs is not None, echo),
+                completion.sampling(index, grammar),
+                CompletionChoice(index, completion.listing(tokens, completion.logprobs), echo),
             )
             for index, (tokens, echo) in enumerate(repeated)
         ]
@@ -61,9 +64,11 @@ def _check(completion: CompletionRequest) -> None:
             "best_of",
             "unsupported_parameter",
         )
-    if completion.max_tokens == 0 and not completion.echo:
+    if completion.max_tokens == 0 and not (
+        completion.echo or completion.prompt_logprobs is not None
+    ):
         raise invalid(
-            "Invalid value for 'max_tokens': 0 is only allowed when 'echo' is true.",
+            "Invalid value for 'max_tokens': 0 is only allowed with 'echo' or 'prompt_logprobs'.",
             "max_tokens",
             "invalid_value",
         )
@@ -76,7 +81,7 @@ async def _read_prompts(
 
     def read() -> list[ReadPrompt]:
         exchange.record_prompts(("user", _text(prompt, engine)) for prompt in completion.prompt)
-        return [_read(prompt, engine, echo=completion.echo) for prompt in completion.prompt]
+        return [_read(prompt, engine, completion) for prompt in completion.prompt]
 
     as_text = completion.echo or context.settings.log_content
     work = sum(_work(prompt, as_text=as_text) for prompt in completion.prompt)
@@ -90,13 +95,18 @@ def _work(prompt: Prompt, *, as_text: bool) -> int:
     return TOKEN_WORK * len(prompt) if as_text else 0
 
 
-def _read(prompt: Prompt, engine: Engine, *, echo: bool) -> ReadPrompt:
-    if echo:
-        described = engine.describe_prompt(prompt)
-        return described.tokens, described
-    tokens = tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
-    return tokens, None
+def _read(prompt: Prompt, engine: Engine, completion: CompletionRequest) -> ReadPrompt:
+    prompts = engine.prompts
+    echo = prompts.describe_prompt(prompt) if completion.echo else None
+    if echo is not None:
+        tokens: Sequence[int] = echo.tokens
+    else:
+        tokens = prompts.tokenize(prompt) if isinstance(prompt, str) else prompt
+    kept = completion.truncated(tokens, engine.max_model_len - completion.max_tokens)
+    if echo is not None and len(kept) < len(tokens):
+        echo = prompts.describe_prompt(kept)
+    return tuple(kept), echo
 
 
 def _text(prompt: Prompt, engine: Engine) -> str:
-    return prompt if isinstance(prompt, str) else engine.detokenize(prompt)
+    return prompt if isinstance(prompt, str) else engine.prompts.detokenize(prompt)

@@ -19,7 +19,7 @@ from interventions.errors import (
     RegistryUnreadableError,
     UnknownInterventionError,
 )
-from server.engine.base import (
+from server.engine.errors import (
     BankFullError,
     EngineDeadError,
     EngineError,

@@ -1,25 +1,22 @@
 """The fields that all completion requests share: their checks, and the sampling settings."""
 
 import re
-from typing import Annotated, Final
+from collections.abc import Sequence
+from typing import Annotated, Final, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
-from server.api.parsing import UNSUPPORTED
+from server.api.logprobs import Listing
 from server.api.request_shapes import LogitBiasShape, SteeringShape, StopShape
-from server.engine.base import SamplingSettings
+from server.api.strict import Strict, only_neutral
+from server.api.structure import Structure, StructuredOutputs
+from server.engine.grammar import CompiledGrammar
+from server.engine.request import SamplingSettings
 
 MAX_STOPS: Final = 32  # OpenAI takes 4; lm-evaluation-harness sends as many as a task has
 MAX_STOP_LENGTH: Final = 1000
+MAX_STOP_TOKENS: Final = 128
+MAX_LOGPROBS: Final = 20  # alternatives of each token
 MAX_BIASES: Final = 300
 LARGEST_BIAS: Final = 100
 SHOWN: Final = 100  # characters of a key that an error message shows
@@ -28,18 +25,6 @@ TOKENS: Final = 2**31  # above the length of any context and the ids of any toke
 
 # Each id has one spelling, so that no id comes twice.
 TOKEN_ID: Final = re.compile("0|[1-9][0-9]{0,9}")
-
-
-def only_neutral(name: str, *neutral: object) -> AfterValidator:
-    """Make a validator of an unimplemented field, which takes only values that ask for nothing."""
-
-    def check(value: object) -> object:
-        if value not in neutral:
-            message = "This server does not support '{name}'."
-            raise PydanticCustomError(UNSUPPORTED, message, {"name": name})
-        return value
-
-    return AfterValidator(check)
 
 
 def _parse_stops(value: object) -> tuple[str, ...]:
@@ -73,32 +58,20 @@ def _parse_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in value.items())
 
 
+def _not_zero(length: int) -> int:
+    if length == 0:
+        raise ValueError("it must be at least 1, or -1 for all that the context has room for")
+    return length
+
+
 def _none_for_minus_one(value: object) -> object:
     """Read the seed -1 as no seed, as llama.cpp and vLLM do: some clients always send a seed."""
     return None if type(value) is int and value == -1 else value
 
 
-class Strict(BaseModel):
-    """An object in a request's body. As with OpenAI, null means that a field is not given."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_nulls(cls, fields: object) -> object:
-        if not isinstance(fields, dict):
-            return fields
-        return {
-            name: value
-            for name, value in fields.items()
-            if value is not None or cls._keeps_null(name)
-        }
-
-    @classmethod
-    def _keeps_null(cls, name: str) -> bool:
-        """Tell whether a null is kept, either as the field's value or to be refused."""
-        field = cls.model_fields.get(name)
-        return field is None or field.is_required() or name == "steering"
+TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=TOKENS)]
+# -1 keeps as many tokens as the context has room for.
+TruncatedLength: TypeAlias = Annotated[int, Field(ge=-1, lt=TOKENS), AfterValidator(_not_zero)]
 
 
 class StreamOptions(Strict):
@@ -142,6 +115,18 @@ class GenerationFields(Strict):
         Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None, BeforeValidator(_none_for_minus_one)
     ] = None
     ignore_eos: bool = False
+    # vLLM's fields, from here on.
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] = Field(
+        default_factory=list
+    )
+    include_stop_str_in_output: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=TOKENS)] = 0
+    skip_special_tokens: bool = True
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: TruncatedLength | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     # This server's own fields: they ask for the answer's toxicity, and for the base model's answer.
@@ -154,15 +139,51 @@ class GenerationFields(Strict):
         """True if the request has the field `steering`, even with the value null."""
         return "steering" in self.model_fields_set
 
+    @property
+    def is_structured(self) -> bool:
+        """True if the request says which structure its answer must have."""
+        return self.structured_outputs is not None
+
+    def structure(self) -> Structure | None:
+        """Return the structure that the answer must have, None if it is free.
+
+        Raises:
+            ApiError: what is asked for is too large, or is no structure.
+        """
+        given = self.structured_outputs
+        return None if given is None else given.to_structure("structured_outputs")
+
+    def truncated(self, tokens: Sequence[int], room: int) -> Sequence[int]:
+        """Return a prompt's last tokens, as many as `truncate_prompt_tokens` says.
+
+        Args:
+            room: the tokens that the context has room for beside the answer.
+        """
+        length = self.truncate_prompt_tokens
+        kept = max(room, 1) if length == -1 else length
+        return tokens if kept is None else tokens[-kept:]
+
+    def listing(self, prompt: Sequence[int], logprobs: int | None) -> Listing:
+        """Return what the answer tells of its tokens and of the prompt's."""
+        return Listing(
+            tuple(prompt) if self.return_token_ids else (),
+            logprobs,
+            self.prompt_logprobs,
+            self.return_token_ids,
+            self.return_tokens_as_token_ids,
+        )
+
     def settings(
         self,
         choice: int,
+        grammar: CompiledGrammar | None,
         *,
         max_tokens: int,
         logprobs: int | None,
-        prompt_logprobs: int | None = None,
+        echo_logprobs: int | None = None,
     ) -> SamplingSettings:
         """Return one choice's sampling settings; choice i has `seed + i`, so choices differ."""
+        wanted = [each for each in (echo_logprobs, self.prompt_logprobs) if each is not None]
         return SamplingSettings(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -175,7 +196,12 @@ class GenerationFields(Strict):
             logit_bias=self.logit_bias,
             seed=None if self.seed is None else (self.seed + choice) % SEEDS,
             stop=self.stop,
+            stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            include_stop=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=max(wanted, default=None),
+            grammar=grammar,
         )

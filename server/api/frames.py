@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from server.api.fields import StreamOptions
 from server.api.generations import Usage
-from server.engine.base import StepOutput
+from server.engine.output import StepOutput
 from server.records import Operation
 
 
@@ -17,6 +17,9 @@ class Choice(Protocol):
 
     def empty_copy(self) -> "Choice":
         """Return an empty choice of the same index and format."""
+
+    def shared(self) -> Mapping[str, JsonValue]:
+        """Return fields beside the choices that tell of this choice's prompt; each of them once."""
 
     def add(self, output: StepOutput) -> None:
         """Append the output of one step."""

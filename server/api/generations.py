@@ -13,7 +13,9 @@ from server.api.comparison import begin_scoring, prepare_for_scoring
 from server.api.errors import timed_out
 from server.api.progress import Progress
 from server.api.waiting import gather_or_cancel
-from server.engine.base import Engine, Generation, Request, StepOutput
+from server.engine.base import Engine, Generation
+from server.engine.output import StepOutput
+from server.engine.request import Request
 from server.metrics import NONE, Metrics
 from server.records import GenerationRecord
 

@@ -1,6 +1,6 @@
 """Parses the messages of a conversation into the form that a chat template takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias
 
 from server.api.errors import ApiError, invalid
@@ -25,7 +25,14 @@ HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})  # where 
 MESSAGE_FIELDS: Final = EMPTY_FIELDS | HINTS | {"role", "content", "name", "type", "annotations"}
 PART_FIELDS: Final = HINTS | {"type", "text"}
 
+_TEMPLATE_LENGTH: Final = 20  # characters that a chat template adds to a message, roughly
+
 Message: TypeAlias = Mapping[str, str]
+
+
+def characters(messages: Sequence[Message]) -> int:
+    """Return the length of a conversation's text, roughly."""
+    return sum(sum(map(len, message.values())) + _TEMPLATE_LENGTH for message in messages)
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:

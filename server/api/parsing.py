@@ -86,6 +86,8 @@ def _explain(error: ErrorDetails) -> ApiError:
     if error["type"] == UNSUPPORTED:
         return invalid(reason, param, UNSUPPORTED)
     reason = reason.removeprefix("Value error, ")
+    if not param:  # what is wrong is how fields go together
+        return invalid(f"The request is invalid: {reason}.", None, "invalid_value")
     message = f"Invalid value for '{param}': {reason[:1].lower()}{reason[1:]}."
     code = "invalid_type" if error["type"].endswith("_type") else "invalid_value"
     return invalid(message, param, code)

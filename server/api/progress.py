@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from server.engine.base import FinishReason, Request, StepOutput
+from server.engine.output import FinishReason, StepOutput
+from server.engine.request import Request
 
 
 @dataclass(slots=True)

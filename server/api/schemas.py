@@ -4,9 +4,11 @@ from typing import Annotated, Final, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from server.api.fields import TOKENS, GenerationFields, only_neutral
+from server.api.fields import MAX_LOGPROBS, TOKENS, GenerationFields
 from server.api.request_shapes import PromptShape
-from server.engine.base import SamplingSettings
+from server.api.strict import only_neutral
+from server.engine.grammar import CompiledGrammar
+from server.engine.request import SamplingSettings
 
 DEFAULT_MAX_TOKENS: Final = 16
 MAX_PROMPTS: Final = 2048  # as many as OpenAI takes; the operator's limit is on prompts times n
@@ -54,16 +56,17 @@ class CompletionRequest(GenerationFields):
     max_tokens: Annotated[int, Field(ge=0, lt=TOKENS)] = DEFAULT_MAX_TOKENS
     best_of: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[
-        Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_none_for_false)
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, BeforeValidator(_none_for_false)
     ] = None
     echo: bool = False
     suffix: Annotated[str, only_neutral("suffix", "")] = ""
 
-    def sampling(self, choice: int) -> SamplingSettings:
+    def sampling(self, choice: int, grammar: CompiledGrammar | None) -> SamplingSettings:
         """Return one choice's sampling settings; `echo` asks for the prompt's logprobs too."""
         return self.settings(
             choice,
+            grammar,
             max_tokens=self.max_tokens,
             logprobs=self.logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
+            echo_logprobs=self.logprobs if self.echo else None,
         )

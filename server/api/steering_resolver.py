@@ -18,7 +18,9 @@ from server.api.applied_steering import AppliedSteering, Resolved, Source, messa
 from server.api.default_steering import DefaultArtifacts, default_unavailable
 from server.api.errors import ApiError, from_registry, invalid
 from server.config import SteeringPolicy
-from server.engine.base import Edit, Engine, EngineError, Request, SamplingSettings
+from server.engine.base import Engine
+from server.engine.errors import EngineError
+from server.engine.request import Edit, Request, SamplingSettings
 
 MAX_STACK: Final = 4
 

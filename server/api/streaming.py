@@ -17,7 +17,8 @@ from server.api.frames import Choice, Frame
 from server.api.generations import GenerationGroup
 from server.api.observe import outcome_of, set_outcome
 from server.api.waiting import unless_client_leaves
-from server.engine.base import EngineError, StepOutput
+from server.engine.errors import EngineError
+from server.engine.output import StepOutput
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -81,7 +82,8 @@ class CompletionStream(Response):
                 return
             for choice in self._choices[index].deltas(output):
                 chunk = self._frame.chunk(choice, self._group.usage, self._options)
-                await _send(_event(chunk), send)
+                shared = {} if index else self._choices[0].shared()
+                await _send(_event({**chunk, **shared}), send)
 
         await self._group.run(deliver)
         further = await self._conclude()

@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from server.engine.base import EngineError, Request, StepOutput
+from server.engine.errors import EngineError
+from server.engine.output import StepOutput
+from server.engine.request import Request
 
 
 class DeliveredGeneration:

@@ -1,6 +1,7 @@
 """Says what went wrong where the model's output is not a number."""
 
-from server.engine.base import EngineError, InvalidRequestError, Request, StepFailedError
+from server.engine.errors import EngineError, InvalidRequestError, StepFailedError
+from server.engine.request import Request
 
 
 def not_a_number(request: Request) -> EngineError:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from server.engine.base import InvalidRequestError, Request
+from server.engine.errors import InvalidRequestError
+from server.engine.request import Request
 
 
 def check_requests(
@@ -29,6 +30,12 @@ def check_requests(
 def _check_length(request: Request, limit: int) -> None:
     length = len(request.prompt)
     max_tokens = request.sampling.max_tokens
+    if request.sampling.min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"'min_tokens' is {request.sampling.min_tokens}, more than the {max_tokens} tokens "
+            "that the answer may have.",
+            "min_tokens",
+        )
     if length == 0:
         raise InvalidRequestError("The prompt is empty.", "prompt")
     if length + max_tokens > limit:
@@ -43,8 +50,13 @@ def _check_length(request: Request, limit: int) -> None:
 
 
 def _check_tokens(request: Request, vocab_size: int) -> None:
-    biased = [token for token, _ in request.sampling.logit_bias]
-    for tokens, param in ((request.prompt, "prompt"), (biased, "logit_bias")):
+    sampling = request.sampling
+    biased = [token for token, _ in sampling.logit_bias]
+    for tokens, param in (
+        (request.prompt, "prompt"),
+        (biased, "logit_bias"),
+        (sampling.stop_token_ids, "stop_token_ids"),
+    ):
         unknown = next((each for each in tokens if not 0 <= each < vocab_size), None)
         if unknown is not None:
             raise InvalidRequestError(

@@ -3,7 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 
-from server.engine.base import BankFullError
+from server.engine.errors import BankFullError
 
 
 class SlotTable:

@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 import torch
 
-from server.engine.base import StepOutput
+from server.engine.output import StepOutput
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.build import build_core

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import pytest
 
-from server.engine.base import Edit, Request, SamplingSettings
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.model.transfer import to_host

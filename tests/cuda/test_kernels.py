@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.base import Request, SamplingSettings
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_check import check_pages
 from server.engine.torch.attention.paged_index import PagedAttention, Tiling

@@ -9,7 +9,8 @@ import pytest
 
 from interventions.registry import Registry
 from server import baselines
-from server.engine.base import EngineDeadError, EngineError, NoBackgroundRoomError, StepOutput
+from server.engine.errors import EngineDeadError, EngineError, NoBackgroundRoomError
+from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.engines import idle

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from interventions.registry import Registry
-from server.engine.base import QueueFullError
+from server.engine.errors import QueueFullError
 from server.engine.torch.engine import TorchEngine
 from server.metrics import MAX_INTERVENTION_LABELS, MAX_STACK_LABELS, Metrics
 from server.records import OUTCOMES

@@ -11,7 +11,7 @@ import h11
 import pytest
 
 from interventions.registry import Registry
-from server.engine.base import StepOutput
+from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.live import LiveServer, live
 from tests.serving import Json, Script, ScriptedGeneration, build_app, eventually

@@ -29,7 +29,7 @@ from server import tracing
 from server.app import create_app
 from server.cli.launch import load_trace_sink
 from server.config import Settings
-from server.engine.base import SamplingSettings
+from server.engine.request import SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.metrics import Metrics
 from server.records import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from server.engine.base import Edit, Request, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.loader import LoadedModel
 from server.engine.torch.options import EngineOptions

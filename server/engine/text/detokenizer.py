@@ -10,15 +10,24 @@ from server.engine.text.vocabulary import Vocabulary
 class Detokenizer:
     """Turns token ids into text as they come; holds back what may yet be a stop string.
 
-    Special tokens are not in the text, but stop strings are looked for with and without them.
+    Stop strings are looked for with and without the special tokens, even where the text has none.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, stop: Sequence[str], prompt: Sequence[int] = ()
+        self,
+        vocabulary: Vocabulary,
+        stop: Sequence[str],
+        prompt: Sequence[int] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
+        """With `include_stop`, what ends the text is part of it."""
         self._vocabulary = vocabulary
+        self._hidden = vocabulary.special if skip_special_tokens else frozenset[int]()
+        self._shows_end = include_stop
         self._running = RunningText.continuing(vocabulary, prompt)
-        self._stops = StopStrings(stop)
+        self._stops = StopStrings(stop, include=include_stop)
         # The index of the text's character in which the last token begins. It is at least the
         # text's length if nothing of the token is in the text.
         self.offset = 0
@@ -28,19 +37,24 @@ class Detokenizer:
         """True once a stop string was found; no more text will come."""
         return self._stops.found
 
-    def push(self, token: int, *, ends: bool = False) -> str:
+    def push(self, token: int, *, ends: bool = False, may_stop: bool = True) -> str:
         """Return the text that is certain after one more token.
 
         Args:
             token: its id.
-            ends: whether it is an end-of-sequence token, which ends the text and adds nothing.
+            ends: whether it is a token that ends the text. It adds nothing, unless what ends the
+                text is asked for.
+            may_stop: whether stop strings are looked for in its text.
         """
-        if ends or token in self._vocabulary.special:
+        if token in self._hidden or (ends and not self._shows_end):
             self.offset = self._running.length
-            return self._stops.push(self._vocabulary.text(token), shown=False)
-        text = self._running.push(token)
-        self.offset = self._running.token_start
-        return self._stops.push(text, shown=True)
+            text, shown = self._vocabulary.text(token), False
+        else:
+            text, shown = self._running.push(token), True
+            self.offset = self._running.token_start
+        if may_stop:
+            return self._stops.push(text, shown=shown)
+        return text if shown else ""
 
     def finish(self) -> str:
         """Return the text that was held back, when no more tokens come."""

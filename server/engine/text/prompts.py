@@ -1,20 +1,24 @@
 """Turns texts and conversations into token ids, and back. Used from any thread."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.base import InvalidRequestError, PromptDescription
+from server.engine.errors import InvalidRequestError
+from server.engine.output import PromptDescription, TokenizerDescription
+from server.engine.request import Conversation
+from server.engine.text.chat_template import ChatTemplate
 from server.engine.text.running_text import RunningText
 from server.engine.text.vocabulary import Vocabulary
 
 
 class Prompts:
-    """Applies a tokenizer and its chat template, for a context of `max_tokens`."""
+    """Implements server.engine.base.PromptReader, for a context of `max_tokens`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
-        self._chat = tokenizer
+        self._source = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self._tokenizer = tokenizer.backend_tokenizer
         # A tokenizer's file may turn on truncation or padding, which would silently change prompts.
         self._tokenizer.no_truncation()
@@ -24,13 +28,13 @@ class Prompts:
         # The text of a token has at most as many characters as the token's name.
         self.max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the token ids of a text, with the special tokens that the tokenizer adds.
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return a text's token ids; see `PromptReader.tokenize`.
 
         Raises:
             InvalidRequestError: the text has more than `max_characters`.
         """
-        return self._encode(text, "prompt", add_special_tokens=True).ids
+        return self._encode(text, "prompt", add_special_tokens=add_special_tokens).ids
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the tokens' text, special tokens included."""
@@ -38,7 +42,7 @@ class Prompts:
         return str(text)
 
     def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
-        """Return a prompt's tokens and text; see server.engine.base.Engine.describe_prompt."""
+        """Return a prompt's tokens and text; see `PromptReader.describe_prompt`."""
         if isinstance(prompt, str):
             encoding = self._encode(prompt, "prompt", add_special_tokens=True)
             return self._described(encoding.ids, prompt, _token_starts(encoding.offsets))
@@ -61,26 +65,29 @@ class Prompts:
         first = self._vocabulary.with_logprob(tokens[0], 0.0).text
         return PromptDescription(tuple(tokens), text, tuple(offsets), first)
 
-    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
-        if self._chat.chat_template is None:
-            raise InvalidRequestError(
-                "This model has no chat template; use /v1/completions.",
-                "messages",
-                "no_chat_template",
-            )
-        conversation = [dict(message) for message in messages]
-        try:
-            text = self._chat.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-            str(text).encode()
-        except Exception as error:  # a template is the model authors' own program
-            raise InvalidRequestError(
-                f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
-            ) from error
+    def tokenize_chat(self, conversation: Conversation) -> list[int]:
+        """Return the token ids of a conversation; see `PromptReader.tokenize_chat`."""
+        text = self._template.render(conversation)
         # The template has already written the special tokens that the model expects.
-        return self._encode(str(text), "messages", add_special_tokens=False).ids
+        return self._encode(text, "messages", add_special_tokens=False).ids
+
+    def names(self, tokens: Sequence[int]) -> list[str]:
+        """Return the tokens' names in the vocabulary; that of an unknown id is empty."""
+        return [self._tokenizer.id_to_token(token) or "" for token in tokens]
+
+    @property
+    def tokenizer(self) -> TokenizerDescription:
+        """The tokenizer's special tokens and chat template."""
+        source = self._source
+        template = source.chat_template
+        return TokenizerDescription(
+            type(source).__name__,
+            source.bos_token,
+            source.eos_token,
+            source.pad_token,
+            source.unk_token,
+            template if isinstance(template, str) else None,
+        )
 
     def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> Encoding:
         # A text that cannot fit is refused first, because tokenizing it can take seconds.

@@ -1,6 +1,6 @@
 """Finds the strings that end a completion."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import compress
 
 
@@ -11,8 +11,10 @@ class StopStrings:
     them, or match the text without them.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
+        """With `include`, the stop string that is found is shown too."""
         self._stop = tuple(stop)
+        self._include = include
         self._longest = max(map(len, self._stop), default=0)
         self._held_back = ""
         self._shown: list[bool] = []  # for each character of `_held_back`, whether it may be shown
@@ -29,10 +31,15 @@ class StopStrings:
         if not all(self._shown):
             visible = list(compress(places, self._shown))
             readings.append(("".join(self._held_back[place] for place in visible), visible))
-        found = [places[at] for read, places in readings if (at := self._find(read)) is not None]
+        found = [
+            (places[start], places[end - 1] + 1)
+            for read, places in readings
+            for start, end in self._find(read)
+        ]
         if found:
             self.found = True
-            return self._release(min(found))
+            start, end = min(found)
+            return self._release(end if self._include else start)
         kept = [places[-keep] for read, places in readings if (keep := self._overlap(read))]
         return self._release(min(kept, default=len(self._held_back)))
 
@@ -40,9 +47,11 @@ class StopStrings:
         """Return the text to be shown that was held back. Call it when no more text comes."""
         return "" if self.found else self._release(len(self._held_back))
 
-    def _find(self, text: str) -> int | None:
-        """Return where the first stop string begins; None if there is none."""
-        return min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+    def _find(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where each stop string first begins and ends, if it is there."""
+        for stop in self._stop:
+            if (start := text.find(stop)) >= 0:
+                yield start, start + len(stop)
 
     def _overlap(self, text: str) -> int:
         """Return the length of the longest end of the text that begins a stop string."""

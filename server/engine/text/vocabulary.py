@@ -7,7 +7,7 @@ from typing import Final
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.engine.base import ScoredToken, TokenLogprobs
+from server.engine.output import ScoredToken, TokenLogprobs
 
 _BYTE_OF: Final = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 _BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece names single bytes
@@ -24,20 +24,21 @@ class Vocabulary:
         )
 
     def logprobs(
-        self, token: int, logprob: float, top: Iterable[tuple[int, float]]
+        self, token: int, logprob: float, top: Iterable[tuple[int, float]], rank: int
     ) -> TokenLogprobs:
         """Return a token's log-probability and those of the likeliest tokens, with their texts."""
         likeliest = tuple(self.with_logprob(other, value) for other, value in top)
-        return TokenLogprobs(self.with_logprob(token, logprob), likeliest)
+        return TokenLogprobs(self.with_logprob(token, logprob), likeliest, rank)
 
     def with_logprob(self, token: int, logprob: float) -> ScoredToken:
         """Return a token with its log-probability."""
         data = self.added_bytes(token, token)
         try:
-            return ScoredToken(data.decode(), data, logprob)
+            return ScoredToken(token, data.decode(), data, logprob)
         except UnicodeDecodeError:
             # The token is part of a character; its name keeps it distinct from other parts.
-            return ScoredToken(self._tokenizer.id_to_token(token) or "", data, logprob)
+            name = self._tokenizer.id_to_token(token) or ""
+            return ScoredToken(token, name, data, logprob)
 
     def text(self, token: int) -> str:
         """Return the text that a token adds inside a text; U+FFFD for a part of a character."""

@@ -12,7 +12,8 @@ from typing import Final
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from server.engine.base import EngineError, NoBackgroundRoomError, StepFailedError, StepOutput
+from server.engine.errors import EngineError, NoBackgroundRoomError, StepFailedError
+from server.engine.output import StepOutput
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.attention.backend import KVMemory
 from server.engine.torch.kv_store import KVStore

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -10,15 +10,13 @@ from typing import Final, TypeVar
 
 import torch
 
-from server.engine.base import (
-    EngineError,
-    EngineStats,
-    PromptDescription,
-    QueueFullError,
-    Request,
-)
+from server.engine.errors import EngineError, QueueFullError
 from server.engine.generation import DeliveredGeneration
+from server.engine.grammar import CompiledGrammar
+from server.engine.output import EngineStats
+from server.engine.request import Request
 from server.engine.request_checks import check_requests
+from server.engine.text.grammar_compiler import GrammarCompiler
 from server.engine.text.prompts import Prompts
 from server.engine.torch.build import build_core, context_length
 from server.engine.torch.core import ParametersMissingError
@@ -54,7 +52,10 @@ class TorchEngine:
         self.model = loaded.description
         self._core = build_core(loaded, options)
         self.max_model_len = context_length(loaded, options, self._core.scheduler.pool)
-        self._prompts = Prompts(loaded.tokenizer, self.max_model_len)
+        self.prompts = Prompts(loaded.tokenizer, self.max_model_len)
+        self._grammars = GrammarCompiler(
+            loaded.tokenizer, loaded.description.vocab_size, loaded.eos_tokens
+        )
         self._thread = EngineThread(self._core, self._hand_over, self._hand_over_end)
         self._thread_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -75,21 +76,9 @@ class TorchEngine:
         """True once an exception has ended the engine thread."""
         return self._thread.died
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the prompt's token ids; see server.engine.base.Engine.tokenize."""
-        return self._prompts.tokenize(text)
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Return the tokens' text, special tokens included."""
-        return self._prompts.detokenize(tokens)
-
-    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
-        """Return a prompt's tokens and text; see server.engine.base.Engine.describe_prompt."""
-        return self._prompts.describe_prompt(prompt)
-
-    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
-        return self._prompts.tokenize_chat(messages)
+    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+        """Compile a grammar for answers; see server.engine.base.Engine.compile_grammar."""
+        return self._grammars.compile(lark, field)
 
     def stats(self) -> EngineStats:
         """Return the gauges and counters for the metrics page."""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
-from server.engine.base import EngineError
+from server.engine.errors import EngineError
 from server.engine.torch.attention.backend import KVMemory, Lane
 from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.scheduling.prefix_cache import PrefixCache

@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 import torch
 
 from interventions.model import ModelDescription
-from server.engine.base import UnservableInterventionError
+from server.engine.errors import UnservableInterventionError
 from server.engine.slots import SlotTable
 from server.engine.torch.site_probes import SiteProbes
 from steering.affine import AffineParameters

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from server.engine.base import UnservableInterventionError
+from server.engine.errors import UnservableInterventionError
 from server.engine.torch.loaded_interventions import Parameters
 from server.own_thread import in_own_thread
 

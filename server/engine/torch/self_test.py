@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.engine.base import Request, SamplingSettings
 from server.engine.model.description import ModelLoadError
 from server.engine.probes import probe_head, probe_map
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.attention.backend import KVMemory, Lane
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence

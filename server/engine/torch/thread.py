@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-from server.engine.base import EngineDeadError, EngineError, ShuttingDownError
+from server.engine.errors import EngineDeadError, EngineError, ShuttingDownError
 from server.engine.torch.sampling.postprocess import Delivery
 
 logger = logging.getLogger(__name__)

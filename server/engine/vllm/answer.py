@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from server.engine.base import Request, StepFailedError, StepOutput, TokenLogprobs
+from server.engine.errors import StepFailedError
+from server.engine.output import StepOutput, TokenLogprobs
 from server.engine.overflow import not_a_number
+from server.engine.request import Request
 from server.engine.text.answer_text import AnswerText
 from server.engine.text.vocabulary import Vocabulary
 
@@ -85,4 +87,4 @@ class Answer:
             if len(best) < alternatives:
                 ranks = dict(zip(found, flat.ranks[start:end], strict=True))
                 best = sorted(found, key=ranks.__getitem__)
-            yield self._vocabulary.logprobs(token, logprob, best[:alternatives])
+            yield self._vocabulary.logprobs(token, logprob, best[:alternatives], flat.ranks[start])

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,19 +16,19 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from interventions.model import ModelDescription
 from server.config import ConfigurationError
-from server.engine.base import (
+from server.engine.errors import (
     EngineDeadError,
     EngineError,
-    EngineStats,
     InvalidRequestError,
     NoBackgroundRoomError,
-    PromptDescription,
     QueueFullError,
-    Request,
     ShuttingDownError,
     StepFailedError,
 )
 from server.engine.generation import DeliveredGeneration
+from server.engine.grammar import CompiledGrammar
+from server.engine.output import EngineStats
+from server.engine.request import Request
 from server.engine.request_checks import check_requests
 from server.engine.text.prompts import Prompts
 from server.engine.text.vocabulary import Vocabulary
@@ -84,7 +84,7 @@ class VllmEngine:
         """
         self._served = served
         self._options = options
-        self._prompts = Prompts(served.tokenizer, served.max_model_len)
+        self.prompts = Prompts(served.tokenizer, served.max_model_len)
         self._vocabulary = Vocabulary(served.tokenizer.backend_tokenizer)
         self._counts = SchedulerCounts()
         self._llm = self._started_vllm()
@@ -138,21 +138,13 @@ class VllmEngine:
             self._died = self._died or self._llm.errored
         return self._died
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the prompt's token ids; see server.engine.base.Engine.tokenize."""
-        return self._prompts.tokenize(text)
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Return the tokens' text, special tokens included."""
-        return self._prompts.detokenize(tokens)
-
-    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
-        """Return a prompt's tokens and text; see server.engine.base.Engine.describe_prompt."""
-        return self._prompts.describe_prompt(prompt)
-
-    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation; see server.engine.base.Engine.tokenize_chat."""
-        return self._prompts.tokenize_chat(messages)
+    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+        """Refuse a grammar: vLLM's log-probabilities would be those of the masked logits."""
+        raise InvalidRequestError(
+            f"The engine on vLLM does not support '{field}' yet; the embedded engine does.",
+            field,
+            "unsupported_parameter",
+        )
 
     def stats(self) -> EngineStats:
         """Return the gauges and counters for the metrics page."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from server.engine.base import EngineStats, StepOutput
+from server.engine.output import EngineStats, StepOutput
 from server.engine.vllm.plugin.wire import Measured
 
 _PERIOD: Final = 1.0  # seconds between two readings, while steered requests run

@@ -8,7 +8,8 @@ from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
-from server.engine.base import Request
+from server.engine.request import Request
+from server.engine.text.answer_text import end_tokens
 from server.engine.vllm.plugin.wire import LoadedEdit, Runner, Steering
 from steering.settings import AffineSettings
 
@@ -54,7 +55,8 @@ def sampling_params(
         detokenize=False,
         # Generation ends at the tokens that the embedded engine ends at, and at no others.
         ignore_eos=True,
-        stop_token_ids=[] if sampling.ignore_eos else sorted(eos_tokens),
+        stop_token_ids=sorted(end_tokens(sampling, eos_tokens)),
+        min_tokens=sampling.min_tokens,
         output_kind=RequestOutputKind.DELTA,
         extra_args=Steering(tuple(edits), plugin_seed, name).to_extra_args(),
         skip_clone=True,

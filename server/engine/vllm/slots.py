@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from server.engine.base import UnservableInterventionError
+from server.engine.errors import UnservableInterventionError
 from server.engine.slots import SlotTable
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from server.engine.base import EngineStats
+from server.engine.output import EngineStats
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from interventions.importers.sae import Feature, read_sae
 from interventions.importers.sites import Place, parse_layers
 from interventions.importers.svec import read_svec
 from interventions.model import ModelDescription
-from server.engine.base import Edit
+from server.engine.request import Edit
 from server.engine.torch.options import EngineOptions
 from server.engine.vllm.plugin.sites import ARCHITECTURES, possible_sites
 from steering.settings import AffineSettings

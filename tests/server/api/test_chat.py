@@ -10,7 +10,8 @@ from openai import AsyncOpenAI
 from interventions.registry import Registry
 from server.api.errors import ApiError
 from server.config import ConfigurationError
-from server.engine.base import StepFailedError, StepOutput
+from server.engine.errors import StepFailedError
+from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.live import live
@@ -275,8 +276,6 @@ UNSUPPORTED: tuple[Json, ...] = (
     {"tool_choice": "required"},
     {"functions": [{"name": "f"}]},
     {"function_call": "auto"},
-    {"response_format": {"type": "json_object"}},
-    {"response_format": {"type": "text", "more": 1}},
     {"modalities": ["text", "audio"]},
     {"audio": {"voice": "x"}},
     {"moderation": {}},

@@ -12,7 +12,7 @@ import pytest
 from interventions.registry import Registry
 from server.api.comparison import mean_log_ratio
 from server.api.progress import Progress
-from server.engine.base import Edit, Request, SamplingSettings
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from steering.settings import AffineSettings, RewardSettings
 from tests import oracles
@@ -128,7 +128,9 @@ async def test_the_end_token_is_scored_and_no_text_is_tokenized_again(
     ended = [place for place, each in enumerate(tokens) if len(each) > 1 and each[-1] == EOS]
     assert ended, "no answer has an end token after others"
     texts = [choice["text"] for choice in body["choices"]]
-    other = [place for place in ended if tiny_engine.tokenize(texts[place]) != tokens[place][:-1]]
+    other = [
+        place for place in ended if tiny_engine.prompts.tokenize(texts[place]) != tokens[place][:-1]
+    ]
     assert other, "each text has the token ids that it was made of"
     for place in {ended[0], other[0]}:
         expected = expected_of(tokens[place], "maps")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +12,17 @@ import pytest
 
 from interventions.model import ModelDescription
 from interventions.registry import Registry
-from server.engine.base import (
-    Engine,
-    EngineError,
+from server.engine.base import Engine, Generation, PromptReader
+from server.engine.errors import EngineError, QueueFullError, StepFailedError
+from server.engine.grammar import CompiledGrammar
+from server.engine.output import (
     EngineStats,
     FinishReason,
-    Generation,
     PromptDescription,
-    QueueFullError,
-    Request,
-    StepFailedError,
     StepOutput,
+    TokenizerDescription,
 )
+from server.engine.request import Conversation, Request
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import LoadTiny, MakeClient, WriteArtifact
 from tests.engines import idle
@@ -65,6 +64,28 @@ class FakeGeneration:
         self.cancelled = True
 
 
+class FakePrompts:
+    """Implements PromptReader; every token is 1."""
+
+    tokenizer = TokenizerDescription("Fake", None, None, None, None, None)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1] * len(text)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return "x" * len(tokens)
+
+    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
+        tokens = (1,) * len(prompt)
+        return PromptDescription(tokens, "x" * len(tokens), tuple(range(len(tokens))), "x")
+
+    def tokenize_chat(self, conversation: Conversation) -> list[int]:
+        return [1] * len(conversation.messages)
+
+    def names(self, tokens: Sequence[int]) -> list[str]:
+        return ["x"] * len(tokens)
+
+
 @dataclass
 class FakeEngine:
     """A fake engine whose queue is full after one `submit`.
@@ -86,18 +107,12 @@ class FakeEngine:
     ready: bool = True
     died: bool = False
 
-    def tokenize(self, text: str) -> list[int]:
-        return [1] * len(text)
+    @property
+    def prompts(self) -> PromptReader:
+        return FakePrompts()
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        return "x" * len(tokens)
-
-    def describe_prompt(self, prompt: str | Sequence[int]) -> PromptDescription:
-        tokens = (1,) * len(prompt)
-        return PromptDescription(tokens, "x" * len(tokens), tuple(range(len(tokens))), "x")
-
-    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return [1] * len(messages)
+    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+        raise NotImplementedError
 
     async def submit(self, requests: Sequence[Request]) -> list[Generation]:
         if self.submitted:

@@ -7,7 +7,9 @@ import pytest
 from openai import AsyncOpenAI
 
 from interventions.registry import Registry
-from server.engine.base import Edit, QueueFullError, Request, SamplingSettings, StepOutput
+from server.engine.errors import QueueFullError
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from steering.settings import AffineSettings
 from tests.conftest import WriteArtifact
@@ -79,7 +81,7 @@ async def test_the_openai_client_steers(
 async def test_prompts_as_text_and_as_token_ids(
     client: httpx.AsyncClient, tiny_engine: TorchEngine
 ) -> None:
-    hello, bye = tiny_engine.tokenize("Hello"), tiny_engine.tokenize("Bye!")
+    hello, bye = tiny_engine.prompts.tokenize("Hello"), tiny_engine.prompts.tokenize("Bye!")
     expected = [await text_of(client, prompt=prompt) for prompt in ("Hello", "Bye!")]
     assert expected[0] != expected[1]
     for prompts in (["Hello", "Bye!"], [hello, bye]):
@@ -280,7 +282,7 @@ async def test_a_seed_of_minus_one_is_none(
 async def test_a_bias_forces_a_token_that_the_model_has(
     client: httpx.AsyncClient, tiny_engine: TorchEngine
 ) -> None:
-    [token] = tiny_engine.tokenize("z")
+    [token] = tiny_engine.prompts.tokenize("z")
     assert await text_of(client, logit_bias={str(token): 100}) == "zzzzzz"
     error = error_of(await complete(client, logit_bias={"259": 1}))
     assert error["param"] == "logit_bias"
@@ -289,7 +291,7 @@ async def test_a_bias_forces_a_token_that_the_model_has(
 async def test_echo_gives_the_prompt_as_it_was_given(
     client: httpx.AsyncClient, tiny_engine: TorchEngine
 ) -> None:
-    for prompt in ("Hello", "h\u00e9!", tiny_engine.tokenize("h\u00e9!")):
+    for prompt in ("Hello", "h\u00e9!", tiny_engine.prompts.tokenize("h\u00e9!")):
         text = prompt if isinstance(prompt, str) else "h\u00e9!"
         body = (await complete(client, prompt=prompt, echo=True, n=2)).json()
         completion = await text_of(client, prompt=prompt)
@@ -401,7 +403,7 @@ async def test_prompt_logprobs_equal_generated_logprobs(
 ) -> None:
     """Prompt logprobs, as lm-evaluation-harness asks for them, equal those of the generation."""
     digest = (await push(client, affine_artifact("maps")))["digest"]
-    context = tuple(tiny_engine.tokenize("Hello"))
+    context = tuple(tiny_engine.prompts.tokenize("Hello"))
     request = Request(
         "written",
         context,
@@ -417,7 +419,7 @@ async def test_prompt_logprobs_equal_generated_logprobs(
         fields["steering"] = {"intervention": "maps"}
     for max_tokens in (0, 1):
         [choice] = (await complete(client, max_tokens=max_tokens, **fields)).json()["choices"]
-        assert choice["text"].startswith(tiny_engine.describe_prompt(tokens).text)
+        assert choice["text"].startswith(tiny_engine.prompts.describe_prompt(tokens).text)
         logprobs = choice["logprobs"]
         assert {len(values) for values in logprobs.values()} == {len(tokens) + max_tokens}
         assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)

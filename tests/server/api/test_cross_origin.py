@@ -5,7 +5,7 @@ import pytest
 from pydantic import JsonValue
 
 from interventions.registry import Registry
-from server.engine.base import QueueFullError
+from server.engine.errors import QueueFullError
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import MakeClient, WriteArtifact
 from tests.serving import Script, bytes_of, complete, error_of
@@ -113,7 +113,7 @@ async def test_every_error_can_be_read_by_the_page(
         429: await complete(client),
         403: await client.get("/v1/models", headers={"Host": "evil.example"}),
     }
-    monkeypatch.setattr(tiny_engine, "tokenize", fail)
+    monkeypatch.setattr(tiny_engine.prompts, "tokenize", fail)
     answers[500] = await complete(client)
     for status, answer in answers.items():
         assert answer.status_code == status

@@ -12,7 +12,7 @@ import interventions.changes
 from interventions.artifact import write_artifact
 from interventions.registry import Registry
 from server.config import ConfigurationError
-from server.engine.base import StepFailedError, UnservableInterventionError
+from server.engine.errors import StepFailedError, UnservableInterventionError
 from server.engine.torch.engine import TorchEngine
 from steering.affine import AffineMap
 from tests.catalogues import names_of

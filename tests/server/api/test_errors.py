@@ -9,7 +9,7 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError
 
 from interventions.registry import Registry
-from server.engine.base import (
+from server.engine.errors import (
     BankFullError,
     EngineDeadError,
     EngineError,
@@ -66,7 +66,7 @@ WRONG_FIELDS: tuple[tuple[Json, str], ...] = (
     ({"stop": "x" * 1001}, "stop"),
     ({"seed": 1.5}, "seed"),
     ({"seed": 2**63}, "seed"),
-    ({"logprobs": 6}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"ignore_eos": 1}, "ignore_eos"),

@@ -9,7 +9,8 @@ from interventions.registry import Registry
 from server.api.context import ServerContext
 from server.api.errors import ApiError
 from server.api.generations import GenerationGroup
-from server.engine.base import Request, SamplingSettings, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.engine import TorchEngine
 from server.records import GenerationRecord
 from tests.serving import Script, ScriptedGeneration, build_app, usage

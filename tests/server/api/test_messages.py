@@ -50,7 +50,7 @@ async def test_what_the_template_is_given(
     rendered: str,
 ) -> None:
     assert (await chat(chat_client, messages=messages)).status_code == 200
-    assert script.submitted[0].prompt == tuple(chat_engine.tokenize(rendered))
+    assert script.submitted[0].prompt == tuple(chat_engine.prompts.tokenize(rendered))
 
 
 async def test_an_answer_may_be_sent_back_as_the_client_got_it(
@@ -109,7 +109,7 @@ async def test_what_only_comes_back_with_an_answer_changes_nothing(
     response = await chat(chat_client, messages=messages)
     assert response.status_code == 200, response.text
     rendered = "<user>u<assistant>a<user>v<assistant>"
-    assert script.submitted[0].prompt == tuple(chat_engine.tokenize(rendered))
+    assert script.submitted[0].prompt == tuple(chat_engine.prompts.tokenize(rendered))
 
 
 async def test_a_template_with_a_place_for_names_is_given_them(
@@ -119,10 +119,10 @@ async def test_a_template_with_a_place_for_names_is_given_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     template = "{% for m in messages %}<{{ m.name or m.role }}>{{ m.content }}{% endfor %}"
-    monkeypatch.setattr(chat_engine._prompts._chat, "chat_template", template)
+    monkeypatch.setattr(chat_engine.prompts._source, "chat_template", template)
     messages = [user("u", name="Ann"), user("v", name="")]
     assert (await chat(chat_client, messages=messages)).status_code == 200
-    assert script.submitted[0].prompt == tuple(chat_engine.tokenize("<Ann>u<user>v"))
+    assert script.submitted[0].prompt == tuple(chat_engine.prompts.tokenize("<Ann>u<user>v"))
 
 
 WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
@@ -207,7 +207,7 @@ async def test_a_conversation_as_lm_evaluation_harness_sends_it(
 async def test_a_template_that_fails_is_the_requests_error(
     chat_client: httpx.AsyncClient, chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = chat_engine._prompts._chat
+    tokenizer = chat_engine.prompts._source
     for template in (
         "{{ 1 // 0 }}",
         "{{ raise_exception(messages[0].content) }}",

@@ -17,7 +17,7 @@ from interventions.registry import Registry
 from server.api.observe import RequestObserver, outcome_of, record_of, set_outcome
 from server.app import create_app
 from server.config import Settings
-from server.engine.base import StepOutput
+from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from server.metrics import Metrics
 from server.records import OUTCOMES, GenerationRecord, RequestRecord
@@ -96,7 +96,7 @@ async def test_an_unexpected_error_is_an_envelope_with_an_id(
     def fail(_: str) -> list[int]:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(tiny_engine, "tokenize", fail)
+    monkeypatch.setattr(tiny_engine.prompts, "tokenize", fail)
     kept = Kept()
     app = watched(tiny_engine, registry, kept)
     async with client_of(app) as client:

@@ -16,14 +16,9 @@ from fastapi.routing import APIRoute
 
 import interventions.changes
 from interventions.registry import Registry
-from server.engine.base import (
-    Edit,
-    Generation,
-    Request,
-    ScoredToken,
-    StepOutput,
-    TokenLogprobs,
-)
+from server.engine.base import Generation
+from server.engine.output import ScoredToken, StepOutput, TokenLogprobs
+from server.engine.request import Edit, Request
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.serving import Json, ScriptedGeneration, build_app, error_of
@@ -47,6 +42,9 @@ SHAPES: tuple[tuple[str, Json], ...] = (
     ("/v1/chat/completions", {"n": 2, "stream": True, "stream_options": {"include_usage": True}}),
     ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 5, "max_completion_tokens": 1}),
     ("/v1/completions", {"compare": True}),
+    ("/v1/completions", {"prompt_logprobs": 1, "max_tokens": 0, "return_token_ids": True}),
+    ("/v1/completions", {"structured_outputs": {"choice": ["x"]}, "stream": True}),
+    ("/v1/chat/completions", {"continue_final_message": False, "stop_token_ids": [1]}),
     ("/v1/chat/completions", {"compare": True, "stream": True}),
 )
 
@@ -133,7 +131,7 @@ class Answer(ScriptedGeneration):
 
 
 def _output(request: Request) -> StepOutput:
-    scored = TokenLogprobs(ScoredToken("x", b"x", -1.0), top=())
+    scored = TokenLogprobs(ScoredToken(0, "x", b"x", -1.0), top=(), rank=1)
     sampling = request.sampling
     places = len(request.prompt) - sampling.prompt_logprobs_from
     return StepOutput(
@@ -262,7 +260,8 @@ async def test_every_endpoint_that_generates_is_in_the_matrix(serve: Serve) -> N
         for route in serve.apps[0].routes
         if isinstance(route, APIRoute) and "POST" in (route.methods or ())
     }
-    assert posts - {"/v1/interventions"} == set(ENDPOINTS)
+    # These run no model.
+    assert posts - {"/v1/interventions", "/tokenize", "/detokenize"} == set(ENDPOINTS)
 
 
 @pytest.mark.parametrize("policy", ["optional", "required", "locked"])

@@ -45,7 +45,7 @@ class SlowTokenizer:
 def slow(tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowTokenizer]:
     """Replace the tiny engine's tokenizer by a slow one."""
     slow = SlowTokenizer()
-    monkeypatch.setattr(tiny_engine, "tokenize", slow.tokenize)
+    monkeypatch.setattr(tiny_engine.prompts, "tokenize", slow.tokenize)
     yield slow
     slow.finish()
 
@@ -58,13 +58,13 @@ async def test_a_long_prompt_is_read_off_the_event_loop(
     long: bool,
 ) -> None:
     threads = set()
-    tokenize = tiny_engine.tokenize
+    tokenize = tiny_engine.prompts.tokenize
 
     def watched(text: str) -> list[int]:
         threads.add(threading.current_thread())
         return tokenize(text)
 
-    monkeypatch.setattr(tiny_engine, "tokenize", watched)
+    monkeypatch.setattr(tiny_engine.prompts, "tokenize", watched)
     monkeypatch.setattr(answering, "LONG_TEXT", 300 if long else 301)
     text = "0123456789" * 30
     assert await text_of(client, prompt=text) == await text_of(client, prompt=tokenize(text))
@@ -75,13 +75,13 @@ async def test_token_ids_become_text_for_the_log_off_the_event_loop(
     make_client: MakeClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = set()
-    detokenize = tiny_engine.detokenize
+    detokenize = tiny_engine.prompts.detokenize
 
     def watched(tokens: Sequence[int]) -> str:
         threads.add(threading.current_thread())
         return detokenize(tokens)
 
-    monkeypatch.setattr(tiny_engine, "detokenize", watched)
+    monkeypatch.setattr(tiny_engine.prompts, "detokenize", watched)
     prompt = [65] * answering.LONG_TEXT
     response = await complete(make_client(log_content=True), prompt=prompt)
     assert error_of(response)["param"] == "prompt"
@@ -133,17 +133,17 @@ async def test_slow_prompts_keep_nothing_else_waiting(
 async def test_a_text_that_cannot_fit_is_refused_unread(
     client: httpx.AsyncClient, tiny_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bound = tiny_engine._prompts.max_characters
+    bound = tiny_engine.prompts.max_characters
     fits = await complete(client, prompt="x" * bound)
     assert "(2560 in the prompt" in str(error_of(fits)["message"])
-    encode = tiny_engine._prompts._tokenizer.encode_batch
+    encode = tiny_engine.prompts._tokenizer.encode_batch
 
     class ShortTexts:
         def encode_batch(self, texts: list[str], **options: bool) -> object:
             assert texts == ["short"]
             return encode(texts, **options)
 
-    monkeypatch.setattr(tiny_engine._prompts, "_tokenizer", ShortTexts())
+    monkeypatch.setattr(tiny_engine.prompts, "_tokenizer", ShortTexts())
     for length in (bound + 1, 1_000_000):
         response = await complete(client, prompt=["short", "x" * length])
         assert response.status_code == 400

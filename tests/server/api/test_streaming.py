@@ -7,14 +7,14 @@ import pytest
 
 from interventions.registry import Registry
 from server.api.errors import ApiError
-from server.engine.base import (
+from server.engine.errors import (
     EngineDeadError,
     EngineError,
     InvalidRequestError,
     ShuttingDownError,
     StepFailedError,
-    StepOutput,
 )
+from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import WriteArtifact
 from tests.live import live

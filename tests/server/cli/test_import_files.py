@@ -14,7 +14,7 @@ from interventions.compatibility import check_compatible
 from interventions.manifest import AffineManifest, RewardManifest
 from server.__main__ import app
 from server.cli import import_files
-from server.engine.base import Edit
+from server.engine.request import Edit
 from server.engine.torch.options import EngineOptions
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import LoadTiny, StartEngine

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.base import Edit, InvalidRequestError, SamplingSettings, StepOutput
+from server.engine.errors import InvalidRequestError
+from server.engine.output import StepOutput
+from server.engine.request import Edit, SamplingSettings
 from server.engine.text.vocabulary import Vocabulary
 from steering.settings import AffineSettings
 from tests.both_engines import (

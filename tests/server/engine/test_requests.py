@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 
-from server.engine.base import (
+from server.engine.errors import (
     BankFullError,
-    Edit,
     EngineError,
     InvalidRequestError,
     NoBackgroundRoomError,
     QueueFullError,
-    Request,
-    SamplingSettings,
     UnservableInterventionError,
 )
+from server.engine.request import Conversation, Edit, Request, SamplingSettings
 from steering.settings import AffineSettings
 from tests.both_engines import (
     CONTEXT,
@@ -382,9 +380,9 @@ async def test_what_a_finished_request_says(subject: Subject) -> None:
 
 @each_engine
 async def test_text_and_tokens(subject: Subject) -> None:
-    tokens = subject.engine.tokenize("h\u00e9llo")
-    assert tiny_tokenizer().decode(tokens) == subject.engine.detokenize(tokens) == "h\u00e9llo"
-    assert subject.engine.tokenize_chat([{"role": "user", "content": "x"}]) == (
-        subject.engine.tokenize("<user>x<assistant>")
-    )
+    prompts = subject.engine.prompts
+    tokens = prompts.tokenize("h\u00e9llo")
+    assert tiny_tokenizer().decode(tokens) == prompts.detokenize(tokens) == "h\u00e9llo"
+    conversation = Conversation(({"role": "user", "content": "x"},))
+    assert prompts.tokenize_chat(conversation) == prompts.tokenize("<user>x<assistant>")
     assert subject.engine.model.architecture == "LlamaForCausalLM"

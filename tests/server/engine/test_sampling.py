@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import SamplingSettings
+from server.engine.request import SamplingSettings
 from tests.both_engines import TIGHT, Subject, each_engine, each_setup, request
 from tests.oracles import penalized
 from tests.prefix_traffic import stack_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.base import BankFullError
+from server.engine.errors import BankFullError
 from server.engine.slots import SlotTable
 
 

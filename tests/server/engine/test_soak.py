@@ -18,6 +18,7 @@ import pytest
 from pydantic import JsonValue
 
 from interventions.artifact import write_artifact
+from server.engine.request import Conversation
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.loaded_interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
@@ -137,9 +138,11 @@ class Expected:
         key = (job.chat, job.prompt, job.steering)
         if key not in self.made:
             prompt = (
-                self.subject.engine.tokenize_chat([{"role": "user", "content": job.prompt}])
+                self.subject.engine.prompts.tokenize_chat(
+                    Conversation(({"role": "user", "content": job.prompt},))
+                )
                 if job.chat
-                else self.subject.engine.tokenize(job.prompt)
+                else self.subject.engine.prompts.tokenize(job.prompt)
             )
             tokens, logits = self.subject.oracle.greedy(prompt, COMPARED, STEERING[job.steering][1])
             gaps = [float(-row.topk(2).values.diff()) for row in logits]

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import Edit, InvalidRequestError, SamplingSettings
+from server.engine.errors import InvalidRequestError
+from server.engine.request import Edit, SamplingSettings
 from steering.settings import AffineSettings, RewardSettings
 from tests.both_engines import BOTH_STACKS, Subject, each_engine, each_setup, each_tight, request
 from tests.prefix_traffic import contaminate, stack_of

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from transformers import PreTrainedModel
 
-from server.engine.base import UnservableInterventionError
+from server.engine.errors import UnservableInterventionError
 from server.engine.probes import complete_map
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.cuda.affine_check import use_affine_kernel

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-from server.engine.base import Request, SamplingSettings
+from server.engine.request import Request, SamplingSettings
 
 
 def changes_logits(settings: SamplingSettings) -> bool:

@@ -2,20 +2,24 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from torch import Tensor
 
-from server.engine.base import EngineError, StepFailedError, StepOutput, TokenLogprobs
+from server.engine.errors import EngineError, StepFailedError
+from server.engine.output import StepOutput, TokenLogprobs
 from server.engine.overflow import not_a_number
+from server.engine.request import SamplingSettings
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.row_results import DrawnToken, draw_and_score
-from server.engine.torch.sampling.sampler import RowLogprobs
+from server.engine.torch.sampling.sampler import Draw, RowLogprobs
 from server.engine.torch.sampling.sequence_outputs import SequenceOutputs
 from server.engine.torch.scheduling.scheduler import Chunk
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.step.batch import Row
+
+_GREEDY: Final = SamplingSettings(max_tokens=1, temperature=0)
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +51,9 @@ class Postprocessor:
         read = [chunk.sequence for chunk in chunks if chunk.completes and not chunk.draws]
         for chunk in chunks:
             chunk.sequence.computed_tokens += chunk.count
-        draws = [outputs[row.sequence].next_draw() for row in rows if row.draws]
+        draws, lost = _draws(rows, outputs)
         results = draw_and_score(rows, logits, draws, self._penalties)
-        lost = {row.sequence: not_a_number(row.sequence.request) for row in results.not_finite}
+        lost |= {row.sequence: not_a_number(row.sequence.request) for row in results.not_finite}
         lost |= self._score(results.scored, lost, outputs)
         return [
             *lost.items(),
@@ -88,11 +92,29 @@ class Postprocessor:
         try:
             found = None if row is None else self._logprobs(token, row)
             return outputs.append_token(token, found)
+        except EngineError as error:
+            return error
         except Exception:
             return _text_failed()
 
     def _logprobs(self, token: int, row: RowLogprobs) -> TokenLogprobs:
-        return self._vocabulary.logprobs(token, row.sampled, row.top)
+        return self._vocabulary.logprobs(token, row.sampled, row.top, row.rank)
+
+
+def _draws(
+    rows: Sequence[Row], outputs: Mapping[EngineSequence, SequenceOutputs]
+) -> tuple[list[Draw], dict[EngineSequence, EngineError]]:
+    """Return how each row that draws is drawn from, and the sequences whose grammar fails."""
+    draws: list[Draw] = []
+    lost: dict[EngineSequence, EngineError] = {}
+    for row in rows:
+        if row.draws:
+            try:
+                draws.append(outputs[row.sequence].next_draw())
+            except EngineError as error:
+                lost[row.sequence] = error
+                draws.append(Draw(_GREEDY, 0.0))  # its row is drawn from, and the draw dropped
+    return draws, lost
 
 
 def _text_failed() -> EngineError:

@@ -14,6 +14,7 @@ from torch import Tensor
 from server.engine.torch.model.transfer import device_tensor, to_host
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.sampler import Draw, RowLogprobs, Sample, Scores, sample, score
+from server.engine.torch.sampling.token_masks import allow, forbid
 from server.engine.torch.scheduling.sequence import Sequence as EngineSequence
 from server.engine.torch.step.batch import Row
 
@@ -69,6 +70,8 @@ def draw_and_score(
         i: count for i in drawn if (count := rows[i].sequence.request.sampling.logprobs) is not None
     }
     drawn_from = penalties.penalize(_select(logits, drawn), [draw.penalties for draw in draws])
+    drawn_from = allow(drawn_from, [draw.mask for draw in draws])
+    drawn_from = forbid(drawn_from, [draw.forbidden for draw in draws])
     inexact: list[int] = []
     while True:
         sampled = sample(drawn_from, draws, sorted_rows=inexact)

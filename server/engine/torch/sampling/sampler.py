@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from server.engine.base import SamplingSettings
+from server.engine.request import SamplingSettings
 from server.engine.torch.model.transfer import device_tensor
 from server.engine.torch.sampling.penalties import Penalties
 
@@ -31,11 +31,13 @@ _ONE: Final = 2**52
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One row's settings, its uniform random number in [0, 1), and its penalties."""
+    """One row's settings, its uniform random number in [0, 1), and what changes its logits."""
 
     settings: SamplingSettings
     uniform: float
     penalties: Penalties | None = None
+    mask: bytes | None = None  # the tokens that its grammar allows, if it has one
+    forbidden: frozenset[int] = frozenset()  # tokens that must not be drawn
 
 
 class Sample(NamedTuple):
@@ -51,8 +53,8 @@ def sample(logits: Tensor, draws: Sequence[Draw], sorted_rows: Collection[int] =
     """Draw the next token of each row, without waiting for the device.
 
     Args:
-        logits: (rows, vocabulary) float32, with the draws' penalties applied. A row whose largest
-            logit is not finite gives an arbitrary token.
+        logits: (rows, vocabulary) float32, with the draws' penalties and masks applied. A row whose
+            largest logit is not finite gives an arbitrary token.
         sorted_rows: rows whose whole vocabulary is sorted; these are always exact.
     """
     tokens = logits.argmax(dim=-1)
@@ -188,6 +190,7 @@ class RowLogprobs:
     """Log-probabilities of one row, before penalties, temperature and filters."""
 
     sampled: float
+    rank: int  # the sampled token's place among all, 1 for the likeliest
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
@@ -195,15 +198,17 @@ class Scores(NamedTuple):
     """Log-probabilities of n rows; k is the largest number of alternatives that a row wants."""
 
     sampled: Tensor  # (n,) float32
+    ranks: Tensor  # (n,) int64, of the sampled tokens, 1 for the likeliest
     values: Tensor  # (n, k) float32
     tokens: Tensor  # (n, k) int64
 
     def read(self, counts: Sequence[int]) -> list[RowLogprobs]:
         """Return each row's log-probabilities, with `counts` alternatives. Waits for the device."""
         return [
-            RowLogprobs(sampled, tuple(zip(tokens[:count], values[:count], strict=True)))
-            for sampled, values, tokens, count in zip(
+            RowLogprobs(sampled, rank, tuple(zip(tokens[:count], values[:count], strict=True)))
+            for sampled, rank, values, tokens, count in zip(
                 self.sampled.tolist(),
+                self.ranks.tolist(),
                 self.values.tolist(),
                 self.tokens.tolist(),
                 counts,
@@ -228,6 +233,7 @@ def score(logits: Tensor, tokens: Tensor, alternatives: int) -> Scores:
     for some, chosen in zip(*pieces, strict=True):
         total = some.logsumexp(dim=-1, keepdim=True)
         best = some.topk(max(1, alternatives), dim=-1)
-        sampled = (some.gather(-1, chosen[:, None]) - total)[:, 0]
-        parts.append(Scores(sampled, best.values - total, best.indices))
+        logit = some.gather(-1, chosen[:, None])
+        ranks = (some > logit).sum(dim=-1) + 1
+        parts.append(Scores((logit - total)[:, 0], ranks, best.values - total, best.indices))
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, TypeAlias
 
-from server.engine.base import Edit
+from server.engine.request import Edit
 from steering.settings import AffineSettings, Positions
 
 _ROOT: Final = bytes(32)  # the parent's key of every first block

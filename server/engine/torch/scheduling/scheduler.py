@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final
 
-from server.engine.base import NoBackgroundRoomError, QueueFullError
+from server.engine.errors import NoBackgroundRoomError, QueueFullError
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.sequence import Sequence
 from server.engine.torch.scheduling.shares import share_tokens

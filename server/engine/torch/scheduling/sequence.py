@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from server.engine.base import Request
+from server.engine.request import Request
 from server.engine.torch.scheduling.block_keys import KeyChain
 from steering.settings import SlottedEdit
 

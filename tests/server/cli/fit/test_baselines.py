@@ -13,7 +13,7 @@ from interventions.artifact import Artifact, read_artifact
 from interventions.compatibility import check_compatible
 from interventions.manifest import AffineManifest
 from interventions.request_settings import Caps, InvalidSettingError, resolve_settings
-from server.engine.base import Edit
+from server.engine.request import Edit
 from server.engine.torch.model.loader import load_model
 from steering.affine import AffineMap
 from steering.fit.activations import collect_token_means

@@ -10,9 +10,10 @@ import torch
 
 from interventions.artifact import read_artifact
 from interventions.bundled import bundled_artifacts
-from server.engine.base import Edit, Request, SamplingSettings, StepOutput
 from server.engine.model import embedded
 from server.engine.model.embedded import EmbeddedModelError, embedded_model_folder
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cpu.compiled import CompiledLayers

@@ -2,7 +2,8 @@
 
 import pytest
 
-from server.engine.base import InvalidRequestError
+from server.engine.errors import InvalidRequestError
+from server.engine.request import Conversation
 from server.engine.text.prompts import Prompts
 from tests.tiny import tiny_tokenizer
 
@@ -31,9 +32,9 @@ def test_a_conversation_is_bounded_as_its_template_renders_it() -> None:
     prompts = Prompts(tokenizer, max_tokens=10)
     long = {"role": "user", "content": "x" * 1000}
     short = {"role": "user", "content": "ab"}
-    assert len(prompts.tokenize_chat([long, short])) == 2
+    assert len(prompts.tokenize_chat(Conversation((long, short)))) == 2
     with pytest.raises(InvalidRequestError, match="maximum context length is 10") as refused:
-        prompts.tokenize_chat([short, long])
+        prompts.tokenize_chat(Conversation((short, long)))
     assert refused.value.param == "messages"
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.base import InvalidRequestError
+from server.engine.errors import InvalidRequestError
 from server.engine.model.embedded import embedded_model_folder
 from server.engine.text.detokenizer import Detokenizer
 from server.engine.text.prompts import Prompts

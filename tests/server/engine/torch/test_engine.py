@@ -8,18 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.base import (
-    Edit,
+from server.engine.errors import (
     EngineDeadError,
     QueueFullError,
-    Request,
-    SamplingSettings,
     ShuttingDownError,
     StepFailedError,
-    StepOutput,
     UnservableInterventionError,
 )
 from server.engine.generation import DeliveredGeneration
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.text.detokenizer import Detokenizer
 from server.engine.torch import core
 from server.engine.torch.engine import TorchEngine

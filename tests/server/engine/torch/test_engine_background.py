@@ -3,8 +3,10 @@
 import asyncio
 from dataclasses import replace
 
-from server.engine.base import NoBackgroundRoomError, Request, StepOutput
+from server.engine.errors import NoBackgroundRoomError
 from server.engine.generation import DeliveredGeneration
+from server.engine.output import StepOutput
+from server.engine.request import Request
 from server.engine.torch.options import EngineOptions
 from tests.conftest import StartEngine
 from tests.steered import GREEDY, PROMPTS, generate, tokens_of

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.base import Request, SamplingSettings, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Request, SamplingSettings
 from server.engine.slots import SlotTable
 from server.engine.torch.attention.slab import Slab
 from server.engine.torch.build import build_core

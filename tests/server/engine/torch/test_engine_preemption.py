@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import Edit, InvalidRequestError, Request, SamplingSettings
+from server.engine.errors import InvalidRequestError
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.options import EngineOptions
 from steering.settings import AffineSettings, RewardSettings
 from tests.conftest import StartEngine

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
-from server.engine.base import Edit
+from server.engine.request import Edit
 from server.engine.torch.build import build_core
 from server.engine.torch.loaded_interventions import Parameters
 from server.engine.torch.options import EngineOptions

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import Edit, StepFailedError
+from server.engine.errors import StepFailedError
 from server.engine.model.description import ModelLoadError
+from server.engine.request import Edit
 from server.engine.torch.attention.page_pool import PAGE
 from server.engine.torch.attention.paged_attention import PagedMemory
 from server.engine.torch.build import build_core

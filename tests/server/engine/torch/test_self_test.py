@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from server.engine.base import UnservableInterventionError
+from server.engine.errors import UnservableInterventionError
 from server.engine.model.description import ModelLoadError
 from server.engine.torch.attention import slab_attention
 from server.engine.torch.build import build_core, context_length

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import Edit, Request, ShuttingDownError, UnservableInterventionError
+from server.engine.errors import ShuttingDownError, UnservableInterventionError
 from server.engine.generation import DeliveredGeneration
+from server.engine.request import Edit, Request
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.site_probes import SiteProbes
 from steering.affine import AffineMap

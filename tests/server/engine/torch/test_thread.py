@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from server.engine.base import EngineDeadError, ShuttingDownError
+from server.engine.errors import EngineDeadError, ShuttingDownError
 from server.engine.torch.sampling.postprocess import Delivery
 from server.engine.torch.thread import EngineThread
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.engine.base import InvalidRequestError, TokenLogprobs
+from server.engine.errors import InvalidRequestError
+from server.engine.output import TokenLogprobs
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.vllm.answer import Answer
 from tests.both_engines import request

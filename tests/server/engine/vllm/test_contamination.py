@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.base import Edit
+from server.engine.request import Edit
 from steering.settings import AffineSettings
 from tests.both_engines import Subject, each_vllm
 from tests.prefix_traffic import KIN, contaminate

@@ -17,12 +17,8 @@ import pytest
 from safetensors.torch import load, save
 
 from server.config import ConfigurationError
-from server.engine.base import (
-    Edit,
-    EngineDeadError,
-    ShuttingDownError,
-    UnservableInterventionError,
-)
+from server.engine.errors import EngineDeadError, ShuttingDownError, UnservableInterventionError
+from server.engine.request import Edit
 from steering.settings import AffineSettings
 from tests.both_engines import TIGHT, Subject, request, started
 from tests.steered import GREEDY, STACKS, tokens_of

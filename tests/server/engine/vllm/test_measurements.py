@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from server.engine.base import EngineStats, StepOutput
+from server.engine.output import EngineStats, StepOutput
 from server.engine.vllm.measurements import Measurements
 from server.engine.vllm.plugin.wire import Measured
 from steering.dose import DoseTotal

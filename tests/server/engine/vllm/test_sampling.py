@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from server.engine.base import Request, SamplingSettings
+from server.engine.request import Request, SamplingSettings
 from server.engine.vllm.plugin.wire import Runner, Steering
 
 pytestmark = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from interventions.artifact import write_artifact
-from server.engine.base import Edit
+from server.engine.request import Edit
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.plugin.wire import Measured
 from steering.affine import AffineMap

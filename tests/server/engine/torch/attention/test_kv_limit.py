@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.base import Request, SamplingSettings, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.attention.mapped import (
     _SLOTS_A_CHUNK,
     PAGE_BYTES,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.base import Edit
+from server.engine.request import Edit
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cpu import compiled

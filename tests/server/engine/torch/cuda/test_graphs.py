@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from server.engine.base import Edit
 from server.engine.model.description import ModelLoadError
+from server.engine.request import Edit
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.cuda import graphs as cuda_graphs

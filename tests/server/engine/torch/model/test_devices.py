@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from server.engine.base import Edit, Request, SamplingSettings, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.attention.slab import KVShape
 from server.engine.torch.attention.slab_attention import SlabMemory
 from server.engine.torch.attention.transformers_hook import use_engine_attention

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.base import Request, SamplingSettings
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.model.transfer import to_device
 from server.engine.torch.sampling import penalty_table
 from server.engine.torch.sampling.penalties import Penalties

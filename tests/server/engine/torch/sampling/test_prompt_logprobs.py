@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.base import Edit, StepOutput
+from server.engine.output import StepOutput
+from server.engine.request import Edit
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.options import EngineOptions
 from tests.conftest import StartEngine

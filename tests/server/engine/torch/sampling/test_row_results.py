@@ -6,7 +6,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from server.engine.base import Request, SamplingSettings
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.model.transfer import to_host
 from server.engine.torch.sampling import row_results
 from server.engine.torch.sampling.penalty_table import PenaltyTable

@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from server.engine.base import Request, SamplingSettings
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.sampling.penalties import Penalties, changes_logits
 from server.engine.torch.sampling.penalty_table import PenaltyTable
 from server.engine.torch.sampling.sampler import Draw, sample, score

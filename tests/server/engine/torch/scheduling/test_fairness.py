@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
-from server.engine.base import Edit, Request, SamplingSettings
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.build import build_core
 from server.engine.torch.options import EngineOptions
 from server.engine.torch.scheduling.block_pool import BlockPool

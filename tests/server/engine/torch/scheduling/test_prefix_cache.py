@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
-from server.engine.base import Edit, EngineError, Request, SamplingSettings, StepOutput
+from server.engine.errors import EngineError
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request, SamplingSettings
 from server.engine.torch.attention.slab import KVShape, Slab, SlabPool
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore

@@ -7,14 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from server.engine.base import (
-    BankFullError,
-    Edit,
-    EngineError,
-    NoBackgroundRoomError,
-    Request,
-    StepOutput,
-)
+from server.engine.errors import BankFullError, EngineError, NoBackgroundRoomError
+from server.engine.output import StepOutput
+from server.engine.request import Edit, Request
 from server.engine.torch.build import build_core
 from server.engine.torch.core import EngineCore
 from server.engine.torch.options import EngineOptions

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.base import QueueFullError, Request, SamplingSettings
+from server.engine.errors import QueueFullError
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.scheduler import BACKGROUND_TOKENS, Chunk, Scheduler
 from server.engine.torch.scheduling.sequence import Sequence

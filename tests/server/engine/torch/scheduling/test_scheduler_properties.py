@@ -7,7 +7,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.base import NoBackgroundRoomError, QueueFullError, Request, SamplingSettings
+from server.engine.errors import NoBackgroundRoomError, QueueFullError
+from server.engine.request import Request, SamplingSettings
 from server.engine.torch.scheduling.block_pool import BlockPool
 from server.engine.torch.scheduling.scheduler import Scheduler
 from server.engine.torch.scheduling.sequence import Sequence
