@@ -1,12 +1,13 @@
 """The compiled grammar of a request's answers, and how far an answer has come in it."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from llguidance import LLMatcher
 
 from server.engine.errors import InvalidRequestError
 
-SHOWN = 300  # characters of a compiler's message that an error shows
+SHOWN: Final = 300  # characters of a compiler's message that an error shows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -249,11 +249,11 @@ async def test_an_admission_that_fails_half_way_leaves_nothing_behind(
     engine = await start_engine(INTERVENTIONS)
     made = []
 
-    def failing(*arguments: object) -> Detokenizer:
+    def failing(*arguments: object, **options: object) -> Detokenizer:
         made.append(arguments)
         if len(made) == 2:
             raise MemoryError
-        return Detokenizer(*arguments)  # type: ignore[arg-type]
+        return Detokenizer(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("server.engine.text.answer_text.Detokenizer", failing)
     with pytest.raises(MemoryError):
