@@ -25,13 +25,8 @@ _ASSETS: Final = {
     "favicon.png": "image/png",
 }
 _REFERENCE: Final = "#/components/schemas/{model}"
-_KEYED: Final = (
-    "/v1",
-    "/tokenize",
-    "/detokenize",
-    "/tokenizer_info",
-    "/metrics",
-)  # beginnings of paths that ask for a key if one is set
+# Paths that begin so ask for a key if one is set.
+_KEYED: Final = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info", "/metrics")
 
 router = APIRouter(include_in_schema=False)
 

@@ -16,7 +16,7 @@ MAX_STRUCTURE: Final = 64 * 1024  # characters of a schema, of a grammar, or of 
 MAX_PATTERN: Final = 8 * 1024  # characters of a regular expression, or of a grammar in GBNF
 MAX_CHOICES: Final = 1000
 
-# What tells Lark from GBNF, whose first rule is `root ::= ...`.
+# Lark's first rule is `start: ...`, and GBNF's is `root ::= ...`.
 _LARK: Final = re.compile(r"^(?:%llguidance\b|[?!]?start\b[^\n:]*:(?!:=))", re.MULTILINE)
 
 Schema: TypeAlias = dict[str, JsonValue]

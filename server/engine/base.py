@@ -81,7 +81,7 @@ class Engine(Protocol):
 
     @property
     def prompts(self) -> PromptReader:
-        """What reads prompts for the model."""
+        """The model's reader of prompts."""
 
     @property
     def max_model_len(self) -> int:

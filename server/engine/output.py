@@ -1,4 +1,4 @@
-"""What an engine gives the API: the outputs of steps, descriptions of prompts, and gauges."""
+"""Defines what an engine gives the API: outputs of steps, descriptions of prompts, gauges."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias

@@ -1,4 +1,4 @@
-"""What the API asks of an engine: a prompt, how it is sampled, and its resolved edits."""
+"""Defines what the API asks of an engine: a prompt, its sampling, and its resolved edits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from server.engine.errors import InvalidRequestError
 from server.engine.request import Conversation
 
-# What transformers sets itself, so that a client may not.
+# transformers sets these itself, so a client may not.
 _RESERVED: Final = frozenset(
     {
         *("messages", "tools", "documents", "add_generation_prompt"),

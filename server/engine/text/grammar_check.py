@@ -46,6 +46,17 @@ def fault_of(lark: str) -> str | None:
     )
 
 
+def schema_of(lark: str) -> Mapping[str, Any] | None:
+    """Return the JSON schema that a grammar is made of; None if there is more in the grammar."""
+    if not lark.startswith(_JSON):
+        return None
+    try:
+        schema = json.loads(lark.removeprefix(_JSON))
+    except ValueError:
+        return None
+    return schema if isinstance(schema, dict) else None
+
+
 def exact_faults(schema: Mapping[str, Any], fault: str) -> Iterator[tuple[str, str]]:
     """Yield the places in a schema, each inside of the one before, that have its fault alone."""
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
@@ -81,8 +92,7 @@ def _check(lark: str) -> None:
     if fault is None:
         return
     _report("", fault)
-    schema = json.loads(lark.removeprefix(_JSON)) if lark.startswith(_JSON) else None
-    if isinstance(schema, dict):
+    if (schema := schema_of(lark)) is not None:
         for place, inner in exact_faults(schema, fault):
             _report(place, inner)
 

@@ -18,8 +18,11 @@ from server.engine.text import grammar_check
 
 _KEPT: Final = 16  # compiled grammars, beside those that running requests hold
 _TRIAL_SECONDS: Final = 10.0  # on a busy machine; the processor time is limited by the trial itself
-# So that a token takes a few milliseconds at most, even of an ambiguous grammar.
-_LIMITS: Final = LLParserLimits(step_max_items=10_000, step_lexer_fuel=100_000)
+# A row is what the parser still considers after a character. In an ambiguous grammar the time of a
+# token grows with the square of the row (500 items: 20 ms), and all requests wait for it. In a
+# schema each property that may come next takes four items, which cost less (4,000 items: 20 ms).
+_LIMITS: Final = LLParserLimits(max_items_in_row=500)
+_SCHEMA_LIMITS: Final = LLParserLimits(max_items_in_row=5_000)
 
 
 class GrammarCompiler:
@@ -67,7 +70,8 @@ class GrammarCompiler:
                 field,
                 "unsupported_parameter",
             ) from error
-        matcher = LLMatcher(tokenizer, lark, log_level=0, limits=_LIMITS)
+        limits = _LIMITS if grammar_check.schema_of(lark) is None else _SCHEMA_LIMITS
+        matcher = LLMatcher(tokenizer, lark, log_level=0, limits=limits)
         if matcher.is_error():
             raise refused(field, matcher.get_error().partition("\n")[0][:SHOWN])
         return matcher

@@ -35,7 +35,7 @@ def json_schema(schema: Json, **fields: object) -> Json:
     return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, **fields}}
 
 
-# What is asked for, and a pattern of the whole answer.
+# Each has a structure, and a pattern of the whole answer.
 STRUCTURES: tuple[tuple[Json, str], ...] = (
     ({"json": OBJECT}, r'\{"a":[0-9]\}'),
     ({"json": json.dumps(OBJECT)}, r'\{"a":[0-9]\}'),

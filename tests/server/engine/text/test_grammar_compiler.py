@@ -95,6 +95,25 @@ def test_the_logits_may_be_narrower_or_wider_than_the_tokenizer(vocabulary: int)
     assert state.completed_by(allowed[0])
 
 
+def test_an_ambiguous_grammar_ends_with_an_error_before_it_stalls_the_engine() -> None:
+    state = compiler().compile('start: s\ns: s s s | s s | "a" |', "grammar").begin()
+    [letter] = tiny_tokenizer().encode("a", add_special_tokens=False)
+    with pytest.raises(InvalidRequestError, match="items") as refusal:  # noqa: PT012
+        for _ in range(200):
+            state.mask()
+            state.completed_by(letter)
+    assert refusal.value.param == "grammar"
+
+
+def test_a_schema_may_have_a_thousand_properties_that_may_be_left_out() -> None:
+    properties = {f"p{number}": {"type": "integer"} for number in range(1000)}
+    grammar = compiler().compile(schema(type="object", properties=properties), "json")
+    state = grammar.begin()
+    for token in tiny_tokenizer().encode('{"p7": 1, "p9', add_special_tokens=False):
+        state.mask()
+        state.completed_by(token)
+
+
 def test_answers_do_not_share_a_state() -> None:
     grammar = compiler().compile('start: "ab"', "field")
     a, b = tiny_tokenizer().encode("ab", add_special_tokens=False)
