@@ -105,6 +105,11 @@ class Settings(BaseSettings):
     vllm_runner: Literal["v1", "v2"] = "v1"
     """With vllm: which of vLLM's two model runners is steered; v2, vLLM's default on a GPU, needs
     Triton, and was never run on a GPU with steering, where the self-test at start decides."""
+    chat_template: Path | None = None
+    """File with a chat template in Jinja; if unset, the model's own."""
+    response_template: Path | None = None
+    """File with a response template of transformers, as JSON: how the model writes calls of tools,
+    and its reasoning; if unset, the model's own, or one that the server knows."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto chooses one that suits the model and the device."""
     device_map: Literal["none", "auto"] = "none"

@@ -31,6 +31,7 @@ from tests.oracles import Oracle
 from tests.serving import eventually
 from tests.steered import GREEDY, STACKS, interventions_of
 from tests.tiny import CHAT_TEMPLATE, random_maps, tiny_tokenizer
+from tests.tool_templates import write_templates
 from tests.vllm_models import artifact_bytes, vllm_model
 
 CONTEXT: Final = 256
@@ -162,6 +163,7 @@ async def _started_torch(
         kv_cache_gb=setup.kv_cache_gb,
         max_loaded_interventions=setup.slots,
         check_invariants=True,
+        templates=write_templates(model.parent),
     )
 
     def read(digest: str) -> Parameters:
@@ -187,6 +189,7 @@ async def _started_vllm(
         kv_cache_gb=setup.kv_cache_gb,
         max_loaded_interventions=setup.slots,
         sites=(_ATTENTION,),
+        templates=write_templates(model.parent),
         vllm_args=f"--block-size {BLOCK}" + (" --enforce-eager" * (not setup.compiled)),
     )
 

@@ -34,6 +34,7 @@ DOCS = (
     "security",
     "serving",
     "structures",
+    "tools",
 )
 README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, TypeVar
 
 from pydantic import JsonValue
@@ -21,7 +22,9 @@ from server.api.generations import GenerationGroup
 from server.api.models import split_model
 from server.api.observe import record_of
 from server.api.streaming import CompletionStream
+from server.api.structure import Structure
 from server.api.waiting import unless_client_leaves
+from server.engine.errors import InvalidRequestError
 from server.engine.grammar import CompiledGrammar
 from server.engine.output import StepOutput
 from server.engine.request import Edit, SamplingSettings
@@ -66,19 +69,31 @@ class Exchange:
         """
         return read() if characters < LONG_TEXT else await self._in_thread(read)
 
-    async def read_grammar(self) -> CompiledGrammar | None:
-        """Have the engine compile the structure that the request asks for, in a thread.
+    async def read_grammar(
+        self, structure: Callable[[], Structure | None] | None
+    ) -> CompiledGrammar | None:
+        """Have the engine compile the structure of the answer, in a thread.
+
+        Args:
+            structure: makes the structure, in the thread; None if the answer is free.
 
         Raises:
             ApiError: what is asked for is no structure, or the deadline has passed.
             InvalidRequestError: it cannot be compiled, or not within the engine's limits.
             ClientGoneError: the client has closed the connection.
         """
-        return await self._in_thread(self._compile) if self._params.is_structured else None
+        if structure is None:
+            return None
+        return await self._in_thread(partial(self._compile, structure))
 
-    def _compile(self) -> CompiledGrammar | None:
-        structure = self._params.structure()
-        return structure and self._context.engine.compile_grammar(*structure)
+    def _compile(self, make: Callable[[], Structure | None]) -> CompiledGrammar | None:
+        structure = make()
+        if structure is None:
+            return None
+        try:
+            return self._context.engine.compile_grammar(structure.lark, structure.field)
+        except InvalidRequestError as error:
+            raise structure.blame(error) from error
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         # Cancelling stops a call that still waits for a thread; one that runs keeps its thread.

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from server.api.logprobs import ListedTokens, Listing, finite
-from server.engine.output import FinishReason, ScoredToken, StepOutput, TokenLogprobs
+from server.api.message_parts import MessageParts, MessageReading
+from server.engine.output import ScoredToken, StepOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -15,16 +16,20 @@ class ChatChoice:
 
     index: int
     listing: Listing
-    _texts: list[str] = field(default_factory=list)
+    reading: MessageReading
+    _parts: MessageParts = field(init=False)
     _tokens: list[TokenLogprobs] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _of_prompt: dict[str, JsonValue] | None = None  # None before the first output
-    _finish_reason: FinishReason | None = None
+    _finish_reason: str | None = None
     _quoted: ListedTokens = field(default_factory=ListedTokens)
     _opened: bool = False  # True once a chunk has given the role
 
+    def __post_init__(self) -> None:
+        self._parts = MessageParts(self.reading)
+
     def empty_copy(self) -> "ChatChoice":
-        return ChatChoice(self.index, self.listing)
+        return ChatChoice(self.index, self.listing, self.reading)
 
     def shared(self) -> Mapping[str, JsonValue]:
         shared, self._of_prompt = self._of_prompt or {}, {}
@@ -32,20 +37,15 @@ class ChatChoice:
 
     def add(self, output: StepOutput) -> None:
         self._read_prompt(output)
-        self._texts.append(output.text)
+        self._parts.add(output)
         self._token_ids += output.token_ids
         self._tokens.extend(self._quoted.take(output))
-        self._finish_reason = output.finish_reason
+        self._finish_reason = self._parts.finish_reason(output)
 
     def body(self) -> dict[str, JsonValue]:
-        message: JsonValue = {
-            "role": "assistant",
-            "content": "".join(self._texts),
-            "refusal": None,
-        }
         return {
             "index": self.index,
-            "message": message,
+            "message": self._parts.message(),
             "logprobs": None if self.listing.logprobs is None else self._logprobs(self._tokens),
             "finish_reason": self._finish_reason,
             **self.listing.of_answer(self._token_ids),
@@ -53,23 +53,30 @@ class ChatChoice:
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
         self._read_prompt(output)
-        deltas: list[dict[str, JsonValue]] = []
-        if not self._opened:
-            self._opened = True
-            deltas.append(self._delta({"role": "assistant", "content": "", "refusal": None}))
+        contents = self._parts.add(output)
         tokens = self._quoted.take(output)
         of_answer = self.listing.of_answer(output.token_ids) if output.token_ids else {}
-        if output.text or tokens or of_answer:
-            deltas.append(self._delta({"content": output.text}, tokens) | of_answer)
-        if output.finish_reason is not None:
-            deltas.append(self._delta({}, finish_reason=output.finish_reason))
+        if not contents and (tokens or of_answer):
+            contents = [{} if self.reading.format else {"content": ""}]
+        deltas: list[dict[str, JsonValue]] = []
+        ends = output.finish_reason is not None
+        if not self._opened and (contents or ends or not self.reading.format):
+            self._opened = True
+            begins_with_call = bool(contents) and "tool_calls" in contents[0]
+            opening = None if begins_with_call else ""
+            deltas.append(self._delta({"role": "assistant", "content": opening, "refusal": None}))
+        for content in contents:
+            deltas.append(self._delta(content, tokens) | of_answer)
+            tokens, of_answer = [], {}
+        if ends:
+            deltas.append(self._delta({}, finish_reason=self._parts.finish_reason(output)))
         return deltas
 
     def _delta(
         self,
         delta: JsonValue,
         tokens: Sequence[TokenLogprobs] = (),
-        finish_reason: FinishReason | None = None,
+        finish_reason: str | None = None,
     ) -> dict[str, JsonValue]:
         return {
             "index": self.index,

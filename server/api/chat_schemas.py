@@ -6,15 +6,17 @@ from pydantic import FailFast, Field, PlainValidator
 
 from server.api.errors import invalid
 from server.api.fields import MAX_LOGPROBS, TOKENS, GenerationFields
-from server.api.messages import Message, parse_messages
+from server.api.messages import parse_messages
 from server.api.request_shapes import MessageShape
 from server.api.strict import only_neutral
 from server.api.structure import ResponseFormat, Structure
+from server.api.tools import Choice, Tools, ToolUse, tool_use
+from server.engine.chat import Conversation, Message, TemplateVariable
 from server.engine.grammar import CompiledGrammar
-from server.engine.request import Conversation, SamplingSettings, TemplateVariable
+from server.engine.request import SamplingSettings
 
 # A list's check stops at the first fault: to collect thousands of faults takes long.
-Tools: TypeAlias = Annotated[list[dict[str, object]], FailFast()]
+Functions: TypeAlias = Annotated[list[dict[str, object]], FailFast()]
 
 
 class ChatRequest(GenerationFields):
@@ -39,10 +41,11 @@ class ChatRequest(GenerationFields):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
 
-    # Tools that must not be called change nothing; `unsupported` names the others.
     tools: Tools = Field(default_factory=list)
-    tool_choice: Annotated[object, only_neutral("tool_choice", "none")] = None
-    functions: Tools = Field(default_factory=list)
+    tool_choice: Choice = None  # auto, if there are tools
+    parallel_tool_calls: bool = True
+    # The names that tools had before; functions that must not be called change nothing.
+    functions: Functions = Field(default_factory=list)
     function_call: Annotated[object, only_neutral("function_call", "none")] = None
     modalities: Annotated[object, only_neutral("modalities", ["text"])] = None
     audio: Annotated[object, only_neutral("audio")] = None
@@ -53,7 +56,6 @@ class ChatRequest(GenerationFields):
 
     # OpenAI runs, bills and files a request by these fields; they do not change the answer.
     metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool | None = None
     prediction: dict[str, object] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, object] | None = None
@@ -62,11 +64,13 @@ class ChatRequest(GenerationFields):
     service_tier: Literal["auto", "default"] | None = None
 
     @property
-    def unsupported(self) -> str | None:
-        """The field that asks for tool calls, given the other fields; None if none does."""
-        if self.tools and self.tool_choice is None:
-            return "tools"
-        return "functions" if self.functions and self.function_call is None else None
+    def tool_use(self) -> ToolUse:
+        """The tools that the answer may call.
+
+        Raises:
+            ApiError: `tool_choice` chooses among tools that are not there.
+        """
+        return tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
 
     @property
     def alternatives(self) -> int | None:
@@ -94,7 +98,8 @@ class ChatRequest(GenerationFields):
             )
         continues = self.continue_final_message
         begins = not continues if self.add_generation_prompt is None else self.add_generation_prompt
-        return Conversation(self.messages, begins, continues, tuple(variables))
+        tools = self.tool_use.tools
+        return Conversation(self.messages, begins, continues, tuple(variables), tools)
 
     @property
     def is_structured(self) -> bool:
@@ -126,7 +131,7 @@ class ChatRequest(GenerationFields):
         """Return the sampling settings of one choice.
 
         Args:
-            grammar: the compiled `structure`.
+            grammar: that of the answer's structure.
             room: tokens that the prompt leaves of the context.
             default: the limit of a request that sets none, in tokens; None for all of `room`.
         """

@@ -43,7 +43,9 @@ async def create_completion(request: Request, context: Context) -> Response:
     _check(completion)
     async with answering(request, context, completion, WORDING, arrived) as exchange:
         prompts = await _read_prompts(completion, context, exchange)
-        grammar = await exchange.read_grammar()
+        grammar = await exchange.read_grammar(
+            completion.structure if completion.is_structured else None
+        )
         repeated = [prompt for prompt in prompts for _ in range(completion.n)]
         plans = [
             ChoicePlan(

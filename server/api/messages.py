@@ -1,12 +1,16 @@
 """Parses the messages of a conversation into the form that a chat template takes."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final
 
+from interventions.strict_json import StrictJSONError, parse_json
 from server.api.errors import ApiError, invalid
 from server.api.parsing import UNSUPPORTED
+from server.engine.chat import Message
 
 MAX_MESSAGES: Final = 2048  # as many as OpenAI takes
+MAX_CALLS: Final = 128  # of one message
 
 # OpenAI's role `developer` is `system` to chat templates.
 ROLES: Final[Mapping[str, str]] = {
@@ -14,54 +18,129 @@ ROLES: Final[Mapping[str, str]] = {
     "developer": "system",
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
 }
 ASSISTANT: Final = "assistant"
+TOOL: Final = "tool"
 # Fields beside a message's text for which templates have no place. They must be empty, as they are
 # in an answer that a client sends back. The last two ask for the message to be continued.
 EMPTY_FIELDS: Final = frozenset(
-    {"refusal", "audio", "images", "function_call", "tool_calls", "prefix", "partial"}
+    {"refusal", "audio", "images", "function_call", "prefix", "partial"}
 )
 HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})  # where other servers cache
-MESSAGE_FIELDS: Final = EMPTY_FIELDS | HINTS | {"role", "content", "name", "type", "annotations"}
+MESSAGE_FIELDS: Final = (
+    EMPTY_FIELDS
+    | HINTS
+    | {"role", "content", "name", "type", "annotations", "tool_calls", "tool_call_id"}
+)
 PART_FIELDS: Final = HINTS | {"type", "text"}
 
 _TEMPLATE_LENGTH: Final = 20  # characters that a chat template adds to a message, roughly
 
-Message: TypeAlias = Mapping[str, str]
-
 
 def characters(messages: Sequence[Message]) -> int:
     """Return the length of a conversation's text, roughly."""
-    return sum(sum(map(len, message.values())) + _TEMPLATE_LENGTH for message in messages)
+    return sum(
+        sum(len(str(value)) for value in message.values()) + _TEMPLATE_LENGTH
+        for message in messages
+    )
+
+
+def shown_text(message: Message) -> str:
+    """Return a message's text, and after it the calls that it makes, as JSON."""
+    calls = message.get("tool_calls")
+    return f"{message['content']}{json.dumps(calls) if calls else ''}"
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:
-    """Return each message's `role`, `content` as one string, and `name`, or raise a 400."""
+    """Return messages in the form that chat templates expect, or raise a 400."""
     if not isinstance(value, list):
         raise invalid("'messages' must be a list of messages.", "messages", "invalid_type")
     if not 0 < len(value) <= MAX_MESSAGES:
         message = f"'messages' has {len(value)} messages; it takes 1 to {MAX_MESSAGES}."
         raise invalid(message, "messages", "invalid_value")
-    return tuple(_parse_message(item, f"messages[{place}]") for place, item in enumerate(value))
+    called: dict[str, str] = {}  # the names of the functions that were called, by the calls' ids
+    return tuple(
+        _parse_message(item, f"messages[{place}]", called) for place, item in enumerate(value)
+    )
 
 
-def _parse_message(value: object, param: str) -> Message:
+def _parse_message(value: object, param: str, called: dict[str, str]) -> Message:
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
-    # The role comes first: a tool's message is wrong for its role, not for its other fields.
+    # The role comes first: a message with another role is wrong for that, not for its fields.
     role = _parse_role(_required(value, "role", param), f"{param}.role")
+    _check_fields(value, role, param)
+    calls = _parse_calls(value.get("tool_calls") or [], f"{param}.tool_calls")
+    message: dict[str, object] = {"role": role, "content": ""}
+    if not calls or value.get("content") is not None:
+        content = _required(value, "content", param)
+        message["content"] = _parse_content(content, f"{param}.content")
+    if value.get("name") is not None and (name := _string(value["name"], f"{param}.name")):
+        message["name"] = name  # some templates use it
+    if role == ASSISTANT and isinstance(reasoning := value.get("reasoning_content"), str):
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+        called |= {call["id"]: call["function"]["name"] for call in calls}
+    if role == TOOL:
+        answered = _string(_required(value, "tool_call_id", param), f"{param}.tool_call_id")
+        message["tool_call_id"] = answered
+        if answered in called:
+            message.setdefault("name", called[answered])  # some templates need it
+    return message
+
+
+def _check_fields(value: dict[str, object], role: str, param: str) -> None:
     if role != ASSISTANT:
-        # The assistant's messages may have unknown fields: other servers add reasoning or sources.
+        # The assistant's messages may have unknown fields: other servers add sources and more.
         _check_known(value, MESSAGE_FIELDS, param)
     if value.get("type") not in (None, "text", "message"):  # lm-evaluation-harness sends a type
         raise _no_text_part(value["type"], f"{param}.type")
     for name in sorted(EMPTY_FIELDS & value.keys()):
         _check_empty(value[name], f"{param}.{name}")
-    content = _required(value, "content", param)
-    message = {"role": role, "content": _parse_content(content, f"{param}.content")}
-    if value.get("name") is not None and (name := _string(value["name"], f"{param}.name")):
-        message["name"] = name  # some templates use it
-    return message
+    for name, owner in (("tool_calls", ASSISTANT), ("tool_call_id", TOOL)):
+        if value.get(name) and role != owner:
+            message = f"'{name}' is only allowed in a message of the role '{owner}'."
+            raise invalid(message, f"{param}.{name}", "invalid_value")
+
+
+def _parse_calls(value: object, param: str) -> list[Any]:
+    """Return calls in OpenAI's form, but with their arguments as objects."""
+    if not isinstance(value, list):
+        raise invalid(f"'{param}' must be a list of calls.", param, "invalid_type")
+    if len(value) > MAX_CALLS:
+        message = f"'{param}' has {len(value)} calls, more than {MAX_CALLS}."
+        raise invalid(message, param, "invalid_value")
+    return [_parse_call(call, f"{param}[{place}]") for place, call in enumerate(value)]
+
+
+def _parse_call(value: object, param: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise invalid(f"'{param}' must be an object.", param, "invalid_type")
+    if value.get("type", "function") != "function":
+        message = f"This server supports calls of functions only, and '{param}' is another."
+        raise invalid(message, f"{param}.type", UNSUPPORTED)
+    function = _required(value, "function", param)
+    if not isinstance(function, dict):
+        raise invalid(f"'{param}.function' must be an object.", f"{param}.function", "invalid_type")
+    inner = f"{param}.function"
+    name = _string(_required(function, "name", inner), f"{inner}.name")
+    text = _string(_required(function, "arguments", inner), f"{inner}.arguments")
+    try:
+        arguments = parse_json(text) if text else {}
+    except StrictJSONError as error:
+        arguments, fault = None, f"; it {error}"
+    else:
+        fault = ""
+    if not isinstance(arguments, dict):
+        message = f"'{inner}.arguments' must be the text of a JSON object{fault}."
+        raise invalid(message, f"{inner}.arguments", "invalid_value")
+    return {
+        "id": _string(_required(value, "id", param), f"{param}.id"),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def _string(value: object, param: str) -> str:

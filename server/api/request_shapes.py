@@ -5,6 +5,7 @@ from typing import Annotated, Literal, NotRequired, TypeAlias
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
+from server.api.messages import MAX_CALLS
 from server.api.steering_resolver import MAX_STACK
 from steering.settings import Positions
 
@@ -22,11 +23,32 @@ class TextPart(TypedDict):
 
 
 @with_config(ConfigDict(extra="ignore"))
+class CalledFunction(TypedDict):
+    """A function that the assistant has called."""
+
+    name: str
+    arguments: str  # the text of a JSON object
+
+
+@with_config(ConfigDict(extra="ignore"))
+class CallShape(TypedDict):
+    """A call in a message of the assistant."""
+
+    id: str
+    type: NotRequired[Literal["function"]]
+    function: CalledFunction
+
+
+@with_config(ConfigDict(extra="ignore"))
 class MessageShape(TypedDict):
     """One message of a conversation; it may have further fields of OpenAI's."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: NotRequired[str | list[TextPart] | None]  # needed unless the message calls tools
+    name: NotRequired[str | None]
+    reasoning_content: NotRequired[str | None]
+    tool_calls: NotRequired[Annotated[list[CallShape], Field(max_length=MAX_CALLS)] | None]
+    tool_call_id: NotRequired[str | None]  # of a tool's message
 
 
 @with_config(ConfigDict(extra="forbid"))

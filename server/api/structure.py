@@ -11,6 +11,8 @@ from pydantic import Field, JsonValue, PlainValidator, model_validator
 from interventions.strict_json import StrictJSONError, parse_json
 from server.api.errors import ApiError, invalid
 from server.api.strict import Strict, only_neutral
+from server.engine.errors import InvalidRequestError
+from server.engine.grammar import refused
 
 MAX_STRUCTURE: Final = 64 * 1024  # characters of a schema, of a grammar, or of all choices
 MAX_PATTERN: Final = 8 * 1024  # characters of a regular expression, or of a grammar in GBNF
@@ -18,6 +20,9 @@ MAX_CHOICES: Final = 1000
 
 # Lark's first rule is `start: ...`, and GBNF's is `root ::= ...`.
 _LARK: Final = re.compile(r"^(?:%llguidance\b|[?!]?start\b[^\n:]*:(?!:=))", re.MULTILINE)
+
+_ONLY_RULE: Final = "start: "
+_PLACE: Final = re.compile(r": at (?P<line>\d+)\(\d+\): (?P<fault>.*)", re.DOTALL)
 
 Schema: TypeAlias = dict[str, JsonValue]
 
@@ -29,6 +34,26 @@ class Structure(NamedTuple):
 
     lark: str  # in llguidance's dialect
     field: str  # the request's field that asks for it
+    lines: tuple[str, ...] = ()  # the fields that the grammar's first lines are made of
+
+    def only_rule(self) -> str:
+        """Return the body of the grammar's only rule.
+
+        Raises:
+            ApiError: it has more rules.
+        """
+        body = self.lark.removeprefix(_ONLY_RULE)
+        if body == self.lark or "\n" in body:
+            message = f"'{self.field}' cannot be used together with tools that may be called."
+            raise invalid(message, self.field, "unsupported_parameter")
+        return body
+
+    def blame(self, error: InvalidRequestError) -> InvalidRequestError:
+        """Return a compiler's error with the field that the line at fault is made of."""
+        found = _PLACE.search(str(error))
+        if found is None or not 0 < int(found["line"]) <= len(self.lines):
+            return error
+        return refused(self.lines[int(found["line"]) - 1], found["fault"])
 
 
 def _parse_schema(value: object) -> Schema:

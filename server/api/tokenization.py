@@ -1,7 +1,7 @@
 """`/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM has them; harnesses ask for them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, TypeVar
@@ -16,13 +16,14 @@ from server.api.context import Context, ServerContext
 from server.api.documentation import json_body
 from server.api.errors import invalid, timed_out
 from server.api.fields import TOKENS
-from server.api.messages import Message, characters, parse_messages
+from server.api.messages import characters, parse_messages
 from server.api.models import split_model
 from server.api.parsing import read_request
 from server.api.request_shapes import MessageShape
 from server.api.strict import Strict
 from server.api.waiting import unless_client_leaves
-from server.engine.request import Conversation
+from server.engine.base import PromptReader
+from server.engine.chat import Conversation, Message
 
 T = TypeVar("T")
 
@@ -69,10 +70,10 @@ async def tokenize(request: Request, context: Context) -> Response:
     asked = await read_request(TokenizeRequest, request)
     _check_model(asked.model, context)
     prompts = context.engine.prompts
-
+    read: Callable[[], Sequence[int]]
     if asked.messages is not None:
         conversation = Conversation(asked.messages, asked.add_generation_prompt)
-        length, read = characters(asked.messages), partial(prompts.tokenize_chat, conversation)
+        length, read = characters(asked.messages), partial(_chat_tokens, prompts, conversation)
     else:
         text, special = asked.prompt or "", asked.add_special_tokens is not False
         length, read = len(text), partial(prompts.tokenize, text, add_special_tokens=special)
@@ -111,6 +112,10 @@ async def tokenizer_info(context: Context) -> Response:
     """Answer with what a client needs to format conversations by itself."""
     described = asdict(context.engine.prompts.tokenizer)
     return JSONResponse({"tokenizer_class": described.pop("kind"), **described})
+
+
+def _chat_tokens(prompts: PromptReader, conversation: Conversation) -> Sequence[int]:
+    return prompts.read_chat(conversation).tokens
 
 
 def _check_model(model: str | None, context: ServerContext) -> None:

@@ -28,6 +28,7 @@ from server.config import ConfigurationError, Settings
 from server.engine.base import Engine
 from server.engine.model.description import ModelLoadError
 from server.engine.model.embedded import EmbeddedModelError, cache_folder
+from server.engine.templates import Templates
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
@@ -198,6 +199,7 @@ def _load_engine(
         prefix_cache=settings.prefix_cache,
         check_invariants=settings.check_invariants,
         dose_interval=settings.dose_interval,
+        templates=_templates(settings),
     )
     return TorchEngine(loaded, lambda digest: registry.load(digest).parameters, options)
 
@@ -224,6 +226,7 @@ def _load_vllm_engine(
         sites=settings.sites,
         vllm_args=settings.vllm_args,
         runner=settings.vllm_runner,
+        templates=_templates(settings),
     )
     if scorer is not None:
         # A classifier on the same GPU needs its memory first: the engine takes all that is free.
@@ -232,6 +235,10 @@ def _load_vllm_engine(
         settings.model, settings.dtype, options, registry.path, _stored_sites(registry), report
     )
     return engine
+
+
+def _templates(settings: Settings) -> Templates:
+    return Templates(settings.chat_template, settings.response_template)
 
 
 def _stored_sites(registry: Registry) -> frozenset[str]:

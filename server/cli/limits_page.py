@@ -15,10 +15,11 @@ from server.api.fields import (
     MAX_STOPS,
     TOKENS,
 )
-from server.api.messages import MAX_MESSAGES
+from server.api.messages import MAX_CALLS, MAX_MESSAGES
 from server.api.schemas import MAX_PROMPTS, CompletionRequest
 from server.api.steering_resolver import MAX_STACK
 from server.api.structure import MAX_CHOICES, MAX_PATTERN, MAX_STRUCTURE
+from server.api.tools import MAX_FORCED_CALLS, MAX_TOOLS, MAX_TOOLS_SIZE
 from server.engine.text.grammar_check import CPU_SECONDS, MEMORY
 
 _HEAD: Final = """\
@@ -53,6 +54,9 @@ def _counts() -> Iterator[tuple[str, str]]:
     iterations = Caps().iterations[1]
     yield "`prompt`", f"{MAX_PROMPTS:,} prompts"
     yield "`messages`", f"{MAX_MESSAGES:,} messages"
+    yield "`messages[].tool_calls`", f"{MAX_CALLS} calls"
+    yield "`tools`", f"{MAX_TOOLS} tools, {MAX_TOOLS_SIZE:,} characters of JSON in all"
+    yield "calls of an answer that must call tools", str(MAX_FORCED_CALLS)
     yield "`stop`", f"{MAX_STOPS} strings of {MAX_STOP_LENGTH:,} characters each"
     yield "`stop_token_ids`", f"{MAX_STOP_TOKENS} tokens"
     yield (

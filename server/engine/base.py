@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from interventions.model import ModelDescription
+from server.engine.chat import ChatPrompt, Conversation
 from server.engine.grammar import CompiledGrammar
 from server.engine.output import EngineStats, PromptDescription, StepOutput, TokenizerDescription
-from server.engine.request import Conversation, Request
+from server.engine.request import Request
 
 
 class Generation(Protocol):
@@ -56,12 +57,13 @@ class PromptReader(Protocol):
                 has more token ids than `max_model_len`.
         """
 
-    def tokenize_chat(self, conversation: Conversation) -> list[int]:
-        """Return the token ids of a conversation, as the model's own template renders it.
+    def read_chat(self, conversation: Conversation) -> ChatPrompt:
+        """Return the token ids of a conversation, as the model's template renders it.
 
         Raises:
-            InvalidRequestError: the model has no template, its template reads no such variable, or
-                it refuses the messages.
+            InvalidRequestError: the model has no template, its template reads no such variable or
+                knows no tools, it is not known how the model calls tools, or the template refuses
+                the messages.
         """
 
     def names(self, tokens: Sequence[int]) -> list[str]:

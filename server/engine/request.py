@@ -1,31 +1,9 @@
 """Defines what the API asks of an engine: a prompt, its sampling, and its resolved edits."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.engine.grammar import CompiledGrammar
 from steering.settings import AffineSettings, RewardSettings
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateVariable:
-    """A variable that a request sets for the chat template."""
-
-    name: str
-    value: object
-    field: str  # the request's field that sets it; errors name it
-    is_required: bool = True  # refused where the template does not read it, and else left out
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """The messages of a chat, and how the template renders them."""
-
-    # Each has the `role` and `content` that templates expect, and `name` if the client gave one.
-    messages: tuple[Mapping[str, str], ...]
-    add_generation_prompt: bool = True  # the text ends where the assistant's answer begins
-    continue_final_message: bool = False  # the text ends with the last message, to be continued
-    variables: tuple[TemplateVariable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +31,8 @@ class SamplingSettings:
     # for. It has no effect on an answer with a grammar, which says itself where it may end.
     min_tokens: int = 0
     include_stop: bool = False  # the text has the stop string, or the token, that ended it
-    skip_special_tokens: bool = True  # the text has no special tokens
+    skip_special_tokens: bool = True  # the text has no special tokens, but for the next ones
+    shown_special: frozenset[int] = frozenset()  # special tokens that the text has in any case
     logprobs: int | None = None  # alternatives beside the sampled token; None: no log-probabilities
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     grammar: CompiledGrammar | None = None  # the answer obeys it, unless `max_tokens` cuts it off

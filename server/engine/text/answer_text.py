@@ -31,6 +31,7 @@ class AnswerText:
             request.prompt,
             include_stop=sampling.include_stop,
             skip_special_tokens=sampling.skip_special_tokens,
+            shown_special=sampling.shown_special,
         )
         self._end_tokens = end_tokens(sampling, eos_tokens)
         self._min_tokens = sampling.min_tokens if sampling.grammar is None else 0

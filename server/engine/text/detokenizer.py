@@ -21,10 +21,12 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         """With `include_stop`, what ends the text is part of it."""
         self._vocabulary = vocabulary
-        self._hidden = vocabulary.special if skip_special_tokens else frozenset[int]()
+        hidden = vocabulary.special if skip_special_tokens else frozenset[int]()
+        self._hidden = hidden - shown_special
         self._shows_end = include_stop
         self._running = RunningText.continuing(vocabulary, prompt)
         self._stops = StopStrings(stop, include=include_stop)

@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
+from server.engine.chat import ChatPrompt, Conversation
 from server.engine.errors import InvalidRequestError
 from server.engine.output import PromptDescription, TokenizerDescription
-from server.engine.request import Conversation
+from server.engine.templates import OWN_TEMPLATES, Templates
+from server.engine.text.answer_parser import TemplateFormat
+from server.engine.text.call_marks import call_syntax, marks_of
 from server.engine.text.chat_template import ChatTemplate
+from server.engine.text.response_format import find_format, install_templates
 from server.engine.text.running_text import RunningText
 from server.engine.text.vocabulary import Vocabulary
 
@@ -16,14 +20,28 @@ from server.engine.text.vocabulary import Vocabulary
 class Prompts:
     """Implements server.engine.base.PromptReader, for a context of `max_tokens`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_tokens: int,
+        templates: Templates = OWN_TEMPLATES,
+    ) -> None:
+        """Read prompts.
+
+        Raises:
+            ConfigurationError: a template is none.
+        """
+        install_templates(templates, tokenizer)
         self._source = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self._format = find_format(tokenizer)
+        for_tools = None if self._format is None else self._format.chat_template
+        self._template = ChatTemplate(tokenizer, for_tools)
         self._tokenizer = tokenizer.backend_tokenizer
         # A tokenizer's file may turn on truncation or padding, which would silently change prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._vocabulary = Vocabulary(self._tokenizer)
+        self._special = {self.name(token): token for token in self._vocabulary.special}
         self._max_tokens = max_tokens
         # The text of a token has at most as many characters as the token's name.
         self.max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
@@ -65,15 +83,32 @@ class Prompts:
         first = self._vocabulary.with_logprob(tokens[0], 0.0).text
         return PromptDescription(tuple(tokens), text, tuple(offsets), first)
 
-    def tokenize_chat(self, conversation: Conversation) -> list[int]:
-        """Return the token ids of a conversation; see `PromptReader.tokenize_chat`."""
+    def read_chat(self, conversation: Conversation) -> ChatPrompt:
+        """Return a conversation's token ids and its answers' format; see `PromptReader`."""
         text = self._template.render(conversation)
         # The template has already written the special tokens that the model expects.
-        return self._encode(text, "messages", add_special_tokens=False).ids
+        tokens = self._encode(text, "messages", add_special_tokens=False).ids
+        known, tools = self._format, conversation.tools
+        if tools and (known is None or not known.has_calls):
+            raise InvalidRequestError(
+                "This server does not know how this model writes calls of tools; it may be told "
+                "with --response-template.",
+                "tools",
+                "unsupported_parameter",
+            )
+        if known is None or not (tools or known.has_reasoning):
+            return ChatPrompt(tokens)
+        calls = None if known.calls is None else call_syntax(known.calls, self._special)
+        marks = marks_of(known, self._special)
+        return ChatPrompt(tokens, TemplateFormat(known.template, text, tools, marks, calls))
 
     def names(self, tokens: Sequence[int]) -> list[str]:
         """Return the tokens' names in the vocabulary; that of an unknown id is empty."""
-        return [self._tokenizer.id_to_token(token) or "" for token in tokens]
+        return [self.name(token) for token in tokens]
+
+    def name(self, token: int) -> str:
+        """Return a token's name in the vocabulary; that of an unknown id is empty."""
+        return self._tokenizer.id_to_token(token) or ""
 
     @property
     def tokenizer(self) -> TokenizerDescription:

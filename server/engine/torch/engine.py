@@ -52,7 +52,7 @@ class TorchEngine:
         self.model = loaded.description
         self._core = build_core(loaded, options)
         self.max_model_len = context_length(loaded, options, self._core.scheduler.pool)
-        self.prompts = Prompts(loaded.tokenizer, self.max_model_len)
+        self.prompts = Prompts(loaded.tokenizer, self.max_model_len, options.templates)
         self._grammars = GrammarCompiler(
             loaded.tokenizer, loaded.description.vocab_size, loaded.eos_tokens
         )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from server.engine.templates import OWN_TEMPLATES, Templates
+
 AttentionChoice: TypeAlias = Literal["automatic", "pages", "slabs"]
 
 
@@ -26,3 +28,4 @@ class EngineOptions:
     prefill_tokens: int | None = None  # most prompt tokens in a step that decodes too
     check_invariants: bool = False  # after every step; a debugging aid
     dose_interval: int = 16  # edits are measured in one of so many steered steps; 0: never
+    templates: Templates = OWN_TEMPLATES

@@ -84,7 +84,7 @@ class VllmEngine:
         """
         self._served = served
         self._options = options
-        self.prompts = Prompts(served.tokenizer, served.max_model_len)
+        self.prompts = Prompts(served.tokenizer, served.max_model_len, options.templates)
         self._vocabulary = Vocabulary(served.tokenizer.backend_tokenizer)
         self._counts = SchedulerCounts()
         self._llm = self._started_vllm()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from server.engine.templates import OWN_TEMPLATES, Templates
 from server.engine.vllm.plugin.wire import Runner
 
 
@@ -19,6 +20,7 @@ class VllmOptions:
     max_loaded_interventions: int = 64
     prefix_cache: bool = True
     dose_interval: int = 16  # edits are measured in one of so many steered steps; 0: never
+    templates: Templates = OWN_TEMPLATES
     sites: tuple[str, ...] = ()  # regular expressions over module paths, beside the default sites
     vllm_args: str = ""  # vLLM's own options, as on its command line
     runner: Runner = "v1"  # as `prepare_environment` was told

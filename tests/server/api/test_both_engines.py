@@ -132,7 +132,7 @@ REFUSED: Mapping[tuple[int, str | None], tuple[tuple[str, Json, str], ...]] = {
         (COMPLETIONS, {"best_of": 2}, "best_of"),
         (COMPLETIONS, {"suffix": "end"}, "suffix"),
         (CHAT, message("Hello", "robot"), "messages[0].role"),
-        (CHAT, {"tools": TOOLS}, "tools"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions"),
     ),
     (400, "steering_overflow"): tuple(
         (path, {"steering": HUGE_MAPS, **fields}, "steering")
@@ -183,6 +183,7 @@ ANSWERED: tuple[tuple[str, Json], ...] = tuple(
         (COMPLETIONS, {"prompt_logprobs": 3, "truncate_prompt_tokens": 4, "logprobs": 20}),
         (CHAT, {"prompt_logprobs": 0, "return_token_ids": True, "skip_special_tokens": False}),
         (CHAT, {"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True}),
+        (CHAT, {"tools": TOOLS, "logprobs": True, "stop": ["q"]}),
         (
             CHAT,
             {"max_tokens": None, "ignore_eos": True, **message(LONG[:230])},
@@ -252,6 +253,19 @@ async def test_what_is_refused(
         same = await post(embedded, path, fields)
         assert (response.status_code, response.json()) == (same.status_code, same.json()), fields
     assert (await post(client, COMPLETIONS, {})).status_code == 200
+
+
+async def test_only_the_embedded_engine_can_be_told_to_call_a_tool(
+    client: httpx.AsyncClient, subject: Subject
+) -> None:
+    demand: Json = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 80}
+    response = await post(client, CHAT, demand)
+    if subject.setup.engine == "torch":
+        assert response.status_code == 200
+    else:
+        error = error_of(response)
+        assert (response.status_code, error["param"]) == (400, "tool_choice")
+        assert "vLLM" in str(error["message"])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -13,6 +13,7 @@ import pytest
 from interventions.model import ModelDescription
 from interventions.registry import Registry
 from server.engine.base import Engine, Generation, PromptReader
+from server.engine.chat import ChatPrompt, Conversation
 from server.engine.errors import EngineError, QueueFullError, StepFailedError
 from server.engine.grammar import CompiledGrammar
 from server.engine.output import (
@@ -22,7 +23,7 @@ from server.engine.output import (
     StepOutput,
     TokenizerDescription,
 )
-from server.engine.request import Conversation, Request
+from server.engine.request import Request
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import LoadTiny, MakeClient, WriteArtifact
 from tests.engines import idle
@@ -79,8 +80,8 @@ class FakePrompts:
         tokens = (1,) * len(prompt)
         return PromptDescription(tokens, "x" * len(tokens), tuple(range(len(tokens))), "x")
 
-    def tokenize_chat(self, conversation: Conversation) -> list[int]:
-        return [1] * len(conversation.messages)
+    def read_chat(self, conversation: Conversation) -> ChatPrompt:
+        return ChatPrompt([1] * len(conversation.messages))
 
     def names(self, tokens: Sequence[int]) -> list[str]:
         return ["x"] * len(tokens)

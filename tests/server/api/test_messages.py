@@ -125,6 +125,15 @@ async def test_a_template_with_a_place_for_names_is_given_them(
     assert script.submitted[0].prompt == tuple(chat_engine.prompts.tokenize("<Ann>u<user>v"))
 
 
+def made(**fields: object) -> Json:
+    return {"id": "1", "function": {"name": "f", "arguments": "{}", **fields}}
+
+
+def calling(calls: object) -> list[Json]:
+    return [user(), {"role": "assistant", "tool_calls": calls}]
+
+
+CALL = made()
 WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     (None, "messages"),
     ("Hello", "messages"),
@@ -136,7 +145,11 @@ WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     ([{"content": "a"}], "messages[0].role"),
     ([{"role": None, "content": "a"}], "messages[0].role"),
     ([{"role": "User", "content": "a"}], "messages[0].role"),
-    ([{"role": "tool", "content": "a", "tool_call_id": "1"}], "messages[0].role"),
+    ([{"role": "tool", "content": "a"}], "messages[0].tool_call_id"),
+    ([{"role": "tool", "content": "a", "tool_call_id": 1}], "messages[0].tool_call_id"),
+    ([{"role": "tool", "content": None, "tool_call_id": "1"}], "messages[0].content"),
+    ([user(tool_call_id="1")], "messages[0].tool_call_id"),
+    ([user(tool_calls=[CALL])], "messages[0].tool_calls"),
     ([user(), {"role": "function", "name": "f", "content": "a"}], "messages[1].role"),
     ([{"role": "user"}], "messages[0].content"),
     ([user(None)], "messages[0].content"),
@@ -144,7 +157,18 @@ WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     ([user([])], "messages[0].content"),
     ([user({"type": "text", "text": "a"})], "messages[0].content"),
     ([user(), {"role": "assistant", "content": None}], "messages[1].content"),
-    ([user(), {"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[1].tool_calls"),
+    (calling("x"), "messages[1].tool_calls"),
+    (calling([CALL] * 129), "messages[1].tool_calls"),
+    (calling([5]), "messages[1].tool_calls[0]"),
+    (calling([{"id": "1"}]), "messages[1].tool_calls[0].function"),
+    (calling([{"id": "1", "function": 5}]), "messages[1].tool_calls[0].function"),
+    (calling([{**CALL, "type": "custom"}]), "messages[1].tool_calls[0].type"),
+    (calling([{"function": CALL["function"]}]), "messages[1].tool_calls[0].id"),
+    (calling([CALL, made(name=5)]), "messages[1].tool_calls[1].function.name"),
+    (calling([made(arguments={})]), "messages[1].tool_calls[0].function.arguments"),
+    (calling([made(arguments="{")]), "messages[1].tool_calls[0].function.arguments"),
+    (calling([made(arguments="[]")]), "messages[1].tool_calls[0].function.arguments"),
+    (calling([CALL]), "messages[1].tool_calls"),  # the template knows no tools
     ([user(audio={"id": "1"})], "messages[0].audio"),
     ([user(refusal="no")], "messages[0].refusal"),
     ([user(name=5)], "messages[0].name"),

@@ -212,6 +212,24 @@ def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess
     assert len(texts) == len(choices) == 5, "each of them shows another text"
 
 
+def test_the_tool_of_the_page_is_called_as_it_says(server: ServerProcess) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "tools.md").read_text()
+    [given] = re.findall(r"-d '(\{.*?\})'", page, re.DOTALL)
+    for stream in (False, True):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        body = json.loads(given)
+        steering = {"steering": body.pop("steering")}
+        if stream:
+            chunks = client.chat.completions.create(**body, extra_body=steering, stream=True)
+            deltas = [each.choices[0].delta for each in chunks]
+            [call] = [call for each in deltas for call in each.tool_calls or ()]
+        else:
+            answer = client.chat.completions.create(**body, extra_body=steering)
+            [call] = answer.choices[0].message.tool_calls
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments)["city"] == "Paris"
+
+
 @pytest.mark.parametrize("name", ["detox-lineas", "detox-argre", "detox-dsas"])
 def test_the_bundled_interventions_are_served_without_a_warning(
     server: ServerProcess, name: str

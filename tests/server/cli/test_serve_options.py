@@ -26,6 +26,8 @@ GIVEN: dict[str, tuple[str, object]] = {
     "sites": (r"model\.norm .*mlp", (r"model\.norm", ".*mlp")),
     "vllm_args": ("--enforce-eager", "--enforce-eager"),
     "vllm_runner": ("v2", "v2"),
+    "chat_template": ("chat.jinja", Path("chat.jinja")),
+    "response_template": ("response.json", Path("response.json")),
     "dtype": ("float32", "float32"),
     "device_map": ("auto", "auto"),
     "threads": ("3", 3),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from server.engine.chat import Conversation
 from server.engine.errors import (
     BankFullError,
     EngineError,
@@ -18,7 +19,7 @@ from server.engine.errors import (
     QueueFullError,
     UnservableInterventionError,
 )
-from server.engine.request import Conversation, Edit, Request, SamplingSettings
+from server.engine.request import Edit, Request, SamplingSettings
 from steering.settings import AffineSettings
 from tests.both_engines import (
     CONTEXT,
@@ -384,5 +385,5 @@ async def test_text_and_tokens(subject: Subject) -> None:
     tokens = prompts.tokenize("h\u00e9llo")
     assert tiny_tokenizer().decode(tokens) == prompts.detokenize(tokens) == "h\u00e9llo"
     conversation = Conversation(({"role": "user", "content": "x"},))
-    assert prompts.tokenize_chat(conversation) == prompts.tokenize("<user>x<assistant>")
+    assert prompts.read_chat(conversation).tokens == prompts.tokenize("<user>x<assistant>")
     assert subject.engine.model.architecture == "LlamaForCausalLM"

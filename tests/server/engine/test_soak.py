@@ -18,7 +18,7 @@ import pytest
 from pydantic import JsonValue
 
 from interventions.artifact import write_artifact
-from server.engine.request import Conversation
+from server.engine.chat import Conversation
 from server.engine.text.vocabulary import Vocabulary
 from server.engine.torch.loaded_interventions import Parameters
 from steering.settings import AffineSettings, RewardSettings
@@ -138,9 +138,9 @@ class Expected:
         key = (job.chat, job.prompt, job.steering)
         if key not in self.made:
             prompt = (
-                self.subject.engine.prompts.tokenize_chat(
+                self.subject.engine.prompts.read_chat(
                     Conversation(({"role": "user", "content": job.prompt},))
-                )
+                ).tokens
                 if job.chat
                 else self.subject.engine.prompts.tokenize(job.prompt)
             )

@@ -296,3 +296,12 @@ def test_a_text_that_is_held_back_for_long_does_not_cost_more_and_more() -> None
         assert waiting.push("c" + "a" * 998, shown=True)
     # Comparing each stop string with every end of the text took 4.6 s.
     assert time.process_time() - began < 2
+
+
+def test_special_tokens_that_mark_calls_are_text() -> None:
+    tokenizer = tiny_tokenizer()
+    vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    assert {bos, pad} <= vocabulary.special
+    detokenizer = Detokenizer(vocabulary, (), shown_special=frozenset({bos}))
+    assert [detokenizer.push(token) for token in (bos, pad)] == ["<bos>", ""]

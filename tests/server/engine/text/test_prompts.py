@@ -2,8 +2,8 @@
 
 import pytest
 
+from server.engine.chat import Conversation
 from server.engine.errors import InvalidRequestError
-from server.engine.request import Conversation
 from server.engine.text.prompts import Prompts
 from tests.tiny import tiny_tokenizer
 
@@ -32,9 +32,9 @@ def test_a_conversation_is_bounded_as_its_template_renders_it() -> None:
     prompts = Prompts(tokenizer, max_tokens=10)
     long = {"role": "user", "content": "x" * 1000}
     short = {"role": "user", "content": "ab"}
-    assert len(prompts.tokenize_chat(Conversation((long, short)))) == 2
+    assert len(prompts.read_chat(Conversation((long, short))).tokens) == 2
     with pytest.raises(InvalidRequestError, match="maximum context length is 10") as refused:
-        prompts.tokenize_chat(Conversation((short, long)))
+        prompts.read_chat(Conversation((short, long)))
     assert refused.value.param == "messages"
 
 

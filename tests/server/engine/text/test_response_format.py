@@ -1,0 +1,113 @@
+"""Tests that a model's own format of answers is found, and that operators may give another."""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from server.config import ConfigurationError
+from server.engine.chat import CallSyntax
+from server.engine.templates import Templates
+from server.engine.text import response_format
+from server.engine.text.call_marks import call_syntax, marks_of
+from server.engine.text.response_format import (
+    find_format,
+    install_templates,
+    read_format,
+    recognised,
+)
+from tests.tiny import tiny_tokenizer
+
+FOLDER = files(response_format.__package__) / "formats"
+FAMILIES = sorted(
+    file.name.removesuffix(".json") for file in FOLDER.iterdir() if file.name.endswith(".json")
+)
+RESPONSE = {"start_anchor": "<assistant>", "fields": {"content": {}}}
+
+
+def given(family: str) -> dict[str, object]:
+    read: dict[str, object] = json.loads((FOLDER / f"{family}.json").read_text())
+    return read
+
+
+def test_the_documented_families_are_known() -> None:
+    assert FAMILIES == ["hermes", "llama3", "mistral", "qwen3", "smollm2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_recognised_by_its_chat_template(family: str) -> None:
+    texts = given(family)["recognise"]
+    assert isinstance(texts, list)
+    found = recognised(" ".join(texts))
+    assert found is not None
+    assert found.calls == given(family)["calls"]
+    assert found.has_reasoning == (family == "qwen3")
+    assert recognised(" ".join(texts[1:])) is not found
+
+
+def test_the_example_of_the_page_is_a_format() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "tools.md").read_text()
+    [example] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    found = read_format(json.loads(example))
+    assert found.has_calls
+    assert found.calls == given("hermes")["calls"]
+
+
+def test_special_tokens_are_told_apart_in_the_marks() -> None:
+    special = {"[TOOL_CALLS]": 5, "[/INST]": 6, "<|python_tag|>": 7}
+    assert marks_of(read_format(given("mistral")), special) == {5}
+    assert marks_of(read_format(given("llama3")), special) == {7}
+    calls = read_format(given("mistral")).calls
+    assert calls is not None
+    assert call_syntax(calls, special) == CallSyntax((5, " ["), (", ",), ("]",), "arguments")
+    assert call_syntax(calls, {}).opening == ("[TOOL_CALLS] [",)
+
+
+def test_the_tokenizers_own_format_comes_first() -> None:
+    tokenizer = tiny_tokenizer("<tool_call> <tool_response> <|im_start|>")
+    hermes = find_format(tokenizer)
+    assert hermes is not None
+    assert hermes.has_calls
+    tokenizer.response_template = RESPONSE
+    own = find_format(tokenizer)
+    assert own is not None
+    assert not own.has_calls
+    assert own.calls == hermes.calls  # which transformers' templates lack
+    assert find_format(tiny_tokenizer("{{ messages }}")) is None
+    assert find_format(tiny_tokenizer(None)) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("[]", "{", "5", "{}", json.dumps({**RESPONSE, "frob": 1})),
+        json.dumps({**RESPONSE, "calls": {"opening": "a"}}),
+        json.dumps(
+            {**RESPONSE, "calls": dict.fromkeys(("opening", "separator", "closing", "arguments"))}
+        ),
+        json.dumps({**RESPONSE, "fields": {"content": {"close_pattern": "("}}}),
+    ],
+)
+def test_a_wrong_response_template_stops_the_start(wrong: str, tmp_path: Path) -> None:
+    file = tmp_path / "response.json"
+    file.write_text(wrong)
+    with pytest.raises(ConfigurationError, match="--response-template"):
+        install_templates(Templates(response=file), tiny_tokenizer())
+
+
+def test_a_wrong_chat_template_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    with pytest.raises(ConfigurationError, match="--chat-template"):
+        install_templates(Templates(chat=file), tiny_tokenizer())
+    file.write_text("{% for %}")
+    with pytest.raises(ConfigurationError, match="--chat-template"):
+        install_templates(Templates(chat=file), tiny_tokenizer())
+
+
+def test_a_wrong_template_of_the_tokenizers_own_stops_the_start() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.response_template = {"fields": 5}
+    with pytest.raises(ConfigurationError, match="the tokenizer's response template"):
+        find_format(tokenizer)
