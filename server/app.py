@@ -8,7 +8,16 @@ from starlette.middleware.errors import ServerErrorMiddleware
 
 from interventions.registry import Registry
 from interventions.request_settings import Caps
-from server.api import chat, completions, documentation, interventions, models, system, tokenization
+from server.api import (
+    chat,
+    completions,
+    documentation,
+    interventions,
+    models,
+    responses,
+    system,
+    tokenization,
+)
 from server.api.auth import require_api_key
 from server.api.context import ServerContext
 from server.api.cross_origin import CrossOriginMiddleware
@@ -105,7 +114,7 @@ def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[Record
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[Depends(require_api_key)])
-    for part in (completions, chat, models, interventions):
+    for part in (completions, chat, responses, models, interventions):
         router.include_router(part.router)
     return router
 

@@ -158,7 +158,7 @@ def test_the_output_that_is_shown_is_of_the_bundled_artifacts() -> None:
 @pytest.mark.parametrize("body", re.findall(r"-d '(\{.*?\})'", README + SERVING, re.DOTALL))
 def test_every_body_that_is_shown_is_json(body: str) -> None:
     fields = json.loads(body)
-    assert fields.get("prompt") or fields["messages"]
+    assert fields.keys() & {"prompt", "messages", "input"}
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:

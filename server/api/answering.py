@@ -17,7 +17,7 @@ from server.api.assessment import Assessment, check_assessment_available, check_
 from server.api.context import ServerContext
 from server.api.errors import ApiError, invalid, shutting_down
 from server.api.fields import GenerationFields, StreamOptions
-from server.api.frames import Choice, Frame, Wording
+from server.api.frames import Choice, Frame, FrameHead, Wording
 from server.api.generations import GenerationGroup
 from server.api.models import split_model
 from server.api.observe import record_of
@@ -131,7 +131,6 @@ class Exchange:
                 self._frame,
                 choices,
                 base_choices,
-                options=self._params.stream_options or StreamOptions(),
                 conclude=lambda: self._conclude(base_choices),
             )
         body = await unless_client_leaves(receive, self._collect(choices, base_choices))
@@ -139,7 +138,9 @@ class Exchange:
         return JSONResponse(body)
 
     def _request(self, index: int, plan: ChoicePlan, edits: tuple[Edit, ...]) -> EngineRequest:
-        return EngineRequest(f"{self._frame.id}-{index}", plan.prompt, plan.sampling, edits)
+        return EngineRequest(
+            f"{self._record.response_id}-{index}", plan.prompt, plan.sampling, edits
+        )
 
     async def _collect(
         self, choices: Sequence[Choice], base_choices: Sequence[Choice]
@@ -201,14 +202,15 @@ async def answering(
     with ExitStack() as failing:
         failing.callback(group.close)
         check_comparison_steered(params, steering)
-        frame = Frame(
+        head = FrameHead(
             id=record.response_id,
             created=int(time.time()),
             model=params.model,
             fingerprint=context.engine.model.short_fingerprint,
             steering=steering.echo,
-            wording=wording,
+            options=params.stream_options or StreamOptions(),
         )
+        frame = wording.frame(head)
         assessment = Assessment(context, params, steering)
         with steering.default_failures_as_503():
             yield Exchange(http, context, params, frame, steering.edits, group, assessment, record)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from server.api.logprobs import ListedTokens, Listing, finite
+from server.api.logprobs import ListedTokens, Listing
 from server.api.message_parts import MessageParts, MessageReading
-from server.engine.output import ScoredToken, StepOutput, TokenLogprobs
+from server.api.token_bodies import scored_token
+from server.engine.output import StepOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -90,17 +91,4 @@ class ChatChoice:
             self._of_prompt = self.listing.of_prompt(output.prompt_logprobs)
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> JsonValue:
-        return {"content": [self._scored(token) for token in tokens], "refusal": None}
-
-    def _scored(self, token: TokenLogprobs) -> JsonValue:
-        return {
-            **self._token(token.chosen),
-            "top_logprobs": [self._token(other) for other in token.top],
-        }
-
-    def _token(self, token: ScoredToken) -> dict[str, JsonValue]:
-        return {
-            "token": self.listing.name(token),
-            "logprob": finite(token.logprob),
-            "bytes": list(token.bytes),
-        }
+        return {"content": [scored_token(token, self.listing) for token in tokens], "refusal": None}

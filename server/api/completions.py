@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 from fastapi import APIRouter, Request
@@ -12,13 +13,15 @@ from server.api.choices import CompletionChoice
 from server.api.context import Context, ServerContext
 from server.api.documentation import json_body
 from server.api.errors import invalid
-from server.api.frames import Wording
+from server.api.frames import ChunkFrame, Wording
 from server.api.parsing import read_request
 from server.api.schemas import CompletionRequest, Prompt
 from server.engine.base import Engine
 from server.engine.output import PromptDescription
 
-WORDING: Final = Wording("text_completion", "cmpl", "text_completion", "text_completion")
+WORDING: Final = Wording(
+    "text_completion", "cmpl", partial(ChunkFrame, "text_completion", "text_completion")
+)
 TOKEN_WORK: Final = 20  # to describe one token takes as long as to tokenize this many characters
 
 ReadPrompt: TypeAlias = tuple[tuple[int, ...], PromptDescription | None]

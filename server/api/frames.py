@@ -1,15 +1,19 @@
-"""The objects around an answer's choices, which all endpoints that generate have in common."""
+"""The objects around an answer's choices, and the events of a stream."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from pydantic import JsonValue
 
+from server.api.errors import ApiError
 from server.api.fields import StreamOptions
 from server.api.generations import Usage
 from server.engine.output import StepOutput
 from server.records import Operation
+
+DONE: Final = b"data: [DONE]\n\n"
 
 
 class Choice(Protocol):
@@ -28,74 +32,117 @@ class Choice(Protocol):
         """Return the choice of a whole answer, from all outputs that were added."""
 
     def deltas(self, output: StepOutput) -> Sequence[dict[str, JsonValue]]:
-        """Return the choice's parts for a stream's next chunks; none if the step adds nothing.
+        """Return the choice's parts for a stream's next events; none if the step adds nothing."""
 
-        Only the last part of a choice has a `finish_reason` that is not null.
+
+class Frame(Protocol):
+    """What is around the choices of one request's answer, in an endpoint's own format."""
+
+    def answer(
+        self,
+        choices: Sequence[dict[str, JsonValue]],
+        usage: Usage,
+        further: Mapping[str, JsonValue],
+    ) -> dict[str, JsonValue]:
+        """Return the whole answer; `further` holds fields beside its choices."""
+
+    def part(
+        self, part: dict[str, JsonValue], usage: Usage, shared: Mapping[str, JsonValue]
+    ) -> bytes:
+        """Return the event of a choice's part.
+
+        Args:
+            part: one of a choice's `deltas`.
+            usage: the token counts so far.
+            shared: fields beside the choice.
         """
 
+    def closing(self, usage: Usage, further: Mapping[str, JsonValue]) -> bytes:
+        """Return the events after the last part; `further` holds fields beside the choices."""
 
-@dataclass(frozen=True, slots=True)
-class Wording:
-    """The names that an endpoint gives its objects."""
-
-    operation: Operation  # OpenTelemetry's name of the operation
-    id_prefix: str
-    answer: str
-    chunk: str
+    def failure(self, error: ApiError) -> bytes:
+        """Return the events of an error that ends the stream."""
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """The fields that the answer and every chunk of one request have in common."""
+class FrameHead:
+    """What the answer to a request says of itself, at every endpoint."""
 
     id: str
     created: int  # Unix seconds
     model: str
     fingerprint: str  # the loaded model's, shortened
     steering: Sequence[JsonValue]
-    wording: Wording
+    options: StreamOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """The names that an endpoint gives its operation and answers, and its format of answers."""
+
+    operation: Operation  # OpenTelemetry's name of the operation
+    id_prefix: str
+    frame: Callable[[FrameHead], Frame]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFrame:
+    """Implements Frame for completions and chats, whose streams are chunks with choices."""
+
+    _answer: str  # the name of the object that is an answer
+    _chunk: str  # the name of the object that is a chunk
+    _head: FrameHead
 
     def answer(
-        self, choices: Iterable[JsonValue], usage: Usage, further: Mapping[str, JsonValue]
+        self,
+        choices: Sequence[dict[str, JsonValue]],
+        usage: Usage,
+        further: Mapping[str, JsonValue],
     ) -> dict[str, JsonValue]:
-        """Return the whole answer; `further` holds fields beside its choices."""
-        body = self._body(self.wording.answer, choices)
+        body = self._body(self._answer, choices)
         return body | {"usage": usage.body} | self._ending(further)
 
-    def chunk(
-        self, choice: dict[str, JsonValue], usage: Usage, options: StreamOptions
-    ) -> dict[str, JsonValue]:
-        """Return a stream's chunk with one choice's part; `usage` counts the tokens so far.
-
-        The chunk that ends a choice says what steered it.
-        """
-        chunk = self._body(self.wording.chunk, [choice])
-        if options.continuous_usage_stats:
+    def part(
+        self, part: dict[str, JsonValue], usage: Usage, shared: Mapping[str, JsonValue]
+    ) -> bytes:
+        chunk = self._body(self._chunk, [part])
+        if self._head.options.continuous_usage_stats:
             chunk["usage"] = usage.body
-        elif options.include_usage:
+        elif self._head.options.include_usage:
             chunk["usage"] = None
-        if choice["finish_reason"] is not None:
-            chunk["steering"] = list(self.steering)
-        return chunk
+        if part["finish_reason"] is not None:  # the chunk that ends a choice says what steered it
+            chunk["steering"] = list(self._head.steering)
+        return event({**chunk, **shared})
 
-    def closing_chunk(
-        self, usage: Usage | None, further: Mapping[str, JsonValue]
-    ) -> dict[str, JsonValue]:
-        """Return the chunk after the last choice, with `usage` if it is not None."""
-        body = self._body(self.wording.chunk, [])
-        if usage is not None:
+    def closing(self, usage: Usage, further: Mapping[str, JsonValue]) -> bytes:
+        options = self._head.options
+        if not (options.include_usage or further):
+            return DONE
+        body = self._body(self._chunk, [])
+        if options.include_usage or options.continuous_usage_stats:
             body["usage"] = usage.body
-        return body | self._ending(further)
+        return event(body | self._ending(further)) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body)
 
     def _body(self, name: str, choices: Iterable[JsonValue]) -> dict[str, JsonValue]:
         return {
-            "id": self.id,
+            "id": self._head.id,
             "object": name,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"fp_{self.fingerprint}",
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": f"fp_{self._head.fingerprint}",
             "choices": list(choices),
         }
 
     def _ending(self, further: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-        return {"steering": list(self.steering), **further}
+        return {"steering": list(self._head.steering), **further}
+
+
+def event(body: Mapping[str, JsonValue], name: str | None = None) -> bytes:
+    """Return a server-sent event, with a name or without."""
+    # ASCII, because some clients take U+2028, U+2029 and U+0085 for ends of lines.
+    text = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    line = b"" if name is None else f"event: {name}\n".encode()
+    return line + b"data: " + text.encode() + b"\n\n"

@@ -25,12 +25,36 @@ class MessageReading:
     call_is_named: bool = False  # the client has named the function that is called
 
 
+class AnswerReader:
+    """Divides the text of one answer into parts, as it comes."""
+
+    def __init__(self, reading: MessageReading) -> None:
+        self._several_calls = reading.several_calls
+        self._parser = None if reading.format is None else reading.format.begin()
+        self._called = False
+
+    def read(self, output: StepOutput) -> list[AnswerPart]:
+        """Return the parts that are certain after the output of one more step."""
+        return [part for part in self._parts(output) if self._may_follow(part)]
+
+    def _parts(self, output: StepOutput) -> Sequence[AnswerPart]:
+        if self._parser is None:
+            return [AnswerPart(output.text)] if output.text else []
+        parts = self._parser.feed(output.text) if output.text else ()
+        return parts if output.finish_reason is None else [*parts, *self._parser.finish()]
+
+    def _may_follow(self, part: AnswerPart) -> bool:
+        ended = self._called and not self._several_calls
+        self._called |= part.call is not None
+        return not ended
+
+
 class MessageParts:
     """The fields of one message, from the outputs so far."""
 
     def __init__(self, reading: MessageReading) -> None:
         self._reading = reading
-        self._parser = None if reading.format is None else reading.format.begin()
+        self._reader = AnswerReader(reading)
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[JsonValue] = []
@@ -38,9 +62,7 @@ class MessageParts:
     def add(self, output: StepOutput) -> list[dict[str, JsonValue]]:
         """Append the output of one step, and return what a stream's message gets by it."""
         deltas: list[dict[str, JsonValue]] = []
-        for part in self._read(output):
-            if self._calls and not self._reading.several_calls:
-                break
+        for part in self._reader.read(output):
             if part.content:
                 self._content.append(part.content)
                 deltas.append({"content": part.content})
@@ -76,14 +98,12 @@ class MessageParts:
             return "tool_calls"
         return output.finish_reason
 
-    def _read(self, output: StepOutput) -> Sequence[AnswerPart]:
-        if self._parser is None:
-            return [AnswerPart(output.text)]
-        parts = list(self._parser.feed(output.text)) if output.text else []
-        return parts if output.finish_reason is None else [*parts, *self._parser.finish()]
-
 
 def _call_body(call: ToolCall) -> dict[str, JsonValue]:
-    identity = "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
     function: JsonValue = {"name": call.name, "arguments": call.arguments}
-    return {"id": identity, "type": "function", "function": function}
+    return {"id": call_id(), "type": "function", "function": function}
+
+
+def call_id() -> str:
+    """Return a new id of a call."""
+    return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))

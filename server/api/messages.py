@@ -69,14 +69,14 @@ def _parse_message(value: object, param: str, called: dict[str, str]) -> Message
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
     # The role comes first: a message with another role is wrong for that, not for its fields.
-    role = _parse_role(_required(value, "role", param), f"{param}.role")
+    role = _parse_role(required(value, "role", param), f"{param}.role")
     _check_fields(value, role, param)
     calls = _parse_calls(value.get("tool_calls") or [], f"{param}.tool_calls")
     message: dict[str, object] = {"role": role, "content": ""}
     if not calls or value.get("content") is not None:
-        content = _required(value, "content", param)
+        content = required(value, "content", param)
         message["content"] = _parse_content(content, f"{param}.content")
-    if value.get("name") is not None and (name := _string(value["name"], f"{param}.name")):
+    if value.get("name") is not None and (name := string(value["name"], f"{param}.name")):
         message["name"] = name  # some templates use it
     if role == ASSISTANT and isinstance(reasoning := value.get("reasoning_content"), str):
         message["reasoning_content"] = reasoning
@@ -84,7 +84,7 @@ def _parse_message(value: object, param: str, called: dict[str, str]) -> Message
         message["tool_calls"] = calls
         called |= {call["id"]: call["function"]["name"] for call in calls}
     if role == TOOL:
-        answered = _string(_required(value, "tool_call_id", param), f"{param}.tool_call_id")
+        answered = string(required(value, "tool_call_id", param), f"{param}.tool_call_id")
         message["tool_call_id"] = answered
         if answered in called:
             message.setdefault("name", called[answered])  # some templates need it
@@ -94,9 +94,9 @@ def _parse_message(value: object, param: str, called: dict[str, str]) -> Message
 def _check_fields(value: dict[str, object], role: str, param: str) -> None:
     if role != ASSISTANT:
         # The assistant's messages may have unknown fields: other servers add sources and more.
-        _check_known(value, MESSAGE_FIELDS, param)
+        check_known(value, MESSAGE_FIELDS, param)
     if value.get("type") not in (None, "text", "message"):  # lm-evaluation-harness sends a type
-        raise _no_text_part(value["type"], f"{param}.type")
+        raise no_text_part(value["type"], f"{param}.type")
     for name in sorted(EMPTY_FIELDS & value.keys()):
         _check_empty(value[name], f"{param}.{name}")
     for name, owner in (("tool_calls", ASSISTANT), ("tool_call_id", TOOL)):
@@ -121,43 +121,57 @@ def _parse_call(value: object, param: str) -> dict[str, object]:
     if value.get("type", "function") != "function":
         message = f"This server supports calls of functions only, and '{param}' is another."
         raise invalid(message, f"{param}.type", UNSUPPORTED)
-    function = _required(value, "function", param)
+    function = required(value, "function", param)
     if not isinstance(function, dict):
         raise invalid(f"'{param}.function' must be an object.", f"{param}.function", "invalid_type")
     inner = f"{param}.function"
-    name = _string(_required(function, "name", inner), f"{inner}.name")
-    text = _string(_required(function, "arguments", inner), f"{inner}.arguments")
+    name = string(required(function, "name", inner), f"{inner}.name")
+    arguments = required(function, "arguments", inner)
+    call_id = string(required(value, "id", param), f"{param}.id")
+    return called_function(call_id, name, arguments, f"{inner}.arguments")
+
+
+def called_function(call_id: str, name: str, arguments: object, param: str) -> dict[str, object]:
+    """Return a call in the form that chat templates expect.
+
+    Args:
+        call_id: the call's.
+        name: the function's.
+        arguments: the text of a JSON object, or an empty one.
+        param: the field that has the arguments; errors name it.
+
+    Raises:
+        ApiError: the arguments are something else.
+    """
+    text = string(arguments, param)
     try:
-        arguments = parse_json(text) if text else {}
+        parsed, fault = (parse_json(text) if text else {}), ""
     except StrictJSONError as error:
-        arguments, fault = None, f"; it {error}"
-    else:
-        fault = ""
-    if not isinstance(arguments, dict):
-        message = f"'{inner}.arguments' must be the text of a JSON object{fault}."
-        raise invalid(message, f"{inner}.arguments", "invalid_value")
-    return {
-        "id": _string(_required(value, "id", param), f"{param}.id"),
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+        parsed, fault = None, f"; it {error}"
+    if not isinstance(parsed, dict):
+        message = f"'{param}' must be the text of a JSON object{fault}."
+        raise invalid(message, param, "invalid_value")
+    function = {"name": name, "arguments": parsed}
+    return {"id": call_id, "type": "function", "function": function}
 
 
-def _string(value: object, param: str) -> str:
+def string(value: object, param: str) -> str:
+    """Return a string, or raise a 400."""
     if not isinstance(value, str):
         raise invalid(f"'{param}' must be a string.", param, "invalid_type")
     return value
 
 
 def _parse_role(value: object, param: str) -> str:
-    role = _string(value, param)
+    role = string(value, param)
     if role not in ROLES:
         message = f"'{param}' is '{role[:100]}'; this server supports {', '.join(ROLES)}."
         raise invalid(message, param, UNSUPPORTED)
     return ROLES[role]
 
 
-def _check_known(value: dict[str, object], known: frozenset[str], param: str) -> None:
+def check_known(value: dict[str, object], known: frozenset[str], param: str) -> None:
+    """Raise a 400 if the object at `param` has another field than the known ones."""
     for name in value:
         if name not in known:
             field = f"{param}.{name[:100]}"
@@ -183,19 +197,21 @@ def _parse_part(value: object, param: str) -> str:
     if not isinstance(value, dict):
         message = f"'{param}' must be an object with 'type' and 'text'."
         raise invalid(message, param, "invalid_type")
-    kind = _required(value, "type", param)
+    kind = required(value, "type", param)
     if kind != "text":
-        raise _no_text_part(kind, f"{param}.type")
-    _check_known(value, PART_FIELDS, param)
-    return _string(_required(value, "text", param), f"{param}.text")
+        raise no_text_part(kind, f"{param}.type")
+    check_known(value, PART_FIELDS, param)
+    return string(required(value, "text", param), f"{param}.text")
 
 
-def _no_text_part(kind: object, param: str) -> ApiError:
-    message = f"'{param}' is '{_string(kind, param)[:100]}'; this server supports text only."
+def no_text_part(kind: object, param: str) -> ApiError:
+    """Return the error for content of another kind than text."""
+    message = f"'{param}' is '{string(kind, param)[:100]}'; this server supports text only."
     return invalid(message, param, UNSUPPORTED)
 
 
-def _required(fields: dict[str, object], name: str, param: str) -> object:
+def required(fields: dict[str, object], name: str, param: str) -> object:
+    """Return a field of the object at `param`, or raise a 400 if it lacks the field."""
     if name not in fields:
         field = f"{param}.{name}"
         message = f"Missing required parameter: '{field}'."

@@ -35,7 +35,8 @@ async def read_request(schema: type[T], request: Request) -> T:
     body = await request.body()
 
     def read() -> T:
-        return _validate(schema, _parse_object(body, schema.model_fields))
+        known = {field.alias or name for name, field in schema.model_fields.items()}
+        return _validate(schema, _parse_object(body, known))
 
     if len(body) < LARGE_BODY:
         return read()

@@ -51,6 +51,53 @@ class MessageShape(TypedDict):
     tool_call_id: NotRequired[str | None]  # of a tool's message
 
 
+@with_config(ConfigDict(extra="ignore"))
+class InputPart(TypedDict):
+    """One part of an item's content; text is the only kind of part."""
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text"]
+    text: str
+
+
+@with_config(ConfigDict(extra="ignore"))
+class MessageItem(TypedDict):
+    """One message of an input."""
+
+    type: NotRequired[Literal["message"]]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputPart]
+
+
+@with_config(ConfigDict(extra="ignore"))
+class ReasoningItem(TypedDict):
+    """The reasoning of an earlier answer."""
+
+    type: Literal["reasoning"]
+    content: NotRequired[list[InputPart] | None]
+
+
+@with_config(ConfigDict(extra="ignore"))
+class CallItem(TypedDict):
+    """A call of a tool in an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str  # the text of a JSON object
+
+
+@with_config(ConfigDict(extra="ignore"))
+class ResultItem(TypedDict):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputPart]
+
+
+InputShape: TypeAlias = str | list[MessageItem | ReasoningItem | CallItem | ResultItem]
+
+
 @with_config(ConfigDict(extra="forbid"))
 class SteeringItem(TypedDict):
     """One intervention and its settings; the artifact has defaults for settings left out."""

@@ -1,10 +1,8 @@
 """Streams a completion as server-sent events, and handles everything that may end it early."""
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
 
 from pydantic import JsonValue
 from starlette.requests import Request
@@ -12,7 +10,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError, ClientGoneError, as_api_error, internal_error
-from server.api.fields import StreamOptions
 from server.api.frames import Choice, Frame
 from server.api.generations import GenerationGroup
 from server.api.observe import outcome_of, set_outcome
@@ -20,17 +17,15 @@ from server.api.waiting import unless_client_leaves
 from server.engine.errors import EngineError
 from server.engine.output import StepOutput
 
-DONE: Final = b"data: [DONE]\n\n"
-
 logger = logging.getLogger(__name__)
 
 
 class CompletionStream(Response):
     """Streams a group's choices as they are generated, and closes the group in any case.
 
-    An error after the first byte is an event of its own, after which the stream ends without
-    `[DONE]`. The stream also ends if the client closes the connection. The connection of a client
-    that stops reading is closed from outside, by `server.connections`.
+    An error after the first byte is an event of its own, after which the stream ends. It also ends
+    if the client closes the connection. The connection of a client that stops reading is closed
+    from outside, by `server.connections`.
     """
 
     media_type = "text/event-stream"
@@ -42,7 +37,6 @@ class CompletionStream(Response):
         choices: Sequence[Choice],
         compared: Sequence[Choice],
         *,
-        options: StreamOptions,
         conclude: Callable[[], Awaitable[Mapping[str, JsonValue]]],
     ) -> None:
         """Stream `choices`; `compared`, the base model's, are only collected.
@@ -56,7 +50,6 @@ class CompletionStream(Response):
         self._frame = frame
         self._choices = choices
         self._compared = compared
-        self._options = options
         self._conclude = conclude
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,33 +73,21 @@ class CompletionStream(Response):
             if index >= len(self._choices):
                 self._compared[index - len(self._choices)].add(output)
                 return
-            for choice in self._choices[index].deltas(output):
-                chunk = self._frame.chunk(choice, self._group.usage, self._options)
+            for part in self._choices[index].deltas(output):
                 shared = {} if index else self._choices[0].shared()
-                await _send(_event({**chunk, **shared}), send)
+                await _send(self._frame.part(part, self._group.usage, shared), send)
 
         await self._group.run(deliver)
         further = await self._conclude()
-        options = self._options
-        if options.include_usage or further:
-            counted = options.include_usage or options.continuous_usage_stats
-            usage = self._group.usage if counted else None
-            await _send(_event(self._frame.closing_chunk(usage, further)), send)
-        await _send(DONE, send, last=True)
+        await _send(self._frame.closing(self._group.usage, further), send, last=True)
 
     async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
         request = Request(scope)
         set_outcome(request, outcome_of(error.status))
         request.state.error_code = error.code
         with suppress(OSError):
-            await _send(_event(error.body), send, last=True)
+            await _send(self._frame.failure(error), send, last=True)
 
 
 async def _send(body: bytes, send: Send, *, last: bool = False) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": not last})
-
-
-def _event(body: Mapping[str, JsonValue]) -> bytes:
-    # ASCII, because some clients take U+2028, U+2029 and U+0085 for ends of lines.
-    text = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"

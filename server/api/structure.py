@@ -132,6 +132,11 @@ class ResponseFormat(Strict):
             raise ValueError("'json_schema' goes with the type json_schema, and with no other")
         return self
 
+    @property
+    def is_text(self) -> bool:
+        """True if the answer is free."""
+        return self.type == "text"
+
     def to_structure(self, field: str) -> Structure | None:
         """Return the structure, None for text. `field` is this object's place in the request.
 
@@ -140,6 +145,34 @@ class ResponseFormat(Strict):
         """
         if self.json_schema is not None:
             return _of_schema(self.json_schema.schema_, f"{field}.json_schema.schema")
+        return _of_schema(_ANY_OBJECT, field) if self.type == "json_object" else None
+
+
+class TextFormat(Strict):
+    """The same as `ResponseFormat` in the form that `/v1/responses` takes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")] | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None  # a schema is obeyed to the letter, whatever this says
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "TextFormat":
+        given = {self.name is not None, self.schema_ is not None}
+        if given != {self.type == "json_schema"}:
+            raise ValueError("'name' and 'schema' go with the type json_schema, and no other")
+        return self
+
+    @property
+    def is_text(self) -> bool:
+        """True if the answer is free."""
+        return self.type == "text"
+
+    def to_structure(self, field: str) -> Structure | None:
+        """Return the structure, None for text; see `ResponseFormat.to_structure`."""
+        if self.schema_ is not None:
+            return _of_schema(self.schema_, f"{field}.schema")
         return _of_schema(_ANY_OBJECT, field) if self.type == "json_object" else None
 
 

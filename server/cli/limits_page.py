@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from interventions.request_settings import Caps
+from server.api.call_grammar import MAX_FORCED_CALLS
 from server.api.chat_schemas import ChatRequest
 from server.api.fields import (
     LARGEST_BIAS,
@@ -16,10 +17,11 @@ from server.api.fields import (
     TOKENS,
 )
 from server.api.messages import MAX_CALLS, MAX_MESSAGES
+from server.api.response_schemas import ResponseRequest
 from server.api.schemas import MAX_PROMPTS, CompletionRequest
 from server.api.steering_resolver import MAX_STACK
 from server.api.structure import MAX_CHOICES, MAX_PATTERN, MAX_STRUCTURE
-from server.api.tools import MAX_FORCED_CALLS, MAX_TOOLS, MAX_TOOLS_SIZE
+from server.api.tools import MAX_TOOLS, MAX_TOOLS_SIZE
 from server.engine.text.grammar_check import CPU_SECONDS, MEMORY
 
 _HEAD: Final = """\
@@ -37,8 +39,8 @@ is computed. [options.md](options.md) has the limits that an operator sets: `--m
 _NUMBERS: Final = """
 ## Numbers
 
-The fields of `POST /v1/completions` and `POST /v1/chat/completions` that take numbers within
-bounds; counts of tokens are bounded by the model's context too.
+The fields of `POST /v1/completions`, `POST /v1/chat/completions` and `POST /v1/responses` that take
+numbers within bounds; counts of tokens are bounded by the model's context too.
 
 | field | from | to |
 |---|---|---|
@@ -53,7 +55,7 @@ def limits_page() -> str:
 def _counts() -> Iterator[tuple[str, str]]:
     iterations = Caps().iterations[1]
     yield "`prompt`", f"{MAX_PROMPTS:,} prompts"
-    yield "`messages`", f"{MAX_MESSAGES:,} messages"
+    yield "`messages`, `input`", f"{MAX_MESSAGES:,} messages or items"
     yield "`messages[].tool_calls`", f"{MAX_CALLS} calls"
     yield "`tools`", f"{MAX_TOOLS} tools, {MAX_TOOLS_SIZE:,} characters of JSON in all"
     yield "calls of an answer that must call tools", str(MAX_FORCED_CALLS)
@@ -75,7 +77,7 @@ def _counts() -> Iterator[tuple[str, str]]:
 
 def _numbers() -> Iterator[tuple[str, str, str]]:
     found: dict[str, tuple[str, str, str]] = {}
-    for model in (CompletionRequest, ChatRequest):
+    for model in (CompletionRequest, ChatRequest, ResponseRequest):
         for name, schema in model.model_json_schema()["properties"].items():
             for form in (schema, *schema.get("anyOf", ())):
                 if abs(form.get("minimum", TOKENS)) < TOKENS:

@@ -27,6 +27,7 @@ class Tool:
     description: str | None
     parameters: Mapping[str, object]  # a JSON schema of the call's arguments
     strict: bool  # calls obey the schema even if nothing forces them
+    field: str  # the request's field that defines it; errors name it
 
     @property
     def definition(self) -> dict[str, object]:

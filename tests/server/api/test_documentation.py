@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from server.api.chat_schemas import ChatRequest
 from server.api.messages import ROLES
 from server.api.request_shapes import MessageShape
+from server.api.response_schemas import ResponseRequest
 from server.api.schemas import CompletionRequest
 from tests.conftest import MakeClient
 from tests.serving import SAMPLING_FIELDS, Json, error_of
@@ -23,6 +24,7 @@ PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "docs/servin
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponseRequest,
 }
 KEY = {"Authorization": "Bearer the-key"}
 
@@ -77,8 +79,9 @@ async def test_the_schema_has_each_field_of_a_body(
 ) -> None:
     schema = await schema_of(client)
     content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-    assert set(content["schema"]["properties"]) == set(model.model_fields)
-    needed = {name for name, field in model.model_fields.items() if field.is_required()}
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    assert set(content["schema"]["properties"]) == fields.keys()
+    needed = {name for name, field in fields.items() if field.is_required()}
     assert set(content["schema"]["required"]) == needed
     assert not content["schema"]["additionalProperties"]
     check(schema, path, content["example"])
@@ -99,7 +102,9 @@ async def test_what_is_accepted_agrees_with_the_schema(client: httpx.AsyncClient
         BODIES[path].model_validate(body)
     for text in re.findall(r"-d '(\{.*?\})'", PAGES, re.DOTALL):
         body = json.loads(text)
-        check(schema, f"/v1/{'chat/' if 'messages' in body else ''}completions", body)
+        paths = {"messages": "/v1/chat/completions", "input": "/v1/responses"}
+        named = [path for field, path in paths.items() if field in body]
+        check(schema, named[0] if named else "/v1/completions", body)
     bad: list[Json] = [
         {"prompt": {}},
         {"prompt": "x", "temperature": 3},

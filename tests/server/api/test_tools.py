@@ -14,7 +14,8 @@ from openai import AsyncOpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
 
 from interventions.registry import Registry
-from server.api.tools import MAX_TOOLS, MAX_TOOLS_SIZE, ToolUse, call_structure
+from server.api.call_grammar import call_structure
+from server.api.tools import MAX_TOOLS, MAX_TOOLS_SIZE, ToolUse
 from server.engine.chat import CallSyntax, Tool
 from server.engine.grammar import CompiledGrammar
 from server.engine.output import StepOutput
@@ -285,7 +286,9 @@ def test_calls_of_a_strict_tool_obey_its_schema_wherever_they_come(
     allowed: bool,
     several: bool,
 ) -> None:
-    use = ToolUse((Tool("f", None, PARAMETERS, strict=True),), several=several)
+    use = ToolUse(
+        (Tool("f", None, PARAMETERS, strict=True, field="tools.0.function"),), several=several
+    )
     structure = call_structure(use, syntax, None)
     assert structure is not None
     assert structure.field == "tools.0.function.strict"

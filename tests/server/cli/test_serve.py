@@ -196,8 +196,9 @@ def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess
         ("/v1/completions", "detox-dsas"),
         ("/v1/completions", "detox-lineas"),
         ("/v1/chat/completions", "detox-lineas"),
+        ("/v1/responses", "detox-lineas"),
     ]
-    choices = []
+    choices: list[Any] = []
     for path, body in requests:
         answer = httpx.post(f"{server.url}{path}", json=body, timeout=60).json()
         applied = [item["intervention"] for item in answer["steering"]]
@@ -206,6 +207,8 @@ def test_the_requests_of_the_pages_are_steered_as_they_say(server: ServerProcess
             (base,) = answer["comparison"]["toxicity"]
             (served,) = answer["toxicity"]
             assert served < 0.5 < base
+        elif path == "/v1/responses":
+            assert answer["output"][0]["content"][0]["text"] == choices[-1]["message"]["content"]
         else:
             choices.append(answer["choices"][0])
     texts = {choice.get("text") or choice["message"]["content"] for choice in choices}

@@ -18,7 +18,7 @@ MISTRAL = "[INST] x[/INST]"
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 F = ToolCall("f", '{"x": 1}')
 G = ToolCall("g", "{}")
-TOOLS = (Tool("f", None, {}, strict=False),)
+TOOLS = (Tool("f", None, {}, strict=False, field="tools.0.function"),)
 
 
 class Case(NamedTuple):
