@@ -22,7 +22,8 @@ RESPONSE: Final[dict[str, Any]] = {
         "content": {"repeats": True, "join": "", "content_args": {"strip": False}},
     },
     "calls": {
-        "opening": "<call>",
+        "mark": "<call>",
+        "opening": "",
         "separator": "</call><call>",
         "closing": "</call>",
         "arguments": "arguments",

@@ -91,7 +91,9 @@ class Exchange:
         if structure is None:
             return None
         try:
-            return self._context.engine.compile_grammar(structure.lark, structure.field)
+            return self._context.engine.compile_grammar(
+                structure.lark, structure.field, of_schemas=structure.of_schemas
+            )
         except InvalidRequestError as error:
             raise structure.blame(error) from error
 

@@ -1,9 +1,11 @@
 """The grammar of answers that may or must call tools, in llguidance's dialect of Lark."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from llguidance import regex_to_lark
 from pydantic import JsonValue
 
 from server.api.errors import invalid
@@ -12,7 +14,8 @@ from server.api.tools import ToolUse
 from server.engine.chat import CallSyntax, Tool
 
 MAX_FORCED_CALLS: Final = 32  # of one answer that must call tools
-_COMBINING: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if"})  # they may add properties
+# These keywords may add properties.
+_COMBINING: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties"})
 # Models write calls as Python's json does. A small model would fill free space with blanks.
 _WHITESPACE: Final[dict[str, JsonValue]] = {
     "whitespace_flexible": False,
@@ -53,19 +56,19 @@ def call_structure(
     lines = [f"{tool.field}.parameters" for tool in tools]
     rules += _call_rules(tools, syntax, several=use.several)
     if structure is not None:
-        rules += [f"start: answer | calls\nanswer: {structure.only_rule()}"]
+        rules += [f"start: answer | calls\nanswer: {structure.json_rule()}"]
     elif use.forced:
         rules += ["start: calls"]
     else:
         rules += _free_rules(syntax, several=use.several)
-    return Structure("\n".join(rules), field, tuple(lines))
+    return Structure("\n".join(rules), field, tuple(lines), of_schemas=True)
 
 
 def _arguments(tool: Tool) -> str:
     """Return the schema of a tool's arguments, which are those that it declares."""
     schema: dict[str, Any] = {"x-guidance": _WHITESPACE, **tool.parameters}
     schema.setdefault("type", "object")
-    if "properties" in schema and _COMBINING.isdisjoint(schema):
+    if _COMBINING.isdisjoint(schema):
         # Most schemas leave this out, and mean it: the function has no other parameters.
         schema.setdefault("additionalProperties", False)
     return json.dumps(schema, ensure_ascii=False)
@@ -75,8 +78,9 @@ def _call_rules(tools: Sequence[Tool], syntax: CallSyntax, *, several: bool) -> 
     separator, more = syntax.separator, ""
     if several and separator is not None:
         more = f" ({_literal(separator)} call){{0,{MAX_FORCED_CALLS - 1}}}"
-    yield f"calls: {_literal(syntax.opening)} inner_calls"
-    yield f"inner_calls: call{more} {_literal(syntax.closing)}"
+    mark = _literal((syntax.mark,)) if syntax.mark_token is None else f"<[{syntax.mark_token}]>"
+    yield f"calls: {mark} opened_calls"
+    yield f"opened_calls: {_literal(syntax.opening)} call{more} {_literal(syntax.closing)}"
     yield "call: " + " | ".join(f"call_{place}" for place in range(len(tools)))
     for place, tool in enumerate(tools):
         before = f'{{"name": {json.dumps(tool.name)}, {json.dumps(syntax.arguments)}: '
@@ -86,16 +90,17 @@ def _call_rules(tools: Sequence[Tool], syntax: CallSyntax, *, several: bool) -> 
 def _free_rules(syntax: CallSyntax, *, several: bool) -> Iterator[str]:
     """Yield the rules of text in which there may be calls, which obey their schemas."""
     repeated = "*" if several else "?"
-    yield "TEXT: /(?s:.*)/"
-    match syntax.opening:
-        case ():  # a call is a whole answer, and begins as no text does
-            yield "start: calls | FREE?"
-            yield r"FREE: /\s*[^{\s](?s:.*)/"
-        case (str(first), *others):
-            yield f"start: (before {_literal(others)} inner_calls){repeated} TEXT"
-            yield f"before[suffix={_text(first)}]: /(?s:.*)/"
-        case _:
-            yield f"start: (TEXT calls){repeated} TEXT"
+    any_text = "/(?s:.*)/"
+    if not syntax.mark:  # a call is a whole answer, and begins as no text does
+        yield "start: calls | FREE?"
+        yield r"FREE: /\s*[^{\s](?s:.*)/"
+    elif syntax.mark_token is None:
+        yield f"TEXT: {any_text}"
+        yield f"start: (before opened_calls){repeated} TEXT"
+        yield f"before[suffix={_text(syntax.mark)}]: {any_text}"
+    else:  # no ordinary tokens may spell the mark
+        yield f"TEXT: {any_text} & ~/(?s:.*){regex_to_lark(re.escape(syntax.mark))}(?s:.*)/"
+        yield f"start: (TEXT calls){repeated} TEXT"
 
 
 def _literal(pieces: Sequence[str | int]) -> str:

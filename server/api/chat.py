@@ -69,9 +69,9 @@ def _check(chat: ChatRequest) -> None:
                 "one; only one of them may be true.",
                 "continue_final_message",
             )
-        if chat.messages[-1]["role"] != ASSISTANT:
+        if chat.messages[-1]["role"] != ASSISTANT or "tool_calls" in chat.messages[-1]:
             raise invalid(
-                "'continue_final_message' needs a last message of the assistant.",
+                "'continue_final_message' needs a last message of the assistant, without calls.",
                 "continue_final_message",
             )
     if chat.top_logprobs and not chat.logprobs:

@@ -61,10 +61,12 @@ class ChatChoice:
             contents = [{} if self.reading.format else {"content": ""}]
         deltas: list[dict[str, JsonValue]] = []
         ends = output.finish_reason is not None
-        if not self._opened and (contents or ends or not self.reading.format):
+        if ends and self.reading.format and self._parts.empty:
+            contents = [{"content": ""}]
+        if not self._opened:
             self._opened = True
-            begins_with_call = bool(contents) and "tool_calls" in contents[0]
-            opening = None if begins_with_call else ""
+            # An answer that is parsed may turn out to have no content.
+            opening = None if self.reading.format else ""
             deltas.append(self._delta({"role": "assistant", "content": opening, "refusal": None}))
         for content in contents:
             deltas.append(self._delta(content, tokens) | of_answer)

@@ -16,6 +16,7 @@ from server.api.frames import Choice
 from server.api.logprobs import Listing
 from server.api.message_parts import MessageReading
 from server.api.messages import characters, shown_text
+from server.api.parsing import UNSUPPORTED
 from server.api.structure import Structure
 from server.engine.base import Engine
 from server.engine.chat import AnswerFormat, ChatPrompt
@@ -41,6 +42,12 @@ async def answer_conversation(
             answer cannot have the structure that is asked for.
         ClientGoneError: the client has closed the connection.
     """
+    if asked.include_stop_str_in_output and asked.tool_use.tools:
+        raise invalid(
+            "'include_stop_str_in_output' cannot be used with tools that may be called.",
+            "include_stop_str_in_output",
+            UNSUPPORTED,
+        )
     try:
         prompt = await _read_messages(asked, context.engine, exchange)
         exchange.record_prompts(
@@ -50,7 +57,8 @@ async def answer_conversation(
         room = context.engine.max_model_len - len(prompt.tokens)
         limit = context.settings.default_max_tokens
         use = asked.tool_use
-        reading = MessageReading(prompt.answer, use.several, use.named)
+        has_reasoning = not (asked.is_structured or use.forced)
+        reading = MessageReading(prompt.answer, has_reasoning, use.several, use.named)
         marks = frozenset[int]() if prompt.answer is None else prompt.answer.shown_special
         plans = [
             ChoicePlan(
@@ -70,7 +78,7 @@ async def _read_messages(
 ) -> ChatPrompt:
     conversation = asked.conversation
     read = partial(engine.prompts.read_chat, conversation)
-    prompt = await exchange.read_prompt(characters(conversation.messages), read)
+    prompt = await exchange.read_prompt(characters(conversation), read)
     kept = asked.truncated(prompt.tokens, engine.max_model_len - (asked.answer_limit or 1))
     return replace(prompt, tokens=kept)
 
@@ -87,9 +95,6 @@ def _structure_of(
         given = asked.structure()
         if not use.tools or answer is None:
             return given
-        if use.forced and (part := answer.begins_inside) is not None:
-            message = f"The prompt has begun the answer's {part}, so a call cannot be demanded."
-            raise invalid(message, "tool_choice", "invalid_value")
         return call_structure(use, answer.calls, given)
 
     return structure

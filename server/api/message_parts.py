@@ -21,6 +21,7 @@ class MessageReading:
     """Says how the answers to a request become messages."""
 
     format: AnswerFormat | None = None  # None if an answer is nothing but text
+    has_reasoning: bool = True  # false: the answer must have a structure
     several_calls: bool = True  # false: the first call ends the message
     call_is_named: bool = False  # the client has named the function that is called
 
@@ -30,7 +31,9 @@ class AnswerReader:
 
     def __init__(self, reading: MessageReading) -> None:
         self._several_calls = reading.several_calls
-        self._parser = None if reading.format is None else reading.format.begin()
+        self._parser = None
+        if reading.format is not None:
+            self._parser = reading.format.begin(reasoning=reading.has_reasoning)
         self._called = False
 
     def read(self, output: StepOutput) -> list[AnswerPart]:
@@ -75,12 +78,16 @@ class MessageParts:
                 deltas.append({"tool_calls": [{"index": index, **call}]})
         return deltas
 
+    @property
+    def empty(self) -> bool:
+        """True while the message has nothing."""
+        return not (self._content or self._reasoning or self._calls)
+
     def message(self) -> dict[str, JsonValue]:
         """Return the whole message."""
-        content = "".join(self._content)
         message: dict[str, JsonValue] = {
             "role": "assistant",
-            "content": content if content or not self._calls else None,
+            "content": "".join(self._content) if self._content or self.empty else None,
             "refusal": None,
         }
         if self._reasoning:

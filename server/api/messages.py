@@ -1,13 +1,13 @@
 """Parses the messages of a conversation into the form that a chat template takes."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
-from interventions.strict_json import StrictJSONError, parse_json
+from server.api.calls import Calls
 from server.api.errors import ApiError, invalid
-from server.api.parsing import UNSUPPORTED
-from server.engine.chat import Message
+from server.api.parsing import UNSUPPORTED, required, string
+from server.engine.chat import Conversation, Message
 
 MAX_MESSAGES: Final = 2048  # as many as OpenAI takes
 MAX_CALLS: Final = 128  # of one message
@@ -38,12 +38,12 @@ PART_FIELDS: Final = HINTS | {"type", "text"}
 _TEMPLATE_LENGTH: Final = 20  # characters that a chat template adds to a message, roughly
 
 
-def characters(messages: Sequence[Message]) -> int:
+def characters(conversation: Conversation) -> int:
     """Return the length of a conversation's text, roughly."""
-    return sum(
-        sum(len(str(value)) for value in message.values()) + _TEMPLATE_LENGTH
-        for message in messages
-    )
+    values = (value for message in conversation.messages for value in message.values())
+    tools = (tool.definition for tool in conversation.tools)
+    length = sum(len(str(value)) for value in (*values, *tools))
+    return length + _TEMPLATE_LENGTH * len(conversation.messages)
 
 
 def shown_text(message: Message) -> str:
@@ -59,21 +59,21 @@ def parse_messages(value: object) -> tuple[Message, ...]:
     if not 0 < len(value) <= MAX_MESSAGES:
         message = f"'messages' has {len(value)} messages; it takes 1 to {MAX_MESSAGES}."
         raise invalid(message, "messages", "invalid_value")
-    called: dict[str, str] = {}  # the names of the functions that were called, by the calls' ids
+    called = Calls()
     return tuple(
         _parse_message(item, f"messages[{place}]", called) for place, item in enumerate(value)
     )
 
 
-def _parse_message(value: object, param: str, called: dict[str, str]) -> Message:
+def _parse_message(value: object, param: str, called: Calls) -> Message:
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
     # The role comes first: a message with another role is wrong for that, not for its fields.
     role = _parse_role(required(value, "role", param), f"{param}.role")
     _check_fields(value, role, param)
-    calls = _parse_calls(value.get("tool_calls") or [], f"{param}.tool_calls")
+    calls = _parse_calls(value.get("tool_calls") or [], f"{param}.tool_calls", called)
     message: dict[str, object] = {"role": role, "content": ""}
-    if not calls or value.get("content") is not None:
+    if not calls or value.get("content"):
         content = required(value, "content", param)
         message["content"] = _parse_content(content, f"{param}.content")
     if value.get("name") is not None and (name := string(value["name"], f"{param}.name")):
@@ -82,12 +82,11 @@ def _parse_message(value: object, param: str, called: dict[str, str]) -> Message
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
-        called |= {call["id"]: call["function"]["name"] for call in calls}
     if role == TOOL:
         answered = string(required(value, "tool_call_id", param), f"{param}.tool_call_id")
         message["tool_call_id"] = answered
-        if answered in called:
-            message.setdefault("name", called[answered])  # some templates need it
+        if answered in called.names:
+            message.setdefault("name", called.names[answered])  # some templates need it
     return message
 
 
@@ -105,20 +104,20 @@ def _check_fields(value: dict[str, object], role: str, param: str) -> None:
             raise invalid(message, f"{param}.{name}", "invalid_value")
 
 
-def _parse_calls(value: object, param: str) -> list[Any]:
+def _parse_calls(value: object, param: str, called: Calls) -> list[dict[str, object]]:
     """Return calls in OpenAI's form, but with their arguments as objects."""
     if not isinstance(value, list):
         raise invalid(f"'{param}' must be a list of calls.", param, "invalid_type")
     if len(value) > MAX_CALLS:
         message = f"'{param}' has {len(value)} calls, more than {MAX_CALLS}."
         raise invalid(message, param, "invalid_value")
-    return [_parse_call(call, f"{param}[{place}]") for place, call in enumerate(value)]
+    return [_parse_call(call, f"{param}[{place}]", called) for place, call in enumerate(value)]
 
 
-def _parse_call(value: object, param: str) -> dict[str, object]:
+def _parse_call(value: object, param: str, called: Calls) -> dict[str, object]:
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
-    if value.get("type", "function") != "function":
+    if value.get("type") not in (None, "function"):
         message = f"This server supports calls of functions only, and '{param}' is another."
         raise invalid(message, f"{param}.type", UNSUPPORTED)
     function = required(value, "function", param)
@@ -128,38 +127,7 @@ def _parse_call(value: object, param: str) -> dict[str, object]:
     name = string(required(function, "name", inner), f"{inner}.name")
     arguments = required(function, "arguments", inner)
     call_id = string(required(value, "id", param), f"{param}.id")
-    return called_function(call_id, name, arguments, f"{inner}.arguments")
-
-
-def called_function(call_id: str, name: str, arguments: object, param: str) -> dict[str, object]:
-    """Return a call in the form that chat templates expect.
-
-    Args:
-        call_id: the call's.
-        name: the function's.
-        arguments: the text of a JSON object, or an empty one.
-        param: the field that has the arguments; errors name it.
-
-    Raises:
-        ApiError: the arguments are something else.
-    """
-    text = string(arguments, param)
-    try:
-        parsed, fault = (parse_json(text) if text else {}), ""
-    except StrictJSONError as error:
-        parsed, fault = None, f"; it {error}"
-    if not isinstance(parsed, dict):
-        message = f"'{param}' must be the text of a JSON object{fault}."
-        raise invalid(message, param, "invalid_value")
-    function = {"name": name, "arguments": parsed}
-    return {"id": call_id, "type": "function", "function": function}
-
-
-def string(value: object, param: str) -> str:
-    """Return a string, or raise a 400."""
-    if not isinstance(value, str):
-        raise invalid(f"'{param}' must be a string.", param, "invalid_type")
-    return value
+    return called.add(call_id, name, arguments, f"{inner}.arguments")
 
 
 def _parse_role(value: object, param: str) -> str:
@@ -208,12 +176,3 @@ def no_text_part(kind: object, param: str) -> ApiError:
     """Return the error for content of another kind than text."""
     message = f"'{param}' is '{string(kind, param)[:100]}'; this server supports text only."
     return invalid(message, param, UNSUPPORTED)
-
-
-def required(fields: dict[str, object], name: str, param: str) -> object:
-    """Return a field of the object at `param`, or raise a 400 if it lacks the field."""
-    if name not in fields:
-        field = f"{param}.{name}"
-        message = f"Missing required parameter: '{field}'."
-        raise invalid(message, field, "missing_required_parameter")
-    return fields[name]

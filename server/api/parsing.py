@@ -44,6 +44,22 @@ async def read_request(schema: type[T], request: Request) -> T:
     return await asyncio.get_running_loop().run_in_executor(context.body_thread, read)
 
 
+def string(value: object, param: str) -> str:
+    """Return a string, or raise a 400 that names the field."""
+    if not isinstance(value, str):
+        raise invalid(f"'{param}' must be a string.", param, "invalid_type")
+    return value
+
+
+def required(fields: dict[str, object], name: str, param: str) -> object:
+    """Return a field of the object at `param`, or raise a 400 if it lacks the field."""
+    if name not in fields:
+        field = f"{param}.{name}"
+        message = f"Missing required parameter: '{field}'."
+        raise invalid(message, field, "missing_required_parameter")
+    return fields[name]
+
+
 def _parse_object(body: bytes, known: Collection[str]) -> dict[str, object]:
     try:
         # Some clients put a byte order mark before the JSON.

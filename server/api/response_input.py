@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
+from server.api.calls import Calls
 from server.api.errors import invalid
 from server.api.messages import (
     ASSISTANT,
     MAX_MESSAGES,
     ROLES,
     TOOL,
-    called_function,
     check_known,
     no_text_part,
-    required,
-    string,
 )
-from server.api.parsing import UNSUPPORTED
+from server.api.parsing import UNSUPPORTED, required, string
 from server.engine.chat import Message
 
 _ITEM_FIELDS: Final = frozenset({"type", "id", "status"})
@@ -51,7 +49,7 @@ class _Conversation:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self._turn: dict[str, Any] | None = None  # the assistant's message, while items add to it
-        self._called: dict[str, str] = {}  # the names of called functions, by the calls' ids
+        self._called = Calls()
 
     def add(self, item: object, param: str) -> None:
         if not isinstance(item, dict):
@@ -102,9 +100,8 @@ class _Conversation:
         call_id = string(required(item, "call_id", param), f"{param}.call_id")
         name = string(required(item, "name", param), f"{param}.name")
         arguments = required(item, "arguments", param)
-        call = called_function(call_id, name, arguments, f"{param}.arguments")
+        call = self._called.add(call_id, name, arguments, f"{param}.arguments")
         self._assistant().setdefault("tool_calls", []).append(call)
-        self._called[call_id] = name
 
     def _add_result(self, item: dict[str, Any], param: str) -> None:
         check_known(item, _RESULT_FIELDS, param)
@@ -112,8 +109,8 @@ class _Conversation:
         content = _text(required(item, "output", param), f"{param}.output")
         self._turn = None
         result = {"role": TOOL, "tool_call_id": call_id, "content": content}
-        named = {"name": self._called[call_id]} if call_id in self._called else {}
-        self.messages.append(result | named)
+        names = self._called.names
+        self.messages.append(result | ({"name": names[call_id]} if call_id in names else {}))
 
     def _assistant(self, *, new: bool = False) -> dict[str, Any]:
         """Return the assistant's message that items add to."""

@@ -35,18 +35,18 @@ class Structure(NamedTuple):
     lark: str  # in llguidance's dialect
     field: str  # the request's field that asks for it
     lines: tuple[str, ...] = ()  # the fields that the grammar's first lines are made of
+    of_schemas: bool = False  # beside JSON schemas, there is nothing of the client's in it
 
-    def only_rule(self) -> str:
-        """Return the body of the grammar's only rule.
+    def json_rule(self) -> str:
+        """Return the body of the only rule of a grammar that is a JSON schema.
 
         Raises:
-            ApiError: it has more rules.
+            ApiError: it is another grammar, whose texts may look like calls.
         """
-        body = self.lark.removeprefix(_ONLY_RULE)
-        if body == self.lark or "\n" in body:
+        if not self.of_schemas:
             message = f"'{self.field}' cannot be used together with tools that may be called."
             raise invalid(message, self.field, "unsupported_parameter")
-        return body
+        return self.lark.removeprefix(_ONLY_RULE)
 
     def blame(self, error: InvalidRequestError) -> InvalidRequestError:
         """Return a compiler's error with the field that the line at fault is made of."""
@@ -181,7 +181,7 @@ def _of_schema(schema: Schema, field: str, *, compact: bool = False) -> Structur
         schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
     text = json.dumps(schema, ensure_ascii=False)
     _check_size(text, field)
-    return Structure(f"start: %json {text}", field)
+    return Structure(f"{_ONLY_RULE}%json {text}", field, of_schemas=True)
 
 
 def _of_regex(pattern: str, field: str) -> Structure:

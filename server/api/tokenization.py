@@ -73,7 +73,7 @@ async def tokenize(request: Request, context: Context) -> Response:
     read: Callable[[], Sequence[int]]
     if asked.messages is not None:
         conversation = Conversation(asked.messages, asked.add_generation_prompt)
-        length, read = characters(asked.messages), partial(_chat_tokens, prompts, conversation)
+        length, read = characters(conversation), partial(_chat_tokens, prompts, conversation)
     else:
         text, special = asked.prompt or "", asked.add_special_tokens is not False
         length, read = len(text), partial(prompts.tokenize, text, add_special_tokens=special)

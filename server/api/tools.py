@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, Protocol, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, FailFast, Field, JsonValue, PlainValidator
+from pydantic import AfterValidator, FailFast, Field, JsonValue, PlainValidator, field_validator
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from server.api.errors import invalid
@@ -25,6 +25,13 @@ class FunctionDefinition(Strict):
     description: str | None = None
     parameters: dict[str, JsonValue] = Field(default_factory=lambda: dict(_NO_ARGUMENTS))
     strict: bool = False
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if schema.get("type", "object") != "object":
+            raise ValueError("it must be the schema of an object, whose properties are arguments")
+        return schema
 
     def to_tool(self, field: str) -> Tool:
         """Return the function as engines know it. `field` is this object's place in the request."""

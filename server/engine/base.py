@@ -97,12 +97,16 @@ class Engine(Protocol):
     def died(self) -> bool:
         """True once the engine has ended without being told to, also after `close`."""
 
-    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+    def compile_grammar(
+        self, lark: str, field: str, *, of_schemas: bool = False
+    ) -> CompiledGrammar:
         """Compile a grammar for answers; it may take a second or two.
 
         Args:
             lark: the grammar, in llguidance's dialect of Lark.
             field: the request's field that asks for it; errors name it.
+            of_schemas: whether all that clients have written of it is JSON schemas, which cost
+                less than other grammars of the same size.
 
         Raises:
             InvalidRequestError: this engine serves no grammars, or the grammar cannot be compiled

@@ -82,9 +82,11 @@ class CallSyntax:
     """How a model writes calls of tools.
 
     Each piece is a sequence of texts and of ids of special tokens. The calls of an answer are
-    `{"name": ..., "arguments": ...}` between `opening` and `closing`.
+    `{"name": ..., "arguments": ...}`, with `mark` and `opening` before them.
     """
 
+    mark: str  # by it, calls are told from text; empty if a call is a whole answer
+    mark_token: int | None  # the special token that is the mark; None if it is ordinary text
     opening: tuple[str | int, ...]
     separator: tuple[str | int, ...] | None  # between two calls; None if an answer has one at most
     closing: tuple[str | int, ...]
@@ -102,12 +104,12 @@ class AnswerFormat(Protocol):
     def calls(self) -> CallSyntax | None:
         """How the model writes calls; None if that is not known."""
 
-    @property
-    def begins_inside(self) -> str | None:
-        """The part in whose middle answers begin, such as the model's reasoning; None if none."""
+    def begin(self, *, reasoning: bool = True) -> AnswerParser:
+        """Return the parser of one answer.
 
-    def begin(self) -> AnswerParser:
-        """Return the parser of one answer."""
+        Args:
+            reasoning: false if the answer has no reasoning, because it must have a structure.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,23 +2,27 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from server.engine.chat import CallSyntax
 from server.engine.text.response_format import ResponseFormat
 
 
-def marks_of(known: ResponseFormat, special: Mapping[str, int]) -> frozenset[int]:
-    """Return the special tokens that mark the parts of an answer.
+def marks_of(
+    known: ResponseFormat, fields: Collection[str], special: Mapping[str, int]
+) -> frozenset[int]:
+    """Return the special tokens that mark some parts of an answer.
 
     Args:
         known: how the model writes answers.
+        fields: the parts' names.
         special: the tokenizer's special tokens by their names.
     """
+    marks = [known.marks[field] for field in fields]
     return frozenset(
         token
         for name, token in special.items()
-        if name in known.marks or _as_pattern(name) in known.marks
+        if any(name in text or _as_pattern(name) in text for text in marks)
     )
 
 
@@ -29,8 +33,10 @@ def call_syntax(calls: Mapping[str, str | None], special: Mapping[str, int]) -> 
         calls: the same with texts only.
         special: the tokenizer's special tokens by their names.
     """
-    separator = calls["separator"]
+    separator, mark = calls["separator"], calls["mark"] or ""
     return CallSyntax(
+        mark,
+        special.get(mark),
         _pieces(calls["opening"] or "", special),
         None if separator is None else _pieces(separator, special),
         _pieces(calls["closing"] or "", special),

@@ -32,12 +32,6 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._for_tools = for_tools
 
-    @property
-    def variables(self) -> frozenset[str]:
-        """The variables that the template reads and that a client may set."""
-        read = _variables(self._tokenizer.get_chat_template())
-        return read - _RESERVED - set(self._tokenizer.special_tokens_map)
-
     def render(self, conversation: Conversation) -> str:
         """Return the conversation's text, with the special tokens that the model expects.
 
@@ -51,10 +45,10 @@ class ChatTemplate:
                 "messages",
                 "no_chat_template",
             )
-        variables: Any = self._known_variables(conversation)
+        template = self._template(conversation)
+        variables: Any = self._known_variables(conversation, self._settable(template))
         messages: Any = [dict(message) for message in conversation.messages]
         tools: Any = [tool.definition for tool in conversation.tools] or None
-        template = self._template(conversation)
         try:
             text = str(
                 self._tokenizer.apply_chat_template(
@@ -85,6 +79,9 @@ class ChatTemplate:
         field = "tools" if conversation.tools else _field_with_calls(conversation)
         if field is None or "tools" in _variables(own):
             return own
+        templates = self._tokenizer.chat_template
+        if isinstance(templates, dict) and "tool_use" in templates:
+            return str(templates["tool_use"])
         if self._for_tools is None:
             raise InvalidRequestError(
                 "This model's chat template knows no tools; another one may be given to the "
@@ -94,13 +91,19 @@ class ChatTemplate:
             )
         return self._for_tools
 
-    def _known_variables(self, conversation: Conversation) -> dict[str, object]:
+    def _settable(self, template: str) -> frozenset[str]:
+        """Return the variables that a template reads and that a client may set."""
+        return _variables(template) - _RESERVED - set(self._tokenizer.special_tokens_map)
+
+    def _known_variables(
+        self, conversation: Conversation, settable: frozenset[str]
+    ) -> dict[str, object]:
         variables: dict[str, object] = {}
         for variable in conversation.variables:
-            if variable.name in self.variables:
+            if variable.name in settable:
                 variables[variable.name] = variable.value
             elif variable.is_required:
-                name, known = variable.name[:100], ", ".join(sorted(self.variables)) or "none"
+                name, known = variable.name[:100], ", ".join(sorted(settable)) or "none"
                 raise InvalidRequestError(
                     f"The model's chat template reads no '{name}'; a request may set {known}.",
                     variable.field[:200],

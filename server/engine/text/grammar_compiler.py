@@ -38,12 +38,13 @@ class GrammarCompiler:
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
 
-    def compile(self, lark: str, field: str) -> CompiledGrammar:
+    def compile(self, lark: str, field: str, *, of_schemas: bool = False) -> CompiledGrammar:
         """Return a compiled grammar. The first one takes a second or two.
 
         Args:
             lark: in llguidance's dialect of Lark.
             field: the request's field that asks for it.
+            of_schemas: whether all that clients have written of it is JSON schemas.
 
         Raises:
             InvalidRequestError: it cannot be compiled, or not within the limits.
@@ -52,7 +53,7 @@ class GrammarCompiler:
             matcher = self._kept.get(lark)
         if matcher is None:  # compiled without the lock: other requests go on meanwhile
             _try(lark, field)
-            matcher = self._compiled(lark, field)
+            matcher = self._compiled(lark, field, _SCHEMA_LIMITS if of_schemas else _LIMITS)
         with self._lock:
             self._kept[lark] = matcher
             self._kept.move_to_end(lark)
@@ -60,7 +61,7 @@ class GrammarCompiler:
                 self._kept.popitem(last=False)
         return CompiledGrammar(lark, field, matcher)
 
-    def _compiled(self, lark: str, field: str) -> LLMatcher:
+    def _compiled(self, lark: str, field: str, limits: LLParserLimits) -> LLMatcher:
         try:
             tokenizer = self._tokenizer
         except ValueError as error:
@@ -70,7 +71,6 @@ class GrammarCompiler:
                 field,
                 "unsupported_parameter",
             ) from error
-        limits = _LIMITS if grammar_check.schema_of(lark) is None else _SCHEMA_LIMITS
         matcher = LLMatcher(tokenizer, lark, log_level=0, limits=limits)
         if matcher.is_error():
             raise refused(field, matcher.get_error().partition("\n")[0][:SHOWN])

@@ -9,10 +9,10 @@ from server.engine.chat import ChatPrompt, Conversation
 from server.engine.errors import InvalidRequestError
 from server.engine.output import PromptDescription, TokenizerDescription
 from server.engine.templates import OWN_TEMPLATES, Templates
-from server.engine.text.answer_parser import TemplateFormat
+from server.engine.text.answer_parser import TemplateFormat, part_at_end, without_fields
 from server.engine.text.call_marks import call_syntax, marks_of
 from server.engine.text.chat_template import ChatTemplate
-from server.engine.text.response_format import find_format, install_templates
+from server.engine.text.response_format import CALLS, find_format, install_templates
 from server.engine.text.running_text import RunningText
 from server.engine.text.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ class Prompts:
         """
         install_templates(templates, tokenizer)
         self._source = tokenizer
-        self._format = find_format(tokenizer)
+        self._format = find_format(tokenizer, given=templates.response is not None)
         for_tools = None if self._format is None else self._format.chat_template
         self._template = ChatTemplate(tokenizer, for_tools)
         self._tokenizer = tokenizer.backend_tokenizer
@@ -98,9 +98,15 @@ class Prompts:
             )
         if known is None or not (tools or known.has_reasoning):
             return ChatPrompt(tokens)
-        calls = None if known.calls is None else call_syntax(known.calls, self._special)
-        marks = marks_of(known, self._special)
-        return ChatPrompt(tokens, TemplateFormat(known.template, text, tools, marks, calls))
+        template = known.template if tools else without_fields(known.template, {CALLS})
+        format_ = TemplateFormat(
+            template,
+            part_at_end(template, text),
+            tools,
+            marks_of(known, template.fields, self._special),
+            None if known.calls is None else call_syntax(known.calls, self._special),
+        )
+        return ChatPrompt(tokens, format_)
 
     def names(self, tokens: Sequence[int]) -> list[str]:
         """Return the tokens' names in the vocabulary; that of an unknown id is empty."""

@@ -6,7 +6,7 @@ A format is data: transformers' response template, and with it how calls are wri
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -28,9 +28,9 @@ Json: TypeAlias = Mapping[str, Any]
 
 REASONING: Final = frozenset({"thinking", "reasoning", "reasoning_content"})
 CALLS: Final = "tool_calls"
-_CALL_KEYS: Final = frozenset({"opening", "separator", "closing", "arguments"})
+_CALL_KEYS: Final = frozenset({"mark", "opening", "separator", "closing", "arguments"})
 # What a format has beside the response template.
-_OWN_KEYS: Final = frozenset({"recognise", "calls", "chat_template"})
+_OWN_KEYS: Final = frozenset({"recognise", "unless", "calls", "chat_template"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,8 @@ class ResponseFormat:
     """How a model writes its answers."""
 
     template: ResponseTemplate
-    marks: str  # a text in which the marks of an answer's parts occur, as they are or as patterns
+    # For each part of an answer, a text in which its marks occur, as they are or as patterns.
+    marks: Mapping[str, str]
     calls: Json | None = None  # the pieces of `CallSyntax` as texts; None if they are not known
     chat_template: str | None = None  # knows tools; for a model whose own template knows none
 
@@ -89,10 +90,10 @@ def read_format(given: object) -> ResponseFormat:
     """Read a format.
 
     Args:
-        given: a response template of transformers, with three more keys that may be left out:
-            `calls` has the pieces of `server.engine.chat.CallSyntax` as texts, `recognise` the
-            texts that all occur in the model's chat template, and `chat_template` a template
-            that knows tools, in place of the model's own.
+        given: a response template of transformers, with more keys that may be left out: `calls`
+            has the pieces of `server.engine.chat.CallSyntax` as texts, `recognise` the texts that
+            all occur in the model's chat template, `unless` those that do not, and
+            `chat_template` a template that knows tools, in place of the model's own.
 
     Raises:
         ValueError: it is no such template.
@@ -100,48 +101,68 @@ def read_format(given: object) -> ResponseFormat:
     if not isinstance(given, dict):
         raise ValueError("a response template is a JSON object")
     template = {key: value for key, value in given.items() if key not in _OWN_KEYS}
-    loaded = load_response_template(template)  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        loaded = load_response_template(template)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"a value is of a wrong kind: {error}") from error
     calls = given.get("calls")
     if calls is not None:
         _check_calls(calls)
-    marks = json.dumps(template["fields"], ensure_ascii=False)
-    return ResponseFormat(loaded, marks, calls, given.get("chat_template"))
+    for field in loaded.fields.values():
+        field.optional = True  # an answer is what it is, whatever the template expects
+    marks = {
+        name: json.dumps(field, ensure_ascii=False) for name, field in template["fields"].items()
+    }
+    chat_template = given.get("chat_template")
+    if not isinstance(chat_template, str | None):
+        raise ValueError("'chat_template' must be a string")
+    return ResponseFormat(loaded, marks, calls, chat_template)
 
 
-def find_format(tokenizer: PreTrainedTokenizerFast) -> ResponseFormat | None:
+def find_format(
+    tokenizer: PreTrainedTokenizerFast, *, given: bool = False
+) -> ResponseFormat | None:
     """Return the format of a model's answers, None if it is not known.
 
-    The operator's or the tokenizer's own comes first, then one of those in `formats`.
+    The tokenizer's own comes first, then one of those in `formats`. As transformers' templates do
+    not say how calls are written, the latter says it for both, unless the tokenizer's is `given`
+    by the operator.
 
     Raises:
         ConfigurationError: the tokenizer's own is no response template.
     """
     own = getattr(tokenizer, "response_template", None)
-    chat_template = tokenizer.chat_template
-    known = recognised(chat_template) if isinstance(chat_template, str) else None
+    known = recognised(_all_templates(tokenizer))
     if own is None:
         return known
     try:
         found = read_format(own)
     except ValueError as error:
         raise ConfigurationError(f"the tokenizer's response template: {error}") from error
-    if found.calls is None and known is not None:
-        found = ResponseFormat(found.template, found.marks, known.calls, known.chat_template)
+    if found.calls is None and known is not None and not given:
+        found = replace(found, calls=known.calls, chat_template=known.chat_template)
     return found
+
+
+def _all_templates(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a tokenizer's chat template, or all of them if it has several."""
+    own = tokenizer.chat_template
+    return "\n".join(own.values()) if isinstance(own, dict) else own or ""
 
 
 def recognised(chat_template: str) -> ResponseFormat | None:
     """Return the format in `formats` whose texts occur in a chat template, the most exact one."""
     matching = [
         (len(texts), known)
-        for texts, known in _known()
+        for texts, others, known in _known()
         if all(text in chat_template for text in texts)
+        and not any(text in chat_template for text in others)
     ]
     return max(matching, key=lambda each: each[0], default=(0, None))[1]
 
 
 @cache
-def _known() -> Sequence[tuple[Sequence[str], ResponseFormat]]:
+def _known() -> Sequence[tuple[Sequence[str], Sequence[str], ResponseFormat]]:
     folder = files(__package__) / "formats"
     found = []
     for file in sorted(folder.iterdir(), key=lambda each: each.name):
@@ -149,7 +170,7 @@ def _known() -> Sequence[tuple[Sequence[str], ResponseFormat]]:
             given = json.loads(file.read_text())
             if (name := given.get("chat_template")) is not None:
                 given["chat_template"] = (folder / name).read_text()
-            found.append((given["recognise"], read_format(given)))
+            found.append((given["recognise"], given.get("unless", ()), read_format(given)))
     return tuple(found)
 
 

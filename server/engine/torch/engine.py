@@ -76,9 +76,11 @@ class TorchEngine:
         """True once an exception has ended the engine thread."""
         return self._thread.died
 
-    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+    def compile_grammar(
+        self, lark: str, field: str, *, of_schemas: bool = False
+    ) -> CompiledGrammar:
         """Compile a grammar for answers; see server.engine.base.Engine.compile_grammar."""
-        return self._grammars.compile(lark, field)
+        return self._grammars.compile(lark, field, of_schemas=of_schemas)
 
     def stats(self) -> EngineStats:
         """Return the gauges and counters for the metrics page."""

@@ -138,7 +138,9 @@ class VllmEngine:
             self._died = self._died or self._llm.errored
         return self._died
 
-    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+    def compile_grammar(
+        self, lark: str, field: str, *, of_schemas: bool = False
+    ) -> CompiledGrammar:
         """Refuse a grammar: vLLM's log-probabilities would be those of the masked logits."""
         raise InvalidRequestError(
             f"The engine on vLLM does not support '{field}' yet; the embedded engine does.",

@@ -112,7 +112,9 @@ class FakeEngine:
     def prompts(self) -> PromptReader:
         return FakePrompts()
 
-    def compile_grammar(self, lark: str, field: str) -> CompiledGrammar:
+    def compile_grammar(
+        self, lark: str, field: str, *, of_schemas: bool = False
+    ) -> CompiledGrammar:
         raise NotImplementedError
 
     async def submit(self, requests: Sequence[Request]) -> list[Generation]:

@@ -134,6 +134,7 @@ def calling(calls: object) -> list[Json]:
 
 
 CALL = made()
+HEAVY = made(arguments='{"x": [' + ",".join(["[]"] * 8000) + "]}")
 WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     (None, "messages"),
     ("Hello", "messages"),
@@ -168,6 +169,12 @@ WRONG_MESSAGES: tuple[tuple[object, str], ...] = (
     (calling([made(arguments={})]), "messages[1].tool_calls[0].function.arguments"),
     (calling([made(arguments="{")]), "messages[1].tool_calls[0].function.arguments"),
     (calling([made(arguments="[]")]), "messages[1].tool_calls[0].function.arguments"),
+    (calling([made(arguments='{"x": 1e400}')]), "messages[1].tool_calls[0].function.arguments"),
+    (calling([made(arguments="{}" + " " * 9)] * 2), "messages[1].tool_calls"),
+    (
+        [*calling([HEAVY] * 4), *calling([HEAVY])],
+        "messages[3].tool_calls[0].function.arguments",
+    ),
     (calling([CALL]), "messages[1].tool_calls"),  # the template knows no tools
     ([user(audio={"id": "1"})], "messages[0].audio"),
     ([user(refusal="no")], "messages[0].refusal"),

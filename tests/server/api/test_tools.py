@@ -257,17 +257,20 @@ async def test_a_comparison_shows_the_base_models_calls(
         jsonschema.validate(json.loads(made["function"]["arguments"]), PARAMETERS)
 
 
-PLAIN = CallSyntax(("<call>",), ("|",), ("</call>",), "arguments")
-MARKED = CallSyntax((EOS + 1, "["), (", ",), ("]",), "arguments")  # the mark is one special token
-BARE = CallSyntax((), None, (), "parameters")
+PLAIN = CallSyntax("<call>", None, ("[",), ("|",), ("]</call>",), "arguments")
+MARKED = CallSyntax("<bos>", EOS + 1, ("[",), (", ",), ("]",), "arguments")
+BARE = CallSyntax("", None, (), None, (), "parameters")
 GOOD, BAD = '{"name": "f", "arguments": {"x": 1}}', '{"name": "f", "arguments": {"y"'
 # How calls are written, the pieces of an answer, and how many of its tokens are allowed.
 STRICT: tuple[tuple[CallSyntax, tuple[str | int, ...], bool], ...] = (
     (PLAIN, ("Hello <b>",), True),
-    (PLAIN, (f"Hi <call>{GOOD}</call>",), True),
-    (PLAIN, (f"<call>{GOOD}|{GOOD}</call> and <call>{GOOD}</call>",), True),
+    (PLAIN, (f"Hi <call>[{GOOD}]</call>",), True),
+    (PLAIN, (f"<call>[{GOOD}|{GOOD}]</call> and <call>[{GOOD}]</call>",), True),
+    (PLAIN, (f"Hi <call>[{BAD}",), False),
     (PLAIN, (f"Hi <call>{BAD}",), False),
-    (PLAIN, ('<call>{"name": "g"',), False),
+    (PLAIN, ("Hi <call> ",), False),
+    (PLAIN, ('<call>[{"name": "g"',), False),
+    (MARKED, ("<bos>[",), False),
     (MARKED, ("Hi [", EOS + 1, f"[{GOOD}, {GOOD}] so"), True),
     (MARKED, ("Hi ", EOS + 1, f"[{BAD}"), False),
     (BARE, ("Hello { }",), True),
@@ -310,9 +313,10 @@ async def test_only_a_strict_tool_has_a_grammar(
     compiled: list[str] = []
     compile_grammar = tool_engine.compile_grammar
 
-    def record(lark: str, field: str) -> CompiledGrammar:
+    def record(lark: str, field: str, *, of_schemas: bool) -> CompiledGrammar:
+        assert of_schemas
         compiled.append(field)
-        return compile_grammar(lark, field)
+        return compile_grammar(lark, field, of_schemas=of_schemas)
 
     monkeypatch.setattr(tool_engine, "compile_grammar", record)
     await both_ways(client, tools=[tool(), tool("g")])
@@ -327,15 +331,60 @@ async def test_an_answer_may_be_a_call_or_have_its_structure(client: httpx.Async
         message, _ = await both_ways(
             client,
             tools=[tool()],
-            structured_outputs={"choice": ["<left>", "<right>"]},
+            structured_outputs={"json": {"enum": ["left", "right"]}},
             parallel_tool_calls=False,
             temperature=2,
             seed=seed,
             max_tokens=80,
         )
         found.add(message["content"] or "a call")
-    assert found <= {"<left>", "<right>", "a call"}
+    assert found <= {'"left"', '"right"', "a call"}
     assert len(found) > 1
+
+
+BEGUN: Json = {
+    "continue_final_message": True,
+    "messages": [user(), {"role": "assistant", "content": "<think>hm"}],
+}
+
+
+async def test_what_must_have_a_structure_is_no_reasoning(client: httpx.AsyncClient) -> None:
+    chosen = {"structured_outputs": {"choice": ["<think>left", "<think>right"]}}
+    for fields in (chosen, {**chosen, **BEGUN}):
+        message, _ = await both_ways(client, **fields, max_tokens=20)
+        assert message["content"] in ("<think>left", "<think>right")
+        assert "reasoning_content" not in message
+    forced: Json = {"tools": [tool()], "tool_choice": "required", "parallel_tool_calls": False}
+    message, _ = await both_ways(client, **forced, **BEGUN, max_tokens=80)
+    assert len(message["tool_calls"]) == 1
+    message, _ = await both_ways(client, **BEGUN, max_tokens=9)
+    assert message["content"] is None
+    assert message["reasoning_content"]
+
+
+async def test_a_tool_may_have_many_arguments(client: httpx.AsyncClient) -> None:
+    many: Json = {"type": "object", "properties": {f"p{at}": {"enum": [1]} for at in range(300)}}
+    message, _ = await both_ways(
+        client,
+        tools=[tool(parameters=many)],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=300,
+    )
+    assert message["tool_calls"] or message["content"]
+
+
+async def test_a_tool_without_declared_arguments_gets_none(client: httpx.AsyncClient) -> None:
+    for parameters in ({}, {"type": "object"}, None):
+        function = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        message, _ = await both_ways(
+            client,
+            tools=[function],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_tokens=80,
+        )
+        assert message["tool_calls"] == [call("f", "{}")]
 
 
 async def test_openais_client_parses_calls(tool_engine: TorchEngine, registry: Registry) -> None:
@@ -392,14 +441,18 @@ WRONG: tuple[tuple[Json, str], ...] = (
         {"tools": [tool("g", {"type": "frob"}, strict=True)]},
         "tools.0.function.parameters",
     ),
+    ({"tools": [tool("f", {"type": "array"})]}, "tools.0.function.parameters"),
+    (
+        {"tools": [tool()], "structured_outputs": {"regex": "(?s).*"}},
+        "structured_outputs.regex",
+    ),
+    ({"tools": [tool()], "include_stop_str_in_output": True}, "include_stop_str_in_output"),
     (
         {
-            "tools": [tool()],
-            "tool_choice": "required",
             "continue_final_message": True,
-            "messages": [user(), {"role": "assistant", "content": "<think>hm"}],
+            "messages": [user(), {"role": "assistant", "tool_calls": [{"id": "1", **call()}]}],
         },
-        "tool_choice",
+        "continue_final_message",
     ),
 )
 

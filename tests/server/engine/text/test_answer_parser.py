@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.chat import AnswerParser, AnswerPart, Tool, ToolCall
 from server.engine.text import response_format
-from server.engine.text.answer_parser import TemplateFormat
+from server.engine.text.answer_parser import TemplateFormat, part_at_end
 from server.engine.text.response_format import ResponseFormat, read_format
 
 CHATML = "<|im_start|>assistant\n"
@@ -79,7 +79,16 @@ CASES = {
         '{"name": "g", "arguments": {}}]</tool_call>',
         calls=(F, G),
     ),
-    "an empty list": Case("smollm2", "<tool_call>[]</tool_call>"),
+    "an empty list": Case("smollm2", "<tool_call>[]</tool_call>", "<tool_call>[]</tool_call>"),
+    "the end's mark in an argument": Case(
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"x": "a</tool_call>b"}}</tool_call>',
+        calls=(ToolCall("f", '{"x": "a</tool_call>b"}'),),
+    ),
+    "a mark that the prompt has begun": Case(
+        "hermes", "garbage", "garbage", prompt=f'{CHATML}<tool_call>{{"name": '
+    ),
+    "reasoning's mark later": Case("qwen3", "Use <think> to think", "Use <think> to think"),
     "an answer that goes on": Case("hermes", " world", " world", prompt=f"{CHATML}Hello"),
     "a prompt that ends with a blank": Case("hermes", "wor", "wor", prompt=f"{CHATML}Hello "),
     "another prompt": Case("hermes", "a", "a", prompt="b <tool_call>"),
@@ -116,9 +125,11 @@ def known(family: str) -> ResponseFormat:
     return read_format(json.loads(file.read_text()))
 
 
-def parser(family: str, prompt: str = CHATML) -> AnswerParser:
-    conversation = f"<|im_start|>user\nx<|im_end|>\n{prompt}"
-    return TemplateFormat(known(family).template, conversation, TOOLS, frozenset(), None).begin()
+def parser(family: str, prompt: str = CHATML, *, reasoning: bool = True) -> AnswerParser:
+    template = known(family).template
+    inside = part_at_end(template, f"<|im_start|>user\nx<|im_end|>\n{prompt}")
+    found = TemplateFormat(template, inside, TOOLS, frozenset(), None)
+    return found.begin(reasoning=reasoning)
 
 
 def joined(parts: Sequence[AnswerPart]) -> tuple[str, str, tuple[ToolCall, ...]]:
@@ -160,7 +171,30 @@ def test_many_line_breaks_are_read_in_time_that_grows_with_their_number() -> Non
     assert joined([*parts, *read.finish()])[0] == "\n" * 4000
 
 
-def test_the_part_in_which_answers_begin_is_told() -> None:
+def test_reasoning_that_the_prompt_has_begun_is_known() -> None:
     template = known("qwen3").template
-    for prompt, inside in ((CHATML, None), (f"{CHATML}<think>\n", "thinking")):
-        assert TemplateFormat(template, prompt, (), frozenset(), None).begins_inside == inside
+    begun = f"{CHATML}<think>\nhm"
+    assert part_at_end(template, begun) == "thinking"
+    for other in (CHATML, f"{begun}</think>", f"{begun}<|im_end|>\n{CHATML}", "a <think>"):
+        assert part_at_end(template, other) is None
+    assert part_at_end(known("hermes").template, begun) is None
+
+
+def test_an_answer_with_a_structure_has_no_reasoning() -> None:
+    for prompt in (CHATML, f"{CHATML}<think>\n"):
+        read = parser("qwen3", prompt, reasoning=False)
+        text = '<think>{"a": 1}</think>'
+        assert joined([*read.feed(text), *read.finish()]) == (text, "", ())
+
+
+def test_text_outside_of_all_parts_is_content() -> None:
+    given = {"start_anchor": "A", "fields": {"tool_calls": {"open": "<c>", "close": "</c>"}}}
+    found = TemplateFormat(read_format(given).template, None, TOOLS, frozenset(), None).begin()
+    assert joined([*found.feed("hello"), *found.finish()]) == ("hello", "", ())
+
+
+def test_a_part_that_a_template_demands_may_be_missing() -> None:
+    fields: dict[str, object] = {"content": {}, "thinking": {"open": "<t>", "optional": False}}
+    template = read_format({"start_anchor": "A", "fields": fields}).template
+    found = TemplateFormat(template, None, (), frozenset(), None).begin()
+    assert joined([*found.feed("hello"), *found.finish()]) == ("hello", "", ())

@@ -57,12 +57,17 @@ def test_the_example_of_the_page_is_a_format() -> None:
 
 def test_special_tokens_are_told_apart_in_the_marks() -> None:
     special = {"[TOOL_CALLS]": 5, "[/INST]": 6, "<|python_tag|>": 7}
-    assert marks_of(read_format(given("mistral")), special) == {5}
-    assert marks_of(read_format(given("llama3")), special) == {7}
+    for family, token in (("mistral", 5), ("llama3", 7)):
+        found = read_format(given(family))
+        assert marks_of(found, found.template.fields, special) == {token}
+        assert marks_of(found, {"content"}, special) == frozenset()
     calls = read_format(given("mistral")).calls
     assert calls is not None
-    assert call_syntax(calls, special) == CallSyntax((5, " ["), (", ",), ("]",), "arguments")
-    assert call_syntax(calls, {}).opening == ("[TOOL_CALLS] [",)
+    pieces = ((" [",), (", ",), ("]",), "arguments")
+    assert call_syntax(calls, special) == CallSyntax("[TOOL_CALLS]", 5, *pieces)
+    assert call_syntax(calls, {}) == CallSyntax("[TOOL_CALLS]", None, *pieces)
+    marked = {**calls, "separator": "</s>a"}
+    assert call_syntax(marked, {"</s>": 3}).separator == (3, "a")
 
 
 def test_the_tokenizers_own_format_comes_first() -> None:
@@ -75,6 +80,16 @@ def test_the_tokenizers_own_format_comes_first() -> None:
     assert own is not None
     assert not own.has_calls
     assert own.calls == hermes.calls  # which transformers' templates lack
+    by_operator = find_format(tokenizer, given=True)
+    assert by_operator is not None
+    assert by_operator.calls is None
+    tokenizer.response_template = None
+    tokenizer.chat_template = {
+        "default": "a",
+        "tool_use": "<tool_call> <tool_response> <|im_start|>",
+    }
+    assert find_format(tokenizer) == hermes
+    assert recognised("<tool_call> <tool_response> <|im_start|> <function=f>") is None
     assert find_format(tiny_tokenizer("{{ messages }}")) is None
     assert find_format(tiny_tokenizer(None)) is None
 
@@ -85,9 +100,14 @@ def test_the_tokenizers_own_format_comes_first() -> None:
         *("[]", "{", "5", "{}", json.dumps({**RESPONSE, "frob": 1})),
         json.dumps({**RESPONSE, "calls": {"opening": "a"}}),
         json.dumps(
-            {**RESPONSE, "calls": dict.fromkeys(("opening", "separator", "closing", "arguments"))}
+            {
+                **RESPONSE,
+                "calls": dict.fromkeys(("mark", "opening", "separator", "closing", "arguments")),
+            }
         ),
         json.dumps({**RESPONSE, "fields": {"content": {"close_pattern": "("}}}),
+        json.dumps({**RESPONSE, "fields": {"content": {"content": []}}}),
+        json.dumps({**RESPONSE, "chat_template": 5}),
     ],
 )
 def test_a_wrong_response_template_stops_the_start(wrong: str, tmp_path: Path) -> None:
