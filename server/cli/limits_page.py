@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from interventions.request_settings import Caps
 from server.api.call_grammar import MAX_FORCED_CALLS
+from server.api.calls import MAX_CONTAINERS
 from server.api.chat_schemas import ChatRequest
 from server.api.fields import (
     LARGEST_BIAS,
@@ -57,6 +58,7 @@ def _counts() -> Iterator[tuple[str, str]]:
     yield "`prompt`", f"{MAX_PROMPTS:,} prompts"
     yield "`messages`, `input`", f"{MAX_MESSAGES:,} messages or items"
     yield "`messages[].tool_calls`", f"{MAX_CALLS} calls"
+    yield "arguments of all calls in a conversation", f"{MAX_CONTAINERS:,} objects and lists"
     yield "`tools`", f"{MAX_TOOLS} tools, {MAX_TOOLS_SIZE:,} characters of JSON in all"
     yield "calls of an answer that must call tools", str(MAX_FORCED_CALLS)
     yield "`stop`", f"{MAX_STOPS} strings of {MAX_STOP_LENGTH:,} characters each"
