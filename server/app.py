@@ -26,6 +26,7 @@ from server.api.errors import ApiError, handle_error, install_error_handlers
 from server.api.host_check import HostMiddleware, host_check
 from server.api.limits import BodyLimitMiddleware
 from server.api.observe import RequestObserver
+from server.api.root_path import RootPathMiddleware
 from server.api.steering_resolver import SteeringResolver
 from server.baselines import BaselineSampler
 from server.config import ConfigurationError, Settings
@@ -109,6 +110,8 @@ def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[Record
     if settings.cors_origins:
         app.add_middleware(CrossOriginMiddleware, origins=settings.cors_origins, check=check)
     app.add_middleware(RequestObserver, metrics=context.metrics, sinks=sinks)  # sees every answer
+    if settings.root_path:
+        app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
     app.add_middleware(StartupErrorMiddleware)
 
 

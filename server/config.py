@@ -61,6 +61,13 @@ def _check_key(key: SecretStr | None) -> SecretStr | None:
     return key
 
 
+def _check_root_path(path: str) -> str:
+    path = path.rstrip("/")
+    if not re.fullmatch(r"(?:/[A-Za-z0-9._~-]+)*", path):
+        raise ValueError("a root path is like /llm or /models/llm: letters, digits and -._~")
+    return path
+
+
 def _check_scorer(spec: str) -> str:
     parse_spec(spec)
     return spec
@@ -123,6 +130,8 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 for any that is free."""
+    root_path: Annotated[str, AfterValidator(_check_root_path)] = ""
+    """Prefix, such as /llm, that a proxy puts before all paths; it may take it off or leave it."""
     api_key: Key = None
     """Key that clients of /v1 must send; if unset, they need none."""
     api_key_file: Path | None = None

@@ -129,6 +129,8 @@ async def show_asset(asset: str) -> Response:
 def _schema(app: FastAPI) -> dict[str, object]:
     """Build the schema from the routes, and move the bodies' definitions to its components."""
     schema = deepcopy(app.openapi())  # it shares parts with the routes
+    # Relative to the schema's own address, because a proxy may put a path before it.
+    schema["servers"] = [{"url": "."}]
     components = schema["components"]
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     error = {"$ref": _REFERENCE.format(model=ErrorEnvelope.__name__)}

@@ -62,7 +62,7 @@ async def upload(request: Request, context: Context) -> Response:
         chosen = artifact.manifest.name if name is None else name
         with _name_errors():
             entry, changed = await disk.call(context.registry.commit, staged, artifact, chosen)
-    headers = {"Location": f"/v1/interventions/{entry.name}"}
+    headers = {"Location": f"{settings.root_path}/v1/interventions/{entry.name}"}
     return JSONResponse(_summary(entry, warnings, reason), 201 if changed else 200, headers=headers)
 
 

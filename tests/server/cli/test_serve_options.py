@@ -34,6 +34,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "served_model_names": ("a b", ("a", "b")),
     "host": ("::1", "::1"),
     "port": ("9", 9),
+    "root_path": ("/llm", "/llm"),
     "api_key": ("k", SecretStr("k")),
     "api_key_file": ("api.key", Path("api.key")),
     "admin_key": ("l", SecretStr("l")),
