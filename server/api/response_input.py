@@ -54,7 +54,7 @@ class _Conversation:
     def add(self, item: object, param: str) -> None:
         if not isinstance(item, dict):
             raise invalid(f"'{param}' must be an object.", param, "invalid_type")
-        kind = item.get("type", "message")
+        kind = item.get("type") or "message"
         match kind:
             case "message":
                 self._add_message(item, param)
@@ -132,7 +132,7 @@ def _text(value: object, param: str) -> str:
 def _part(value: object, param: str) -> str:
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
-    kind = required(value, "type", param)
+    kind = string(required(value, "type", param), f"{param}.type")
     if kind not in _TEXT_PARTS:
         raise no_text_part(kind, f"{param}.type")
     check_known(value, _PART_FIELDS, param)
