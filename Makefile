@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := constraints/constraints.txt
 
-.PHONY: serve serve-vllm test test-vllm check gpu-check format clean
+.PHONY: serve serve-vllm test test-vllm check gpu-check conformance format clean
 
 serve: $(VENV)/serve.installed
 	@exec $(BIN)/steerserve serve --port $(PORT) $(ARGS)
@@ -36,6 +36,10 @@ check: $(VENV)/dev.installed
 # For a bare machine with a GPU: nothing is installed, and python3 serves where there is no .venv.
 gpu-check:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+# Other people's clients and harnesses, each in an environment of its own (some gigabytes).
+conformance: $(VENV)/dev.installed
+	$(BIN)/python -m tests.conformance $(ARGS)
 
 format: $(VENV)/dev.installed
 	$(BIN)/ruff format .

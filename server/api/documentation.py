@@ -3,6 +3,7 @@
 The page's files come from a Python package; a browser loads nothing from the internet.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from importlib.resources import files
 from typing import Final, TypeAlias
@@ -25,6 +26,15 @@ _ASSETS: Final = {
     "favicon.png": "image/png",
 }
 _REFERENCE: Final = "#/components/schemas/{model}"
+_STEERING: Final[Sequence[tuple[str, JsonValue]]] = (
+    ("steered", {"intervention": "detox-lineas", "strength": 0.8}),
+    (
+        "steered by a stack",
+        [{"intervention": "detox-lineas"}, {"intervention": "detox-argre", "iterations": 5}],
+    ),
+    ("not steered, whatever the default", None),
+)
+_COMPARED: Final[Json] = {"steering": {"intervention": "detox-argre"}, "compare": True}
 # Paths that begin so ask for a key if one is set.
 _KEYED: Final = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info", "/metrics")
 
@@ -56,7 +66,12 @@ def json_body(model: type[BaseModel], example: Json) -> dict[str, Json]:
     for field in schema["properties"].values():
         if field.get("default") == []:  # means "not given", and may contradict the field's schema
             del field["default"]
-    body: Json = {"schema": schema, "example": example}
+    examples: Json = {"plain": {"value": example}}
+    if "steering" in model.model_fields:
+        for name, steering in _STEERING:
+            examples[name] = {"value": {**example, "steering": steering}}
+        examples["compared"] = {"value": {**example, **_COMPARED}}
+    body: Json = {"schema": schema, "examples": examples}
     stream: Json = {"schema": {"type": "string", "description": "With `stream`: events."}}
     return {
         "requestBody": {"required": True, "content": {"application/json": body}},

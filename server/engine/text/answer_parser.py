@@ -119,7 +119,7 @@ def without_fields(template: ResponseTemplate, names: Collection[str]) -> Respon
 
 def _last_end(pattern: Any, text: str, begin: int) -> int | None:
     """Return where the last match ends that begins at `begin` or after it."""
-    # `\\A` in a pattern means the beginning of the answer.
+    # `\A` in a pattern means the beginning of the answer.
     matches = list(pattern.finditer(text[begin:]))
     return begin + matches[-1].end() if matches else None
 

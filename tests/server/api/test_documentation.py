@@ -84,8 +84,10 @@ async def test_the_schema_has_each_field_of_a_body(
     needed = {name for name, field in fields.items() if field.is_required()}
     assert set(content["schema"]["required"]) == needed
     assert not content["schema"]["additionalProperties"]
-    check(schema, path, content["example"])
-    model.model_validate(content["example"])
+    assert len(content["examples"]) == 5
+    for example in content["examples"].values():
+        check(schema, path, example["value"])
+        model.model_validate(example["value"])
 
 
 async def test_what_is_accepted_agrees_with_the_schema(client: httpx.AsyncClient) -> None:
