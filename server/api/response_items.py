@@ -103,7 +103,9 @@ class ResponseChoice:
             if part.reasoning:
                 events += self._grow("reasoning", part.reasoning)
                 self._reasoning_tokens += self._unread
+                self._waiting.clear()  # a text lists its own tokens
             if part.call is not None:
+                self._waiting.clear()
                 events += [*self._close(), *self._call(part.call)]
             self._unread = 0
         if (reason := output.finish_reason) is not None:

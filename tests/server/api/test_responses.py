@@ -253,6 +253,24 @@ async def test_log_probabilities_wait_for_their_text(
     assert [each["token"] for each in listed] == ["a", "b"]
 
 
+async def test_a_text_lists_no_tokens_of_the_reasoning(
+    client: httpx.AsyncClient, script: Script
+) -> None:
+    pieces = ("<think>", "hm", "</think>", "a", CALL)
+    offsets = [sum(map(len, pieces[:place])) for place in range(len(pieces))]
+    outputs = [
+        StepOutput((1,), text, logprobs=(logprobs_of(text, -1.0, {}, offset),))
+        for text, offset in zip(pieces, offsets, strict=True)
+    ]
+    outputs[-1] = replace(outputs[-1], finish_reason="stop")
+    script.steps += [ScriptedGeneration(tuple(outputs)), ScriptedGeneration(tuple(outputs))]
+    response = await both_ways(client, top_logprobs=1, tools=[TOOL])
+    message = response["output"][1]
+    listed = [each["token"] for each in message["content"][0]["logprobs"]]
+    assert message["content"][0]["text"] == "a"
+    assert listed == ["</think>", "a"]  # the mark between them adds no text of its own
+
+
 async def test_a_lost_stream_ends_with_its_error(client: httpx.AsyncClient, script: Script) -> None:
     say(script, "Hello", error=StepFailedError("lost"))
     script.steps.pop()
