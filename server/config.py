@@ -4,7 +4,7 @@ import os
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -61,10 +61,21 @@ def _check_key(key: SecretStr | None) -> SecretStr | None:
     return key
 
 
+# The beginnings of the server's own paths.
+_OWN_PATHS: Final = frozenset(
+    {
+        *("v1", "health", "ready", "metrics", "version", "docs", "openapi.json"),
+        *("tokenize", "detokenize", "tokenizer_info"),
+    }
+)
+
+
 def _check_root_path(path: str) -> str:
     path = path.rstrip("/")
     if not re.fullmatch(r"(?:/[A-Za-z0-9._~-]+)*", path):
         raise ValueError("a root path is like /llm or /models/llm: letters, digits and -._~")
+    if path.split("/")[1:2] and path.split("/")[1] in _OWN_PATHS:
+        raise ValueError(f"the server's own paths begin with /{path.split('/')[1]}")
     return path
 
 

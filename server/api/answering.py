@@ -161,7 +161,7 @@ class Exchange:
         if self._context.settings.log_content:
             self._record.completions = [progress.text for progress in self._group.served]
         further = await self._group.before_deadline(
-            self._assessment.conclude(self._group, base_choices)
+            self._assessment.conclude(self._group, base_choices, self._frame)
         )
         self._group.finished()
         return further

@@ -10,7 +10,7 @@ from server.api.comparison import mean_log_ratio
 from server.api.context import ServerContext
 from server.api.errors import RETRY_SECONDS, ApiError, invalid
 from server.api.fields import GenerationFields
-from server.api.frames import Choice
+from server.api.frames import Choice, Frame
 from server.api.generations import GenerationGroup
 from server.api.progress import Progress
 from server.metrics import Arm
@@ -27,7 +27,7 @@ class Assessment:
     _steering: AppliedSteering
 
     async def conclude(
-        self, group: GenerationGroup, base_choices: Sequence[Choice]
+        self, group: GenerationGroup, base_choices: Sequence[Choice], frame: Frame
     ) -> Mapping[str, JsonValue]:
         """Return the answer's further fields: `toxicity` and `comparison`, if asked for.
 
@@ -50,16 +50,16 @@ class Assessment:
             for progress in completed:
                 scoring.offer(progress.text, self._steering.label, "served")
         if params.compare:
-            fields["comparison"] = await self._compare(group, base_choices)
+            fields["comparison"] = await self._compare(group, base_choices, frame)
         return fields
 
     async def _compare(
-        self, group: GenerationGroup, base_choices: Sequence[Choice]
+        self, group: GenerationGroup, base_choices: Sequence[Choice], frame: Frame
     ) -> dict[str, JsonValue]:
         scoring = self._context.scoring
         fields: dict[str, JsonValue] = {
             "choices": [choice.body() for choice in base_choices],
-            "usage": group.compared_usage.body,
+            "usage": frame.usage(group.compared_usage),
             "mean_log_ratio": [mean_log_ratio(progress) for progress in group.served],
         }
         if scoring is not None:

@@ -63,6 +63,9 @@ class Frame(Protocol):
     def failure(self, error: ApiError) -> bytes:
         """Return the events of an error that ends the stream."""
 
+    def usage(self, usage: Usage) -> dict[str, JsonValue]:
+        """Return token counts in the endpoint's own form."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrameHead:
@@ -125,6 +128,9 @@ class ChunkFrame:
 
     def failure(self, error: ApiError) -> bytes:
         return event(error.body)
+
+    def usage(self, usage: Usage) -> dict[str, JsonValue]:
+        return usage.body
 
     def _body(self, name: str, choices: Iterable[JsonValue]) -> dict[str, JsonValue]:
         return {

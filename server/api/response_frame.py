@@ -20,6 +20,7 @@ class ResponseFrame:
         self._head = head
         self._events = 0
         self._finished: Mapping[str, Any] = {}  # the body of the choice, once it is complete
+        self._shared: dict[str, JsonValue] = {}  # fields beside it, which tell of the prompt
 
     def answer(
         self,
@@ -30,28 +31,26 @@ class ResponseFrame:
         """Return the whole answer, which has one choice."""
         body = dict(choices[0])
         details = body.pop("output_tokens_details")
-        body["completed_at"] = int(time.time())
-        body["usage"] = _usage(usage, details)
+        body["completed_at"] = int(time.time()) if body["status"] == "completed" else None
+        body["usage"] = {**_usage(usage), "output_tokens_details": details}
         return {**self._body(), **body, **further}
 
     def part(
         self, part: dict[str, JsonValue], usage: Usage, shared: Mapping[str, JsonValue]
     ) -> bytes:
         """Return the event of a part of the output, and before the first one those of the start."""
-        opening = b""
-        if self._events == 0:
-            opening = self._event("response.created", response=self._body())
-            opening += self._event("response.in_progress", response=self._body())
+        opening = self._opening()
+        self._shared.update(shared)
         if part["type"] == "finished":
             response: Any = part["response"]
-            self._finished = {**response, **shared}
+            self._finished = response
             return opening
         fields = {name: value for name, value in part.items() if name != "type"}
-        return opening + self._event(str(part["type"]), **fields, **shared)
+        return opening + self._event(str(part["type"]), **fields)
 
     def closing(self, usage: Usage, further: Mapping[str, JsonValue]) -> bytes:
         """Return the last event, which has the whole answer."""
-        response = self.answer([dict(self._finished)], usage, further)
+        response = self.answer([dict(self._finished)], usage, {**self._shared, **further})
         return self._event(f"response.{self._finished['status']}", response=response)
 
     def failure(self, error: ApiError) -> bytes:
@@ -60,7 +59,19 @@ class ResponseFrame:
         named = {name: told[name] for name in ("message", "code", "param")}
         shown = {"code": "server_error", "message": told["message"]}
         failed = {**self._body(), "status": "failed", "error": shown}
-        return self._event("error", **named) + self._event("response.failed", response=failed)
+        error_event = self._opening() + self._event("error", **named)
+        return error_event + self._event("response.failed", response=failed)
+
+    def usage(self, usage: Usage) -> dict[str, JsonValue]:
+        """Return token counts in the endpoint's own form."""
+        return _usage(usage)
+
+    def _opening(self) -> bytes:
+        """Return the events of the start, before the first event; nothing after that."""
+        if self._events:
+            return b""
+        created = self._event("response.created", response=self._body())
+        return created + self._event("response.in_progress", response=self._body())
 
     def _body(self) -> dict[str, JsonValue]:
         head = self._head
@@ -86,11 +97,10 @@ class ResponseFrame:
         return event({"type": kind, "sequence_number": number, **fields}, kind)
 
 
-def _usage(usage: Usage, output_details: JsonValue) -> dict[str, JsonValue]:
+def _usage(usage: Usage) -> dict[str, JsonValue]:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": output_details,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

@@ -7,6 +7,7 @@ from server.api.calls import Calls
 from server.api.errors import invalid
 from server.api.messages import (
     ASSISTANT,
+    HINTS,
     MAX_MESSAGES,
     ROLES,
     TOOL,
@@ -18,9 +19,9 @@ from server.engine.chat import Message
 
 _ITEM_FIELDS: Final = frozenset({"type", "id", "status"})
 _MESSAGE_FIELDS: Final = _ITEM_FIELDS | {"role", "content", "phase"}
-_RESULT_FIELDS: Final = _ITEM_FIELDS | {"call_id", "output"}
+_RESULT_FIELDS: Final = _ITEM_FIELDS | {"call_id", "output", "name"}
 # A part of an answer that comes back has the last two.
-_PART_FIELDS: Final = frozenset({"type", "text", "annotations", "logprobs"})
+_PART_FIELDS: Final = HINTS | {"type", "text", "annotations", "logprobs"}
 _TEXT_PARTS: Final = frozenset({"input_text", "output_text", "text", "reasoning_text"})
 
 
@@ -40,6 +41,8 @@ def parse_input(value: object) -> tuple[Message, ...]:
     conversation = _Conversation()
     for place, item in enumerate(value):
         conversation.add(item, f"input[{place}]")
+    if not conversation.messages:
+        raise invalid("'input' has no message.", "input", "invalid_value")
     return tuple(conversation.messages)
 
 
@@ -54,7 +57,8 @@ class _Conversation:
     def add(self, item: object, param: str) -> None:
         if not isinstance(item, dict):
             raise invalid(f"'{param}' must be an object.", param, "invalid_type")
-        kind = item.get("type") or "message"
+        item = {name: value for name, value in item.items() if value is not None}
+        kind = item.get("type", "message")
         match kind:
             case "message":
                 self._add_message(item, param)
@@ -81,27 +85,28 @@ class _Conversation:
             raise invalid(message, f"{param}.role", UNSUPPORTED)
         if role != ASSISTANT:
             check_known(item, _MESSAGE_FIELDS, param)
-        content = _text(required(item, "content", param), f"{param}.content")
+        given = required(item, "content", param)
+        content = _text(given, f"{param}.content")
         if role != ASSISTANT:
+            if given == []:
+                message = f"'{param}.content' has no parts."
+                raise invalid(message, f"{param}.content", "invalid_value")
             self._turn = None
             self.messages.append({"role": ROLES[role], "content": content})
         else:
-            turn = self._turn
-            begun = turn is not None and not turn["content"] and "tool_calls" not in turn
-            self._assistant(new=not begun)["content"] = content
+            self._append("content", content)
 
     def _add_reasoning(self, item: dict[str, Any], param: str) -> None:
         # The summary and the encrypted content are for OpenAI's own models.
-        text = _text(item.get("content") or "", f"{param}.content")
-        if text:
-            self._assistant(new=True)["reasoning_content"] = text
+        if text := _text(item.get("content", ""), f"{param}.content"):
+            self._append("reasoning_content", text)
 
     def _add_call(self, item: dict[str, Any], param: str) -> None:
         call_id = string(required(item, "call_id", param), f"{param}.call_id")
         name = string(required(item, "name", param), f"{param}.name")
         arguments = required(item, "arguments", param)
         call = self._called.add(call_id, name, arguments, f"{param}.arguments")
-        self._assistant().setdefault("tool_calls", []).append(call)
+        self._own_turn().setdefault("tool_calls", []).append(call)
 
     def _add_result(self, item: dict[str, Any], param: str) -> None:
         check_known(item, _RESULT_FIELDS, param)
@@ -112,9 +117,14 @@ class _Conversation:
         names = self._called.names
         self.messages.append(result | ({"name": names[call_id]} if call_id in names else {}))
 
-    def _assistant(self, *, new: bool = False) -> dict[str, Any]:
-        """Return the assistant's message that items add to."""
-        if self._turn is None or new:
+    def _append(self, name: str, text: str) -> None:
+        """Append a text to a field of the assistant's message."""
+        turn = self._own_turn()
+        turn[name] = "\n".join(filter(None, (turn.get(name), text)))
+
+    def _own_turn(self) -> dict[str, Any]:
+        """Return the message of the assistant's turn, which a user's item or a result ends."""
+        if self._turn is None:
             self._turn = {"role": ASSISTANT, "content": ""}
             self.messages.append(self._turn)
         return self._turn
@@ -132,7 +142,10 @@ def _text(value: object, param: str) -> str:
 def _part(value: object, param: str) -> str:
     if not isinstance(value, dict):
         raise invalid(f"'{param}' must be an object.", param, "invalid_type")
+    value = {name: each for name, each in value.items() if each is not None}
     kind = string(required(value, "type", param), f"{param}.type")
+    if kind == "refusal":
+        return string(required(value, "refusal", param), f"{param}.refusal")
     if kind not in _TEXT_PARTS:
         raise no_text_part(kind, f"{param}.type")
     check_known(value, _PART_FIELDS, param)

@@ -101,9 +101,9 @@ class ResponseChoice:
             if part.content:
                 events += self._grow("message", part.content)
             if part.reasoning:
+                self._waiting.clear()  # a text lists its own tokens
                 events += self._grow("reasoning", part.reasoning)
                 self._reasoning_tokens += self._unread
-                self._waiting.clear()  # a text lists its own tokens
             if part.call is not None:
                 self._waiting.clear()
                 events += [*self._close(), *self._call(part.call)]

@@ -2,10 +2,12 @@
 
 from typing import Annotated, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, FailFast, Field, JsonValue, PlainValidator
+from pydantic import AfterValidator, FailFast, Field, JsonValue, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.api.conversation_fields import ConversationFields
 from server.api.fields import MAX_LOGPROBS, TOKENS, StreamOptions
+from server.api.parsing import UNSUPPORTED
 from server.api.request_shapes import InputShape
 from server.api.response_input import parse_input, with_instructions
 from server.api.strict import Strict, only_neutral
@@ -27,11 +29,38 @@ class ResponseTool(FunctionDefinition):
     """A function that the model may call."""
 
     type: Literal["function"]
+    defer_loading: Annotated[bool, only_neutral("defer_loading", False)] = False
+    output_schema: Annotated[object, only_neutral("output_schema")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, fields: object) -> object:
+        """Refuse tools of OpenAI's own before their other fields are looked at."""
+        if isinstance(fields, dict) and fields.get("type") not in (None, "function"):
+            message = "This server supports tools of the type 'function' only."
+            raise PydanticCustomError(UNSUPPORTED, message)
+        return fields
+
+    @property
+    def echo(self) -> dict[str, JsonValue]:
+        """The tool as the answer repeats it."""
+        return {
+            "type": "function",
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict,
+        }
 
 
 ResponseTools: TypeAlias = Annotated[
     list[ResponseTool], Field(max_length=MAX_TOOLS), FailFast(), AfterValidator(check_tools)
 ]
+
+
+# A conversation that comes back has the reasoning's text, so it needs no encrypted form of it.
+Include: TypeAlias = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+Includes: TypeAlias = Annotated[list[Include], Field(max_length=16), FailFast()]
 
 
 class TextOptions(Strict):
@@ -52,6 +81,9 @@ class ReasoningOptions(Strict):
 class ResponseStreamOptions(StreamOptions):
     """Options of a stream; its last event has the token counts in any case."""
 
+    continuous_usage_stats: Annotated[
+        bool, only_neutral("stream_options.continuous_usage_stats", False)
+    ] = False
     include_obfuscation: Annotated[
         bool, only_neutral("stream_options.include_obfuscation", False)
     ] = False
@@ -72,10 +104,7 @@ class ResponseRequest(ConversationFields):
     reasoning: ReasoningOptions | None = None
     tools: ResponseTools = Field(default_factory=list)
     tool_choice: FlatChoice = None  # auto, if there are tools
-    # A conversation that comes back has the reasoning's text, so it needs no encrypted form of it.
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
-        default_factory=list
-    )
+    include: Includes = Field(default_factory=list)
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = (
         None  # it counts calls of OpenAI's own tools
@@ -111,7 +140,10 @@ class ResponseRequest(ConversationFields):
         Raises:
             ApiError: `tool_choice` chooses among tools that are not there.
         """
-        return tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
+        choice = self.tool_choice
+        if not self.tools and choice is not None and choice.mode == "auto":
+            choice = None  # answers repeat it, so clients send it
+        return tool_use(self.tools, choice, parallel=self.parallel_tool_calls)
 
     @property
     def alternatives(self) -> int | None:
@@ -161,7 +193,7 @@ class ResponseRequest(ConversationFields):
                 "verbosity": "medium",
             },
             "tool_choice": "auto" if choice is None else choice.flat,
-            "tools": [tool.model_dump() for tool in self.tools],
+            "tools": [tool.echo for tool in self.tools],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": self.top_p,
             "truncation": "disabled",

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import FailFast, Field, PlainValidator, model_validator
 from starlette.responses import JSONResponse, Response
 
 from server.api.answering import LONG_TEXT
@@ -57,7 +57,7 @@ class DetokenizeRequest(Strict):
     """The tokens whose text is asked for."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=TOKENS)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=TOKENS)]], FailFast()]
 
 
 @router.post(

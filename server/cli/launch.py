@@ -28,7 +28,7 @@ from server.config import ConfigurationError, Settings
 from server.engine.base import Engine
 from server.engine.model.description import ModelLoadError
 from server.engine.model.embedded import EmbeddedModelError, cache_folder
-from server.engine.templates import Templates
+from server.engine.templates import Templates, TemplatesError
 from server.engine.torch.engine import TorchEngine
 from server.engine.torch.model.loader import load_model
 from server.engine.torch.options import EngineOptions
@@ -65,6 +65,7 @@ STARTUP_ERRORS: Final = (
     ModelLoadError,
     RegistryError,
     ScoringError,
+    TemplatesError,
     ValidationError,
 )
 

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Final
 
 
+class TemplatesError(Exception):
+    """A template cannot be read, or is none; the message is a sentence that says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class Templates:
     """The files; None for the tokenizer's own template."""

@@ -29,7 +29,7 @@ class Prompts:
         """Read prompts.
 
         Raises:
-            ConfigurationError: a template is none.
+            TemplatesError: a template is none.
         """
         install_templates(templates, tokenizer)
         self._source = tokenizer

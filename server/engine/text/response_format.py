@@ -19,8 +19,7 @@ from transformers.utils.chat_parsing.response_templates import (
     load_response_template,
 )
 
-from server.config import ConfigurationError
-from server.engine.templates import Templates
+from server.engine.templates import Templates, TemplatesError
 from server.engine.text.chat_template import parse_template
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ def install_templates(templates: Templates, tokenizer: PreTrainedTokenizerFast) 
     """Have a tokenizer use the operator's templates, those that are given.
 
     Raises:
-        ConfigurationError: a file cannot be read, or has no such template.
+        TemplatesError: a file cannot be read, or has no such template.
     """
     if templates.chat is not None:
         text = _read("--chat-template", templates.chat, _checked_chat_template)
@@ -72,7 +71,7 @@ def _read(option: str, path: Path, check: Callable[[str], T]) -> T:
     try:
         return check(path.read_text())
     except (OSError, ValueError, TemplateError) as error:
-        raise ConfigurationError(f"cannot use the template of {option}: {error}") from error
+        raise TemplatesError(f"cannot use the template of {option}: {error}") from error
 
 
 def _checked_chat_template(text: str) -> str:
@@ -129,7 +128,7 @@ def find_format(
     by the operator.
 
     Raises:
-        ConfigurationError: the tokenizer's own is no response template.
+        TemplatesError: the tokenizer's own is no response template.
     """
     own = getattr(tokenizer, "response_template", None)
     known = recognised(_all_templates(tokenizer))
@@ -138,7 +137,7 @@ def find_format(
     try:
         found = read_format(own)
     except ValueError as error:
-        raise ConfigurationError(f"the tokenizer's response template: {error}") from error
+        raise TemplatesError(f"the tokenizer's response template: {error}") from error
     if found.calls is None and known is not None and not given:
         found = replace(found, calls=known.calls, chat_template=known.chat_template)
     return found

@@ -20,7 +20,16 @@ from server.engine.torch.engine import TorchEngine
 from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
 from tests.engines import close_checked
 from tests.live import live
-from tests.serving import Json, Script, ScriptedGeneration, build_app, chat, error_of, logprobs_of
+from tests.serving import (
+    Json,
+    Script,
+    ScriptedGeneration,
+    build_app,
+    chat,
+    error_of,
+    logprobs_of,
+    user,
+)
 from tests.tool_templates import write_templates
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(openai_types.ResponseStreamEvent)
@@ -193,6 +202,57 @@ async def test_a_conversation_comes_back_item_by_item(
     assert script.submitted[1].prompt == tuple(engine.prompts.tokenize(rendered))
 
 
+def reasoning(text: str) -> Json:
+    return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+
+
+def calling(call_id: str) -> Json:
+    return {"type": "function_call", "call_id": call_id, "name": "f", "arguments": '{"x": 1}'}
+
+
+def answer(call_id: str) -> Json:
+    return {"type": "function_call_output", "call_id": call_id, "output": "t", "caller": None}
+
+
+def said(text: str) -> Json:
+    return {"role": "assistant", "content": text, "phase": None}
+
+
+# The items of an input, and how the template renders the messages that they make.
+TURNS: tuple[tuple[list[Json], str], ...] = (
+    ([calling("1"), said("Done."), answer("1")], "<assistant>Done.[f 1]<f>t"),
+    ([reasoning("a"), reasoning("b"), said("x")], "<assistant>a\nbx"),
+    (
+        [calling("1"), reasoning("r"), calling("2"), answer("1"), answer("2")],
+        "<assistant>r[f 1][f 1]<f>t<f>t",
+    ),
+    ([said("x"), said("y")], "<assistant>x\ny"),
+    ([said("x"), user("u"), said("y")], "<assistant>x<user>u<assistant>y"),
+    ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}], "<assistant>no"),
+)
+
+
+@pytest.mark.parametrize(("items", "rendered"), TURNS)
+async def test_a_turn_of_the_assistant_is_one_message(
+    client: httpx.AsyncClient,
+    engine: TorchEngine,
+    script: Script,
+    items: list[Json],
+    rendered: str,
+) -> None:
+    say(script, "ok")
+    response = await respond(client, input=[user("u"), *items])
+    assert response.status_code == 200, response.text
+    whole = f"<user>u{rendered}<assistant>"
+    assert script.submitted[0].prompt == tuple(engine.prompts.tokenize(whole))
+
+
+async def test_token_ids_come_whole_and_streamed(client: httpx.AsyncClient) -> None:
+    response = await both_ways(client, return_token_ids=True)
+    assert len(response["token_ids"]) == 6
+    assert len(response["prompt_token_ids"]) == response["usage"]["input_tokens"]
+
+
 async def test_what_steers_is_echoed(
     client: httpx.AsyncClient, registry: Registry, affine_artifact: WriteArtifact
 ) -> None:
@@ -205,6 +265,7 @@ async def test_what_steers_is_echoed(
     assert base["output"][0]["content"] != response["output"][0]["content"]
     compared = await both_ways(client, steering={"intervention": "maps"}, compare=True)
     [other] = compared["comparison"]["choices"]
+    assert compared["comparison"]["usage"]["output_tokens"] == 6
     assert without_ids(other["output"]) == without_ids(base["output"])
     assert (await respond(client, model="tiny+maps")).json()["steering"][0]["source"] == "model"
 
@@ -278,6 +339,14 @@ async def test_a_lost_stream_ends_with_its_error(client: httpx.AsyncClient, scri
     assert (error["type"], failed["type"]) == ("error", "response.failed")
     assert failed["response"]["status"] == "failed"
     assert failed["response"]["error"]["message"] == error["message"]
+
+
+async def test_a_stream_that_fails_at_once_has_begun(
+    client: httpx.AsyncClient, script: Script
+) -> None:
+    script.steps.append(ScriptedGeneration((), StepFailedError("lost")))
+    kinds = [event["type"] for event in told((await respond(client, stream=True)).text)]
+    assert kinds == ["response.created", "response.in_progress", "error", "response.failed"]
 
 
 async def test_openais_client_works(engine: TorchEngine, registry: Registry) -> None:
@@ -359,8 +428,14 @@ WRONG: tuple[tuple[Json, str], ...] = (
         {"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "frob"}}}},
         "text.format.schema",
     ),
-    ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
-    ({"tools": [{"type": "web_search", "name": "f"}]}, "tools.0.type"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0"),
+    ({"tools": [{**TOOL, "defer_loading": True}]}, "tools.0.defer_loading"),
+    ({"include": [0] * 100_000}, "include"),
+    ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+    wrong_item(".type", type=0, role="user", content="a"),
+    wrong_item(".content", role="user", content=[]),
+    wrong_item(".content", type="reasoning", content=0),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
     (
@@ -377,6 +452,9 @@ HARMLESS: tuple[Json, ...] = (
     {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": None, "summary": "auto"}},
     {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "tools": []},
     {"stream": True, "stream_options": {"include_obfuscation": False}},
+    {"tool_choice": "auto"},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a", "x": None}]}]},
+    {"tools": [{**TOOL, "output_schema": None, "defer_loading": False}]},
 )
 
 

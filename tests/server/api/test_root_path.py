@@ -51,6 +51,12 @@ async def test_the_documentation_has_relative_addresses(make_client: MakeClient)
     assert "/v1/completions" in schema["paths"]
 
 
+@pytest.mark.parametrize("taken", ["/v1", "/v1/x", "/docs", "/health"])
+def test_a_prefix_is_none_of_the_servers_own_paths(taken: str) -> None:
+    with pytest.raises(ValueError, match="the server's own paths begin with"):
+        Settings(root_path=taken)
+
+
 @pytest.mark.parametrize("wrong", ["llm", "/llm?", "/a//b", "http://a/llm", "/ü"])
 def test_a_wrong_prefix_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="a root path is like /llm"):

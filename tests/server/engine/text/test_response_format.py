@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigurationError
 from server.engine.chat import CallSyntax
-from server.engine.templates import Templates
+from server.engine.templates import Templates, TemplatesError
 from server.engine.text import response_format
 from server.engine.text.call_marks import call_syntax, marks_of
 from server.engine.text.response_format import (
@@ -113,21 +112,21 @@ def test_the_tokenizers_own_format_comes_first() -> None:
 def test_a_wrong_response_template_stops_the_start(wrong: str, tmp_path: Path) -> None:
     file = tmp_path / "response.json"
     file.write_text(wrong)
-    with pytest.raises(ConfigurationError, match="--response-template"):
+    with pytest.raises(TemplatesError, match="--response-template"):
         install_templates(Templates(response=file), tiny_tokenizer())
 
 
 def test_a_wrong_chat_template_stops_the_start(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
-    with pytest.raises(ConfigurationError, match="--chat-template"):
+    with pytest.raises(TemplatesError, match="--chat-template"):
         install_templates(Templates(chat=file), tiny_tokenizer())
     file.write_text("{% for %}")
-    with pytest.raises(ConfigurationError, match="--chat-template"):
+    with pytest.raises(TemplatesError, match="--chat-template"):
         install_templates(Templates(chat=file), tiny_tokenizer())
 
 
 def test_a_wrong_template_of_the_tokenizers_own_stops_the_start() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.response_template = {"fields": 5}
-    with pytest.raises(ConfigurationError, match="the tokenizer's response template"):
+    with pytest.raises(TemplatesError, match="the tokenizer's response template"):
         find_format(tokenizer)
