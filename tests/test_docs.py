@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 # that Kubernetes sets.
 WITH_WRONG_NAMES = ("test_serve_options.py", "test_variables.py", "options_page.py", "options.md")
 DOCS = (
+    "compatibility",
     "evaluating",
     "fit-your-own",
     "interventions",

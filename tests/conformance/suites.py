@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,6 @@ def run_schemathesis(suite: Suite, url: str) -> Results:
             *("--checks", ",".join([*checks, "response_schema_conformance"])),
             *("--phases", "examples,coverage,fuzzing", "--continue-on-failure"),
         ],
-        HERE,
     )
     counts = re.search(r"(\d+) generated, (\d+) passed", output)
     if counts is None or counts[1] != counts[2]:
@@ -115,8 +115,7 @@ def run_guidellm(suite: Suite, url: str) -> Results:
             *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
             *("--output", "kind=console"),
         ],
-        HERE,
-        {"HF_HUB_OFFLINE": "1"},
+        variables={"HF_HUB_OFFLINE": "1"},
     )
     complete = "Benchmarking complete" in output
     return {"load": None if complete else output[-1500:]}
@@ -147,18 +146,21 @@ def _reports(command: list[str], url: str, folder: Path) -> Results:
     return results or {"run": "it reported nothing"}
 
 
-def _output(command: list[str], folder: Path, variables: Mapping[str, str] | None = None) -> str:
-    """Run a command, and return what it printed."""
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, **(variables or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=_SECONDS,
-        check=False,
-        text=True,
-    )
+def _output(
+    command: list[str], folder: Path | None = None, variables: Mapping[str, str] | None = None
+) -> str:
+    """Run a command, in a new folder if none is given, and return what it printed."""
+    with tempfile.TemporaryDirectory() as scratch:  # some tools leave files where they run
+        done = subprocess.run(
+            command,
+            cwd=folder or scratch,
+            env={**os.environ, **(variables or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_SECONDS,
+            check=False,
+            text=True,
+        )
     return done.stdout
 
 

@@ -5,14 +5,15 @@ from typing import Any
 import instructor
 from checks import MODEL, PERSON, STEERING, URL, WEATHER, called, run
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 CLIENT = OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
 
 
 class Person(BaseModel):
-    name: str
-    age: int
+    # After instructor's system message, a small model fills a string until it is cut off.
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=120)
 
 
 class get_weather(BaseModel):  # noqa: N801 - the tool's name

@@ -1,4 +1,7 @@
-"""The `llm` command's library. It sends no further fields, so the model's name steers."""
+"""The `llm` command's library. It sends no further fields, so the model's name steers.
+
+It cannot demand a call of a tool, and a small model makes none by itself.
+"""
 
 import os
 import tempfile
@@ -6,15 +9,12 @@ from pathlib import Path
 
 from checks import (
     BASE,
-    CITY,
     MODEL,
     PERSON,
     PROMPT,
     STEERED,
     TOKENS,
     URL,
-    WEATHER,
-    called,
     run,
     same,
 )
@@ -52,16 +52,6 @@ def steering() -> None:
     same(ask(PROMPT, f"{MODEL}+detox-lineas"), STEERED)
 
 
-def tool() -> None:
-    weather = llm.Tool("get_weather", "Get the weather of a city", CITY)
-    answer = llm.get_model(MODEL).prompt(
-        WEATHER, key="none", stream=False, tools=[weather], temperature=0, max_tokens=60
-    )
-    calls = answer.tool_calls()  # `llm` cannot demand a call, and a small model chooses none
-    for call in calls:
-        called(call.name, call.arguments)
-
-
 def structure() -> None:
     schema = llm.schema_dsl("name, age int")
     answer = llm.get_model(MODEL).prompt(
@@ -70,4 +60,4 @@ def structure() -> None:
     assert '"age"' in answer.text()
 
 
-run(chat=chat, stream=stream, steering=steering, tool=tool, structure=structure)
+run(chat=chat, stream=stream, steering=steering, structure=structure)
