@@ -6,6 +6,7 @@ Interventions (affine maps or reward heads) are stored in a registry and named b
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,7 @@ from tests.engines import close_checked
 from tests.manifests import manifest_of
 from tests.serving import Script, ScriptedGeneration, build_app
 from tests.tiny import CHAT_TEMPLATE, random_head, random_maps, save_families, save_tiny
+from tests.tool_templates import write_templates
 
 # Threads do not speed up operations on tiny tensors, and wait for each other on a busy machine.
 torch.set_num_threads(1)
@@ -215,4 +217,33 @@ def script(chat_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
     """Make `chat_engine` record its requests, and answer the only one with "one"."""
     script = Script([ScriptedGeneration((StepOutput((1,), "one", finish_reason="stop"),))])
     monkeypatch.setattr(chat_engine, "submit", script.submit)
+    return script
+
+
+@pytest.fixture
+async def tool_engine(
+    load_tiny: LoadTiny, registry: Registry, tmp_path: Path
+) -> AsyncIterator[TorchEngine]:
+    """Start an engine whose templates, given by the operator, know tools and reasoning."""
+    options = replace(TINY_OPTIONS, templates=write_templates(tmp_path))
+    engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, options)
+    await engine.start()
+    yield engine
+    await close_checked(engine)
+
+
+@pytest.fixture
+async def tool_client(
+    tool_engine: TorchEngine, registry: Registry
+) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=build_app(tool_engine, registry))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        yield client
+
+
+@pytest.fixture
+def tool_script(tool_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Make `tool_engine` record its requests, and answer them as the test says."""
+    script = Script([])
+    monkeypatch.setattr(tool_engine, "submit", script.submit)
     return script

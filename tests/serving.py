@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -15,7 +15,7 @@ from server.app import create_app
 from server.config import Settings
 from server.engine.base import Engine, Generation
 from server.engine.errors import EngineError
-from server.engine.output import ScoredToken, StepOutput, TokenLogprobs
+from server.engine.output import FinishReason, ScoredToken, StepOutput, TokenLogprobs
 from server.engine.request import Request, SamplingSettings
 from server.metrics import Metrics
 from server.toxicity.queue import ScoringQueue
@@ -196,6 +196,14 @@ class Script:
                 raise step
             generations.append(step)
         return generations
+
+
+def say(script: Script, text: str, reason: FinishReason = "stop") -> None:
+    """Have the engine answer the next two requests with a text, in pieces of three characters."""
+    pieces = [text[at : at + 3] for at in range(0, len(text), 3)] or [""]
+    outputs = [StepOutput((1,), piece) for piece in pieces]
+    outputs[-1] = replace(outputs[-1], finish_reason=reason)
+    script.steps += [ScriptedGeneration(tuple(outputs)) for _ in range(2)]
 
 
 def logprobs_of(

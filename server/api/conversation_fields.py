@@ -15,7 +15,7 @@ from server.engine.grammar import CompiledGrammar
 from server.engine.request import SamplingSettings
 
 
-class AnswerFormat(Protocol):
+class RequestedFormat(Protocol):
     """The object by which a request says that its answer is text, or JSON."""
 
     @property
@@ -83,7 +83,7 @@ class ConversationFields(GenerationFields, ABC):
 
     @property
     @abstractmethod
-    def answer_format(self) -> AnswerFormat | None:
+    def answer_format(self) -> RequestedFormat | None:
         """The object that says whether the answer is text or JSON."""
 
     def variables(self, effort: str | None, field: str) -> tuple[TemplateVariable, ...]:

@@ -36,7 +36,7 @@ class Choice(Protocol):
 
 
 class Frame(Protocol):
-    """What is around the choices of one request's answer, in an endpoint's own format."""
+    """Puts the choices of one request into an answer, in an endpoint's own format."""
 
     def answer(
         self,
@@ -69,7 +69,7 @@ class Frame(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FrameHead:
-    """What the answer to a request says of itself, at every endpoint."""
+    """The fields by which an answer describes itself, at every endpoint."""
 
     id: str
     created: int  # Unix seconds

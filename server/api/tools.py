@@ -100,7 +100,7 @@ class FlatNamedTool(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Which tools an answer calls: none, any, at least one, or the one that is named."""
+    """Says which tools an answer calls: none, any, at least one, or the one that is named."""
 
     mode: Literal["none", "auto", "required", "named"]
     name: str | None = None

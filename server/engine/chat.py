@@ -79,7 +79,7 @@ class AnswerParser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallSyntax:
-    """How a model writes calls of tools.
+    """Says how a model writes calls of tools.
 
     Each piece is a sequence of texts and of ids of special tokens. The calls of an answer are
     `{"name": ..., "arguments": ...}`, with `mark` and `opening` before them.
@@ -94,7 +94,7 @@ class CallSyntax:
 
 
 class AnswerFormat(Protocol):
-    """How the model writes answers to one conversation."""
+    """Knows how the model writes answers to one conversation."""
 
     @property
     def shown_special(self) -> frozenset[int]:

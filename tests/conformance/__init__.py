@@ -1,1 +1,1 @@
-"""What people use with servers like this one, run unmodified: `python -m tests.conformance`."""
+"""Runs what people use with servers like this one, unmodified: `python -m tests.conformance`."""

@@ -28,7 +28,7 @@ Json: TypeAlias = Mapping[str, Any]
 REASONING: Final = frozenset({"thinking", "reasoning", "reasoning_content"})
 CALLS: Final = "tool_calls"
 _CALL_KEYS: Final = frozenset({"mark", "opening", "separator", "closing", "arguments"})
-# What a format has beside the response template.
+# The keys that a format has beside those of a response template.
 _OWN_KEYS: Final = frozenset({"recognise", "unless", "calls", "chat_template"})
 
 

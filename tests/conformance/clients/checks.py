@@ -1,6 +1,7 @@
-"""What every client is asked to do, and how its script reports. Needs the standard library only.
+"""Says what every client is asked to do, and reports what it did.
 
-The script of a client runs in an environment of its own; the server's address comes from outside.
+A client's script runs in an environment of its own, so this module needs the standard library only.
+The server's address comes from outside.
 """
 
 import json

@@ -1,9 +1,7 @@
 """Tests of `/v1/responses`: the answers of chats in OpenAI's newer form, whole and streamed."""
 
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,8 +15,7 @@ from interventions.registry import Registry
 from server.engine.errors import StepFailedError
 from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
-from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
-from tests.engines import close_checked
+from tests.conftest import WriteArtifact
 from tests.live import live
 from tests.serving import (
     Json,
@@ -28,9 +25,9 @@ from tests.serving import (
     chat,
     error_of,
     logprobs_of,
+    say,
     user,
 )
-from tests.tool_templates import write_templates
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(openai_types.ResponseStreamEvent)
 SCHEMA: Json = {
@@ -44,45 +41,10 @@ TOOL: Json = {"type": "function", "name": "f", "parameters": SCHEMA, "strict": F
 CALL = '<call>{"name": "f", "arguments": {"x": 1}}</call>'
 
 
-@pytest.fixture
-async def engine(
-    load_tiny: LoadTiny, registry: Registry, tmp_path: Path
-) -> AsyncIterator[TorchEngine]:
-    """Start an engine whose templates know tools and reasoning."""
-    options = replace(TINY_OPTIONS, templates=write_templates(tmp_path))
-    engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, options)
-    await engine.start()
-    yield engine
-    await close_checked(engine)
-
-
-@pytest.fixture
-async def client(engine: TorchEngine, registry: Registry) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=build_app(engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        yield client
-
-
-@pytest.fixture
-def script(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
-    script = Script([])
-    monkeypatch.setattr(engine, "submit", script.submit)
-    return script
-
-
-def say(script: Script, text: str, reason: Any = "stop", error: Exception | None = None) -> None:
-    """Have the engine answer the next two requests with a text, in pieces of three characters."""
-    pieces = [text[at : at + 3] for at in range(0, len(text), 3)] or [""]
-    outputs = [StepOutput((1,), piece) for piece in pieces]
-    if error is None:
-        outputs[-1] = replace(outputs[-1], finish_reason=reason)
-    script.steps += [ScriptedGeneration(tuple(outputs), error) for _ in range(2)]
-
-
-async def respond(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
+async def respond(tool_client: httpx.AsyncClient, **fields: object) -> httpx.Response:
     """Ask for a short greedy response, with some fields added or replaced."""
     body = {"model": "tiny", "input": "Hello", "max_output_tokens": 6, "temperature": 0, **fields}
-    return await client.post("/v1/responses", json=body)
+    return await tool_client.post("/v1/responses", json=body)
 
 
 def told(stream: str) -> list[Any]:
@@ -98,13 +60,13 @@ def told(stream: str) -> list[Any]:
     return found
 
 
-async def both_ways(client: httpx.AsyncClient, **fields: object) -> Any:
+async def both_ways(tool_client: httpx.AsyncClient, **fields: object) -> Any:
     """Return a response, which must be the same whole and as the last event of a stream."""
-    response = await respond(client, **fields)
+    response = await respond(tool_client, **fields)
     assert response.status_code == 200, response.text
     whole = response.json()
     openai_types.Response.model_validate(whole)
-    events = told((await respond(client, **fields, stream=True)).text)
+    events = told((await respond(tool_client, **fields, stream=True)).text)
     assert [each["type"] for each in events[:2]] == ["response.created", "response.in_progress"]
     assert events[-1]["type"] == f"response.{whole['status']}"
     last = events[-1]["response"]
@@ -144,11 +106,11 @@ def items_of(events: list[Any]) -> list[Any]:
     return items
 
 
-async def test_a_response_is_what_a_chat_gives(client: httpx.AsyncClient) -> None:
+async def test_a_response_is_what_a_chat_gives(tool_client: httpx.AsyncClient) -> None:
     messages = [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hello"}]
     fields: Json = {"temperature": 1, "seed": 3, "top_k": 9}
-    same = (await chat(client, messages=messages, max_tokens=6, **fields)).json()
-    response = await both_ways(client, instructions="Be", **fields)
+    same = (await chat(tool_client, messages=messages, max_tokens=6, **fields)).json()
+    response = await both_ways(tool_client, instructions="Be", **fields)
     [item] = response["output"]
     assert item["content"][0]["text"] == same["choices"][0]["message"]["content"]
     assert response["usage"]["output_tokens"] == same["usage"]["completion_tokens"] == 6
@@ -159,10 +121,10 @@ async def test_a_response_is_what_a_chat_gives(client: httpx.AsyncClient) -> Non
 
 
 async def test_reasoning_text_and_calls_are_items(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
-    say(script, f"<think>hm</think>Well. {CALL}{CALL}")
-    response = await both_ways(client, tools=[TOOL])
+    say(tool_script, f"<think>hm</think>Well. {CALL}{CALL}")
+    response = await both_ways(tool_client, tools=[TOOL])
     kinds = ["reasoning", "message", "function_call", "function_call"]
     assert [item["type"] for item in response["output"]] == kinds
     reasoning, message, call, _ = response["output"]
@@ -175,20 +137,20 @@ async def test_reasoning_text_and_calls_are_items(
 
 
 async def test_an_empty_answer_is_an_empty_message(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
-    say(script, "")
-    [item] = (await both_ways(client))["output"]
+    say(tool_script, "")
+    [item] = (await both_ways(tool_client))["output"]
     assert item["content"] == [
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     ]
 
 
 async def test_a_conversation_comes_back_item_by_item(
-    client: httpx.AsyncClient, engine: TorchEngine, script: Script
+    tool_client: httpx.AsyncClient, tool_engine: TorchEngine, tool_script: Script
 ) -> None:
-    say(script, f"<think>hm</think>Well. {CALL}")
-    output = (await respond(client, tools=[TOOL])).json()["output"]
+    say(tool_script, f"<think>hm</think>Well. {CALL}")
+    output = (await respond(tool_client, tools=[TOOL])).json()["output"]
     call_id = output[-1]["call_id"]
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "u"}]},
@@ -197,9 +159,9 @@ async def test_a_conversation_comes_back_item_by_item(
         {"type": "message", "role": "assistant", "content": "a"},
         {"role": "developer", "content": "d"},
     ]
-    assert (await respond(client, input=items)).status_code == 200
+    assert (await respond(tool_client, input=items)).status_code == 200
     rendered = "<user>u<assistant>hmWell. [f 1]<f>t<assistant>a<system>d<assistant>"
-    assert script.submitted[1].prompt == tuple(engine.prompts.tokenize(rendered))
+    assert tool_script.submitted[1].prompt == tuple(tool_engine.prompts.tokenize(rendered))
 
 
 def reasoning(text: str) -> Json:
@@ -234,52 +196,56 @@ TURNS: tuple[tuple[list[Json], str], ...] = (
 
 @pytest.mark.parametrize(("items", "rendered"), TURNS)
 async def test_a_turn_of_the_assistant_is_one_message(
-    client: httpx.AsyncClient,
-    engine: TorchEngine,
-    script: Script,
+    tool_client: httpx.AsyncClient,
+    tool_engine: TorchEngine,
+    tool_script: Script,
     items: list[Json],
     rendered: str,
 ) -> None:
-    say(script, "ok")
-    response = await respond(client, input=[user("u"), *items])
+    say(tool_script, "ok")
+    response = await respond(tool_client, input=[user("u"), *items])
     assert response.status_code == 200, response.text
     whole = f"<user>u{rendered}<assistant>"
-    assert script.submitted[0].prompt == tuple(engine.prompts.tokenize(whole))
+    assert tool_script.submitted[0].prompt == tuple(tool_engine.prompts.tokenize(whole))
 
 
-async def test_token_ids_come_whole_and_streamed(client: httpx.AsyncClient) -> None:
-    response = await both_ways(client, return_token_ids=True)
+async def test_token_ids_come_whole_and_streamed(tool_client: httpx.AsyncClient) -> None:
+    response = await both_ways(tool_client, return_token_ids=True)
     assert len(response["token_ids"]) == 6
     assert len(response["prompt_token_ids"]) == response["usage"]["input_tokens"]
 
 
 async def test_what_steers_is_echoed(
-    client: httpx.AsyncClient, registry: Registry, affine_artifact: WriteArtifact
+    tool_client: httpx.AsyncClient, registry: Registry, affine_artifact: WriteArtifact
 ) -> None:
     registry.add(affine_artifact("maps"))
-    response = await both_ways(client, steering={"intervention": "maps", "strength": 0.5})
+    response = await both_ways(tool_client, steering={"intervention": "maps", "strength": 0.5})
     [applied] = response["steering"]
     assert (applied["intervention"], applied["settings"]["strength"]) == ("maps", 0.5)
-    base = await both_ways(client)
+    base = await both_ways(tool_client)
     assert base["steering"] == []
     assert base["output"][0]["content"] != response["output"][0]["content"]
-    compared = await both_ways(client, steering={"intervention": "maps"}, compare=True)
+    compared = await both_ways(tool_client, steering={"intervention": "maps"}, compare=True)
     [other] = compared["comparison"]["choices"]
     assert compared["comparison"]["usage"]["output_tokens"] == 6
     assert without_ids(other["output"]) == without_ids(base["output"])
-    assert (await respond(client, model="tiny+maps")).json()["steering"][0]["source"] == "model"
+    assert (await respond(tool_client, model="tiny+maps")).json()["steering"][0][
+        "source"
+    ] == "model"
 
 
-async def test_structures_are_obeyed(client: httpx.AsyncClient) -> None:
+async def test_structures_are_obeyed(tool_client: httpx.AsyncClient) -> None:
     wanted = {"format": {"type": "json_schema", "name": "s", "schema": COMPACT, "strict": True}}
-    response = await both_ways(client, text=wanted, max_output_tokens=40)
+    response = await both_ways(tool_client, text=wanted, max_output_tokens=40)
     jsonschema.validate(json.loads(response["output"][0]["content"][0]["text"]), SCHEMA)
     assert response["text"]["format"]["schema"] == COMPACT
-    free = await both_ways(client, text={"format": {"type": "json_object"}}, max_output_tokens=3)
+    free = await both_ways(
+        tool_client, text={"format": {"type": "json_object"}}, max_output_tokens=3
+    )
     assert free["output"][0]["content"][0]["text"].startswith("{")
     for choice in ("required", {"type": "function", "name": "f"}):
         called = await both_ways(
-            client,
+            tool_client,
             tools=[TOOL],
             tool_choice=choice,
             parallel_tool_calls=False,
@@ -290,17 +256,17 @@ async def test_structures_are_obeyed(client: httpx.AsyncClient) -> None:
         jsonschema.validate(json.loads(item["arguments"]), SCHEMA)
 
 
-async def test_log_probabilities_come_with_the_text(client: httpx.AsyncClient) -> None:
-    same = (await chat(client, logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]
-    response = await both_ways(client, top_logprobs=2)
+async def test_log_probabilities_come_with_the_text(tool_client: httpx.AsyncClient) -> None:
+    same = (await chat(tool_client, logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]
+    response = await both_ways(tool_client, top_logprobs=2)
     assert response["output"][0]["content"][0]["logprobs"] == same["content"]
-    included = await both_ways(client, include=["message.output_text.logprobs"])
+    included = await both_ways(tool_client, include=["message.output_text.logprobs"])
     assert [len(each["top_logprobs"]) for each in included["output"][0]["content"][0]["logprobs"]]
-    assert (await both_ways(client))["output"][0]["content"][0]["logprobs"] == []
+    assert (await both_ways(tool_client))["output"][0]["content"][0]["logprobs"] == []
 
 
 async def test_log_probabilities_wait_for_their_text(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
     scored = [logprobs_of(letter, -1.0, {}, offset=0) for letter in "ab"]
     outputs = (
@@ -308,14 +274,14 @@ async def test_log_probabilities_wait_for_their_text(
         StepOutput((2,), "ab", logprobs=(scored[1],)),
         StepOutput((3,), "", finish_reason="stop"),
     )
-    script.steps += [ScriptedGeneration(outputs), ScriptedGeneration(outputs)]
-    response = await both_ways(client, top_logprobs=1)
+    tool_script.steps += [ScriptedGeneration(outputs), ScriptedGeneration(outputs)]
+    response = await both_ways(tool_client, top_logprobs=1)
     listed = response["output"][0]["content"][0]["logprobs"]
     assert [each["token"] for each in listed] == ["a", "b"]
 
 
 async def test_a_text_lists_no_tokens_of_the_reasoning(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
     pieces = ("<think>", "hm", "</think>", "a", CALL)
     offsets = [sum(map(len, pieces[:place])) for place in range(len(pieces))]
@@ -324,32 +290,35 @@ async def test_a_text_lists_no_tokens_of_the_reasoning(
         for text, offset in zip(pieces, offsets, strict=True)
     ]
     outputs[-1] = replace(outputs[-1], finish_reason="stop")
-    script.steps += [ScriptedGeneration(tuple(outputs)), ScriptedGeneration(tuple(outputs))]
-    response = await both_ways(client, top_logprobs=1, tools=[TOOL])
+    tool_script.steps += [ScriptedGeneration(tuple(outputs)), ScriptedGeneration(tuple(outputs))]
+    response = await both_ways(tool_client, top_logprobs=1, tools=[TOOL])
     message = response["output"][1]
     listed = [each["token"] for each in message["content"][0]["logprobs"]]
     assert message["content"][0]["text"] == "a"
     assert listed == ["</think>", "a"]  # the mark between them adds no text of its own
 
 
-async def test_a_lost_stream_ends_with_its_error(client: httpx.AsyncClient, script: Script) -> None:
-    say(script, "Hello", error=StepFailedError("lost"))
-    script.steps.pop()
-    *_, error, failed = told((await respond(client, stream=True)).text)
+async def test_a_lost_stream_ends_with_its_error(
+    tool_client: httpx.AsyncClient, tool_script: Script
+) -> None:
+    tool_script.steps.append(
+        ScriptedGeneration((StepOutput((1,), "Hello"),), StepFailedError("lost"))
+    )
+    *_, error, failed = told((await respond(tool_client, stream=True)).text)
     assert (error["type"], failed["type"]) == ("error", "response.failed")
     assert failed["response"]["status"] == "failed"
     assert failed["response"]["error"]["message"] == error["message"]
 
 
 async def test_a_stream_that_fails_at_once_has_begun(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
-    script.steps.append(ScriptedGeneration((), StepFailedError("lost")))
-    kinds = [event["type"] for event in told((await respond(client, stream=True)).text)]
+    tool_script.steps.append(ScriptedGeneration((), StepFailedError("lost")))
+    kinds = [event["type"] for event in told((await respond(tool_client, stream=True)).text)]
     assert kinds == ["response.created", "response.in_progress", "error", "response.failed"]
 
 
-async def test_openais_client_works(engine: TorchEngine, registry: Registry) -> None:
+async def test_openais_client_works(tool_engine: TorchEngine, registry: Registry) -> None:
     class Pet(BaseModel):
         model_config = ConfigDict(
             extra="forbid", json_schema_extra={"x-guidance": {"whitespace_flexible": False}}
@@ -358,7 +327,7 @@ async def test_openais_client_works(engine: TorchEngine, registry: Registry) -> 
         age: int = Field(ge=0, le=20)
 
     async with (
-        live(build_app(engine, registry)) as server,
+        live(build_app(tool_engine, registry)) as server,
         AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai,
     ):
         parsed = await openai.responses.parse(
@@ -458,17 +427,17 @@ HARMLESS: tuple[Json, ...] = (
 )
 
 
-async def test_a_wrong_field_is_named(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_field_is_named(tool_client: httpx.AsyncClient) -> None:
     for fields, param in WRONG:
-        response = await respond(client, **fields)
+        response = await respond(tool_client, **fields)
         error = error_of(response)
         assert response.status_code == 400, fields
         assert str(error["param"]).startswith(param), (fields, error)
 
 
 @pytest.mark.parametrize("fields", HARMLESS)
-async def test_what_asks_for_nothing_is_taken(client: httpx.AsyncClient, fields: Json) -> None:
-    response = await respond(client, **fields)
+async def test_what_asks_for_nothing_is_taken(tool_client: httpx.AsyncClient, fields: Json) -> None:
+    response = await respond(tool_client, **fields)
     assert response.status_code == 200, response.text
 
 

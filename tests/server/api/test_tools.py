@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,13 @@ from openai import AsyncOpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
 
 from interventions.registry import Registry
-from server.api.call_grammar import call_structure
-from server.api.tools import MAX_TOOLS, MAX_TOOLS_SIZE, ToolUse
-from server.engine.chat import CallSyntax, Tool
+from server.api.tools import MAX_TOOLS, MAX_TOOLS_SIZE
 from server.engine.grammar import CompiledGrammar
-from server.engine.output import StepOutput
 from server.engine.torch.engine import TorchEngine
 from tests.conftest import TINY_OPTIONS, LoadTiny, WriteArtifact
 from tests.engines import close_checked
 from tests.live import live
-from tests.serving import (
-    Json,
-    Script,
-    ScriptedGeneration,
-    build_app,
-    chat,
-    chunks,
-    error_of,
-    user,
-)
-from tests.tiny import EOS, tiny_tokens
+from tests.serving import Json, Script, build_app, chat, chunks, error_of, say, user
 from tests.tool_templates import write_templates
 
 PARAMETERS: Json = {
@@ -52,41 +38,6 @@ def tool(name: str = "f", parameters: Json = PARAMETERS, **fields: object) -> Js
 
 NAMED: Json = {"type": "function", "function": {"name": "g"}}
 CALL = '<call>{"name": "f", "arguments": {"x": 1}}</call>'
-Answer = Callable[[str], None]
-
-
-@pytest.fixture
-async def tool_engine(
-    load_tiny: LoadTiny, registry: Registry, tmp_path: Path
-) -> AsyncIterator[TorchEngine]:
-    """Start an engine whose templates, given by the operator, know tools."""
-    options = replace(TINY_OPTIONS, templates=write_templates(tmp_path))
-    engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, options)
-    await engine.start()
-    yield engine
-    await close_checked(engine)
-
-
-@pytest.fixture
-async def client(tool_engine: TorchEngine, registry: Registry) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=build_app(tool_engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        yield client
-
-
-@pytest.fixture
-def script(tool_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Script:
-    script = Script([])
-    monkeypatch.setattr(tool_engine, "submit", script.submit)
-    return script
-
-
-def say(script: Script, text: str, reason: Any = "stop") -> None:
-    """Have the engine answer the next two requests with a text, in pieces of three characters."""
-    pieces = [text[at : at + 3] for at in range(0, len(text), 3)] or [""]
-    outputs = [StepOutput((1,), piece) for piece in pieces]
-    outputs[-1] = replace(outputs[-1], finish_reason=reason)
-    script.steps += [ScriptedGeneration(tuple(outputs)), ScriptedGeneration(tuple(outputs))]
 
 
 def merged(stream: str) -> tuple[Json, object]:
@@ -108,12 +59,12 @@ def merged(stream: str) -> tuple[Json, object]:
     return message, reason
 
 
-async def both_ways(client: httpx.AsyncClient, **fields: object) -> tuple[Any, object]:
+async def both_ways(tool_client: httpx.AsyncClient, **fields: object) -> tuple[Any, object]:
     """Return a message and its finish reason, which must be the same whole and streamed."""
-    response = await chat(client, **fields)
+    response = await chat(tool_client, **fields)
     assert response.status_code == 200, response.text
     [choice] = response.json()["choices"]
-    streamed, reason = merged((await chat(client, **fields, stream=True)).text)
+    streamed, reason = merged((await chat(tool_client, **fields, stream=True)).text)
     message = choice["message"]
     each: Any
     for each in (message, streamed):
@@ -128,10 +79,10 @@ def call(name: str = "f", arguments: str = '{"x": 1}') -> Json:
 
 
 async def test_what_the_model_writes_becomes_a_message(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
-    say(script, f"<think>hm</think>Well. {CALL}{CALL}")
-    message, reason = await both_ways(client, tools=[tool()])
+    say(tool_script, f"<think>hm</think>Well. {CALL}{CALL}")
+    message, reason = await both_ways(tool_client, tools=[tool()])
     assert message == {
         "role": "assistant",
         "content": "Well. ",
@@ -143,26 +94,30 @@ async def test_what_the_model_writes_becomes_a_message(
 
 
 async def test_an_answer_of_calls_alone_has_no_content(
-    client: httpx.AsyncClient, script: Script
+    tool_client: httpx.AsyncClient, tool_script: Script
 ) -> None:
-    say(script, CALL)
-    message, _ = await both_ways(client, tools=[tool()])
+    say(tool_script, CALL)
+    message, _ = await both_ways(tool_client, tools=[tool()])
     assert message["content"] is None
-    say(script, CALL + CALL)
-    message, _ = await both_ways(client, tools=[tool()], parallel_tool_calls=False)
+    say(tool_script, CALL + CALL)
+    message, _ = await both_ways(tool_client, tools=[tool()], parallel_tool_calls=False)
     assert message["tool_calls"] == [call()]
 
 
-async def test_a_call_that_is_cut_off_is_content(client: httpx.AsyncClient, script: Script) -> None:
-    say(script, CALL[:-9], "length")
-    message, reason = await both_ways(client, tools=[tool()])
+async def test_a_call_that_is_cut_off_is_content(
+    tool_client: httpx.AsyncClient, tool_script: Script
+) -> None:
+    say(tool_script, CALL[:-9], "length")
+    message, reason = await both_ways(tool_client, tools=[tool()])
     assert (message["content"], reason) == (CALL[:-9], "length")
     assert "tool_calls" not in message
 
 
-async def test_without_tools_a_call_is_text(client: httpx.AsyncClient, script: Script) -> None:
-    say(script, f"<think>hm</think>a{CALL}")
-    message, reason = await both_ways(client, tools=[tool()], tool_choice="none")
+async def test_without_tools_a_call_is_text(
+    tool_client: httpx.AsyncClient, tool_script: Script
+) -> None:
+    say(tool_script, f"<think>hm</think>a{CALL}")
+    message, reason = await both_ways(tool_client, tools=[tool()], tool_choice="none")
     assert message == {
         "role": "assistant",
         "content": f"a{CALL}",
@@ -173,9 +128,9 @@ async def test_without_tools_a_call_is_text(client: httpx.AsyncClient, script: S
 
 
 async def test_the_template_is_told_of_tools_and_calls(
-    client: httpx.AsyncClient, tool_engine: TorchEngine, script: Script
+    tool_client: httpx.AsyncClient, tool_engine: TorchEngine, tool_script: Script
 ) -> None:
-    say(script, "ok")
+    say(tool_script, "ok")
     messages = [
         user("u"),
         {
@@ -187,12 +142,14 @@ async def test_the_template_is_told_of_tools_and_calls(
         {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "t"}]},
         {"role": "tool", "tool_call_id": "9", "content": "s"},
     ]
-    assert (await chat(client, messages=messages, tools=[tool(), tool("g")])).status_code == 200
+    assert (
+        await chat(tool_client, messages=messages, tools=[tool(), tool("g")])
+    ).status_code == 200
     told = "TOOLS f,g<user>u<assistant>r[f 1][g ]<g>t<tool>s<assistant>"
-    assert script.submitted[0].prompt == tuple(tool_engine.prompts.tokenize(told))
-    assert (await chat(client, tools=[tool()], tool_choice="none")).status_code == 200
+    assert tool_script.submitted[0].prompt == tuple(tool_engine.prompts.tokenize(told))
+    assert (await chat(tool_client, tools=[tool()], tool_choice="none")).status_code == 200
     untold = "<user>Hello<assistant>"
-    assert script.submitted[1].prompt == tuple(tool_engine.prompts.tokenize(untold))
+    assert tool_script.submitted[1].prompt == tuple(tool_engine.prompts.tokenize(untold))
 
 
 FORCED: tuple[tuple[object, list[str], int], ...] = (
@@ -204,7 +161,7 @@ FORCED: tuple[tuple[object, list[str], int], ...] = (
 @pytest.mark.parametrize(("choice", "names", "most"), FORCED)
 @pytest.mark.parametrize("parallel", [True, False])
 async def test_a_call_that_is_demanded_obeys_its_schema(
-    client: httpx.AsyncClient,
+    tool_client: httpx.AsyncClient,
     registry: Registry,
     reward_artifact: WriteArtifact,
     choice: object,
@@ -216,7 +173,7 @@ async def test_a_call_that_is_demanded_obeys_its_schema(
     for steering in (None, {"intervention": "head"}):
         for seed in range(3):
             message, reason = await both_ways(
-                client,
+                tool_client,
                 tools=[tool(), tool("g")],
                 tool_choice=choice,
                 parallel_tool_calls=parallel,
@@ -237,78 +194,28 @@ async def test_a_call_that_is_demanded_obeys_its_schema(
             assert reason == ("stop" if choice == NAMED else "tool_calls")
 
 
-async def test_every_choice_has_its_own_calls(client: httpx.AsyncClient) -> None:
+async def test_every_choice_has_its_own_calls(tool_client: httpx.AsyncClient) -> None:
     fields: Json = {"tools": [tool()], "tool_choice": "required", "parallel_tool_calls": False}
-    response = await chat(client, **fields, n=3, temperature=2, seed=1, max_tokens=80)
+    response = await chat(tool_client, **fields, n=3, temperature=2, seed=1, max_tokens=80)
     choices = response.json()["choices"]
     assert len({each["message"]["tool_calls"][0]["function"]["arguments"] for each in choices}) > 1
     assert len({each["message"]["tool_calls"][0]["id"] for each in choices}) == 3
 
 
 async def test_a_comparison_shows_the_base_models_calls(
-    client: httpx.AsyncClient, registry: Registry, affine_artifact: WriteArtifact
+    tool_client: httpx.AsyncClient, registry: Registry, affine_artifact: WriteArtifact
 ) -> None:
     registry.add(affine_artifact("maps"))
     fields: Json = {"tools": [tool()], "tool_choice": "required", "parallel_tool_calls": False}
     steered: Json = {"steering": {"intervention": "maps"}, "compare": True, "max_tokens": 80}
-    body = (await chat(client, **fields, **steered)).json()
+    body = (await chat(tool_client, **fields, **steered)).json()
     for choice in (*body["choices"], *body["comparison"]["choices"]):
         [made] = choice["message"]["tool_calls"]
         jsonschema.validate(json.loads(made["function"]["arguments"]), PARAMETERS)
 
 
-PLAIN = CallSyntax("<call>", None, ("[",), ("|",), ("]</call>",), "arguments")
-MARKED = CallSyntax("<bos>", EOS + 1, ("[",), (", ",), ("]",), "arguments")
-BARE = CallSyntax("", None, (), None, (), "parameters")
-GOOD, BAD = '{"name": "f", "arguments": {"x": 1}}', '{"name": "f", "arguments": {"y"'
-# How calls are written, the pieces of an answer, and how many of its tokens are allowed.
-STRICT: tuple[tuple[CallSyntax, tuple[str | int, ...], bool], ...] = (
-    (PLAIN, ("Hello <b>",), True),
-    (PLAIN, (f"Hi <call>[{GOOD}]</call>",), True),
-    (PLAIN, (f"<call>[{GOOD}|{GOOD}]</call> and <call>[{GOOD}]</call>",), True),
-    (PLAIN, (f"Hi <call>[{BAD}",), False),
-    (PLAIN, (f"Hi <call>{BAD}",), False),
-    (PLAIN, ("Hi <call> ",), False),
-    (PLAIN, ('<call>[{"name": "g"',), False),
-    (MARKED, ("<bos>[",), False),
-    (MARKED, ("Hi [", EOS + 1, f"[{GOOD}, {GOOD}] so"), True),
-    (MARKED, ("Hi ", EOS + 1, f"[{BAD}"), False),
-    (BARE, ("Hello { }",), True),
-    (BARE, ('{"name": "f", "parameters": {"x": 1}}',), True),
-    (BARE, ('{"name": "f", "parameters": {"y"',), False),
-    (BARE, ('  {"name": "g"',), False),
-)
-
-
-@pytest.mark.parametrize("several", [True, False])
-@pytest.mark.parametrize(("syntax", "pieces", "allowed"), STRICT)
-def test_calls_of_a_strict_tool_obey_its_schema_wherever_they_come(
-    chat_engine: TorchEngine,
-    syntax: CallSyntax,
-    pieces: tuple[str | int, ...],
-    allowed: bool,
-    several: bool,
-) -> None:
-    use = ToolUse(
-        (Tool("f", None, PARAMETERS, strict=True, field="tools.0.function"),), several=several
-    )
-    structure = call_structure(use, syntax, None)
-    assert structure is not None
-    assert structure.field == "tools.0.function.strict"
-    matcher = chat_engine.compile_grammar(structure.lark, structure.field).matcher.deep_copy()
-    tokens = [
-        token
-        for piece in pieces
-        for token in (tiny_tokens(piece) if isinstance(piece, str) else [piece])
-    ]
-    several_calls = sum(piece.count(GOOD) for piece in pieces if isinstance(piece, str)) > 1
-    accepted = matcher.try_consume_tokens(tokens)
-    assert (accepted == len(tokens)) == (allowed and (several or not several_calls))
-    assert not matcher.is_error()
-
-
 async def test_only_a_strict_tool_has_a_grammar(
-    client: httpx.AsyncClient, tool_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+    tool_client: httpx.AsyncClient, tool_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
     compile_grammar = tool_engine.compile_grammar
@@ -319,17 +226,19 @@ async def test_only_a_strict_tool_has_a_grammar(
         return compile_grammar(lark, field, of_schemas=of_schemas)
 
     monkeypatch.setattr(tool_engine, "compile_grammar", record)
-    await both_ways(client, tools=[tool(), tool("g")])
+    await both_ways(tool_client, tools=[tool(), tool("g")])
     assert compiled == []
-    await both_ways(client, tools=[tool(), tool("g", strict=True)])
+    await both_ways(tool_client, tools=[tool(), tool("g", strict=True)])
     assert compiled == ["tools.1.function.strict"] * 2
 
 
-async def test_an_answer_may_be_a_call_or_have_its_structure(client: httpx.AsyncClient) -> None:
+async def test_an_answer_may_be_a_call_or_have_its_structure(
+    tool_client: httpx.AsyncClient,
+) -> None:
     found = set()
     for seed in range(12):
         message, _ = await both_ways(
-            client,
+            tool_client,
             tools=[tool()],
             structured_outputs={"json": {"enum": ["left", "right"]}},
             parallel_tool_calls=False,
@@ -348,24 +257,24 @@ BEGUN: Json = {
 }
 
 
-async def test_what_must_have_a_structure_is_no_reasoning(client: httpx.AsyncClient) -> None:
+async def test_what_must_have_a_structure_is_no_reasoning(tool_client: httpx.AsyncClient) -> None:
     chosen = {"structured_outputs": {"choice": ["<think>left", "<think>right"]}}
     for fields in (chosen, {**chosen, **BEGUN}):
-        message, _ = await both_ways(client, **fields, max_tokens=20)
+        message, _ = await both_ways(tool_client, **fields, max_tokens=20)
         assert message["content"] in ("<think>left", "<think>right")
         assert "reasoning_content" not in message
     forced: Json = {"tools": [tool()], "tool_choice": "required", "parallel_tool_calls": False}
-    message, _ = await both_ways(client, **forced, **BEGUN, max_tokens=80)
+    message, _ = await both_ways(tool_client, **forced, **BEGUN, max_tokens=80)
     assert len(message["tool_calls"]) == 1
-    message, _ = await both_ways(client, **BEGUN, max_tokens=9)
+    message, _ = await both_ways(tool_client, **BEGUN, max_tokens=9)
     assert message["content"] is None
     assert message["reasoning_content"]
 
 
-async def test_a_tool_may_have_many_arguments(client: httpx.AsyncClient) -> None:
+async def test_a_tool_may_have_many_arguments(tool_client: httpx.AsyncClient) -> None:
     many: Json = {"type": "object", "properties": {f"p{at}": {"enum": [1]} for at in range(300)}}
     message, _ = await both_ways(
-        client,
+        tool_client,
         tools=[tool(parameters=many)],
         tool_choice="required",
         parallel_tool_calls=False,
@@ -374,11 +283,11 @@ async def test_a_tool_may_have_many_arguments(client: httpx.AsyncClient) -> None
     assert message["tool_calls"] or message["content"]
 
 
-async def test_a_tool_without_declared_arguments_gets_none(client: httpx.AsyncClient) -> None:
+async def test_a_tool_without_declared_arguments_gets_none(tool_client: httpx.AsyncClient) -> None:
     for parameters in ({}, {"type": "object"}, None):
         function = {"type": "function", "function": {"name": "f", "parameters": parameters}}
         message, _ = await both_ways(
-            client,
+            tool_client,
             tools=[function],
             tool_choice="required",
             parallel_tool_calls=False,
@@ -457,9 +366,9 @@ WRONG: tuple[tuple[Json, str], ...] = (
 )
 
 
-async def test_a_wrong_field_is_named(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_field_is_named(tool_client: httpx.AsyncClient) -> None:
     for fields, param in WRONG:
-        response = await chat(client, **fields)
+        response = await chat(tool_client, **fields)
         assert (response.status_code, error_of(response)["param"]) == (400, param), fields
 
 
@@ -469,17 +378,17 @@ async def test_without_a_syntax_no_call_can_be_demanded(
     options = replace(TINY_OPTIONS, templates=write_templates(tmp_path, calls=None))
     engine = TorchEngine(load_tiny(), lambda digest: registry.load(digest).parameters, options)
     transport = httpx.ASGITransport(app=build_app(engine, registry))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as tool_client:
         await engine.start()
         for fields, param in (
             ({"tools": [tool()], "tool_choice": "required"}, "tool_choice"),
             ({"tools": [tool(strict=True)]}, "tools.0.function.strict"),
             ({"tools": [tool()], "response_format": {"type": "json_object"}}, "response_format"),
         ):
-            response = await chat(client, **fields)
+            response = await chat(tool_client, **fields)
             assert (response.status_code, error_of(response)["param"]) == (400, param), fields
             assert "--response-template" in str(error_of(response)["message"])
-        assert (await chat(client, tools=[tool()])).status_code == 200
+        assert (await chat(tool_client, tools=[tool()])).status_code == 200
     await close_checked(engine)
 
 
