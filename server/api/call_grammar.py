@@ -3,19 +3,18 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 from llguidance import regex_to_lark
 from pydantic import JsonValue
 
+from server.api.closed_schema import closed_schema
 from server.api.errors import invalid
 from server.api.structure import Structure
 from server.api.tools import ToolUse
 from server.engine.chat import CallSyntax, Tool
 
 MAX_FORCED_CALLS: Final = 32  # of one answer that must call tools
-# These keywords may add properties.
-_COMBINING: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties"})
 # Models write calls as Python's json does. A small model would fill free space with blanks.
 _WHITESPACE: Final[dict[str, JsonValue]] = {
     "whitespace_flexible": False,
@@ -66,12 +65,8 @@ def call_structure(
 
 def _arguments(tool: Tool) -> str:
     """Return the schema of a tool's arguments, which are those that it declares."""
-    schema: dict[str, Any] = {"x-guidance": _WHITESPACE, **tool.parameters}
-    schema.setdefault("type", "object")
-    if _COMBINING.isdisjoint(schema):
-        # Most schemas leave this out, and mean it: the function has no other parameters.
-        schema.setdefault("additionalProperties", False)
-    return json.dumps(schema, ensure_ascii=False)
+    schema = {"type": "object", "properties": {}, **tool.parameters}
+    return json.dumps({"x-guidance": _WHITESPACE, **closed_schema(schema)}, ensure_ascii=False)
 
 
 def _call_rules(tools: Sequence[Tool], syntax: CallSyntax, *, several: bool) -> Iterator[str]:

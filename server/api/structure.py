@@ -9,6 +9,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from pydantic import Field, JsonValue, PlainValidator, model_validator
 
 from interventions.strict_json import StrictJSONError, parse_json
+from server.api.closed_schema import closed_schema
 from server.api.errors import ApiError, invalid
 from server.api.strict import Strict, only_neutral
 from server.engine.errors import InvalidRequestError
@@ -81,9 +82,7 @@ class StructuredOutputs(Strict):
     choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: Annotated[str, Field(min_length=1, max_length=MAX_STRUCTURE)] | None = None
     disable_any_whitespace: bool = False  # between JSON's tokens
-    disable_additional_properties: Annotated[
-        bool, only_neutral("structured_outputs.disable_additional_properties", False)
-    ] = False
+    disable_additional_properties: bool = False  # in objects that declare properties
 
     @model_validator(mode="after")
     def _check_one(self) -> "StructuredOutputs":
@@ -99,7 +98,12 @@ class StructuredOutputs(Strict):
             ApiError: what is given is too large, or is no pattern or grammar.
         """
         if self.schema_ is not None:
-            return _of_schema(self.schema_, f"{field}.json", compact=self.disable_any_whitespace)
+            return _of_schema(
+                self.schema_,
+                f"{field}.json",
+                compact=self.disable_any_whitespace,
+                closed=self.disable_additional_properties,
+            )
         if self.regex is not None:
             return _of_regex(self.regex, f"{field}.regex")
         if self.choice is not None:
@@ -144,7 +148,7 @@ class ResponseFormat(Strict):
             ApiError: the schema is too large.
         """
         if self.json_schema is not None:
-            return _of_schema(self.json_schema.schema_, f"{field}.json_schema.schema")
+            return _of_schema(self.json_schema.schema_, f"{field}.json_schema.schema", closed=True)
         return _of_schema(_ANY_OBJECT, field) if self.type == "json_object" else None
 
 
@@ -172,15 +176,19 @@ class TextFormat(Strict):
     def to_structure(self, field: str) -> Structure | None:
         """Return the structure, None for text; see `ResponseFormat.to_structure`."""
         if self.schema_ is not None:
-            return _of_schema(self.schema_, f"{field}.schema")
+            return _of_schema(self.schema_, f"{field}.schema", closed=True)
         return _of_schema(_ANY_OBJECT, field) if self.type == "json_object" else None
 
 
-def _of_schema(schema: Schema, field: str, *, compact: bool = False) -> Structure:
+def _of_schema(
+    schema: Schema, field: str, *, compact: bool = False, closed: bool = False
+) -> Structure:
+    _check_size(json.dumps(schema, ensure_ascii=False), field)
+    if closed:
+        schema = closed_schema(schema)
     if compact:
         schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
     text = json.dumps(schema, ensure_ascii=False)
-    _check_size(text, field)
     return Structure(f"{_ONLY_RULE}%json {text}", field, of_schemas=True)
 
 

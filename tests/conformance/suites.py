@@ -38,6 +38,13 @@ REFUSED: Final[Mapping[str, str]] = {
 }
 
 
+# langchain-tests' tests that a model of 135 million parameters fails, and why.
+TOO_HARD: Final[Mapping[str, str]] = {
+    "test_agent_loop": "the model calls no tool by itself",
+    "test_json_mode": "the model is told of two keys in words, and writes others",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Suite:
     """A client, harness or tool, with the versions that it is tested at."""
@@ -83,6 +90,27 @@ def run_openai_tests(suite: Suite, url: str) -> Results:
         return {"run": output[-500:]}
     name = f"{counts[2]} pass, {counts[1]} are refused as listed"
     return found or {name: None}
+
+
+def run_langchain_tests(suite: Suite, url: str) -> Results:
+    """Run langchain-tests' standard tests of a chat model."""
+    python = python_environment(suite.name, suite.packages)
+    alone = ["-c", os.devnull, "--rootdir", ".", "--confcutdir", ".", "-p", "no:cacheprovider"]
+    one_loop = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session"]
+    output = _output(
+        [
+            *(str(python), "-m", "pytest", "-q", *alone, *one_loop, "--tb=line", "-rf"),
+            "langchain_standard.py",
+        ],
+        HERE / "clients",
+        {"STEERSERVE_URL": url, "STEERSERVE_MODEL": MODEL},
+    )
+    failed = set(re.findall(r"^FAILED \S+::(\w+)", output, re.MULTILINE))
+    passed = re.search(r"(\d+) passed", output)
+    if passed is None:
+        return {"run": output[-500:]}
+    found: dict[str, str | None] = dict.fromkeys(sorted(failed - TOO_HARD.keys()), "failed")
+    return found or {f"{passed[1]} pass, {', '.join(sorted(failed))} fail as listed": None}
 
 
 def run_schemathesis(suite: Suite, url: str) -> Results:
@@ -183,6 +211,11 @@ SUITES: Final = (
     Suite("openai-node", ("openai@6.49.0", "zod@4.6.7"), run_node_client),
     Suite("vercel-ai", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92"), run_node_client),
     Suite("openai-python's own tests", (f"openai[aiohttp]=={OPENAI}", *_PYTEST), run_openai_tests),
+    Suite(
+        "langchain-tests",
+        ("langchain-tests==1.1.9", "langchain-openai==1.7.4"),
+        run_langchain_tests,
+    ),
     Suite("guidellm", ("guidellm==0.8.1",), run_guidellm),
     Suite("schemathesis", ("schemathesis==4.32.5",), run_schemathesis),
 )

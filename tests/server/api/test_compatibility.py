@@ -8,7 +8,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.conformance.suites import REFUSED, SUITES
+from tests.conformance.suites import REFUSED, SUITES, TOO_HARD
 from tests.serving import Json, error_of, user
 
 PAGE = (Path(__file__).parents[3] / "docs" / "compatibility.md").read_text()
@@ -49,5 +49,5 @@ async def test_what_the_page_says_is_refused(chat_client: httpx.AsyncClient, row
 def test_the_page_has_each_client() -> None:
     for suite in (*(suite.name for suite in SUITES), "lm-eval"):
         assert f"| {suite} |" in PAGE, suite
-    for name, reason in REFUSED.items():
+    for name, reason in (*REFUSED.items(), *TOO_HARD.items()):
         assert f"| `{name}` | {reason} |" in PAGE

@@ -89,6 +89,26 @@ async def test_a_response_format_is_obeyed(chat_client: httpx.AsyncClient) -> No
     assert (await content({"type": "json_object"}, max_tokens=3)).startswith("{")
 
 
+async def test_a_response_has_the_properties_of_its_schema_only(
+    chat_client: httpx.AsyncClient,
+) -> None:
+    compact = {"x-guidance": {"whitespace_flexible": False}}
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], **compact}
+
+    async def found(**asked: object) -> set[str]:
+        fields = {"temperature": 1, "seed": 1, "n": 4, "max_tokens": 20, **asked}
+        choices = (await chat(chat_client, **fields)).json()["choices"]
+        return {choice["message"]["content"] for choice in choices}
+
+    for strict in (True, False, None):
+        assert await found(response_format=json_schema(schema, strict=strict)) == {'{"a":1}'}
+    open_schema = {**schema, "additionalProperties": True}
+    assert await found(response_format=json_schema(open_schema)) != {'{"a":1}'}
+    structure: Json = {"json": schema, "disable_additional_properties": True}
+    assert await found(structured_outputs=structure) == {'{"a":1}'}
+    assert await found(structured_outputs={"json": schema}) != {'{"a":1}'}
+
+
 async def test_openais_client_parses_a_model_of_pydantic(
     chat_engine: TorchEngine, registry: Registry
 ) -> None:
