@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := constraints/constraints.txt
 
-.PHONY: serve serve-vllm test test-vllm check gpu-check conformance format clean
+.PHONY: serve serve-vllm test test-vllm check gpu-check conformance screenshots format clean
 
 serve: $(VENV)/serve.installed
 	@exec $(BIN)/steerserve serve --port $(PORT) $(ARGS)
@@ -40,6 +40,10 @@ gpu-check:
 # Other people's clients and harnesses, each in an environment of its own (some gigabytes).
 conformance: $(VENV)/dev.installed
 	$(BIN)/python -m tests.conformance $(ARGS)
+
+# The pictures of the playground in docs/, taken in chromium.
+screenshots: $(VENV)/dev.installed
+	$(BIN)/python -m tests.screenshots
 
 format: $(VENV)/dev.installed
 	$(BIN)/ruff format .

@@ -14,6 +14,8 @@ from server.api import (
     documentation,
     interventions,
     models,
+    playground,
+    policy,
     responses,
     system,
     tokenization,
@@ -93,6 +95,7 @@ def create_app(
     app.include_router(tokenization.router)
     app.include_router(system.router)
     app.include_router(documentation.router)
+    app.include_router(playground.router)
     install_error_handlers(app)
     _add_middleware(app, context, sinks)
     return app
@@ -117,7 +120,7 @@ def _add_middleware(app: FastAPI, context: ServerContext, sinks: Sequence[Record
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[Depends(require_api_key)])
-    for part in (completions, chat, responses, models, interventions):
+    for part in (completions, chat, responses, models, interventions, policy):
         router.include_router(part.router)
     return router
 

@@ -162,6 +162,9 @@ class Settings(BaseSettings):
     ] = ()
     """Hosts that a request's Host header may name beside localhost and loopback addresses;
     if unset, none if the server listens on a loopback address, and any host otherwise."""
+    playground: bool | None = None
+    """Page at /playground that shows a steered model beside the base model; if unset, on if the
+    server listens on a loopback address, and off otherwise."""
     cors_origins: Annotated[
         Names, AfterValidator(lambda origins: tuple(map(check_origin, origins)))
     ] = ()
@@ -333,3 +336,14 @@ class Settings(BaseSettings):
     def binds_loopback(self) -> bool:
         """True if the server listens on a loopback address, which only this machine reaches."""
         return is_loopback(self.host.strip("[]"))
+
+    @property
+    def url(self) -> str:
+        """The server's own address, past any proxy."""
+        host = self.host.strip("[]")
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def serves_playground(self) -> bool:
+        """True if there is a page at /playground."""
+        return self.binds_loopback if self.playground is None else self.playground

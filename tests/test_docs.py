@@ -30,6 +30,7 @@ DOCS = (
     "limits",
     "observability",
     "options",
+    "playground",
     "results",
     "scaling",
     "security",

@@ -1,9 +1,7 @@
 """Closes JSON schemas: their objects get no properties but those that they declare."""
 
 from collections.abc import Iterator, Mapping
-from typing import Final, cast
-
-from pydantic import JsonValue
+from typing import Final
 
 # Keywords that hold schemas by name, in a list, or alone.
 _NAMED: Final = ("properties", "$defs", "definitions")
@@ -18,7 +16,7 @@ _OPENING: Final = frozenset(
 )
 
 
-def closed_schema(schema: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def closed_schema(schema: Mapping[str, object]) -> dict[str, object]:
     """Return a schema whose objects have only the properties that they declare.
 
     Most schemas leave `additionalProperties` out, and mean false: OpenAI demands it of strict
@@ -35,14 +33,14 @@ def closed_schema(schema: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return _close(schema)
 
 
-def _close(schema: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _close(schema: Mapping[str, object]) -> dict[str, object]:
     closed = {word: _close_keyword(word, value) for word, value in schema.items()}
     if "properties" in schema and _OPENING.isdisjoint(schema):
         closed["additionalProperties"] = False
     return closed
 
 
-def _close_keyword(word: str, value: JsonValue) -> JsonValue:
+def _close_keyword(word: str, value: object) -> object:
     if word in _NAMED and isinstance(value, dict):
         return {name: _close_any(each) for name, each in value.items()}
     if word in _LISTED and isinstance(value, list):
@@ -50,14 +48,14 @@ def _close_keyword(word: str, value: JsonValue) -> JsonValue:
     return _close_any(value) if word in _SINGLE else value
 
 
-def _close_any(value: JsonValue) -> JsonValue:
-    return cast(JsonValue, _close(value)) if isinstance(value, dict) else value
+def _close_any(value: object) -> object:
+    return _close(value) if isinstance(value, dict) else value
 
 
-def _inside(schema: Mapping[str, JsonValue]) -> Iterator[Mapping[str, JsonValue]]:
+def _inside(schema: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """Yield a schema and all objects in it."""
     yield schema
-    waiting: list[JsonValue] = list(schema.values())
+    waiting: list[object] = list(schema.values())
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from pydantic import JsonValue
+
 from interventions.catalogue import Entry
 from interventions.compatibility import (
     IncompatibleArtifactError,
@@ -54,7 +56,7 @@ class SteeringResolver:
         """
         self._registry = registry
         self._model = model
-        self._policy = policy
+        self.policy: Final = policy
         self._caps = caps
         requested = _parse_steering(default, "default_steering")
         try:
@@ -108,6 +110,11 @@ class SteeringResolver:
             raise from_registry(error, "steering.intervention") from None
         return steering
 
+    @property
+    def default_echo(self) -> list[JsonValue]:
+        """The default steering, as answers report it; empty without one."""
+        return AppliedSteering(self._default, "default", self._registry).echo
+
     async def try_default(self, engine: Engine) -> None:
         """Have the engine generate one token with the default steering.
 
@@ -136,7 +143,7 @@ class SteeringResolver:
 
     def _resolve_choice(self, requested: Sequence[RequestedIntervention]) -> tuple[Resolved, ...]:
         """Resolve a request's own choice; a locked policy allows only that of the default."""
-        if self._policy != "locked":
+        if self.policy != "locked":
             return self._resolve(requested)
         try:
             resolved = self._resolve(requested)
@@ -147,12 +154,12 @@ class SteeringResolver:
         return resolved
 
     def _check_required(self, resolved: Sequence[Resolved]) -> None:
-        if self._policy == "optional":
+        if self.policy == "optional":
             return
         if not resolved:
             message = "This server requires steering: name an intervention in the field 'steering'."
             raise invalid(message, "steering", "steering_required")
-        if self._policy == "required" and _does_nothing(resolved):
+        if self.policy == "required" and _does_nothing(resolved):
             message = "This server requires steering, and these settings do nothing."
             raise invalid(message, "steering", "steering_required")
 

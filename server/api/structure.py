@@ -184,11 +184,10 @@ def _of_schema(
     schema: Schema, field: str, *, compact: bool = False, closed: bool = False
 ) -> Structure:
     _check_size(json.dumps(schema, ensure_ascii=False), field)
-    if closed:
-        schema = closed_schema(schema)
+    used = closed_schema(schema) if closed else dict[str, object](schema)
     if compact:
-        schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
-    text = json.dumps(schema, ensure_ascii=False)
+        used["x-guidance"] = {"whitespace_flexible": False}
+    text = json.dumps(used, ensure_ascii=False)
     return Structure(f"{_ONLY_RULE}%json {text}", field, of_schemas=True)
 
 

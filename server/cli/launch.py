@@ -135,6 +135,8 @@ def _run(settings: Settings, report: Callable[[str], None]) -> bool:
         app = create_app(engine, registry, metrics, scoring, settings, sinks)
         names = ", ".join(entry.name for entry in registry.entries()) or "none yet"
         report(f"interventions: {names}")
+        if settings.serves_playground:
+            report(f"see what they change: {settings.url}/playground")
         server = Server(app)
         # The objects that exist now are hundreds of thousands, and live as long as the process. A
         # garbage collection stops every thread while it visits each object that is not excluded,

@@ -92,8 +92,9 @@ async def test_a_response_format_is_obeyed(chat_client: httpx.AsyncClient) -> No
 async def test_a_response_has_the_properties_of_its_schema_only(
     chat_client: httpx.AsyncClient,
 ) -> None:
-    compact = {"x-guidance": {"whitespace_flexible": False}}
-    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], **compact}
+    compact: Json = {"x-guidance": {"whitespace_flexible": False}}
+    object_of_a = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    schema: Json = {**object_of_a, **compact}
 
     async def found(**asked: object) -> set[str]:
         fields = {"temperature": 1, "seed": 1, "n": 4, "max_tokens": 20, **asked}

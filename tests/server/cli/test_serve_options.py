@@ -42,6 +42,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "metrics_key": ("m", SecretStr("m")),
     "metrics_key_file": ("metrics.key", Path("metrics.key")),
     "allowed_hosts": ("a.example b.example", ("a.example", "b.example")),
+    "playground": ("on", True),
     "cors_origins": ("http://a:1 http://b", ("http://a:1", "http://b")),
     "registry": ("elsewhere", Path("elsewhere")),
     "max_loaded_interventions": ("4", 4),

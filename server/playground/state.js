@@ -1,0 +1,54 @@
+/** What the user has chosen. All of it is in the page's address, after the #. */
+
+/** The state of a page that is opened without one; a null stack is chosen from the registry. */
+export const INITIAL = {
+  view: "playground",
+  kind: "completion",
+  prompt: "The driver shouted: you damn",
+  messages: [{ role: "user", content: "Write one sentence about my rude neighbour." }],
+  stack: null, // of objects as the field `steering` takes them
+  max_tokens: 40,
+  temperature: 0,
+  top_p: 1,
+  seed: 0,
+};
+
+const isText = (value) => typeof value === "string";
+const isNumber = (value) => value === null || Number.isFinite(value); // null: not sent
+const isList = (check) => (value) => Array.isArray(value) && value.every(check);
+const CHECKS = {
+  view: (value) => ["playground", "registry"].includes(value),
+  kind: (value) => ["completion", "chat"].includes(value),
+  prompt: isText,
+  messages: isList((each) => isText(each?.role) && isText(each?.content)),
+  stack: (value) => value === null || isList((each) => isText(each?.intervention))(value),
+  max_tokens: isNumber,
+  temperature: isNumber,
+  top_p: isNumber,
+  seed: isNumber,
+};
+
+/** Return the state that an address has after its #; what is missing or wrong is initial. */
+export function fromAddress(hash) {
+  let given = null;
+  try {
+    given = JSON.parse(decodeURIComponent(hash.slice(1)));
+  } catch {
+    // An address without a state, or one that was cut off.
+  }
+  return fromValue(given);
+}
+
+/** Return a state from a value of any kind. */
+export function fromValue(given) {
+  const taken = Object.keys(CHECKS).filter((name) => name in Object(given));
+  const valid = taken.filter((name) => CHECKS[name](given[name]));
+  const state = structuredClone(INITIAL);
+  for (const name of valid) state[name] = structuredClone(given[name]);
+  return state;
+}
+
+/** Put a state into the page's address. */
+export function toAddress(state) {
+  history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
+}
