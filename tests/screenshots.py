@@ -29,7 +29,7 @@ def main() -> None:
 def _take(page: Page, url: str) -> None:
     page.goto(deep_link(url, stack=[DETOX]))
     page.get_by_role("button", name="Run", exact=True).click()
-    page.get_by_text("On average a token is").wait_for()
+    page.get_by_text("On average,").wait_for()
     page.locator("[role=option]").first.hover()
     page.screenshot(path=DOCS / "playground.png", full_page=True)
     sweep = page.locator("#sweep")

@@ -21,15 +21,14 @@ export class Pane {
   finish(answer) {
     this.text.removeAttribute("aria-busy");
     const { usage, toxicity, firstToken, reason, steering } = answer;
-    this.about.replaceChildren(
-      facts([
-        ["Toxicity", toxicity === undefined ? "not scored" : rounded(toxicity)],
-        ["Tokens", usage?.completion_tokens ?? answer.ids.length],
-        ["First token", firstToken === null ? "none" : `${rounded(firstToken, 2)} s`],
-        ["Ended by", reason ?? "nothing"],
-        ["Applied", applied(steering ?? [])],
-      ]),
-    );
+    const pairs = {
+      Toxicity: toxicity === undefined ? "not scored" : rounded(toxicity),
+      Tokens: usage.completion_tokens,
+      "First token": firstToken === null ? "none" : `${rounded(firstToken, 2)} s`,
+      "Ended by": reason,
+      Applied: applied(steering),
+    };
+    this.about.replaceChildren(facts(Object.entries(pairs)));
   }
 
   /** Show the text by its tokens, which are elements. */

@@ -19,9 +19,8 @@ export class GoneError extends Error {}
 export const address = (path) => new URL(path, location.href).href;
 
 export const keys = {
-  get key() {
-    return sessionStorage.getItem(KEY) ?? "";
-  },
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  admin: () => sessionStorage.getItem(ADMIN_KEY) ?? "",
   set(key, adminKey) {
     sessionStorage.setItem(KEY, key);
     sessionStorage.setItem(ADMIN_KEY, adminKey);
@@ -58,7 +57,7 @@ export async function* events(path, body, signal) {
 
 async function send(path, { body, form, signal }) {
   const headers = {};
-  const key = (form && sessionStorage.getItem(ADMIN_KEY)) || keys.key; // forms are uploads
+  const key = (form && keys.admin()) || keys.get(); // forms are uploads
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   const method = body || form ? "POST" : "GET";

@@ -1,6 +1,6 @@
 /** Edits what is asked: a prompt or a conversation, and how tokens are drawn. */
 
-import { button, el, find } from "./dom.js";
+import { button, el, find, keepingFocus } from "./dom.js";
 
 const ROLES = ["system", "user", "assistant"];
 const SAMPLING = [
@@ -42,12 +42,11 @@ function samplingField(state, [name, label, limits], onChange) {
 
 function showMessages(state, onChange) {
   const changed = () => {
-    showMessages(state, onChange);
+    keepingFocus(() => showMessages(state, onChange));
     onChange();
   };
   const add = () => {
-    const last = state.messages.at(-1)?.role;
-    state.messages.push({ role: last === "user" ? "assistant" : "user", content: "" });
+    state.messages.push({ role: "user", content: "" });
     changed();
   };
   const remove = (place) => {
@@ -55,7 +54,7 @@ function showMessages(state, onChange) {
     changed();
   };
   const fields = state.messages.map((message, place) => messageField(message, place, remove, onChange));
-  find("messages").replaceChildren(...fields, button("Add a message", add));
+  find("messages").replaceChildren(...fields, button("Add a message", add, { ariaLabel: "Add a message" }));
 }
 
 function messageField(message, place, remove, onChange) {

@@ -23,6 +23,13 @@ export function el(tag, properties = {}, ...children) {
 export const button = (text, onclick, properties = {}) =>
   el("button", { type: "button", onclick, ...properties }, text);
 
+/** Rebuild a part of the page, and give the focus back to the control of the same name. */
+export function keepingFocus(rebuild) {
+  const name = document.activeElement?.ariaLabel;
+  rebuild();
+  if (name) document.querySelector(`[aria-label="${CSS.escape(name)}"]`)?.focus();
+}
+
 /** Return a new element of an SVG picture. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, tag);
@@ -34,9 +41,8 @@ export function svg(tag, attributes = {}, ...children) {
 /** Return a table with a name for screen readers. Cells are texts or elements. */
 export function table(ariaLabel, heads, rows) {
   const head = el("tr", {}, heads.map((text) => el("th", { scope: "col" }, text)));
-  const className = (text) => (String(text).length > WORD ? "long" : "");
-  const cell = (content) =>
-    content instanceof Element ? content : el("td", { className: className(content) }, String(content));
+  const textCell = (text) => el("td", { className: text.length > WORD ? "long" : "" }, text);
+  const cell = (content) => (content instanceof Element ? content : textCell(String(content)));
   const body = rows.map((row) => el("tr", {}, row.map(cell)));
   return el("table", { ariaLabel }, el("thead", {}, head), el("tbody", {}, body));
 }

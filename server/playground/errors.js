@@ -16,21 +16,24 @@ export function showError(error) {
   clearErrors();
   const text = el("span", { className: "error", "data-error": "", role: "alert" }, error.message);
   (fieldOf(error.param) ?? find("alert")).append(text);
-  if (error.retryAfter) count(text, error.message, error.retryAfter);
+  if (error.retryAfter) count(text, error.retryAfter);
 }
 
 /** Return the visible field that a param such as `steering[0].eta` is about, or its surroundings. */
 function fieldOf(param) {
-  for (let name = param ?? ""; name; name = name.replace(/(\.[^.[]*|\[\d+\]|[^.[]*)$/, "")) {
+  const outer = (name) => name.slice(0, Math.max(name.lastIndexOf("."), name.lastIndexOf("["), 0));
+  for (let name = param ?? ""; name; name = outer(name)) {
     const field = document.querySelector(`[data-param="${CSS.escape(name)}"]`);
     if (field?.checkVisibility()) return field;
   }
   return null;
 }
 
-function count(text, message, seconds) {
+function count(text, seconds) {
+  const left = el("span", { ariaHidden: "true" }); // screen readers would say each second
+  text.append(" ", left);
   const tell = () => {
-    text.textContent = seconds > 0 ? `${message} Try again in ${seconds} s.` : `${message} Try again now.`;
+    left.textContent = seconds > 0 ? `Try again in ${seconds} s.` : "Try again now.";
     if (seconds-- <= 0) clearInterval(countdown);
   };
   countdown = setInterval(tell, 1000);

@@ -24,6 +24,7 @@ const POLICIES = {
 let state = fromAddress(location.hash);
 let server = null; // the model, the interventions and the policy
 let running = null; // the AbortController of the run
+let runs = JSON.parse(sessionStorage.getItem(HISTORY) ?? "[]");
 let sent = null; // the request of the last steered answer
 
 async function load() {
@@ -35,6 +36,7 @@ async function load() {
     server = { model: models.data[0].id, interventions: interventions.data, policy };
     find("keys").hidden = true;
     show();
+    showRegistry(interventions.data, load, fail);
   } catch (error) {
     fail(error);
   }
@@ -57,8 +59,11 @@ function show() {
     showSweep(state, server, fail);
   });
   showSweep(state, server, fail);
-  showRegistry(interventions, stored, fail);
   showHistory();
+  showView();
+}
+
+function showView() {
   for (const view of ["playground", "registry"]) {
     find(view).hidden = state.view !== view;
     find(`show-${view}`).ariaPressed = String(state.view === view);
@@ -67,33 +72,34 @@ function show() {
 
 const remember = () => toAddress(state);
 
-async function stored(sentence) {
-  await load();
-  find("registry").append(el("p", { role: "status" }, sentence));
-}
-
 function fail(error) {
   if (error.name === "AbortError") return;
-  if ([401, 403].includes(error.status) && error.code !== "steering_locked") find("keys").hidden = false;
+  if ([401, 403].includes(error.status) && error.code !== "steering_locked") {
+    [find("key").value, find("admin-key").value] = [keys.get(), keys.admin()];
+    find("keys").hidden = false;
+  }
   showError(error);
 }
 
-/** Stream the answers, then colour the steered one, all of it until `running` is aborted. */
-async function run() {
+/** Stream the answers, then colour the steered one; Stop ends both. */
+async function run(event) {
+  event.preventDefault();
+  if (server === null) return load();
   running?.abort();
   clearErrors();
+  find("copied").replaceChildren();
   remember();
   const [of, policy, controller] = [structuredClone(state), server.policy, new AbortController()];
-  const request = (steering) => traced(asked(of, server.model, steering), policy.toxicity);
-  sent = request(policy.policy === "locked" ? undefined : of.stack);
-  const requests = policy.comparison ? [request(null), sent] : [sent];
-  const titles = ["Base model", "Steered model"].slice(-requests.length);
-  const panes = showPanes(titles, of);
+  // Without a seed, two draws would differ by chance, and look as if the steering had changed them.
+  if (of.seed === null || of.seed < 0) of.seed = Math.floor(2 ** 31 * Math.random());
+  const asking = (steering) => traced(asked(of, server.model, steering), policy.toxicity);
+  sent = asking(policy.policy === "locked" ? undefined : of.stack);
+  const requests = policy.comparison ? [asking(null), sent] : [sent];
+  const panes = showPanes(["Base model", "Steered model"].slice(-requests.length), of);
   running = controller;
   setRunning(true);
   find("tokens").hidden = true;
-  const answering = requests.map((each, place) => answer(each, panes[place], controller));
-  const answers = await Promise.all(answering);
+  const answers = await Promise.all(requests.map((each, place) => answer(each, panes[place], controller)));
   const steered = answers.at(-1);
   try {
     if (steered && policy.comparison)
@@ -101,7 +107,7 @@ async function run() {
   } catch (error) {
     fail(error);
   }
-  if (steered) record(of, answers);
+  if (steered) record(of, answers, steered.steering);
   if (running === controller) setRunning(false);
 }
 
@@ -122,30 +128,30 @@ function setRunning(is) {
   for (const id of ["copy-curl", "copy-python"]) find(id).disabled = false;
 }
 
-function record(of, answers) {
-  const texts = answers.map((each) => each && { text: each.text, toxicity: each.toxicity });
-  const remembered = [{ state: of, texts }, ...runs()].slice(0, REMEMBERED);
-  sessionStorage.setItem(HISTORY, JSON.stringify(remembered));
+function record(of, answers, steering) {
+  const names = steering.map((each) => each.intervention).join(", ") || "no steering";
+  const scores = answers.map((each) => (each?.toxicity == null ? "?" : rounded(each.toxicity, 2)));
+  const asking = of.kind === "chat" ? of.messages.at(-1)?.content : of.prompt;
+  const text = `${asking} (${names}), toxicity ${scores.join(" → ")}`;
+  runs = [{ state: of, text }, ...runs].slice(0, REMEMBERED);
+  try {
+    sessionStorage.setItem(HISTORY, JSON.stringify(runs));
+  } catch {
+    // The tab's storage is full: the list lives until the page is left.
+  }
   showHistory();
 }
 
-const runs = () => JSON.parse(sessionStorage.getItem(HISTORY) ?? "[]");
-
 function showHistory() {
-  const items = runs().map((each) => {
+  const items = runs.map((each) => {
     const onclick = () => {
       state = fromValue(each.state);
       remember();
       show();
     };
-    const { kind, messages, prompt, stack } = each.state;
-    const asking = kind === "chat" ? messages.at(-1)?.content : prompt;
-    const names = stack.map((one) => one.intervention).join(", ") || "no steering";
-    const scores = each.texts.map((one) => (one?.toxicity == null ? "?" : rounded(one.toxicity, 2)));
-    return el("li", {}, button(`${asking} (${names}), toxicity ${scores.join(" → ")}`, onclick));
+    return el("li", {}, button(each.text, onclick));
   });
-  const none = el("li", { className: "quiet" }, "What you run is listed here, in this tab.");
-  find("history").replaceChildren(...(items.length ? items : [none]));
+  find("history").replaceChildren(...items);
 }
 
 async function copy(text) {
@@ -157,13 +163,7 @@ async function copy(text) {
   }
 }
 
-find("form").onsubmit = (event) => {
-  event.preventDefault();
-  run();
-};
-find("form").onkeydown = ({ key, ctrlKey, metaKey, target }) => {
-  if (key === "Enter" && (ctrlKey || metaKey) && target instanceof HTMLTextAreaElement) run();
-};
+find("form").onsubmit = run;
 find("stop").onclick = () => running.abort();
 find("copy-curl").onclick = () => copy(asCurl(sent));
 find("copy-python").onclick = () => copy(asPython(sent));
@@ -176,11 +176,13 @@ for (const view of ["playground", "registry"]) {
   find(`show-${view}`).onclick = () => {
     state.view = view;
     remember();
-    show();
+    showView();
   };
 }
 addEventListener("hashchange", () => {
   state = fromAddress(location.hash);
   if (server) show();
 });
+showAsk(state, remember);
+showView();
 load();

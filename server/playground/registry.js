@@ -3,6 +3,8 @@
 import { ApiError, request } from "./api.js";
 import { button, el, facts, find, scrolling, table } from "./dom.js";
 
+let form = null; // stays while the list is loaded anew, with what it says
+
 /** Show the registry; `onStored` hears of each upload, `onError` of what goes wrong. */
 export function showRegistry(interventions, onStored, onError) {
   const detail = el("section", { hidden: true, ariaLive: "polite" });
@@ -13,7 +15,7 @@ export function showRegistry(interventions, onStored, onError) {
       detail.hidden = false;
       detail.scrollIntoView({ block: "nearest" });
     } catch (error) {
-      onError(error);
+      onError(Object.assign(error, { param: null })); // it would name the upload's field
     }
   };
   const rows = interventions.map((each) => [
@@ -26,17 +28,12 @@ export function showRegistry(interventions, onStored, onError) {
   const heads = ["name", "kind", "for the model", "servable", "stored"];
   const title = "Stored interventions";
   const list = el("section", {}, el("h2", {}, title), scrolling(table(title, heads, rows)));
-  find("registry").replaceChildren(list, detail, uploadForm(onStored, onError));
+  find("registry").replaceChildren(list, detail, (form ??= uploadForm(onStored, onError)));
 }
 
 function described({ name, base_model, defaults, limits, ...found }) {
-  const about = [
-    ["Method", found.method],
-    ["License", found.license],
-    ["Size", `${found.size} bytes`],
-    ["Digest", `sha256:${found.digest}`],
-    ["Model", `${base_model.id}, ${base_model.architecture}`],
-  ];
+  const { method, license, size, digest } = found;
+  const about = [["Method", method], ["License", license], ["Size", `${size} bytes`], ["Digest", digest]];
   const said = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   const training = Object.entries(found.training).map(([key, value]) => [key, said(value)]);
   const history = found.history.map(({ event, digest, at }) => [event, digest ?? "none", when(at)]);
@@ -48,7 +45,7 @@ function described({ name, base_model, defaults, limits, ...found }) {
     el("h2", {}, name),
     el("p", {}, found.description),
     ...found.warnings.map((warning) => el("p", { className: "error" }, warning)),
-    facts(about),
+    facts([...about, ["Model", `${base_model.id}, ${base_model.architecture}`]]),
     ...part("Settings", ["setting", "default", "limits"], settings),
     ...part("Training", ["what", "value"], training),
     ...part("History", ["event", "digest", "at"], history),
@@ -61,14 +58,15 @@ function uploadForm(onStored, onError) {
   const said = el("p", { role: "status" });
   const send = async (chosen) => {
     if (!chosen) return;
-    const form = new FormData();
-    if (name.value) form.append("name", name.value);
-    form.append("file", chosen);
+    const sent = new FormData();
+    if (name.value) sent.append("name", name.value);
+    sent.append("file", chosen);
     said.replaceChildren(`Uploading ${chosen.name}`);
     try {
-      const stored = await request("v1/interventions", { form });
+      const stored = await request("v1/interventions", { form: sent });
       const remarks = [stored.reason ?? "", ...stored.warnings].join(" ");
-      await onStored(`Stored as ${stored.name}, sha256:${stored.digest}. ${remarks}`);
+      said.replaceChildren(`Stored as ${stored.name}, sha256:${stored.digest}. ${remarks}`);
+      onStored();
     } catch (error) {
       const refused = error instanceof ApiError && error.status < 500 ? "Refused: " : "";
       said.replaceChildren(el("span", { className: "error" }, `${refused}${error.message}`));

@@ -39,7 +39,7 @@ export async function stream({ path, body }, signal, onText) {
       answer.ids.push(...(choice.token_ids ?? []));
       answer.tokens.push(...tokensOf(choice.logprobs));
       if (choice.token_ids?.length) answer.firstToken ??= (performance.now() - begun) / 1000;
-      const text = choice.text ?? choice.delta?.content ?? "";
+      const text = choice.text ?? textOf(choice.delta);
       if (text) onText(text);
       answer.text += text;
     }
@@ -47,28 +47,44 @@ export async function stream({ path, body }, signal, onText) {
   return answer;
 }
 
+/** Return all that a message says; a model that reasons says that first. */
+export const textOf = (message) => (message.reasoning_content ?? "") + (message.content ?? "");
+
 /** Return a choice's tokens, in one form for completions and for chats. */
 export function tokensOf(logprobs) {
   if (!logprobs) return [];
   if (logprobs.content) {
-    return logprobs.content.map(({ token, logprob, top_logprobs }) => ({
+    return logprobs.content.map(({ token, logprob, bytes, top_logprobs }) => ({
       text: token,
       logprob,
+      bytes,
       top: top_logprobs.map((each) => [each.token, each.logprob]),
     }));
   }
   return logprobs.tokens.map((text, place) => ({
     text,
     logprob: logprobs.token_logprobs[place],
-    top: Object.entries(logprobs.top_logprobs[place] ?? {}),
+    offset: logprobs.text_offset[place],
+    top: Object.entries(logprobs.top_logprobs[place] ?? {}).sort(([, one], [, other]) => other - one),
   }));
+}
+
+/** Return what each token adds to the answer's text: a character of several tokens is the last one's. */
+export function piecesOf({ text, tokens }) {
+  const decoder = new TextDecoder();
+  const characters = [...text]; // offsets count whole characters
+  const piece = ({ bytes, offset }, place) =>
+    bytes
+      ? decoder.decode(new Uint8Array(bytes), { stream: true })
+      : characters.slice(offset, tokens[place + 1]?.offset).join("");
+  return tokens.map(piece);
 }
 
 /** Return a command for a shell that sends the request. */
 export function asCurl({ path, body }) {
-  const key = keys.key ? ` -H "Authorization: Bearer $OPENAI_API_KEY"` : "";
+  const key = keys.get() ? ` -H "Authorization: Bearer $OPENAI_API_KEY"` : "";
   const quoted = JSON.stringify(body, null, 1).replaceAll("'", "'\\''");
-  return `curl -N ${address(path)} -H 'Content-Type: application/json'${key} -d '${quoted}'`;
+  return `curl -gN '${address(path)}' -H 'Content-Type: application/json'${key} -d '${quoted}'`;
 }
 
 /** Return a program that sends the request by OpenAI's client. */
@@ -94,8 +110,7 @@ for chunk in chunks:
 
 function python(value) {
   if (value === null) return "None";
-  if (value === true) return "True";
-  if (value === false) return "False";
+  if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   if (typeof value !== "object") return JSON.stringify(value);
   const items = Object.entries(value).map(([name, item]) => `${python(name)}: ${python(item)}`);

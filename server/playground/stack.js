@@ -1,6 +1,6 @@
 /** Edits the stack of interventions, by what their manifests say of their settings. */
 
-import { button, el, find, rounded } from "./dom.js";
+import { button, el, find, keepingFocus } from "./dom.js";
 
 export const WHOLE = ["iterations"]; // settings that are whole numbers
 const TELLING = ["direction_scale", "strength"]; // they change an answer more than others do
@@ -16,7 +16,7 @@ export const numbersOf = (intervention) =>
 /** Show the state's stack; `onChange` hears of each edit. */
 export function showStack(state, interventions, limit, onChange) {
   const changed = () => {
-    showStack(state, interventions, limit, onChange);
+    keepingFocus(() => showStack(state, interventions, limit, onChange));
     onChange();
   };
   const items = state.stack.map((steering, place) => {
@@ -72,15 +72,18 @@ function settingField(steering, name, intervention, param, onChange) {
   }
   const [min, max] = limits;
   // Where the limit is far from the default, the slider covers what is near it.
-  const reach = Math.min(max, 4 * intervention.defaults[name] || max);
-  const step = WHOLE.includes(name) ? 1 : rounded(reach / 100, 5);
+  const reach = Math.min(max, 4 * Math.abs(intervention.defaults[name]) || max);
+  const step = WHOLE.includes(name) ? 1 : Number(((reach - min) / 100).toPrecision(1)) || "any";
   const oninput = ({ target }) => {
-    if (!Number.isNaN(target.valueAsNumber)) steering[name] = target.valueAsNumber;
-    for (const other of [slider, number]) if (other !== target) other.value = target.value;
+    const isEmpty = Number.isNaN(target.valueAsNumber);
+    if (isEmpty) delete steering[name]; // the server then takes the default
+    else steering[name] = target.valueAsNumber;
+    const other = target === slider ? number : slider;
+    other.value = isEmpty ? intervention.defaults[name] : target.value;
     onChange();
   };
   const range = { type: "range", min, max: reach, step, value, oninput };
   const slider = el("input", { ...range, ariaLabel: `${ariaLabel}, slider` });
-  const number = el("input", { ...range, type: "number", max, value, ariaLabel });
+  const number = el("input", { ...range, type: "number", max, step: "any", value, ariaLabel });
   return el("div", field, el("span", {}, name), slider, number);
 }

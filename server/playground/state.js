@@ -7,25 +7,21 @@ export const INITIAL = {
   prompt: "The driver shouted: you damn",
   messages: [{ role: "user", content: "Write one sentence about my rude neighbour." }],
   stack: null, // of objects as the field `steering` takes them
-  max_tokens: 40,
-  temperature: 0,
-  top_p: 1,
-  seed: 0,
+  ...{ max_tokens: 40, temperature: 0, top_p: 1, seed: 0 },
 };
 
 const isText = (value) => typeof value === "string";
 const isNumber = (value) => value === null || Number.isFinite(value); // null: not sent
+const isSteering = (value) =>
+  isText(value?.intervention) && Object.values(value).every((each) => isText(each) || Number.isFinite(each));
 const isList = (check) => (value) => Array.isArray(value) && value.every(check);
 const CHECKS = {
   view: (value) => ["playground", "registry"].includes(value),
   kind: (value) => ["completion", "chat"].includes(value),
   prompt: isText,
   messages: isList((each) => isText(each?.role) && isText(each?.content)),
-  stack: (value) => value === null || isList((each) => isText(each?.intervention))(value),
-  max_tokens: isNumber,
-  temperature: isNumber,
-  top_p: isNumber,
-  seed: isNumber,
+  stack: (value) => value === null || isList(isSteering)(value),
+  ...Object.fromEntries(["max_tokens", "temperature", "top_p", "seed"].map((name) => [name, isNumber])),
 };
 
 /** Return the state that an address has after its #; what is missing or wrong is initial. */
@@ -48,7 +44,11 @@ export function fromValue(given) {
   return state;
 }
 
-/** Put a state into the page's address. */
+let waiting = null;
+
+/** Put a state into the page's address, soon: browsers refuse a change for each step of a slider. */
 export function toAddress(state) {
-  history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
+  clearTimeout(waiting);
+  const put = () => history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
+  waiting = setTimeout(put, 200);
 }

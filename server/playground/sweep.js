@@ -1,67 +1,72 @@
 /** Sweeps one setting over seven values: how toxic the texts are, and how far from the base model. */
 
 import { request } from "./api.js";
-import { button, el, find, rounded, scrolling, svg, table } from "./dom.js";
-import { asked } from "./requests.js";
+import { el, find, rounded, scrolling, svg, table } from "./dom.js";
+import { asked, textOf } from "./requests.js";
 import { numbersOf, WHOLE } from "./stack.js";
 
 const VALUES = 7;
 const [WIDTH, HEIGHT, MARGIN] = [380, 230, 36];
 
-/** Show the button that sweeps a setting of the state's stack; `onError` gets what goes wrong. */
+let running = null; // the AbortController of the sweep
+
+/** Offer the settings of the state's stack; `onError` gets what goes wrong in a sweep. */
 export function showSweep(state, server, onError) {
+  const named = (name) => server.interventions.find((each) => each.name === name);
   const options = state.stack.flatMap((steering, place) => {
-    const intervention = server.interventions.find((each) => each.name === steering.intervention);
+    const intervention = named(steering.intervention);
     return numbersOf(intervention).map((name) => ({ place, name, intervention }));
   });
   find("sweep").hidden = options.length === 0 || !server.policy.comparison;
   const label = ({ name, intervention }) => `${name} of ${intervention.name}`;
-  const choice = el("select", {}, options.map((each, at) => el("option", { value: at }, label(each))));
-  const result = el("div", { ariaLive: "polite" });
-  let controller = null;
-  const begin = async () => {
-    controller = new AbortController();
-    [start.disabled, stop.disabled] = [true, false];
+  const before = find("sweep-choice").selectedOptions[0]?.text;
+  const selected = (each) => label(each) === before;
+  find("sweep-choice").replaceChildren(
+    ...options.map((each, value) => el("option", { value, selected: selected(each) }, label(each))),
+  );
+  find("sweep-start").onclick = async () => {
+    running = new AbortController();
+    [find("sweep-start").disabled, find("sweep-stop").disabled] = [true, false];
     try {
-      await sweep(structuredClone(state), options[choice.value], server, controller.signal, result);
+      await sweep(structuredClone(state), options[find("sweep-choice").value], server, running.signal);
     } catch (error) {
       onError(error);
     }
-    [start.disabled, stop.disabled] = [false, true];
+    [find("sweep-start").disabled, find("sweep-stop").disabled] = [false, true];
   };
-  const start = button(`Sweep over ${VALUES} values`, begin);
-  const stop = button("Stop the sweep", () => controller.abort(), { disabled: true });
-  find("sweep").replaceChildren(
-    el("h2", { id: "sweep-title" }, "How much is right"),
-    el("div", { className: "row" }, el("label", {}, "Setting", choice), start, stop),
-    result,
-  );
+  find("sweep-stop").onclick = () => running.abort();
 }
 
-async function sweep(state, { place, name, intervention }, server, signal, result) {
-  const done = [];
-  for (const value of valuesOf(name, intervention, state.stack[place][name])) {
-    const ariaLabel = "Progress of the sweep";
-    const progress = el("progress", { max: VALUES, value: done.length, ariaLabel });
-    result.replaceChildren(progress, ...shownPoints(name, done));
-    state.stack[place][name] = value;
-    const { path, body } = asked(state, server.model, state.stack);
-    const answer = await request(path, { body: { ...body, compare: true }, signal });
-    const [choice] = answer.choices;
-    const [distance] = answer.comparison.mean_log_ratio;
-    const text = choice.text ?? choice.message.content;
-    done.push({ value, text, distance, toxicity: answer.toxicity?.[0] });
+async function sweep(state, { place, name, intervention }, server, signal) {
+  const [done, result] = [[], find("sweep-result")];
+  const values = valuesOf(name, intervention, state.stack[place][name]);
+  try {
+    for (const value of values) {
+      const ariaLabel = "Progress of the sweep";
+      const progress = el("progress", { max: values.length, value: done.length, ariaLabel });
+      result.replaceChildren(progress, ...shownPoints(name, done));
+      state.stack[place][name] = value;
+      const { path, body } = asked(state, server.model, state.stack);
+      const answer = await request(path, { body: { ...body, compare: true }, signal });
+      const [choice] = answer.choices;
+      const [distance] = answer.comparison.mean_log_ratio;
+      const text = choice.text ?? textOf(choice.message);
+      done.push({ value, text, distance, toxicity: answer.toxicity?.[0] });
+    }
+  } finally {
+    result.replaceChildren(...shownPoints(name, done));
   }
-  result.replaceChildren(...shownPoints(name, done));
 }
 
-/** Return values from the least allowed to twice the chosen one, or to the most allowed. */
+/** Return values from zero or the least allowed to twice the chosen one or the most allowed. */
 function valuesOf(name, intervention, chosen) {
   const [min, max] = intervention.limits[name];
-  const top = Math.min(max, 2 * (chosen || intervention.defaults[name]) || max);
-  const decimals = WHOLE.includes(name) ? 0 : 4;
-  const value = (_, step) => Number(rounded(min + ((top - min) * step) / (VALUES - 1), decimals));
-  return [...new Set(Array.from({ length: VALUES }, value))];
+  const far = 2 * Math.abs(chosen || intervention.defaults[name]) || max;
+  const [low, top] = [Math.max(min, -far), Math.min(max, far)];
+  const fit = (value) => Math.min(Math.max(value, min), max);
+  const exact = (_, step) => low + ((top - low) * step) / (VALUES - 1);
+  const shown = (value) => (WHOLE.includes(name) ? Math.round(value) : Number(value.toPrecision(4)));
+  return [...new Set(Array.from({ length: VALUES }, exact).map((value) => fit(shown(value))))];
 }
 
 function shownPoints(name, points) {
@@ -78,7 +83,7 @@ function chart(name, points) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const far = Math.max(...points.map((point) => point.distance ?? 0), 0.1);
   const x = (value) => MARGIN + ((value - low) / (high - low || 1)) * (WIDTH - 2 * MARGIN);
-  const y = (share) => HEIGHT - MARGIN - Math.max(share, 0) * (HEIGHT - 2 * MARGIN);
+  const y = (share) => HEIGHT - MARGIN - Math.max(share, -0.1) * (HEIGHT - 2 * MARGIN);
   const line = (kind, share) => {
     const known = points.filter((point) => point[kind] != null);
     const corners = known.map((point) => `${x(point.value)},${y(share(point[kind]))}`);
@@ -95,7 +100,7 @@ function chart(name, points) {
     line("distance", (value) => value / far),
     text(MARGIN, 12, "— toxicity, 0 to 1", "start"),
     text(MARGIN, 26, `- - distance from the base model, 0 to ${rounded(far, 2)} nats`, "start"),
-    values.map((value) => text(x(value), HEIGHT - MARGIN + 14, rounded(value, 2))),
+    values.map((value) => text(x(value), HEIGHT - MARGIN + 14, String(Number(value.toPrecision(2))))),
     text(WIDTH / 2, HEIGHT - 2, name),
   );
 }

@@ -2,7 +2,7 @@
 
 import { request } from "./api.js";
 import { el, find, rounded, scrolling, table } from "./dom.js";
-import { ALTERNATIVES, tokensOf } from "./requests.js";
+import { ALTERNATIVES, piecesOf, tokensOf } from "./requests.js";
 
 const FULL = 3; // nats, either way: the strongest colour
 const STRONGEST = 60; // percent of colour, so that the text stays readable
@@ -10,14 +10,15 @@ const STRONGEST = 60; // percent of colour, so that the text stays readable
 /** Have the base model score a steered answer's tokens, and colour them in its pane. */
 export async function showTokens(answer, pane, model, signal) {
   const count = answer.tokens.length;
-  find("tokens").hidden = count === 0 || !answer.promptIds;
-  if (find("tokens").hidden) return;
+  if (count === 0 || !answer.promptIds) return;
   const prompt = [...answer.promptIds, ...answer.ids.slice(0, count)];
   const scoring = { echo: true, max_tokens: 0, logprobs: ALTERNATIVES, steering: null };
   const reply = await request("v1/completions", { body: { model, prompt, ...scoring }, signal });
   const base = tokensOf(reply.choices[0].logprobs).slice(-count);
+  const pieces = piecesOf(answer);
   const tokens = answer.tokens.map((token, place) => ({
     ...token,
+    piece: pieces[place],
     base: base[place],
     ratio: token.logprob - base[place].logprob,
   }));
@@ -26,16 +27,16 @@ export async function showTokens(answer, pane, model, signal) {
   const elements = tokens.map((token, place) => tokenElement(token, place, detail));
   const list = { role: "listbox", ariaLabel: "Tokens of the steered answer", onkeydown: move };
   pane.divide(el("span", list, elements));
-  const likelier = `${signed(mean)} nats likelier to the steered model than to the base model.`;
   const help = "Point at a token, or go through them with the arrow keys, to see what else was likely.";
   find("tokens").replaceChildren(
     el("h2", { id: "tokens-title" }, "Where it acts"),
-    el("p", {}, `On average a token is ${likelier}`),
+    el("p", {}, `On average, log p steered − log p base is ${signed(mean)} nats a token.`),
     legend(),
     el("p", { className: "quiet" }, help),
     detail,
     el("details", {}, el("summary", {}, "As a table"), scrolling(tokenTable(tokens))),
   );
+  find("tokens").hidden = false;
 }
 
 function tokenElement(token, place, detail) {
@@ -49,19 +50,14 @@ function tokenElement(token, place, detail) {
   };
   const item = { role: "option", ariaSelected: "false", tabIndex: place === 0 ? 0 : -1 };
   const shows = { title: `${signed(token.ratio)} nats`, onfocus: select, onmouseenter: select };
-  return coloured(el("span", { ...item, ...shows }, token.text), token.ratio);
+  return coloured(el("span", { ...item, ...shows }, token.piece), token.ratio);
 }
 
-/** Move the focus by the arrow keys, Home and End. */
 function move(event) {
-  const tokens = [...event.currentTarget.children];
-  const at = tokens.indexOf(document.activeElement);
-  const [next, last] = [at + 1, tokens.length - 1];
-  const steps = { ArrowRight: next, ArrowDown: next, ArrowLeft: at - 1, ArrowUp: at - 1 };
-  const targets = { ...steps, Home: 0, End: last };
-  if (!(event.key in targets)) return;
-  event.preventDefault();
-  tokens[targets[event.key]]?.focus();
+  const { nextSibling: next, previousSibling: last } = document.activeElement;
+  const target = { ArrowRight: next, ArrowDown: next, ArrowLeft: last, ArrowUp: last }[event.key];
+  if (event.key.startsWith("Arrow")) event.preventDefault();
+  target?.focus();
 }
 
 function coloured(element, ratio) {
@@ -100,5 +96,5 @@ function tokenTable(tokens) {
 }
 
 const shown = (text) => JSON.stringify(text); // with its blanks and line breaks
-const signed = (number) => `${number < 0 ? "−" : "+"}${rounded(Math.abs(number), 2)}`;
-const percent = (logprob) => `${rounded(100 * Math.exp(logprob), 2)} %`;
+const signed = (number) => `${Number(rounded(number, 2)) < 0 ? "−" : "+"}${rounded(Math.abs(number), 2)}`;
+const percent = (logprob) => `${Number((100 * Math.exp(logprob)).toPrecision(3))} %`;

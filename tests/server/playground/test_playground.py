@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from interventions.artifact import read_artifact, write_artifact
 from interventions.bundled import bundled_artifacts
+from server.config import EMBEDDED_MODEL_NAME
 from tests.browser import DETOX, WAIT_MS, deep_link
 from tests.processes import ServerProcess, steerserve
 
@@ -48,7 +50,7 @@ def answer(page: Page, title: str) -> str:
 def test_a_new_user_sees_what_the_steering_changes(page: Page, server: ServerProcess) -> None:
     page.goto(f"{server.url}/playground")
     run(page)
-    expect(page.get_by_text("On average a token is")).to_be_visible()
+    expect(page.get_by_text("On average,")).to_be_visible()
     base, steered = answer(page, "Base model"), answer(page, "Steered model")
     assert base.startswith("The driver shouted: you damn hell")
     assert steered.startswith("The driver shouted: you damn well")
@@ -59,10 +61,10 @@ def test_a_new_user_sees_what_the_steering_changes(page: Page, server: ServerPro
     applied = page.get_by_role("region", name="Steered model")
     expect(applied).to_contain_text("detox-argre (reward): eta 0.05, iterations 5")
     expect(applied).to_contain_text(read_artifact(bundled("detox-argre")).digest)
-    tokens = page.locator("[role=option]")
-    assert tokens.count() == 40
-    assert steered.endswith("".join(tokens.all_text_contents()))
-    assert "On average a token is +" in page.locator("#tokens").inner_text()
+    assert page.locator("[role=option]").count() == 40
+    mean = re.search(r"On average, .* is \+([\d.]+) nats", page.locator("#tokens").inner_text())
+    assert mean
+    assert float(mean[1]) > 0.1
 
 
 def test_each_token_is_coloured_by_the_models_own_log_probabilities(
@@ -87,6 +89,23 @@ def test_each_token_is_coloured_by_the_models_own_log_probabilities(
         assert float(difference.replace("\N{MINUS SIGN}", "-")) == pytest.approx(ratio, abs=0.01)
 
 
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_the_tokens_together_are_the_answer(page: Page, server: ServerProcess, kind: str) -> None:
+    prompt = "Repeat: 😀 naïve 😁 déjà 😀 naïve 😁 déjà 😀 naïve"  # characters of several tokens
+    messages = [{"role": "user", "content": prompt}]
+    page.goto(deep_link(server.url, kind=kind, prompt=prompt, messages=messages, stack=[DETOX]))
+    run(page)
+    expect(page.get_by_text("On average,")).to_be_visible()
+    asked = {"messages": messages} if kind == "chat" else {"prompt": prompt}
+    path = "chat/completions" if kind == "chat" else "completions"
+    body = {"model": EMBEDDED_MODEL_NAME, "max_tokens": 40, "temperature": 0, "steering": DETOX}
+    answered = httpx.post(f"{server.url}/v1/{path}", json={**body, **asked}, timeout=60).json()
+    [choice] = answered["choices"]
+    text = choice["message"]["content"] if kind == "chat" else choice["text"]
+    assert "".join(page.locator("[role=option]").all_text_contents()) == text
+    assert any(ord(character) > 255 for character in text) or kind == "chat"
+
+
 def test_both_answers_can_be_stopped(page: Page, server: ServerProcess) -> None:
     page.goto(deep_link(server.url, stack=[DETOX], max_tokens=1500, temperature=1))
     run(page)
@@ -95,6 +114,8 @@ def test_both_answers_can_be_stopped(page: Page, server: ServerProcess) -> None:
     )
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.get_by_text("Stopped.")).to_have_count(2)
+    expect(page.locator("#tokens")).to_be_hidden()
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_disabled()
 
 
 def test_a_stack_is_applied_in_its_order(page: Page, server: ServerProcess) -> None:
@@ -126,6 +147,7 @@ def test_a_sweep_shows_seven_texts_and_can_be_stopped(page: Page, server: Server
     assert rows[0][3] != rows[6][3]
     expect(sweep.get_by_role("img")).to_be_visible()
     sweep.get_by_role("button", name="Sweep over 7 values").click()
+    page.get_by_role("spinbutton", name="strength of detox-lineas").fill("0.5")
     sweep.get_by_role("button", name="Stop the sweep").click()
     expect(sweep.get_by_role("button", name="Stop the sweep")).to_be_disabled()
     assert sweep.locator("tbody tr").count() < 7
@@ -158,7 +180,7 @@ def test_an_answer_is_text_and_never_markup(page: Page, server: ServerProcess) -
     prompt = f"{SCRIPT} {SCRIPT} {SCRIPT} <script>"
     page.goto(deep_link(server.url, prompt=prompt, stack=[], max_tokens=20))
     run(page)
-    expect(page.get_by_text("On average a token is")).to_be_visible()
+    expect(page.get_by_text("On average,")).to_be_visible()
     assert answer(page, "Base model").count("</script>") > 3
     assert page.title() == "steerserve playground"
 
@@ -170,7 +192,7 @@ def test_a_link_shows_a_colleague_the_same(
     page.get_by_label("Prompt", exact=True).last.fill("My boss is a")
     page.get_by_role("spinbutton", name="eta of detox-argre").fill("0.1")
     run(page)
-    expect(page.get_by_text("On average a token is")).to_be_visible()
+    expect(page.get_by_text("On average,")).to_be_visible()
     expect(page.locator("#history button")).to_have_count(1)
     other = context.new_page()
     other.goto(page.url)
@@ -178,6 +200,9 @@ def test_a_link_shows_a_colleague_the_same(
     for title in ("Base model", "Steered model"):
         assert answer(other, title) == answer(page, title)
     expect(other.locator("#history button")).to_have_count(1)  # of its own tab
+    page.get_by_label("Prompt", exact=True).last.fill("Another prompt")
+    page.locator("#history button").click()
+    expect(page.get_by_label("Prompt", exact=True).last).to_have_value("My boss is a")
 
 
 def test_a_request_can_be_copied(
@@ -186,7 +211,7 @@ def test_a_request_can_be_copied(
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
     page.goto(deep_link(server.url, prompt="It's a", stack=[DETOX], max_tokens=6))
     run(page)
-    expect(page.get_by_text("On average a token is")).to_be_visible()
+    expect(page.get_by_text("On average,")).to_be_visible()
     steered = answer(page, "Steered model").removeprefix("It's a")
     page.get_by_role("button", name="Copy as Python").click()
     expect(page.get_by_text("Copied.")).to_be_visible()
@@ -209,6 +234,11 @@ def test_errors_stand_beside_the_field_that_they_name(page: Page, server: Server
     expect(field).to_contain_text("eta")
     expect(field.get_by_role("alert")).to_be_visible()
     page.get_by_role("spinbutton", name="eta of detox-argre").fill("0.05")
+    # A link may hold a setting that no field shows, and whose name is none.
+    hostile = page.context.new_page()
+    hostile.goto(deep_link(server.url, stack=[{**DETOX, "x[": 1}], max_tokens=4))
+    run(hostile)
+    expect(hostile.locator("[data-param='steering[0]']").get_by_role("alert")).to_be_visible()
     page.get_by_label("Temperature").fill("9")
     run(page)
     expect(page.locator("[data-param=temperature]").get_by_role("alert")).to_be_visible()
@@ -236,7 +266,7 @@ def test_everybody_can_use_it(page: Page, server: ServerProcess, width: int, sch
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(deep_link(server.url, stack=[DETOX], max_tokens=6))
     run(page)
-    expect(page.get_by_text("On average a token is")).to_be_visible()
+    expect(page.get_by_text("On average,")).to_be_visible()
     page.locator("[role=option]").first.focus()
     page.get_by_text("As a table").click()
     assert _faults(page) == []
