@@ -27,9 +27,7 @@ export const keys = {
   },
 };
 
-/** Return the body of an answer.
- *
- * Throws ApiError, GoneError, and an AbortError once `signal` is aborted. */
+/** Return the body of an answer; throw ApiError, GoneError, or an AbortError once `signal` aborts. */
 export async function request(path, { body, form, signal } = {}) {
   const response = await send(path, { body, form, signal });
   return reached(() => response.json());

@@ -8,7 +8,7 @@ import { clearErrors, showError } from "./errors.js";
 import { showRegistry } from "./registry.js";
 import { asCurl, asked, asPython, stream, traced } from "./requests.js";
 import { showStack, steeringOf } from "./stack.js";
-import { fromAddress, fromValue, toAddress } from "./state.js";
+import { fromAddress, fromValue, seeded, toAddress } from "./state.js";
 import { showSweep } from "./sweep.js";
 import { showTokens } from "./tokens.js";
 
@@ -16,7 +16,6 @@ const HISTORY = "steerserve.history";
 const REMEMBERED = 20; // runs
 const FIRST = "detox-argre"; // the intervention that a new page shows, if the server has it
 const POLICIES = {
-  optional: "",
   required: "This server requires steering: there is no base model to compare with.",
   locked: "This server's steering is locked: a request can neither change nor drop it.",
 };
@@ -42,7 +41,7 @@ async function load() {
   }
 }
 
-/** Show the state. */
+/** Show the state, by what the server has. */
 function show() {
   const { interventions, policy } = server;
   const servable = interventions.filter((each) => each.servable);
@@ -51,7 +50,7 @@ function show() {
   const isLocked = policy.policy === "locked";
   find("model").replaceChildren(server.model);
   find("policy").hidden = policy.policy === "optional";
-  find("policy").replaceChildren(POLICIES[policy.policy], isLocked ? applied(policy.default) : "");
+  find("policy").replaceChildren(POLICIES[policy.policy] ?? "", isLocked ? applied(policy.default) : "");
   find("stack").hidden = find("adding").hidden = isLocked;
   showAsk(state, remember);
   showStack(state, interventions, policy.max_interventions, () => {
@@ -89,9 +88,7 @@ async function run(event) {
   clearErrors();
   find("copied").replaceChildren();
   remember();
-  const [of, policy, controller] = [structuredClone(state), server.policy, new AbortController()];
-  // Without a seed, two draws would differ by chance, and look as if the steering had changed them.
-  if (of.seed === null || of.seed < 0) of.seed = Math.floor(2 ** 31 * Math.random());
+  const [of, policy, controller] = [seeded(state), server.policy, new AbortController()];
   const asking = (steering) => traced(asked(of, server.model, steering), policy.toxicity);
   sent = asking(policy.policy === "locked" ? undefined : of.stack);
   const requests = policy.comparison ? [asking(null), sent] : [sent];

@@ -23,9 +23,7 @@ export function traced({ path, body }, toxicity) {
   return { path, body: { ...body, ...traces, ...stream, ...(toxicity ? { toxicity } : {}) } };
 }
 
-/** Stream an answer; `onText` gets each piece of its text. Throws as `request` does.
- *
- * The answer's `tokens` have a text, a log-probability and the likeliest alternatives. */
+/** Stream an answer, with the log-probabilities of its tokens; `onText` gets each piece of its text. */
 export async function stream({ path, body }, signal, onText) {
   const begun = performance.now();
   const answer = { text: "", tokens: [], ids: [], promptIds: null, firstToken: null };

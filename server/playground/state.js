@@ -44,6 +44,12 @@ export function fromValue(given) {
   return state;
 }
 
+/** Return a copy with a seed: answers that draw apart would differ by chance, and look steered. */
+export function seeded(state) {
+  const isGiven = state.seed !== null && state.seed >= 0;
+  return { ...structuredClone(state), seed: isGiven ? state.seed : Math.floor(2 ** 31 * Math.random()) };
+}
+
 let waiting = null;
 
 /** Put a state into the page's address, soon: browsers refuse a change for each step of a slider. */

@@ -4,10 +4,10 @@ import { request } from "./api.js";
 import { el, find, rounded, scrolling, svg, table } from "./dom.js";
 import { asked, textOf } from "./requests.js";
 import { numbersOf, WHOLE } from "./stack.js";
+import { seeded } from "./state.js";
 
 const VALUES = 7;
 const [WIDTH, HEIGHT, MARGIN] = [380, 230, 36];
-
 let running = null; // the AbortController of the sweep
 
 /** Offer the settings of the state's stack; `onError` gets what goes wrong in a sweep. */
@@ -28,7 +28,7 @@ export function showSweep(state, server, onError) {
     running = new AbortController();
     [find("sweep-start").disabled, find("sweep-stop").disabled] = [true, false];
     try {
-      await sweep(structuredClone(state), options[find("sweep-choice").value], server, running.signal);
+      await sweep(seeded(state), options[find("sweep-choice").value], server, running.signal);
     } catch (error) {
       onError(error);
     }

@@ -53,6 +53,7 @@ function tokenElement(token, place, detail) {
   return coloured(el("span", { ...item, ...shows }, token.piece), token.ratio);
 }
 
+/** Move the focus to the next or the previous token. */
 function move(event) {
   const { nextSibling: next, previousSibling: last } = document.activeElement;
   const target = { ArrowRight: next, ArrowDown: next, ArrowLeft: last, ArrowUp: last }[event.key];

@@ -146,6 +146,7 @@ def test_a_sweep_shows_seven_texts_and_can_be_stopped(page: Page, server: Server
     assert float(rows[0][2]) == 0 < float(rows[6][2])
     assert rows[0][3] != rows[6][3]
     expect(sweep.get_by_role("img")).to_be_visible()
+    assert _faults(page) == []
     sweep.get_by_role("button", name="Sweep over 7 values").click()
     page.get_by_role("spinbutton", name="strength of detox-lineas").fill("0.5")
     sweep.get_by_role("button", name="Stop the sweep").click()
@@ -265,6 +266,11 @@ def test_everybody_can_use_it(page: Page, server: ServerProcess, width: int, sch
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(deep_link(server.url, stack=[DETOX], max_tokens=6))
+    page.get_by_label("Conversation").check()
+    page.get_by_role("button", name="Add a message").click()
+    expect(page.get_by_label("Text of message 2")).to_be_visible()
+    assert _faults(page) == []
+    page.get_by_role("radio", name="Prompt").check()
     run(page)
     expect(page.get_by_text("On average,")).to_be_visible()
     page.locator("[role=option]").first.focus()
@@ -288,6 +294,7 @@ def test_a_locked_server_shows_what_is_locked(page: Page, tmp_path: Path) -> Non
     with steerserve(tmp_path, "--toxicity-scorer", "none", "--dtype", "float32", *locked) as server:
         page.goto(deep_link(server.url, max_tokens=4))
         expect(page.locator("#policy")).to_contain_text("detox-lineas (affine): strength 0.5")
+        assert _faults(page) == []
         expect(page.locator("#stack")).to_be_hidden()
         expect(page.locator("#sweep")).to_be_hidden()
         run(page)
@@ -306,6 +313,7 @@ def test_a_server_that_requires_steering_and_then_goes(page: Page, tmp_path: Pat
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Use").click()
         expect(page.locator("#policy")).to_contain_text("requires steering")
+        assert _faults(page) == []
         run(page)
         expect(page.locator("[data-param=steering]").get_by_role("alert").first).to_be_visible()
         page.get_by_role("button", name="Add", exact=True).click()
