@@ -65,7 +65,9 @@ def call_structure(
 
 def _arguments(tool: Tool) -> str:
     """Return the schema of a tool's arguments, which are those that it declares."""
-    schema = {"type": "object", "properties": {}, **tool.parameters}
+    schema = {"type": "object", **tool.parameters}
+    if "$ref" not in schema:  # a reference brings its own
+        schema.setdefault("properties", {})
     return json.dumps({"x-guidance": _WHITESPACE, **closed_schema(schema)}, ensure_ascii=False)
 
 

@@ -62,3 +62,32 @@ def test_calls_of_a_strict_tool_obey_its_schema_wherever_they_come(
     accepted = matcher.try_consume_tokens(tokens)
     assert (accepted == len(tokens)) == (allowed and (several or not several_calls))
     assert not matcher.is_error()
+
+
+NODE = {"type": "object", "properties": {"v": {"type": "integer"}}, "required": ["v"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "allowed"),
+    [
+        ({}, "{}", True),
+        ({}, '{"y": 1}', False),
+        (NODE, '{"v": 1}', True),
+        (NODE, '{"v": 1, "y": 1}', False),
+        ({**NODE, "additionalProperties": True}, '{"v": 1, "y": 1}', True),
+        ({"properties": {"x": NODE}, "required": ["x"]}, '{"x": {"v": 1, "y": 1}}', False),
+        ({"$ref": "#/$defs/n", "$defs": {"n": NODE}}, '{"v": 1}', True),
+        ({"$ref": "#/$defs/n", "$defs": {"n": NODE}}, '{"v": 1, "y": 1}', False),
+        ({"allOf": [NODE, {"properties": {"y": {}}}]}, '{"v": 1, "y": 1}', True),
+    ],
+)
+def test_arguments_are_those_that_the_schema_declares(
+    chat_engine: TorchEngine, parameters: dict[str, object], arguments: str, allowed: bool
+) -> None:
+    use = ToolUse((Tool("f", None, parameters, strict=True, field="tools.0.function"),))
+    structure = call_structure(use, PLAIN, None)
+    assert structure is not None
+    matcher = chat_engine.compile_grammar(structure.lark, structure.field).matcher.deep_copy()
+    call = f'<call>[{{"name": "f", "arguments": {arguments}}}]</call>'
+    tokens = tiny_tokens(call)
+    assert (matcher.try_consume_tokens(tokens) == len(tokens)) == allowed
