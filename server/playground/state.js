@@ -7,7 +7,7 @@ export const INITIAL = {
   prompt: "The driver shouted: you damn",
   messages: [{ role: "user", content: "Write one sentence about my rude neighbour." }],
   stack: null, // of objects as the field `steering` takes them
-  ...{ max_tokens: 40, temperature: 0, top_p: 1, seed: 0 },
+  ...{ max_tokens: 24, temperature: 0, top_p: 1, seed: 0 },
 };
 
 const isText = (value) => typeof value === "string";

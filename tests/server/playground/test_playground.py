@@ -61,7 +61,7 @@ def test_a_new_user_sees_what_the_steering_changes(page: Page, server: ServerPro
     applied = page.get_by_role("region", name="Steered model")
     expect(applied).to_contain_text("detox-argre (reward): eta 0.05, iterations 5")
     expect(applied).to_contain_text(read_artifact(bundled("detox-argre")).digest)
-    assert page.locator("[role=option]").count() == 40
+    assert page.locator("[role=option]").count() == 24
     mean = re.search(r"On average, .* is \+([\d.]+) nats", page.locator("#tokens").inner_text())
     assert mean
     assert float(mean[1]) > 0.1
@@ -93,7 +93,8 @@ def test_each_token_is_coloured_by_the_models_own_log_probabilities(
 def test_the_tokens_together_are_the_answer(page: Page, server: ServerProcess, kind: str) -> None:
     prompt = "Repeat: 😀 naïve 😁 déjà 😀 naïve 😁 déjà 😀 naïve"  # characters of several tokens
     messages = [{"role": "user", "content": prompt}]
-    page.goto(deep_link(server.url, kind=kind, prompt=prompt, messages=messages, stack=[DETOX]))
+    asking = {"kind": kind, "prompt": prompt, "messages": messages, "max_tokens": 40}
+    page.goto(deep_link(server.url, stack=[DETOX], **asking))
     run(page)
     expect(page.get_by_text("On average,")).to_be_visible()
     asked = {"messages": messages} if kind == "chat" else {"prompt": prompt}
