@@ -8,7 +8,7 @@ import { clearErrors, showError } from "./errors.js";
 import { showRegistry } from "./registry.js";
 import { asCurl, asked, asPython, stream, traced } from "./requests.js";
 import { showStack, steeringOf } from "./stack.js";
-import { fromAddress, fromValue, seeded, toAddress } from "./state.js";
+import { fromAddress, seeded, toAddress } from "./state.js";
 import { showSweep } from "./sweep.js";
 import { showTokens } from "./tokens.js";
 
@@ -20,7 +20,7 @@ const POLICIES = {
   locked: "This server's steering is locked: a request can neither change nor drop it.",
 };
 
-let state = fromAddress(location.hash);
+let [state, fault] = fromAddress(location.hash); // the fault of a link, until it is shown
 let server = null; // the model, the interventions and the policy
 let running = null; // the AbortController of the run
 let runs = JSON.parse(sessionStorage.getItem(HISTORY) ?? "[]");
@@ -60,6 +60,8 @@ function show() {
   showSweep(state, server, fail);
   showHistory();
   showView();
+  if (fault) showError(new Error(fault));
+  fault = null;
 }
 
 function showView() {
@@ -142,7 +144,7 @@ function record(of, answers, steering) {
 function showHistory() {
   const items = runs.map((each) => {
     const onclick = () => {
-      state = fromValue(each.state);
+      state = structuredClone(each.state);
       remember();
       show();
     };
@@ -177,7 +179,7 @@ for (const view of ["playground", "registry"]) {
   };
 }
 addEventListener("hashchange", () => {
-  state = fromAddress(location.hash);
+  [state, fault] = fromAddress(location.hash);
   if (server) show();
 });
 showAsk(state, remember);

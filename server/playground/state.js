@@ -24,24 +24,19 @@ const CHECKS = {
   ...Object.fromEntries(["max_tokens", "temperature", "top_p", "seed"].map((name) => [name, isNumber])),
 };
 
-/** Return the state that an address has after its #; what is missing or wrong is initial. */
+/** Return the state that an address has after its #, and a sentence if not all of it can be used. */
 export function fromAddress(hash) {
-  let given = null;
-  try {
-    given = JSON.parse(decodeURIComponent(hash.slice(1)));
-  } catch {
-    // An address without a state, or one that was cut off.
-  }
-  return fromValue(given);
-}
-
-/** Return a state from a value of any kind. */
-export function fromValue(given) {
-  const taken = Object.keys(CHECKS).filter((name) => name in Object(given));
-  const valid = taken.filter((name) => CHECKS[name](given[name]));
   const state = structuredClone(INITIAL);
-  for (const name of valid) state[name] = structuredClone(given[name]);
-  return state;
+  if (hash.length < 2) return [state, null];
+  try {
+    const given = JSON.parse(decodeURIComponent(hash.slice(1)));
+    const isValid = (name) => Object.hasOwn(CHECKS, name) && CHECKS[name](given[name]);
+    const wrong = Object.keys(given).filter((name) => !isValid(name));
+    for (const name of Object.keys(given).filter(isValid)) state[name] = given[name];
+    return [state, wrong.length ? `The link has values that cannot be used: ${wrong.join(", ")}.` : null];
+  } catch {
+    return [state, "The link is not whole, so the page shows what a new one does."];
+  }
 }
 
 /** Return a copy with a seed: answers that draw apart would differ by chance, and look steered. */

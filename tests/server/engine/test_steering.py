@@ -49,12 +49,14 @@ async def test_results_are_the_oracles_after_preemptions(subject: Subject) -> No
     """A preempted request's edits keep their positions, relative to its own prompt."""
     before = subject.engine.stats().preemptions
     sampling = replace(GREEDY, max_tokens=64)
-    cases = [((PROMPTS[0], PROMPTS[3])[number % 2], case[1]) for number, case in enumerate(CASES)]
+    # Each stack twice: a request whose slot is taken comes again later, so how many meet depends on
+    # the machine.
+    stacks = [edits for _, edits in CASES] * 2
+    cases = [((PROMPTS[0], PROMPTS[3])[number % 2], edits) for number, edits in enumerate(stacks)]
     mixed = await asyncio.gather(
         *(subject.answer(request(prompt, edits, sampling)) for prompt, edits in cases)
     )
-    # How many depends on when the requests reach the engine; on a busy machine there were four.
-    assert subject.engine.stats().preemptions > before, "nobody had to yield"
+    assert subject.engine.stats().preemptions > before + 4, "hardly anybody had to yield"
     for outputs, (prompt, edits) in zip(mixed, cases, strict=True):
         assert_greedy(outputs, subject.oracle, prompt, stack_of(edits), 64)
 

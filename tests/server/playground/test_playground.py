@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import BrowserContext, Page, Route, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
 from interventions.artifact import read_artifact, write_artifact
 from interventions.bundled import bundled_artifacts
@@ -247,18 +250,52 @@ def test_errors_stand_beside_the_field_that_they_name(page: Page, server: Server
     expect(page.locator("[data-error]")).to_have_count(1)
 
 
-def test_a_full_queue_is_counted_down(page: Page, server: ServerProcess) -> None:
-    error = {"message": "The queue is full.", "type": "x", "param": None, "code": "queue_full"}
+@pytest.mark.parametrize(
+    ("hash_", "sentence"),
+    [
+        (quote('{"stack": [{"interv'), "The link is not whole"),
+        (quote('{"stack": [{"intervention": 1}], "x": 2}'), "cannot be used: stack, x."),
+    ],
+)
+def test_a_link_that_cannot_be_used_says_so(
+    page: Page, server: ServerProcess, hash_: str, sentence: str
+) -> None:
+    page.goto(f"{server.url}/playground#{hash_}")
+    expect(page.locator("#alert")).to_contain_text(sentence)
+    expect(page.locator("#stack li")).to_have_count(1)  # what a new page shows
 
-    def refuse(route: Route) -> None:
-        route.fulfill(status=429, headers={"Retry-After": "2"}, json={"error": error})
 
-    page.route("**/v1/completions", refuse)
-    page.goto(deep_link(server.url, stack=[DETOX], max_tokens=4))
-    run(page)
-    alert = page.locator("#alert")
-    expect(alert).to_contain_text("The queue is full. Try again in")
-    expect(alert).to_have_text("The queue is full. Try again now.")
+def test_a_full_queue_is_counted_down(page: Page, tmp_path: Path) -> None:
+    small = ("--max-batch-size", "1", "--max-waiting", "1", "--toxicity-scorer", "none")
+    with steerserve(tmp_path, "--dtype", "float32", *small) as server:
+        page.goto(deep_link(server.url, stack=[DETOX], max_tokens=8))
+        body = {"model": EMBEDDED_MODEL_NAME, "prompt": "a", "max_tokens": 1500, "stream": True}
+        path = f"{server.url}/v1/completions"
+        with (
+            httpx.stream("POST", path, json={**body, "ignore_eos": True}, timeout=60) as one,
+            ThreadPoolExecutor() as threads,
+        ):
+            lines = one.iter_lines()  # the answer ends when these are dropped
+            next(lines)
+            waiting = threads.submit(httpx.post, path, json={**body, "max_tokens": 1}, timeout=120)
+            eventually_waits(server)
+            run(page)
+            alert = page.locator("#alert")
+            expect(alert).to_contain_text("queue")
+            expect(alert).to_contain_text("Try again now.")
+            one.close()
+            assert waiting.result().status_code == 200
+        run(page)
+        expect(page.get_by_text("On average,")).to_be_visible()
+        expect(alert).to_be_empty()
+
+
+def eventually_waits(server: ServerProcess) -> None:
+    """Wait until a request waits in the server's queue."""
+    deadline = time.monotonic() + 30
+    while "requests_waiting 1.0" not in httpx.get(f"{server.url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
